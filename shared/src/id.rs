@@ -1,0 +1,321 @@
+//! T: names of things. Every id is a type of its own, parsed once at the door.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::Digest as _;
+
+use crate::env::Ms;
+
+const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
+const ID_CHARS: usize = 26;
+
+/// What was wrong with a name that somebody typed or sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: {why}")]
+pub struct BadName {
+    pub what: &'static str,
+    pub why: String,
+}
+
+fn bad(what: &'static str, why: impl Into<String>) -> BadName {
+    BadName { what, why: why.into() }
+}
+
+/// A UUIDv7: 48 bits of wall time, then dice. Sorts by time of creation.
+fn uuid_v7(now: Ms, dice: (u64, u64)) -> u128 {
+    let time = (now.0.max(0) as u128 & 0xffff_ffff_ffff) << 80;
+    let version = 0x7u128 << 76;
+    let a = u128::from(dice.0 & 0xfff) << 64;
+    let variant = 0b10u128 << 62;
+    let b = u128::from(dice.1 & 0x3fff_ffff_ffff_ffff);
+    time | version | a | variant | b
+}
+
+fn encode(value: u128) -> [u8; ID_CHARS] {
+    let mut out = [b'0'; ID_CHARS];
+    let mut rest = value;
+    for slot in out.iter_mut().rev() {
+        *slot = ALPHABET[(rest & 31) as usize];
+        rest >>= 5;
+    }
+    out
+}
+
+fn decode(text: &str) -> Option<u128> {
+    if text.len() != ID_CHARS || text.as_bytes()[0] > b'7' {
+        return None;
+    }
+    text.bytes().try_fold(0u128, |sum, c| {
+        let digit = ALPHABET.iter().position(|a| *a == c)?;
+        Some((sum << 5) | digit as u128)
+    })
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(u128);
+
+        impl $name {
+            pub const PREFIX: &'static str = $prefix;
+            /// Makes a new id from the time and two throws of the dice.
+            pub fn mint(now: Ms, dice: (u64, u64)) -> Self { Self(uuid_v7(now, dice)) }
+            pub const fn from_raw(raw: u128) -> Self { Self(raw) }
+            pub const fn raw(self) -> u128 { self.0 }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str($prefix)?;
+                let text = encode(self.0);
+                f.write_str(std::str::from_utf8(&text).map_err(|_| fmt::Error)?)
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { fmt::Display::fmt(self, f) }
+        }
+        impl FromStr for $name {
+            type Err = BadName;
+            fn from_str(text: &str) -> Result<Self, BadName> {
+                text.strip_prefix($prefix)
+                    .and_then(decode)
+                    .map(Self)
+                    .ok_or_else(|| bad(stringify!($name), concat!("is written ", $prefix, " and 26 characters").to_owned()))
+            }
+        }
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> { s.collect_str(self) }
+        }
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
+}
+
+id!(/** What was asked. */ JobId, "job_");
+id!(/** A worker's identity, given at enrolment. */ WorkerId, "wkr_");
+id!(/** A tenant. */ OrgId, "org_");
+id!(/** A credential's public name. */ TokenId, "tok_");
+id!(/** One run of a worker daemon, from start to end. */ BootId, "boot_");
+
+/// The organisation that exists from the first start.
+pub const DEFAULT_ORG: OrgId = OrgId::from_raw(0x0001_0000_0000_7000_8000_0000_0000_0001);
+
+/// One try at a job. The number is the fence: only the newest attempt may change the job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct AttemptRef {
+    pub job: JobId,
+    pub attempt: u32,
+}
+
+impl fmt::Display for AttemptRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.job, self.attempt)
+    }
+}
+
+/// SHA-256 of some bytes, written as 64 lower-case hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Digest(pub [u8; 32]);
+
+impl Digest {
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(sha2::Sha256::digest(bytes).into())
+    }
+    pub fn from_hasher(hasher: sha2::Sha256) -> Self {
+        Self(hasher.finalize().into())
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const HEX: &[u8; 16] = b"0123456789abcdef";
+        let mut out = [0u8; 64];
+        for (i, byte) in self.0.iter().enumerate() {
+            out[2 * i] = HEX[usize::from(byte >> 4)];
+            out[2 * i + 1] = HEX[usize::from(byte & 15)];
+        }
+        f.write_str(std::str::from_utf8(&out).map_err(|_| fmt::Error)?)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = BadName;
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        let wrong = || bad("digest", "is 64 lower-case hex digits of a SHA-256");
+        if text.len() != 64 {
+            return Err(wrong());
+        }
+        let nibble = |c: u8| match c {
+            b'0'..=b'9' => Ok(c - b'0'),
+            b'a'..=b'f' => Ok(c - b'a' + 10),
+            _ => Err(wrong()),
+        };
+        let mut out = [0u8; 32];
+        for (byte, pair) in out.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+        }
+        Ok(Self(out))
+    }
+}
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// `key=value` pairs. A worker offers them, a job requires them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct Labels(BTreeMap<String, String>);
+
+impl Labels {
+    pub const MAX: usize = 32;
+
+    /// Checks and adds one label.
+    pub fn insert(&mut self, key: &str, value: &str) -> Result<(), BadName> {
+        check_label_part("label key", key)?;
+        check_label_part("label value", value)?;
+        if self.0.len() >= Self::MAX && !self.0.contains_key(key) {
+            return Err(bad("labels", format!("are at most {}", Self::MAX)));
+        }
+        self.0.insert(key.to_owned(), value.to_owned());
+        Ok(())
+    }
+
+    /// Reads one `key=value` as typed on a command line.
+    pub fn insert_pair(&mut self, pair: &str) -> Result<(), BadName> {
+        let (key, value) =
+            pair.split_once('=').ok_or_else(|| bad("label", format!("`{}` is not key=value", printable(pair))))?;
+        self.insert(key, value)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(k, v)| (k.as_str(), v.as_str()))
+    }
+
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key).map(String::as_str)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// True when these labels, a worker's, contain every one that a job requires.
+    pub fn matches(&self, required: &Labels) -> bool {
+        required.0.iter().all(|(key, value)| self.0.get(key) == Some(value))
+    }
+}
+
+impl TryFrom<&BTreeMap<String, String>> for Labels {
+    type Error = BadName;
+    fn try_from(raw: &BTreeMap<String, String>) -> Result<Self, BadName> {
+        let mut labels = Labels::default();
+        for (key, value) in raw {
+            labels.insert(key, value)?;
+        }
+        Ok(labels)
+    }
+}
+
+impl<'de> Deserialize<'de> for Labels {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let raw = BTreeMap::<String, String>::deserialize(d)?;
+        Labels::try_from(&raw).map_err(serde::de::Error::custom)
+    }
+}
+
+fn check_label_part(what: &'static str, text: &str) -> Result<(), BadName> {
+    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/' | ':' | '+');
+    if text.is_empty() || text.len() > 63 {
+        return Err(bad(what, format!("`{}` is not 1 to 63 characters long", printable(text))));
+    }
+    match text.chars().find(|c| !fine(*c)) {
+        Some(c) => {
+            Err(bad(what, format!("`{}` holds {c:?}; allowed are letters, digits and . _ - / : +", printable(text))))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A stranger's text, shortened and without control characters, fit for a message.
+pub fn printable(text: &str) -> String {
+    let mut out: String = text.chars().take(80).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    if text.chars().nth(80).is_some() {
+        out.push('…');
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_survives_its_text_and_sorts_by_time() {
+        let early = JobId::mint(Ms(1_000), (7, 9));
+        let late = JobId::mint(Ms(2_000), (0, 0));
+        assert_eq!(early.to_string().parse::<JobId>().unwrap(), early);
+        assert_eq!(early.to_string().len(), 4 + 26);
+        assert!(early < late && early.to_string() < late.to_string());
+    }
+
+    #[test]
+    fn wrong_ids_are_refused() {
+        for text in [
+            "",
+            "job_",
+            "job_8zzzzzzzzzzzzzzzzzzzzzzzzz",
+            "wkr_00000000000000000000000000",
+            "job_0000000000000000000000000I",
+        ] {
+            assert!(text.parse::<JobId>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_digest_is_what_sha256sum_prints() {
+        let digest = Digest::of(b"abc");
+        assert_eq!(digest.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
+        assert!("BA7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad".parse::<Digest>().is_err());
+    }
+
+    #[test]
+    fn labels_match_when_the_worker_has_a_superset() {
+        let mut worker = Labels::default();
+        for pair in ["os=macos", "chip=m4", "xcode=16.4"] {
+            worker.insert_pair(pair).unwrap();
+        }
+        let mut job = Labels::default();
+        assert!(worker.matches(&job));
+        job.insert("chip", "m4").unwrap();
+        assert!(worker.matches(&job));
+        job.insert("site", "berlin").unwrap();
+        assert!(!worker.matches(&job));
+        for wrong in ["", "x", "=1", "a=", "a b=1", "a=\u{1b}[31m"] {
+            assert!(job.insert_pair(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! T: every bound and deadline, with its reason. Durations are milliseconds, sizes are bytes.
+
+/// The farm's timing. One value for both daemons, so that the lease inequality can be checked in one place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// A worker says that it lives, ± 10 %.
+    pub heartbeat_ms: u64,
+    /// A worker kills its VMs this long after the send time of its last acknowledged heartbeat.
+    pub self_fence_ms: u64,
+    /// From the decision to kill a VM until it is surely dead.
+    pub kill_budget_ms: u64,
+    /// The orchestrator calls a silent worker lost.
+    pub expiry_ms: u64,
+    /// Nobody counts as silent this soon after the orchestrator started.
+    pub startup_grace_ms: u64,
+    /// Slack between the worker's fence and the orchestrator's expiry: clocks run at slightly different speeds.
+    pub lease_margin_ms: u64,
+    /// A connection on which nothing was heard is dead.
+    pub link_silent_ms: u64,
+    pub reconnect_base_ms: u64,
+    pub reconnect_cap_ms: u64,
+    /// The cap while an attempt is held: its lease runs.
+    pub reconnect_cap_held_ms: u64,
+    pub connect_timeout_ms: u64,
+    /// A worker answers an assignment, or the job goes elsewhere.
+    pub accept_ms: u64,
+    pub boot_ms: u64,
+    pub stage_source_ms: u64,
+    pub collect_ms: u64,
+    /// SIGTERM to SIGKILL.
+    pub cancel_grace_ms: u64,
+    pub job_timeout_ms: u64,
+    pub job_timeout_max_ms: u64,
+    pub queue_timeout_ms: u64,
+    /// The orchestrator ends a job by itself this long after the worker should have.
+    pub backstop_ms: u64,
+    pub warm_age_max_ms: u64,
+    /// Lost attempts before a job ends as errored: 2 requeues.
+    pub lost_max: u32,
+    /// A worker that drains gives its jobs this long before it hands them back.
+    pub drain_ms: u64,
+    /// Daemons wait this long for tasks after a stop signal.
+    pub stop_ms: u64,
+    /// A cross-process poll floor under every wake-up.
+    pub poll_floor_ms: u64,
+    /// A lost attempt's log still takes its worker's tail for this long.
+    pub late_tail_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            heartbeat_ms: 5_000,
+            self_fence_ms: 40_000,
+            kill_budget_ms: 10_000,
+            expiry_ms: 60_000,
+            startup_grace_ms: 60_000,
+            lease_margin_ms: 10_000,
+            link_silent_ms: 25_000,
+            reconnect_base_ms: 500,
+            reconnect_cap_ms: 15_000,
+            reconnect_cap_held_ms: 3_000,
+            connect_timeout_ms: 5_000,
+            accept_ms: 10_000,
+            boot_ms: 120_000,
+            stage_source_ms: 600_000,
+            collect_ms: 600_000,
+            cancel_grace_ms: 10_000,
+            job_timeout_ms: 60 * 60_000,
+            job_timeout_max_ms: 24 * 60 * 60_000,
+            queue_timeout_ms: 24 * 60 * 60_000,
+            backstop_ms: 60_000,
+            warm_age_max_ms: 4 * 60 * 60_000,
+            lost_max: 2,
+            drain_ms: 60 * 60_000,
+            stop_ms: 10_000,
+            poll_floor_ms: 2_000,
+            late_tail_ms: 600_000,
+        }
+    }
+}
+
+impl Limits {
+    /// Checks what the protocol's safety rests on. The text says which numbers do not fit together.
+    pub fn validate(&self) -> Result<(), String> {
+        let fenced = self.self_fence_ms + self.kill_budget_ms + self.lease_margin_ms;
+        if fenced > self.expiry_ms {
+            return Err(format!(
+                "self_fence {} ms + kill_budget {} ms + margin {} ms is more than expiry {} ms: two VMs of one job could live at once",
+                self.self_fence_ms, self.kill_budget_ms, self.lease_margin_ms, self.expiry_ms
+            ));
+        }
+        if self.heartbeat_ms * 3 > self.self_fence_ms {
+            return Err(format!(
+                "heartbeat {} ms leaves fewer than three tries before the self-fence at {} ms",
+                self.heartbeat_ms, self.self_fence_ms
+            ));
+        }
+        Ok(())
+    }
+
+    /// The lease timings divided by `factor`, so that tests see hours of protocol in seconds. Deadlines that users set stay.
+    pub fn scaled(factor: u64) -> Self {
+        let base = Self::default();
+        let f = factor.max(1);
+        Self {
+            heartbeat_ms: base.heartbeat_ms / f,
+            self_fence_ms: base.self_fence_ms / f,
+            kill_budget_ms: base.kill_budget_ms / f,
+            expiry_ms: base.expiry_ms / f,
+            startup_grace_ms: base.startup_grace_ms / f,
+            lease_margin_ms: base.lease_margin_ms / f,
+            link_silent_ms: base.link_silent_ms / f,
+            reconnect_base_ms: base.reconnect_base_ms / f,
+            reconnect_cap_ms: base.reconnect_cap_ms / f,
+            reconnect_cap_held_ms: base.reconnect_cap_held_ms / f,
+            connect_timeout_ms: base.connect_timeout_ms / f,
+            accept_ms: base.accept_ms / f,
+            ..base
+        }
+    }
+}
+
+// Sizes and counts are protocol facts: both sides must agree, so they are constants.
+
+/// A JSON body other than a source. Specs are small.
+pub const JSON_BODY_MAX: u64 = 1 << 20;
+/// A frame on the worker's socket.
+pub const FRAME_MAX: usize = 1 << 20;
+/// WebSocket buffers per connection: default ones cost 131 KiB an idle worker, these cost 6.
+pub const SOCKET_BUFFER: usize = 4 << 10;
+/// One log chunk on any hop.
+pub const LOG_CHUNK_MAX: usize = 64 << 10;
+/// Un-acknowledged log bytes in flight per attempt.
+pub const LOG_WINDOW: u64 = 4 << 20;
+/// Stored log per attempt: head, then a marker, then the last `LOG_TAIL`.
+pub const LOG_CAP: u64 = 1 << 30;
+pub const LOG_TAIL: u64 = 1 << 20;
+/// One blob. Larger files are several.
+pub const BLOB_MAX: usize = 8 << 20;
+/// Files above `BLOB_MAX` are cut into pieces of this size.
+pub const BLOB_PIECE: usize = 4 << 20;
+/// Raw bytes that one pack frame holds before it is closed.
+pub const FRAME_TARGET: usize = 1 << 20;
+/// A pack in one request.
+pub const PACK_MAX: u64 = 512 << 20;
+pub const MANIFEST_ENTRIES_MAX: usize = 500_000;
+pub const MANIFEST_BYTES_MAX: usize = 256 << 20;
+pub const SOURCE_BYTES_MAX: u64 = 64 << 30;
+pub const PATH_MAX: usize = 1024;
+pub const PATH_DEPTH_MAX: usize = 64;
+/// Expanded bytes per stored byte, above which an archive counts as a bomb. Checked past the first MiB.
+pub const RATIO_MAX: u64 = 1_000;
+pub const COMMAND_MAX: usize = 128 << 10;
+pub const ARGV_MAX: usize = 4_096;
+pub const ENV_COUNT_MAX: usize = 256;
+pub const ENV_BYTES_MAX: usize = 128 << 10;
+pub const ARTIFACT_RULES_MAX: usize = 64;
+pub const ARTIFACTS_MAX: usize = 10_000;
+pub const ARTIFACT_BYTES_MAX: u64 = 16 << 30;
+pub const RETRIES_MAX: u32 = 10;
+pub const IDEMPOTENCY_KEY_MAX: usize = 128;
+/// Live jobs in one farm: a submit beyond it is answered 429.
+pub const LIVE_JOBS_MAX: usize = 200_000;
+pub const PAGE_MAX: u32 = 200;
+/// Slots of one worker.
+pub const SLOTS_MAX: usize = 64;
+/// Attempts of one worker that are not yet closed on both sides.
+pub const HELD_MAX: usize = 256;
+/// Requests that may wait at the desk; the door blocks beyond it.
+pub const DESK_QUEUE: usize = 8_192;
+/// Groups in one commit.
+pub const COMMIT_GROUPS_MAX: usize = 2_048;
+/// Fan-out: a follower's share of the sending window, and the window's cap.
+pub const FAN_OUT_US_PER_FOLLOWER: u64 = 32;
+pub const FAN_OUT_CAP_MS: u64 = 100;
+/// A follower without progress is cut after this; its cursor lets it come back.
+pub const FOLLOWER_STUCK_MS: u64 = 60_000;
+pub const JOIN_TTL_S: u64 = 24 * 3600;
+/// Below this many free bytes a daemon takes no new bytes.
+pub const DISK_FLOOR: u64 = 1 << 30;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_and_their_scaled_forms_are_safe() {
+        Limits::default().validate().unwrap();
+        for factor in [2, 5, 10, 20] {
+            Limits::scaled(factor).validate().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_fence_later_than_the_expiry_is_refused() {
+        let limits = Limits { self_fence_ms: 45_000, ..Limits::default() };
+        assert!(limits.validate().unwrap_err().contains("two VMs"));
+    }
+}

@@ -1,0 +1,213 @@
+//! T: the farm around the jobs: workers, invitations, tokens, versions.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{OrgId, TokenId, WorkerId};
+use crate::secret::Secret;
+
+/// `GET /v1/info`: what a client needs to know before it signs in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Info {
+    pub version: String,
+    pub protocol_min: u32,
+    pub protocol_max: u32,
+    pub capabilities: Vec<String>,
+    pub base_url: String,
+    /// The orchestrator's wall clock, RFC 3339: `alloy doctor` compares it.
+    pub time: String,
+}
+
+/// `GET /v1/whoami`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WhoAmI {
+    pub name: String,
+    pub role: Role,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub org: OrgId,
+}
+
+/// What a credential may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Reads jobs and workers.
+    Viewer,
+    /// Submits and cancels jobs.
+    Developer,
+    /// Also workers and tokens.
+    Admin,
+}
+
+impl Role {
+    pub const ALL: [Role; 3] = [Self::Viewer, Self::Developer, Self::Admin];
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Developer => "developer",
+            Self::Admin => "admin",
+        }
+    }
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == text)
+    }
+}
+
+/// Body of `POST /v1/workers/invites`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct InviteRequest {
+    /// Labels that the new worker will carry.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Seconds until the invitation is void. Default and most: one day.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_s: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Invite {
+    /// Shown once. Enrols one worker.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub token: Secret<String>,
+    pub expires_at: String,
+    /// What to type on the new Mac.
+    pub command: String,
+}
+
+/// Body of `POST /v1/workers/enrol`. Sent again with the same key it gives the same worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct EnrolRequest {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub token: Secret<String>,
+    /// Ed25519, base64 of 32 bytes.
+    pub public_key: String,
+    pub name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Enrolled {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub worker: WorkerId,
+    pub name: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerState {
+    /// Connected, with a free slot.
+    Ready,
+    /// Connected, all slots taken.
+    Busy,
+    /// Takes no more, finishes what it has.
+    Draining,
+    /// Draining and empty.
+    Drained,
+    /// Not heard for more than two heartbeats.
+    Suspect,
+    /// Not connected.
+    Lost,
+}
+
+impl WorkerState {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ready => "ready",
+            Self::Busy => "busy",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Suspect => "suspect",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WorkerView {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub id: WorkerId,
+    pub name: String,
+    pub state: WorkerState,
+    pub labels: BTreeMap<String, String>,
+    pub slots: u32,
+    pub slots_busy: u32,
+    pub version: String,
+    /// RFC 3339; absent if it never connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seen_at: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_note: Option<String>,
+    /// Jobs it holds.
+    pub jobs: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WorkerList {
+    pub workers: Vec<WorkerView>,
+}
+
+/// Body of `POST /v1/workers/{id}/drain`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Body of `POST /v1/tokens`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct TokenRequest {
+    pub name: String,
+    pub role: Role,
+    /// A CI system's token instead of a person's.
+    #[serde(default)]
+    pub ci: bool,
+    /// Seconds until it is void. Absent: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_s: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct TokenView {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub id: TokenId,
+    pub name: String,
+    pub role: Role,
+    /// Prefix and last four characters.
+    pub shown: String,
+    pub created_at: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<String>,
+    pub revoked: bool,
+}
+
+/// Answer of `POST /v1/tokens`: the only time that the token is shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct TokenCreated {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub token: Secret<String>,
+    pub view: TokenView,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct TokenList {
+    pub tokens: Vec<TokenView>,
+}

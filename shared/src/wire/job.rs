@@ -1,0 +1,569 @@
+//! T: a job as users and programs see it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{BadName, Digest, JobId, Labels, OrgId, WorkerId};
+
+/// What to run and how. Exactly one of `shell` and `argv`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// A line for the shell: `/bin/zsh -lc` on macOS guests, `/bin/sh -c` elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shell: Option<String>,
+    /// A program and its arguments, run without a shell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub argv: Vec<String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Globs relative to the workspace. `=GLOB` must match, `!GLOB` leaves out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub artifacts: Vec<String>,
+    /// Labels that the worker must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// The VM image. Absent: the worker's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Milliseconds the command may run. Absent: the farm's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// Milliseconds the job may wait for a slot. Absent: the farm's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_timeout_ms: Option<u64>,
+    /// How often a command that failed is tried again. Farm faults are retried by themselves and not counted here.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub retries: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git: Option<GitInfo>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+/// Where the working tree stood. A record, not an instruction.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct GitInfo {
+    pub commit: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
+    pub dirty: bool,
+}
+
+/// Body of `POST /v1/jobs`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SubmitJob {
+    pub spec: JobSpec,
+    /// Digest of an uploaded manifest. Absent: the workspace is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub source: Option<Digest>,
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+        #[serde(rename_all = "snake_case")]
+        pub enum $name { $($(#[$vdoc])* $variant,)+ }
+
+        impl $name {
+            pub const ALL: &'static [$name] = &[$($name::$variant,)+];
+            pub const fn as_str(self) -> &'static str { match self { $($name::$variant => $word,)+ } }
+        }
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { f.write_str(self.as_str()) }
+        }
+        impl std::str::FromStr for $name {
+            type Err = BadName;
+            fn from_str(text: &str) -> Result<Self, BadName> {
+                match text { $($word => Ok($name::$variant),)+ _ => Err(BadName { what: stringify!($name), why: concat!("is one of", $(" ", $word,)+).to_owned() }) }
+            }
+        }
+    };
+}
+
+words!(/** Where a job is, in one word. */ StateWord {
+    Queued = "queued",
+    Assigned = "assigned",
+    Running = "running",
+    Canceling = "canceling",
+    Succeeded = "succeeded",
+    Failed = "failed",
+    TimedOut = "timed_out",
+    Canceled = "canceled",
+    Expired = "expired",
+    Errored = "errored",
+});
+
+impl StateWord {
+    pub const fn is_terminal(self) -> bool {
+        match self {
+            Self::Queued | Self::Assigned | Self::Running | Self::Canceling => false,
+            Self::Succeeded | Self::Failed | Self::TimedOut | Self::Canceled | Self::Expired | Self::Errored => true,
+        }
+    }
+}
+
+words!(/** What the running attempt is doing. */ Phase {
+    Preparing = "preparing",
+    Executing = "executing",
+    Collecting = "collecting",
+});
+
+words!(/** How a job ended. */ Outcome {
+    Succeeded = "succeeded",
+    Failed = "failed",
+    TimedOut = "timed_out",
+    Canceled = "canceled",
+    Expired = "expired",
+    Errored = "errored",
+});
+
+impl From<Outcome> for StateWord {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Succeeded => Self::Succeeded,
+            Outcome::Failed => Self::Failed,
+            Outcome::TimedOut => Self::TimedOut,
+            Outcome::Canceled => Self::Canceled,
+            Outcome::Expired => Self::Expired,
+            Outcome::Errored => Self::Errored,
+        }
+    }
+}
+
+words!(/** Who has to act on an end that is no success. */ Blame {
+    /** The command, its sources or its artifact rules. */ User = "user",
+    /** A worker, a VM, a disk. Retried by itself. */ Farm = "farm",
+    /** A limit or a decision. */ Policy = "policy",
+});
+
+words!(/** Why a job did not succeed. */ Reason {
+    ScriptFailure = "script_failure",
+    HookFailure = "hook_failure",
+    SourceError = "source_error",
+    ArtifactMissing = "artifact_missing",
+    ArtifactChanged = "artifact_changed",
+    RunTimeout = "run_timeout",
+    NoOutputTimeout = "no_output_timeout",
+    UserCanceled = "user_canceled",
+    Superseded = "superseded",
+    ParentCanceled = "parent_canceled",
+    QueueExpired = "queue_expired",
+    VmStartFailure = "vm_start_failure",
+    VmLost = "vm_lost",
+    WorkerLost = "worker_lost",
+    WorkerDrained = "worker_drained",
+    OutOfDisk = "out_of_disk",
+    ImagePullFailure = "image_pull_failure",
+    InternalError = "internal_error",
+    ConfigError = "config_error",
+    SignatureRejected = "signature_rejected",
+});
+
+impl Reason {
+    pub const fn outcome(self) -> Outcome {
+        match self {
+            Self::ScriptFailure
+            | Self::HookFailure
+            | Self::SourceError
+            | Self::ArtifactMissing
+            | Self::ArtifactChanged => Outcome::Failed,
+            Self::RunTimeout | Self::NoOutputTimeout => Outcome::TimedOut,
+            Self::UserCanceled | Self::Superseded | Self::ParentCanceled => Outcome::Canceled,
+            Self::QueueExpired => Outcome::Expired,
+            Self::VmStartFailure
+            | Self::VmLost
+            | Self::WorkerLost
+            | Self::WorkerDrained
+            | Self::OutOfDisk
+            | Self::ImagePullFailure
+            | Self::InternalError
+            | Self::ConfigError
+            | Self::SignatureRejected => Outcome::Errored,
+        }
+    }
+
+    pub const fn blame(self) -> Blame {
+        match self {
+            Self::ScriptFailure
+            | Self::HookFailure
+            | Self::SourceError
+            | Self::ArtifactMissing
+            | Self::ArtifactChanged => Blame::User,
+            Self::RunTimeout
+            | Self::NoOutputTimeout
+            | Self::UserCanceled
+            | Self::Superseded
+            | Self::ParentCanceled
+            | Self::QueueExpired
+            | Self::ConfigError
+            | Self::SignatureRejected => Blame::Policy,
+            Self::VmStartFailure
+            | Self::VmLost
+            | Self::WorkerLost
+            | Self::WorkerDrained
+            | Self::OutOfDisk
+            | Self::ImagePullFailure
+            | Self::InternalError => Blame::Farm,
+        }
+    }
+}
+
+/// The end of an attempt, and of the job unless it is tried again. No reason: it succeeded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct End {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    /// The command's own code, if it ran to its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// One sentence for people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+impl End {
+    pub fn success() -> Self {
+        Self { reason: None, exit_code: Some(0), signal: None, message: String::new() }
+    }
+    pub fn because(reason: Reason, message: impl Into<String>) -> Self {
+        Self { reason: Some(reason), exit_code: None, signal: None, message: message.into() }
+    }
+    pub fn outcome(&self) -> Outcome {
+        self.reason.map_or(Outcome::Succeeded, Reason::outcome)
+    }
+    pub fn blame(&self) -> Option<Blame> {
+        self.reason.map(Reason::blame)
+    }
+
+    /// What `alloy run` exits with, and where the number comes from.
+    pub fn run_exit(&self) -> (i32, ExitOrigin) {
+        match self.outcome() {
+            Outcome::Succeeded => (0, ExitOrigin::Command),
+            Outcome::Failed => match (self.signal, self.exit_code) {
+                (Some(signal), _) => (128 + signal, ExitOrigin::Command),
+                (None, Some(code)) if code != 0 => (code, ExitOrigin::Command),
+                (None, _) => (1, ExitOrigin::Alloy),
+            },
+            Outcome::TimedOut => (124, ExitOrigin::Alloy),
+            Outcome::Canceled => (130, ExitOrigin::Alloy),
+            Outcome::Expired | Outcome::Errored => (125, ExitOrigin::Alloy),
+        }
+    }
+}
+
+words!(/** Whose exit code it is. */ ExitOrigin {
+    Command = "command",
+    Alloy = "alloy",
+});
+
+/// Milliseconds of each stage, every one from its own clock. A stage that did not happen is absent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Timings {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assign_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collect_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teardown_ms: Option<u64>,
+}
+
+/// `GET /v1/jobs/{id}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct JobView {
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub id: JobId,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub org: OrgId,
+    pub state: StateWord,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    pub spec: JobSpec,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub source: Option<Digest>,
+    /// The newest attempt's number, from 1; 0 before the first.
+    pub attempt: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub worker: Option<WorkerId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker_name: Option<String>,
+    /// Attempts that the farm lost. Not counted against `retries`.
+    pub lost: u32,
+    pub created_at: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<String>,
+    /// Why a queued job waits, as a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waiting_reason: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<Outcome>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blame: Option<Blame>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// The number that `alloy run` exits with, once the job has ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_origin: Option<ExitOrigin>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// Stages of the newest attempt.
+    pub timings: Timings,
+    pub url: String,
+}
+
+/// `GET /v1/jobs`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct JobPage {
+    pub jobs: Vec<JobView>,
+    /// Pass it as `?cursor=` for the next page. Absent: this was the last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_cursor: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ArtifactView {
+    /// Relative to the workspace, with `/`.
+    pub path: String,
+    pub size_bytes: u64,
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub sha256: Digest,
+    /// Permission bits; only the executable bit is kept: 0o644 or 0o755.
+    pub mode: u32,
+    /// A symbolic link's target; then there are no bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ArtifactList {
+    pub artifacts: Vec<ArtifactView>,
+}
+
+/// One line of the feed. `event` and `log` carry the cursor to go on from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FeedFrame {
+    Event(JobEvent),
+    Log(LogFrame),
+    /// The last frame: nothing follows.
+    End {
+        job: Box<JobView>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct JobEvent {
+    /// From 1, without a gap.
+    pub seq: u64,
+    pub at: String,
+    pub attempt: u32,
+    pub kind: EventKind,
+    pub state: StateWord,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub worker: Option<WorkerId>,
+    /// One sentence for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact: Option<Box<ArtifactView>>,
+}
+
+words!(/** What an event tells. */ EventKind {
+    Submitted = "submitted",
+    Assigned = "assigned",
+    Accepted = "accepted",
+    Phase = "phase",
+    Artifact = "artifact",
+    CancelRequested = "cancel_requested",
+    /** An attempt ended and the job goes back to the queue. */ Requeued = "requeued",
+    Finished = "finished",
+});
+
+/// A slice of an attempt's log. Exactly one of `text` and `base64`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct LogFrame {
+    pub attempt: u32,
+    /// Offset of the first byte.
+    pub offset: u64,
+    /// The bytes, when they are whole UTF-8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base64: Option<String>,
+}
+
+impl LogFrame {
+    pub fn new(attempt: u32, offset: u64, bytes: &[u8]) -> Self {
+        use base64::Engine as _;
+        match std::str::from_utf8(bytes) {
+            Ok(text) => Self { attempt, offset, text: Some(text.to_owned()), base64: None },
+            Err(_) => Self {
+                attempt,
+                offset,
+                text: None,
+                base64: Some(base64::engine::general_purpose::STANDARD.encode(bytes)),
+            },
+        }
+    }
+
+    /// The bytes again; `None` if the frame is damaged.
+    pub fn bytes(&self) -> Option<Vec<u8>> {
+        use base64::Engine as _;
+        match (&self.text, &self.base64) {
+            (Some(text), None) => Some(text.as_bytes().to_vec()),
+            (None, Some(encoded)) => base64::engine::general_purpose::STANDARD.decode(encoded).ok(),
+            (None, None) | (Some(_), Some(_)) => None,
+        }
+    }
+}
+
+/// Where a follower is: the last event it saw, and how far into which attempt's log. Written `event.attempt.offset`;
+/// it is the id of every SSE message, and `?cursor=` or `Last-Event-ID` takes it back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FeedCursor {
+    pub event: u64,
+    pub attempt: u32,
+    pub offset: u64,
+}
+
+impl std::fmt::Display for FeedCursor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}.{}", self.event, self.attempt, self.offset)
+    }
+}
+
+impl std::str::FromStr for FeedCursor {
+    type Err = BadName;
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        let wrong = || BadName { what: "cursor", why: "is written event.attempt.offset, three numbers".to_owned() };
+        let mut parts = text.split('.');
+        let mut next = || parts.next().ok_or_else(wrong);
+        let cursor = Self {
+            event: next()?.parse().map_err(|_| wrong())?,
+            attempt: next()?.parse().map_err(|_| wrong())?,
+            offset: next()?.parse().map_err(|_| wrong())?,
+        };
+        if parts.next().is_some() { Err(wrong()) } else { Ok(cursor) }
+    }
+}
+
+impl FeedCursor {
+    /// The cursor after this frame.
+    pub fn advance(&mut self, frame: &FeedFrame) {
+        match frame {
+            FeedFrame::Event(event) => self.event = event.seq,
+            FeedFrame::Log(log) => {
+                self.attempt = log.attempt;
+                let len = match (&log.text, &log.base64) {
+                    (Some(text), _) => text.len() as u64,
+                    (None, _) => log.bytes().map_or(0, |bytes| bytes.len() as u64),
+                };
+                self.offset = log.offset + len;
+            }
+            FeedFrame::End { .. } => {}
+        }
+    }
+}
+
+/// The labels a spec requires, parsed.
+pub fn required_labels(spec: &JobSpec) -> Result<Labels, BadName> {
+    Labels::try_from(&spec.labels)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_codes_are_those_of_the_table() {
+        let failed =
+            |exit_code, signal| End { reason: Some(Reason::ScriptFailure), exit_code, signal, message: String::new() };
+        assert_eq!(End::success().run_exit(), (0, ExitOrigin::Command));
+        assert_eq!(failed(Some(7), None).run_exit(), (7, ExitOrigin::Command));
+        assert_eq!(failed(None, Some(9)).run_exit(), (137, ExitOrigin::Command));
+        let missing =
+            End { reason: Some(Reason::ArtifactMissing), exit_code: Some(0), signal: None, message: String::new() };
+        assert_eq!(missing.run_exit(), (1, ExitOrigin::Alloy));
+        for (reason, code) in [
+            (Reason::RunTimeout, 124),
+            (Reason::UserCanceled, 130),
+            (Reason::QueueExpired, 125),
+            (Reason::WorkerLost, 125),
+            (Reason::ConfigError, 125),
+        ] {
+            assert_eq!(End::because(reason, "x").run_exit(), (code, ExitOrigin::Alloy), "{reason}");
+        }
+    }
+
+    #[test]
+    fn words_survive_json_and_text() {
+        for reason in Reason::ALL {
+            assert_eq!(serde_json::to_string(reason).unwrap(), format!("\"{reason}\""));
+            assert_eq!(reason.as_str().parse::<Reason>().unwrap(), *reason);
+        }
+        for word in StateWord::ALL {
+            assert_eq!(serde_json::to_string(word).unwrap(), format!("\"{word}\""));
+        }
+    }
+
+    #[test]
+    fn a_log_frame_carries_any_bytes() {
+        for bytes in [&b""[..], b"plain\n", b"\xff\x00half \xc3", "ü\r\n".as_bytes()] {
+            let frame = LogFrame::new(1, 5, bytes);
+            assert_eq!(frame.bytes().unwrap(), bytes);
+            let mut cursor = FeedCursor::default();
+            cursor.advance(&FeedFrame::Log(frame));
+            assert_eq!(cursor.offset, 5 + bytes.len() as u64);
+        }
+    }
+
+    #[test]
+    fn a_cursor_survives_its_text() {
+        let cursor = FeedCursor { event: 3, attempt: 2, offset: 1 << 40 };
+        assert_eq!(cursor.to_string().parse::<FeedCursor>().unwrap(), cursor);
+        for wrong in ["", "1", "1.2", "1.2.3.4", "a.b.c", "1.2.-3"] {
+            assert!(wrong.parse::<FeedCursor>().is_err(), "{wrong}");
+        }
+    }
+}
