@@ -1,1 +1,3 @@
-
+pub mod job;
+pub mod ops;
+pub mod store;

@@ -1,0 +1,372 @@
+//! D: the life of a job. [`apply`] is the only place where a job's state changes; it is total, pure and takes `now`.
+//!
+//! An attempt's number is its fence: news of another attempt is refused as stale. `Done` is absorbing. Every other
+//! state has a deadline, so nothing can wait for ever on a worker that says nothing.
+
+use alloy_shared::env::Ms;
+use alloy_shared::id::WorkerId;
+use alloy_shared::limits::Limits;
+use alloy_shared::wire::job::{Blame, End, JobSpec, Phase, Reason, StateWord};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    pub tries: Tries,
+    pub step: Step,
+}
+
+/// How often it was tried, and why again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tries {
+    /// Attempts made; the newest one's number.
+    pub made: u32,
+    /// Attempts that the farm lost.
+    pub lost: u32,
+    /// Attempts that failed by themselves and were tried again.
+    pub failed: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// `avoid` lost an attempt of it: another worker is better where one qualifies.
+    Queued {
+        since: Ms,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        avoid: Vec<WorkerId>,
+    },
+    Assigned {
+        lease: Lease,
+    },
+    Running {
+        lease: Lease,
+        accepted_at: Ms,
+        phase: Phase,
+    },
+    Canceling {
+        lease: Lease,
+        since: Ms,
+        then: Then,
+    },
+    Done {
+        end: End,
+        at: Ms,
+    },
+}
+
+/// One worker's right to the newest attempt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    pub attempt: u32,
+    pub worker: WorkerId,
+    pub assigned_at: Ms,
+}
+
+/// What follows when the worker has let go of a canceled attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    End(Reason),
+    /// The assignment was revoked; the job is tried elsewhere.
+    Requeue(Reason),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    Assigned {
+        worker: WorkerId,
+    },
+    Accepted {
+        attempt: u32,
+    },
+    /// The worker did not start it.
+    Refused {
+        attempt: u32,
+        message: String,
+    },
+    Phase {
+        attempt: u32,
+        phase: Phase,
+    },
+    Artifact {
+        attempt: u32,
+    },
+    Finished {
+        attempt: u32,
+        end: End,
+    },
+    /// The worker does not have it any more, or is not there any more.
+    Lost {
+        attempt: u32,
+        reason: Reason,
+        message: String,
+    },
+    CancelAsked {
+        reason: Reason,
+    },
+    DeadlinePassed,
+}
+
+/// Why an event changes nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// It is about an attempt that is not the current one.
+    Stale,
+    /// The job has ended.
+    Terminal,
+    /// The deadline lies ahead.
+    TooEarly,
+    /// It is so already.
+    Already,
+    /// Nobody should have sent it in this state.
+    Impossible,
+}
+
+/// The numbers that decide about one job: its own wishes within the farm's limits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    pub retries: u32,
+    pub lost_max: u32,
+    pub queue_ms: u64,
+    pub accept_ms: u64,
+    /// From acceptance to the moment when the worker must have ended it by its own timers.
+    pub run_ms: u64,
+    pub cancel_ms: u64,
+}
+
+impl Rules {
+    pub fn of(spec: &JobSpec, limits: &Limits) -> Self {
+        let timeout = spec.timeout_ms.unwrap_or(limits.job_timeout_ms).min(limits.job_timeout_max_ms);
+        let ending = limits.cancel_grace_ms + limits.kill_budget_ms + limits.collect_ms + limits.backstop_ms;
+        Self {
+            retries: spec.retries,
+            lost_max: limits.lost_max,
+            queue_ms: spec.queue_timeout_ms.unwrap_or(limits.queue_timeout_ms),
+            accept_ms: limits.accept_ms,
+            run_ms: limits.boot_ms + limits.stage_source_ms + timeout + ending,
+            cancel_ms: ending,
+        }
+    }
+}
+
+impl State {
+    pub fn new(now: Ms) -> Self {
+        Self { tries: Tries::default(), step: Step::Queued { since: now, avoid: Vec::new() } }
+    }
+
+    pub fn word(&self) -> StateWord {
+        match &self.step {
+            Step::Queued { .. } => StateWord::Queued,
+            Step::Assigned { .. } => StateWord::Assigned,
+            Step::Running { .. } => StateWord::Running,
+            Step::Canceling { .. } => StateWord::Canceling,
+            Step::Done { end, .. } => end.outcome().into(),
+        }
+    }
+
+    pub fn lease(&self) -> Option<&Lease> {
+        match &self.step {
+            Step::Assigned { lease } | Step::Running { lease, .. } | Step::Canceling { lease, .. } => Some(lease),
+            Step::Queued { .. } | Step::Done { .. } => None,
+        }
+    }
+
+    pub fn phase(&self) -> Option<Phase> {
+        match &self.step {
+            Step::Running { phase, .. } => Some(*phase),
+            Step::Queued { .. } | Step::Assigned { .. } | Step::Canceling { .. } | Step::Done { .. } => None,
+        }
+    }
+
+    pub fn is_done(&self) -> bool {
+        matches!(self.step, Step::Done { .. })
+    }
+
+    /// When this state has lasted too long. Only `Done` may last.
+    pub fn deadline(&self, rules: &Rules) -> Option<Ms> {
+        match &self.step {
+            Step::Queued { since, .. } => Some(since.plus(rules.queue_ms)),
+            Step::Assigned { lease } => Some(lease.assigned_at.plus(rules.accept_ms)),
+            Step::Running { accepted_at, .. } => Some(accepted_at.plus(rules.run_ms)),
+            Step::Canceling { since, .. } => Some(since.plus(rules.cancel_ms)),
+            Step::Done { .. } => None,
+        }
+    }
+}
+
+/// Returns the state after the event, or why there is no change.
+pub fn apply(state: &State, event: &Event, now: Ms, rules: &Rules) -> Result<State, Refused> {
+    if state.is_done() {
+        return Err(Refused::Terminal);
+    }
+    check_fence(state, event)?;
+    if matches!(event, Event::DeadlinePassed) && state.deadline(rules).is_some_and(|at| now < at) {
+        return Err(Refused::TooEarly);
+    }
+    let tries = state.tries;
+    match &state.step {
+        Step::Queued { .. } => queued(tries, event, now),
+        Step::Assigned { lease } => assigned(tries, lease, event, now, rules),
+        Step::Running { lease, accepted_at, phase } => running(tries, lease, (*accepted_at, *phase), event, now, rules),
+        Step::Canceling { lease, since, then } => canceling(tries, lease, (*since, *then), event, now, rules),
+        Step::Done { .. } => Err(Refused::Terminal),
+    }
+}
+
+/// News of an attempt counts only while that attempt is the current one.
+fn check_fence(state: &State, event: &Event) -> Result<(), Refused> {
+    let attempt = match event {
+        Event::Accepted { attempt }
+        | Event::Refused { attempt, .. }
+        | Event::Phase { attempt, .. }
+        | Event::Artifact { attempt }
+        | Event::Finished { attempt, .. }
+        | Event::Lost { attempt, .. } => *attempt,
+        Event::Assigned { .. } | Event::CancelAsked { .. } | Event::DeadlinePassed => return Ok(()),
+    };
+    match state.lease() {
+        Some(lease) if lease.attempt == attempt => Ok(()),
+        Some(_) | None => Err(Refused::Stale),
+    }
+}
+
+fn queued(tries: Tries, event: &Event, now: Ms) -> Result<State, Refused> {
+    match event {
+        Event::Assigned { worker } => {
+            let tries = Tries { made: tries.made + 1, ..tries };
+            let lease = Lease { attempt: tries.made, worker: *worker, assigned_at: now };
+            Ok(State { tries, step: Step::Assigned { lease } })
+        }
+        Event::CancelAsked { reason } => Ok(done(tries, End::because(*reason, "canceled while it waited"), now)),
+        Event::DeadlinePassed => {
+            Ok(done(tries, End::because(Reason::QueueExpired, "no slot became free in time"), now))
+        }
+        Event::Accepted { .. }
+        | Event::Refused { .. }
+        | Event::Phase { .. }
+        | Event::Artifact { .. }
+        | Event::Finished { .. }
+        | Event::Lost { .. } => Err(Refused::Stale),
+    }
+}
+
+fn assigned(tries: Tries, lease: &Lease, event: &Event, now: Ms, rules: &Rules) -> Result<State, Refused> {
+    match event {
+        Event::Accepted { .. } => {
+            Ok(State { tries, step: Step::Running { lease: lease.clone(), accepted_at: now, phase: Phase::Preparing } })
+        }
+        Event::Refused { message, .. } => Ok(lost(tries, lease, Reason::WorkerLost, message, now, rules)),
+        Event::Lost { reason, message, .. } => Ok(lost(tries, lease, *reason, message, now, rules)),
+        Event::Finished { end, .. } => Ok(finished(tries, lease, end, now, rules)),
+        Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),
+        // The worker may have started it without our knowing: revoke first, so that never two of its VMs are alive.
+        Event::DeadlinePassed => Ok(cancel(tries, lease, Then::Requeue(Reason::WorkerLost), now)),
+        Event::Assigned { .. } | Event::Phase { .. } | Event::Artifact { .. } => Err(Refused::Impossible),
+    }
+}
+
+fn running(
+    tries: Tries,
+    lease: &Lease,
+    (accepted_at, current): (Ms, Phase),
+    event: &Event,
+    now: Ms,
+    rules: &Rules,
+) -> Result<State, Refused> {
+    let stay = |phase| Ok(State { tries, step: Step::Running { lease: lease.clone(), accepted_at, phase } });
+    match event {
+        Event::Phase { phase, .. } if *phase < current => Err(Refused::Impossible),
+        Event::Phase { phase, .. } => stay(*phase),
+        Event::Artifact { .. } => stay(current),
+        Event::Finished { end, .. } => Ok(finished(tries, lease, end, now, rules)),
+        Event::Lost { reason, message, .. } => Ok(lost(tries, lease, *reason, message, now, rules)),
+        Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),
+        Event::DeadlinePassed => Ok(cancel(tries, lease, Then::End(Reason::RunTimeout), now)),
+        Event::Accepted { .. } => Err(Refused::Already),
+        Event::Assigned { .. } | Event::Refused { .. } => Err(Refused::Impossible),
+    }
+}
+
+fn canceling(
+    tries: Tries,
+    lease: &Lease,
+    (since, then): (Ms, Then),
+    event: &Event,
+    now: Ms,
+    rules: &Rules,
+) -> Result<State, Refused> {
+    let stay = |then| Ok(State { tries, step: Step::Canceling { lease: lease.clone(), since, then } });
+    match (event, then) {
+        (Event::Accepted { .. } | Event::Phase { .. } | Event::Artifact { .. }, _) => stay(then),
+        // The command may have ended before the order reached it; then its own end is the truth.
+        (Event::Finished { end, .. }, _) if is_own_end(end) => Ok(done(tries, end.clone(), now)),
+        (Event::Finished { .. } | Event::Lost { .. } | Event::Refused { .. }, Then::End(reason)) => {
+            Ok(done(tries, canceled_end(reason, event), now))
+        }
+        (Event::Finished { .. } | Event::Lost { .. } | Event::Refused { .. }, Then::Requeue(reason)) => {
+            Ok(lost(tries, lease, reason, "the worker did not accept it in time", now, rules))
+        }
+        (Event::CancelAsked { reason }, Then::Requeue(_)) => stay(Then::End(*reason)),
+        (Event::CancelAsked { .. }, Then::End(_)) => Err(Refused::Already),
+        (Event::DeadlinePassed, Then::End(reason)) => {
+            Ok(done(tries, End::because(reason, "the worker did not confirm the end in time"), now))
+        }
+        // It is connected and does not let go: to try elsewhere could run the job twice.
+        (Event::DeadlinePassed, Then::Requeue(_)) => {
+            Ok(done(tries, End::because(Reason::InternalError, "the worker neither ran nor released it"), now))
+        }
+        (Event::Assigned { .. }, _) => Err(Refused::Impossible),
+    }
+}
+
+/// True for an end that the command reached by itself.
+fn is_own_end(end: &End) -> bool {
+    match end.blame() {
+        None | Some(Blame::User) => true,
+        Some(Blame::Policy) => end.reason == Some(Reason::RunTimeout),
+        Some(Blame::Farm) => false,
+    }
+}
+
+fn canceled_end(reason: Reason, event: &Event) -> End {
+    let message = match event {
+        Event::Finished { end, .. } => end.message.clone(),
+        Event::Lost { message, .. } => format!("canceled; the worker was lost meanwhile: {message}"),
+        Event::Refused { .. }
+        | Event::Assigned { .. }
+        | Event::Accepted { .. }
+        | Event::Phase { .. }
+        | Event::Artifact { .. }
+        | Event::CancelAsked { .. }
+        | Event::DeadlinePassed => String::new(),
+    };
+    End::because(reason, message)
+}
+
+fn finished(tries: Tries, lease: &Lease, end: &End, now: Ms, rules: &Rules) -> State {
+    match end.blame() {
+        Some(Blame::Farm) => lost(tries, lease, end.reason.unwrap_or(Reason::InternalError), &end.message, now, rules),
+        Some(Blame::User) if tries.failed < rules.retries => {
+            let tries = Tries { failed: tries.failed + 1, ..tries };
+            State { tries, step: Step::Queued { since: now, avoid: Vec::new() } }
+        }
+        Some(Blame::User) | Some(Blame::Policy) | None => done(tries, end.clone(), now),
+    }
+}
+
+/// The farm's fault: tried again elsewhere, never charged to the user, but not for ever.
+fn lost(tries: Tries, lease: &Lease, reason: Reason, message: &str, now: Ms, rules: &Rules) -> State {
+    if tries.lost >= rules.lost_max {
+        return done(tries, End::because(reason, message), now);
+    }
+    let tries = Tries { lost: tries.lost + 1, ..tries };
+    State { tries, step: Step::Queued { since: now, avoid: vec![lease.worker] } }
+}
+
+fn cancel(tries: Tries, lease: &Lease, then: Then, now: Ms) -> State {
+    State { tries, step: Step::Canceling { lease: lease.clone(), since: now, then } }
+}
+
+fn done(tries: Tries, end: End, now: Ms) -> State {
+    State { tries, step: Step::Done { end, at: now } }
+}
