@@ -125,6 +125,14 @@ impl Limits {
 
 /// A JSON body other than a source. Specs are small.
 pub const JSON_BODY_MAX: u64 = 1 << 20;
+/// Any JSON answer; the longest lists half a million digests.
+pub const JSON_ANSWER_MAX: usize = 64 << 20;
+/// An error's body, as far as it is read.
+pub const PROBLEM_MAX: usize = 64 << 10;
+/// One line of the feed. The last one holds the whole job.
+pub const FEED_LINE_MAX: usize = 8 << 20;
+/// A feed says something, if only an empty line, this often.
+pub const FEED_KEEPALIVE_MS: u64 = 10_000;
 /// A frame on the worker's socket.
 pub const FRAME_MAX: usize = 1 << 20;
 /// WebSocket buffers per connection: default ones cost 131 KiB an idle worker, these cost 6.

@@ -11,6 +11,16 @@ use serde::{Deserialize, Serialize};
 pub const PROTOCOL: std::ops::RangeInclusive<u32> = 1..=1;
 pub const SUBPROTOCOL: &str = "alloy.v1";
 
+/// Header names of our own.
+pub mod header {
+    /// A create sent again with the same key gives the same thing.
+    pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+    /// On a log: which attempt's it is.
+    pub const ATTEMPT: &str = "alloy-attempt";
+    /// On a log: the offset of the body's first byte. On an attempt's artifact: how many bytes are stored.
+    pub const OFFSET: &str = "alloy-offset";
+}
+
 /// URL paths. The router and the client both take them from here.
 pub mod path {
     use crate::id::{AttemptRef, Digest, JobId, TokenId, WorkerId};

@@ -541,7 +541,8 @@ mod tests {
     }
 
     fn sample() -> Vec<(Digest, Bytes)> {
-        let blobs: [Vec<u8>; 3] = [b"hello ".repeat(1000), vec![7], (0..5000u32).map(|i| (i * i >> 3) as u8).collect()];
+        let blobs: [Vec<u8>; 3] =
+            [b"hello ".repeat(1000), vec![7], (0..5000u32).map(|i| ((i * i) >> 3) as u8).collect()];
         blobs.into_iter().map(|bytes| (Digest::of(&bytes), bytes.into())).collect()
     }
 

@@ -1,0 +1,267 @@
+//! S: the one way to talk to a farm.
+//!
+//! Plain requests carry a retry budget, streams resume by themselves from where they are. A request is sent again only if
+//! that cannot do a thing twice. Nothing waits for ever: requests have a deadline, streams have one between two bytes.
+
+mod call;
+mod stream;
+mod transfer;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::call::Call;
+pub use self::stream::{FeedItem, LogQuery};
+use crate::env::Env;
+use crate::id::{JobId, TokenId, WorkerId, printable};
+use crate::secret::Secret;
+use crate::wire::farm::{
+    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest,
+    TokenView, WhoAmI, WorkerList, WorkerView,
+};
+use crate::wire::job::{ArtifactList, JobPage, JobView, StateWord, SubmitJob};
+use crate::wire::{ErrorCode, Problem, header, path};
+
+const CONNECT_MS: u64 = 5_000;
+/// `?wait=terminal` is answered within this time, or asked again.
+const WAIT_ANSWER_MS: u64 = 120_000;
+/// Between two views of a job that has not ended: a server that does not wait is not hammered.
+const WAIT_PAUSE_MS: u64 = 1_000;
+
+/// Where the farm is and who asks.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// `http://host:port` or `https://…`, with or without a path in front of `/v1`.
+    pub url: String,
+    pub token: Option<Secret<String>>,
+    /// The `User-Agent`.
+    pub agent: String,
+}
+
+/// A farm's API. Cheap to clone; clones share their connections.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    base: Arc<str>,
+    token: Option<Secret<String>>,
+    env: Arc<dyn Env>,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+/// Why there is no answer. Its text never holds a token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ClientError {
+    /// Nobody answers at this address, or not to the end.
+    Unreachable { url: String, why: String },
+    /// The farm refused.
+    Problem(Problem),
+    /// Something answered that does not speak as a farm does.
+    Protocol(String),
+}
+
+impl ClientError {
+    pub fn problem(&self) -> Option<&Problem> {
+        match self {
+            Self::Problem(problem) => Some(problem),
+            Self::Unreachable { .. } | Self::Protocol(_) => None,
+        }
+    }
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreachable { url, why } => write!(f, "cannot reach the farm at {url}: {why}"),
+            Self::Protocol(why) => f.write_str(why),
+            Self::Problem(problem) => {
+                f.write_str(&problem.message)?;
+                for error in &problem.errors {
+                    write!(f, "\n  {}: {}", error.field, error.message)?;
+                }
+                if let Some(hint) = &problem.hint {
+                    write!(f, "\n  hint: {hint}")?;
+                }
+                match &problem.request_id {
+                    Some(id) if problem.status >= 500 => write!(f, "\n  request id: {id}"),
+                    Some(_) | None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl std::error::Error for ClientError {}
+
+/// Which jobs to list, newest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct JobQuery {
+    pub limit: Option<u32>,
+    pub cursor: Option<String>,
+    /// Any of these; none: all. Sent as `state=queued,running`.
+    pub state: Vec<StateWord>,
+    pub mine: bool,
+}
+
+impl Client {
+    pub fn new(options: Options, env: Arc<dyn Env>) -> Result<Self, ClientError> {
+        let base = base_url(&options.url)?;
+        if let Some(token) = &options.token {
+            call::bearer(token)?;
+        }
+        // An error says that a provider is installed, which is all that is wanted.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut builder = reqwest::Client::builder()
+            .user_agent(&options.agent)
+            .connect_timeout(Duration::from_millis(CONNECT_MS))
+            .tcp_keepalive(Duration::from_secs(15))
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            // A redirected POST would arrive as a GET, and a token could follow it elsewhere.
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never());
+        if base.scheme() == "http" {
+            // Reading the system's certificates takes longer than a short command may.
+            builder = builder.tls_certs_only([]);
+        }
+        if is_loopback(&base) {
+            builder = builder.no_proxy();
+        }
+        let base: Arc<str> = base.as_str().trim_end_matches('/').into();
+        let http = builder
+            .build()
+            .map_err(|error| ClientError::Unreachable { url: base.to_string(), why: call::root_cause(&error) })?;
+        Ok(Self { http, base, token: options.token, env })
+    }
+
+    pub fn url(&self) -> &str {
+        &self.base
+    }
+
+    pub async fn info(&self) -> Result<Info, ClientError> {
+        self.ask(Call::get(path::INFO)).await
+    }
+
+    pub async fn whoami(&self) -> Result<WhoAmI, ClientError> {
+        self.ask(Call::get(path::WHOAMI)).await
+    }
+
+    /// Submits a job. The same key with the same job gives the same job, however often it is sent.
+    pub async fn submit(&self, job: &SubmitJob, key: &str) -> Result<JobView, ClientError> {
+        self.ask(Call::post(path::JOBS).json(job).header(header::IDEMPOTENCY_KEY, key)).await
+    }
+
+    pub async fn job(&self, id: JobId) -> Result<JobView, ClientError> {
+        self.ask(Call::get(path::job(id))).await
+    }
+
+    /// Finds a job by its id, or by at least six of its last characters that no other job has.
+    pub async fn find_job(&self, text: &str) -> Result<JobView, ClientError> {
+        if text.is_empty() || !text.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_') {
+            let problem = Problem::new(ErrorCode::NotFound, format!("`{}` is no job", printable(text)));
+            return Err(ClientError::Problem(
+                problem.hint("give a job's id, or at least six of its last characters; `alloy list` shows them"),
+            ));
+        }
+        self.ask(Call::get(format!("{}/{text}", path::JOBS))).await
+    }
+
+    /// Waits until the job has ended.
+    pub async fn job_wait(&self, id: JobId) -> Result<JobView, ClientError> {
+        loop {
+            let asked = self.env.now().mono;
+            let call = Call::get(path::job(id)).query("wait", "terminal").deadline(WAIT_ANSWER_MS).patient();
+            let view: JobView = self.ask(call).await?;
+            if view.state.is_terminal() {
+                return Ok(view);
+            }
+            self.env.sleep_until(asked + WAIT_PAUSE_MS).await;
+        }
+    }
+
+    pub async fn jobs(&self, query: &JobQuery) -> Result<JobPage, ClientError> {
+        let mut call = Call::get(path::JOBS);
+        if let Some(limit) = query.limit {
+            call = call.query("limit", limit);
+        }
+        if let Some(cursor) = &query.cursor {
+            call = call.query("cursor", cursor);
+        }
+        if !query.state.is_empty() {
+            let words: Vec<&str> = query.state.iter().map(|state| state.as_str()).collect();
+            call = call.query("state", words.join(","));
+        }
+        if query.mine {
+            call = call.query("mine", true);
+        }
+        self.ask(call).await
+    }
+
+    pub async fn cancel(&self, id: JobId) -> Result<JobView, ClientError> {
+        self.ask(Call::post(path::job_cancel(id))).await
+    }
+
+    pub async fn artifacts(&self, id: JobId) -> Result<ArtifactList, ClientError> {
+        self.ask(Call::get(path::job_artifacts(id))).await
+    }
+
+    /// Makes an invitation. Sent again only if it surely never arrived: an invitation nobody sees must not exist.
+    pub async fn invite(&self, request: &InviteRequest) -> Result<Invite, ClientError> {
+        self.ask(Call::post(path::WORKER_INVITES).json(request).once()).await
+    }
+
+    pub async fn enrol(&self, request: &EnrolRequest) -> Result<Enrolled, ClientError> {
+        self.ask(Call::post(path::WORKER_ENROL).json(request)).await
+    }
+
+    pub async fn workers(&self) -> Result<WorkerList, ClientError> {
+        self.ask(Call::get(path::WORKERS)).await
+    }
+
+    pub async fn drain(&self, id: WorkerId, request: &DrainRequest) -> Result<WorkerView, ClientError> {
+        self.ask(Call::post(path::worker_drain(id)).json(request)).await
+    }
+
+    pub async fn resume(&self, id: WorkerId) -> Result<WorkerView, ClientError> {
+        self.ask(Call::post(path::worker_resume(id))).await
+    }
+
+    /// Makes a token. Sent again only if it surely never arrived: a token nobody sees must not exist.
+    pub async fn create_token(&self, request: &TokenRequest) -> Result<TokenCreated, ClientError> {
+        self.ask(Call::post(path::TOKENS).json(request).once()).await
+    }
+
+    pub async fn tokens(&self) -> Result<TokenList, ClientError> {
+        self.ask(Call::get(path::TOKENS)).await
+    }
+
+    pub async fn revoke_token(&self, id: TokenId) -> Result<TokenView, ClientError> {
+        self.ask(Call::delete(path::token(id))).await
+    }
+}
+
+fn base_url(text: &str) -> Result<reqwest::Url, ClientError> {
+    // What stands before an `@` may be a password.
+    let shown = printable(text.rsplit('@').next().unwrap_or(text));
+    let wrong = |why: &str| ClientError::Unreachable { url: shown.clone(), why: why.to_owned() };
+    let url = reqwest::Url::parse(text).map_err(|_| wrong("this is no URL; http://host:3000 is one"))?;
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        return Err(wrong("the address starts with neither http:// nor https://"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(wrong("the address holds a user name or password; a farm takes a token"));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(wrong("the address of a farm has no `?` and no `#`"));
+    }
+    Ok(url)
+}
+
+fn is_loopback(url: &reqwest::Url) -> bool {
+    let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
