@@ -1,1 +1,3 @@
+//! The one integration binary. Names of tests are sentences about what a user sees.
 
+mod tidy;
