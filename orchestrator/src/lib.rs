@@ -1,3 +1,9 @@
+pub mod admit;
+pub mod desk;
+pub mod desk_loop;
+pub mod hub;
 pub mod job;
 pub mod ops;
+pub mod pick;
 pub mod store;
+pub mod wake;

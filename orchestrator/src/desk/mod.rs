@@ -1,0 +1,544 @@
+//! D: every live job and every free slot, and the order in which things are decided.
+//!
+//! `decide` takes what was asked since the last commit, changes its own picture at once and returns the groups of writes
+//! that make it true; `committed` takes what the store did with them and returns the answers and effects. Between the two
+//! nothing may be answered: an answer follows the commit. There are never two commits in flight.
+
+mod books;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use alloy_shared::env::{Ms, Now};
+use alloy_shared::id::{AttemptRef, JobId, Labels, OrgId, WorkerId};
+use alloy_shared::limits::{self, Limits};
+use alloy_shared::wire::FieldError;
+use alloy_shared::wire::job::{Reason, SubmitJob, Timings};
+use alloy_shared::wire::session::{SlotState, SlotView};
+
+use crate::admit::admit;
+use crate::job::{self, Event, Refused, Rules, Step};
+use crate::pick::{self, Room, Waiting, WhyNot};
+use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
+use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, Write};
+
+/// Ties an answer to its question.
+pub type Ticket = u64;
+
+pub enum Request {
+    Submit {
+        ticket: Ticket,
+        id: JobId,
+        by: By,
+        body: Arc<SubmitJob>,
+        key: Option<IdempotencyKey>,
+    },
+    Cancel {
+        ticket: Ticket,
+        job: JobId,
+        reason: Reason,
+    },
+    /// A worker's numbered news of an attempt.
+    Report {
+        ticket: Ticket,
+        from: From,
+        seq: u64,
+        event: Event,
+        news: News,
+    },
+    /// The worker's session found that the worker does not have the attempt.
+    NotHeld {
+        ticket: Ticket,
+        from: From,
+        reason: Reason,
+        message: String,
+    },
+    Close {
+        ticket: Ticket,
+        close: CloseAttempt,
+    },
+    Offer(Offer),
+    /// The worker's connection is gone. Its jobs stay its own until it is silent for too long.
+    Gone(WorkerId),
+    Silent(WorkerId),
+    /// Which workers hold jobs?
+    Holders {
+        ticket: Ticket,
+    },
+    Why {
+        ticket: Ticket,
+        job: JobId,
+    },
+}
+
+#[derive(Debug, Clone)]
+pub struct By {
+    pub org: OrgId,
+    pub caller: String,
+}
+
+/// Who says something about which attempt, over which session.
+#[derive(Debug, Clone, Copy)]
+pub struct From {
+    pub at: AttemptRef,
+    pub worker: WorkerId,
+    pub epoch: i64,
+}
+
+/// What a report brings besides its event.
+#[derive(Debug, Clone, Default)]
+pub struct News {
+    pub timings: Timings,
+    pub artifact: Option<Artifact>,
+    pub message: Option<String>,
+}
+
+/// A connected worker, as its last heartbeat describes it.
+#[derive(Debug, Clone)]
+pub struct Offer {
+    pub worker: WorkerId,
+    pub name: String,
+    pub labels: Labels,
+    pub slots: Vec<SlotView>,
+    pub draining: bool,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// The job as it is after the commit.
+    Job(Box<Job>),
+    /// The idempotency key names this job.
+    Exists {
+        job: JobId,
+        body: alloy_shared::id::Digest,
+    },
+    Rejected(Vec<FieldError>),
+    /// Too many live jobs.
+    Full,
+    /// This report was applied before.
+    Applied,
+    /// Reports in between are missing: the newest applied one is `have`.
+    Gap {
+        have: u64,
+    },
+    /// The state does not allow it.
+    Refused(Refused),
+    /// No live job of that id.
+    NotLive,
+    /// Somebody else was faster, or the session is not the worker's newest.
+    Stale,
+    Done,
+    Holders(BTreeSet<WorkerId>),
+    Why(Option<WhyNot>),
+    /// The store did not commit; nothing happened.
+    Failed(String),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    Answer {
+        ticket: Ticket,
+        answer: Answer,
+    },
+    /// The job changed. `left` is a worker whose attempt this change ended or took away.
+    Moved {
+        job: Box<Job>,
+        left: Option<WorkerId>,
+    },
+    /// The picture of this job is not to be trusted: load it again.
+    Reload(JobId),
+}
+
+/// A job in memory with all that decides about it.
+#[derive(Debug, Clone)]
+struct Live {
+    job: Job,
+    attempt: Option<Attempt>,
+    rules: Rules,
+    required: Labels,
+}
+
+/// A group that waits for its commit.
+enum Draft {
+    Insert { ticket: Ticket, insert: Box<InsertJob> },
+    Advance { ticket: Option<Ticket>, advance: Box<crate::store::write::Advance>, left: Option<WorkerId> },
+    Close { ticket: Ticket, close: CloseAttempt },
+}
+
+pub struct Desk {
+    limits: Limits,
+    live: BTreeMap<JobId, Live>,
+    /// Waiting jobs, oldest first.
+    queue: BTreeSet<(Ms, JobId)>,
+    deadlines: BTreeSet<(Ms, JobId)>,
+    leased: BTreeMap<WorkerId, BTreeSet<AttemptRef>>,
+    offers: BTreeMap<WorkerId, Offer>,
+    drafts: Vec<Draft>,
+    /// Position among the drafts of jobs that are being inserted.
+    fresh: BTreeMap<JobId, usize>,
+    /// Answers that need no write of their own, and the job whose picture they rest on.
+    answers: Vec<(Ticket, Option<JobId>, Answer)>,
+}
+
+impl Desk {
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            live: BTreeMap::new(),
+            queue: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
+            leased: BTreeMap::new(),
+            offers: BTreeMap::new(),
+            drafts: Vec::new(),
+            fresh: BTreeMap::new(),
+            answers: Vec::new(),
+        }
+    }
+
+    /// When something is due although nobody asks.
+    pub fn next_wake(&self) -> Option<Ms> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+
+    pub fn live_count(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Takes the truth from the store, at the start and after a miss.
+    pub fn restore(&mut self, jobs: Vec<(Job, Option<Attempt>)>) {
+        for (job, attempt) in jobs {
+            self.remove(&job.id);
+            if !job.state.is_done() {
+                let rules = Rules::of(&job.spec, &self.limits);
+                let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
+                self.put(Live { job, attempt, rules, required });
+            }
+        }
+    }
+
+    pub fn decide(&mut self, requests: Vec<Request>, now: Now) -> Vec<Group> {
+        for request in requests {
+            self.take(request, now.wall);
+        }
+        self.due(now.wall);
+        self.place(now.wall);
+        self.drafts.iter().map(Draft::group).collect()
+    }
+
+    fn take(&mut self, request: Request, now: Ms) {
+        match request {
+            Request::Submit { ticket, id, by, body, key } => self.submit(ticket, id, by, &body, key, now),
+            Request::Cancel { ticket, job, reason } => {
+                self.change(Some(ticket), job, &Event::CancelAsked { reason }, Guard::Version, None, now);
+            }
+            Request::Report { ticket, from, seq, event, news } => self.report(ticket, from, seq, &event, news, now),
+            Request::NotHeld { ticket, from, reason, message } => {
+                let event = Event::Lost { attempt: from.at.attempt, reason, message };
+                self.change(Some(ticket), from.at.job, &event, fence(from), None, now);
+            }
+            Request::Close { ticket, close } => self.drafts.push(Draft::Close { ticket, close }),
+            Request::Offer(offer) => {
+                self.offers.insert(offer.worker, offer);
+            }
+            Request::Gone(worker) => {
+                self.offers.remove(&worker);
+            }
+            Request::Silent(worker) => self.silent(worker, now),
+            Request::Holders { ticket } => {
+                let holders = self.leased.iter().filter(|(_, held)| !held.is_empty()).map(|(id, _)| *id).collect();
+                self.answers.push((ticket, None, Answer::Holders(holders)));
+            }
+            Request::Why { ticket, job } => {
+                let why = self.why_not(&job);
+                self.answers.push((ticket, Some(job), Answer::Why(why)));
+            }
+        }
+    }
+
+    fn submit(&mut self, ticket: Ticket, id: JobId, by: By, body: &SubmitJob, key: Option<IdempotencyKey>, now: Ms) {
+        let required = match admit(&body.spec, &self.limits) {
+            Ok(required) => required,
+            Err(faults) => return self.answers.push((ticket, None, Answer::Rejected(faults))),
+        };
+        if self.live.len() >= limits::LIVE_JOBS_MAX {
+            return self.answers.push((ticket, None, Answer::Full));
+        }
+        let job = Job {
+            id,
+            org: by.org,
+            version: 1,
+            state: job::State::new(now),
+            spec: Arc::new(body.spec.clone()),
+            source: body.source,
+            created_at: now,
+            created_by: by.caller,
+            events: 1,
+        };
+        let events = vec![books::submitted(&job, now)];
+        let rules = Rules::of(&job.spec, &self.limits);
+        self.fresh.insert(id, self.drafts.len());
+        let insert = Box::new(InsertJob { job: job.clone(), key, attempt: None, events });
+        self.drafts.push(Draft::Insert { ticket, insert });
+        self.put(Live { job, attempt: None, rules, required });
+    }
+
+    fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, news: News, now: Ms) {
+        let Some(live) = self.live.get(&from.at.job) else {
+            return self.answers.push((ticket, None, Answer::NotLive));
+        };
+        let current = live.attempt.as_ref().filter(|attempt| attempt.at == from.at && attempt.worker == from.worker);
+        let answer = match current {
+            None => Some(Answer::Refused(Refused::Stale)),
+            Some(attempt) if seq <= attempt.seq => Some(Answer::Applied),
+            Some(attempt) if seq > attempt.seq + 1 => Some(Answer::Gap { have: attempt.seq }),
+            Some(_) => None,
+        };
+        match answer {
+            Some(answer) => self.answers.push((ticket, Some(from.at.job), answer)),
+            None => self.change(Some(ticket), from.at.job, event, fence(from), Some((seq, news)), now),
+        }
+    }
+
+    /// The one way from an event to a draft.
+    fn change(
+        &mut self,
+        ticket: Option<Ticket>,
+        id: JobId,
+        event: &Event,
+        guard: Guard,
+        report: Option<(u64, News)>,
+        now: Ms,
+    ) {
+        let Some(live) = self.live.get(&id) else {
+            if let Some(ticket) = ticket {
+                self.answers.push((ticket, None, Answer::NotLive));
+            }
+            return;
+        };
+        let state = match job::apply(&live.job.state, event, now, &live.rules) {
+            Ok(state) => state,
+            // Numbered news that changes no state is still written: its number must be remembered.
+            Err(Refused::Already | Refused::Impossible) if report.is_some() => live.job.state.clone(),
+            Err(refused) => {
+                if let Some(ticket) = ticket {
+                    self.answers.push((ticket, Some(id), Answer::Refused(refused)));
+                }
+                return;
+            }
+        };
+        let mut next = live.clone();
+        let change = books::enter(&mut next, state, event, report, now);
+        let left = live.job.state.lease().map(|lease| lease.worker).filter(|_| next.job.state.lease().is_none());
+        self.draft(ticket, guard, &mut next, change, left);
+        self.put(next);
+    }
+
+    fn draft(
+        &mut self,
+        ticket: Option<Ticket>,
+        guard: Guard,
+        next: &mut Live,
+        change: books::Change,
+        left: Option<WorkerId>,
+    ) {
+        // A job that is not in the store yet changes in its insert: it is born assigned.
+        if let Some(Draft::Insert { insert, .. }) = self.fresh.get(&next.job.id).and_then(|at| self.drafts.get_mut(*at))
+            && ticket.is_none()
+        {
+            insert.events.extend(change.events);
+            insert.attempt = next.attempt.clone();
+            next.job.version = insert.job.version;
+            insert.job = next.job.clone();
+            return;
+        }
+        let advance = crate::store::write::Advance {
+            next: next.job.clone(),
+            guard,
+            attempt: next.attempt.clone().filter(|_| change.attempt),
+            events: change.events,
+            artifacts: change.artifacts,
+        };
+        self.drafts.push(Draft::Advance { ticket, advance: Box::new(advance), left });
+    }
+
+    fn silent(&mut self, worker: WorkerId, now: Ms) {
+        self.offers.remove(&worker);
+        let held: Vec<AttemptRef> = self.leased.get(&worker).into_iter().flatten().copied().collect();
+        for at in held {
+            let message = "the worker was not heard for too long".to_owned();
+            let event = Event::Lost { attempt: at.attempt, reason: Reason::WorkerLost, message };
+            self.change(None, at.job, &event, Guard::Silent { worker }, None, now);
+        }
+    }
+
+    fn due(&mut self, now: Ms) {
+        let due: Vec<JobId> = self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, id)| *id).collect();
+        for id in due {
+            self.change(None, id, &Event::DeadlinePassed, Guard::Version, None, now);
+        }
+    }
+
+    fn place(&mut self, now: Ms) {
+        if self.queue.is_empty() || self.offers.is_empty() {
+            return;
+        }
+        let mut rooms = self.rooms();
+        let waiting = self.queue.iter().filter_map(|(_, id)| self.live.get(id)).map(|live| Waiting {
+            id: live.job.id,
+            required: &live.required,
+            avoid: match &live.job.state.step {
+                Step::Queued { avoid, .. } => avoid,
+                Step::Assigned { .. } | Step::Running { .. } | Step::Canceling { .. } | Step::Done { .. } => &[],
+            },
+        });
+        for (id, worker) in pick::pick(waiting, &mut rooms) {
+            self.change(None, id, &Event::Assigned { worker }, Guard::Version, None, now);
+        }
+    }
+
+    fn rooms(&self) -> BTreeMap<WorkerId, Room> {
+        self.offers.iter().map(|(id, offer)| (*id, self.room(offer))).collect()
+    }
+
+    /// A slot is taken when the worker says so or when a job of ours is leased to it, counted once.
+    fn room(&self, offer: &Offer) -> Room {
+        let usable: Vec<&SlotView> = offer.slots.iter().filter(|slot| slot.state != SlotState::Quarantined).collect();
+        let leased = self.leased.get(&offer.worker).into_iter().flatten().copied();
+        let named: BTreeSet<AttemptRef> = usable.iter().filter_map(|slot| slot.attempt).chain(leased).collect();
+        let nameless = usable.iter().filter(|slot| slot.attempt.is_none() && !slot.state.is_free()).count();
+        let slots = usable.len() as u32;
+        let taken = (named.len() + nameless) as u32;
+        Room {
+            name: offer.name.clone(),
+            labels: offer.labels.clone(),
+            draining: offer.draining,
+            slots,
+            free: slots.saturating_sub(taken),
+        }
+    }
+
+    fn why_not(&self, id: &JobId) -> Option<WhyNot> {
+        let live = self.live.get(id)?;
+        matches!(live.job.state.step, Step::Queued { .. }).then(|| pick::why_not(&live.required, &self.rooms()))
+    }
+
+    /// Takes what the store did and returns what follows. An error means that nothing was written.
+    pub fn committed(&mut self, done: Result<Committed, String>) -> Vec<Effect> {
+        let drafts = std::mem::take(&mut self.drafts);
+        let answers = std::mem::take(&mut self.answers);
+        self.fresh.clear();
+        let mut effects = Vec::with_capacity(drafts.len() * 2 + answers.len());
+        let mut suspect = BTreeSet::new();
+        let results = match done {
+            Ok(committed) => {
+                committed.groups.into_iter().map(|group| group.map(|_| ()).map_err(Missed::Group)).collect()
+            }
+            Err(why) => drafts.iter().map(|_| Err(Missed::All(why.clone()))).collect::<Vec<_>>(),
+        };
+        let failed = matches!(results.first(), Some(Err(Missed::All(_))));
+        for (draft, result) in drafts.into_iter().zip(results) {
+            match result {
+                Ok(()) => self.done(draft, &mut effects),
+                Err(missed) => self.missed(draft, missed, &mut suspect, &mut effects),
+            }
+        }
+        for (ticket, job, answer) in answers {
+            let unsound = failed || job.is_some_and(|id| suspect.contains(&id));
+            effects.push(Effect::Answer { ticket, answer: if unsound { Answer::Stale } else { answer } });
+        }
+        effects.extend(suspect.into_iter().map(Effect::Reload));
+        effects
+    }
+
+    fn done(&mut self, draft: Draft, effects: &mut Vec<Effect>) {
+        match draft {
+            Draft::Insert { ticket, insert } => {
+                effects.push(Effect::Moved { job: Box::new(insert.job.clone()), left: None });
+                effects.push(Effect::Answer { ticket, answer: Answer::Job(Box::new(insert.job)) });
+            }
+            Draft::Advance { ticket, advance, left } => {
+                let job = Box::new(advance.next);
+                if job.state.is_done() {
+                    self.remove(&job.id);
+                }
+                if let Some(ticket) = ticket {
+                    effects.push(Effect::Answer { ticket, answer: Answer::Job(job.clone()) });
+                }
+                effects.push(Effect::Moved { job, left });
+            }
+            Draft::Close { ticket, .. } => effects.push(Effect::Answer { ticket, answer: Answer::Done }),
+        }
+    }
+
+    fn missed(&mut self, draft: Draft, missed: Missed, suspect: &mut BTreeSet<JobId>, effects: &mut Vec<Effect>) {
+        let answer = match missed {
+            Missed::All(why) => Answer::Failed(why),
+            Missed::Group(Miss::Stale) => Answer::Stale,
+            Missed::Group(Miss::Exists { job, body }) => Answer::Exists { job, body },
+            Missed::Group(Miss::Corrupt(why)) => Answer::Failed(why),
+        };
+        let (job, ticket) = match draft {
+            Draft::Insert { ticket, insert } => {
+                // It is in no store: there is nothing to load, and its slot is free again.
+                self.remove(&insert.job.id);
+                (None, Some(ticket))
+            }
+            Draft::Advance { ticket, advance, .. } => (Some(advance.next.id), ticket),
+            Draft::Close { ticket, .. } => (None, Some(ticket)),
+        };
+        if let Some(id) = job {
+            self.remove(&id);
+            suspect.insert(id);
+        }
+        if let Some(ticket) = ticket {
+            effects.push(Effect::Answer { ticket, answer });
+        }
+    }
+
+    fn put(&mut self, live: Live) {
+        let id = live.job.id;
+        self.remove(&id);
+        if let Some(at) = live.job.state.deadline(&live.rules) {
+            self.deadlines.insert((at, id));
+        }
+        if matches!(live.job.state.step, Step::Queued { .. }) {
+            self.queue.insert((live.job.created_at, id));
+        }
+        if let Some(lease) = live.job.state.lease() {
+            self.leased.entry(lease.worker).or_default().insert(live.job.attempt());
+        }
+        self.live.insert(id, live);
+    }
+
+    fn remove(&mut self, id: &JobId) {
+        let Some(live) = self.live.remove(id) else { return };
+        if let Some(at) = live.job.state.deadline(&live.rules) {
+            self.deadlines.remove(&(at, *id));
+        }
+        self.queue.remove(&(live.job.created_at, *id));
+        if let Some(lease) = live.job.state.lease()
+            && let Some(held) = self.leased.get_mut(&lease.worker)
+        {
+            held.remove(&live.job.attempt());
+        }
+    }
+}
+
+enum Missed {
+    All(String),
+    Group(Miss),
+}
+
+impl Draft {
+    fn group(&self) -> Group {
+        Group(vec![match self {
+            Self::Insert { insert, .. } => Write::InsertJob(insert.clone()),
+            Self::Advance { advance, .. } => Write::Advance(advance.clone()),
+            Self::Close { close, .. } => Write::CloseAttempt(close.clone()),
+        }])
+    }
+}
+
+fn fence(from: From) -> Guard {
+    Guard::Fence { attempt: from.at.attempt, worker: from.worker, epoch: from.epoch }
+}

@@ -1,0 +1,184 @@
+//! P: the desk's loop: drain what was asked, decide, commit once, answer. [`Door::ask`] is the desk's only door.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use alloy_shared::env::{Env, Ms, backoff};
+use alloy_shared::id::JobId;
+use alloy_shared::limits::{self, Limits};
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, warn};
+
+use crate::desk::{Answer, Desk, Effect, Request, Ticket};
+use crate::hub::Hub;
+use crate::store::{Attempt, Job, Scope, Store, StoreError};
+use crate::wake::Wake;
+
+/// Where requests go in.
+#[derive(Clone)]
+pub struct Door {
+    tx: mpsc::Sender<(Request, Option<(Ticket, oneshot::Sender<Answer>)>)>,
+    tickets: Arc<AtomicU64>,
+}
+
+impl Door {
+    /// Asks and waits for the answer, which follows the commit.
+    pub async fn ask(&self, request: impl FnOnce(Ticket) -> Request) -> Answer {
+        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+        let (answer, waiting) = oneshot::channel();
+        let gone = || Answer::Failed("the orchestrator is stopping".to_owned());
+        if self.tx.send((request(ticket), Some((ticket, answer)))).await.is_err() {
+            return gone();
+        }
+        waiting.await.unwrap_or_else(|_| gone())
+    }
+
+    /// Says something that needs no answer.
+    pub async fn tell(&self, request: Request) {
+        if self.tx.send((request, None)).await.is_err() {
+            warn!("the desk is closed; a message to it was dropped");
+        }
+    }
+}
+
+/// Loads the live jobs and starts the loop. Returns when the desk is ready to decide.
+pub async fn spawn(
+    store: Arc<dyn Store>,
+    hub: Arc<Hub>,
+    wake: Arc<Wake>,
+    env: Arc<dyn Env>,
+    limits: Limits,
+) -> Result<Door, StoreError> {
+    let mut desk = Desk::new(limits);
+    let mut after = None;
+    loop {
+        let jobs = store.live(after, limits::PAGE_MAX).await?;
+        let Some(last) = jobs.last() else { break };
+        after = Some(last.id);
+        let mut loaded = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            loaded.push(with_attempt(&*store, job).await?);
+        }
+        // Loading decides nothing that must be written: no offers are known yet, and overdue jobs are found by the loop.
+        desk.restore(loaded);
+    }
+    let (tx, rx) = mpsc::channel(limits::DESK_QUEUE);
+    let door = Door { tx, tickets: Arc::new(AtomicU64::new(1)) };
+    let task = Loop { desk, store, hub, wake, env: env.clone(), rx, waiting: HashMap::new() };
+    env.spawn("desk", Box::pin(task.run()));
+    Ok(door)
+}
+
+async fn with_attempt(store: &dyn Store, job: Job) -> Result<(Job, Option<Attempt>), StoreError> {
+    let attempt = match job.state.tries.made {
+        0 => None,
+        _ => store.attempt(&Scope::farm(), &job.attempt()).await?,
+    };
+    Ok((job, attempt))
+}
+
+type Asked = (Request, Option<(Ticket, oneshot::Sender<Answer>)>);
+
+struct Loop {
+    desk: Desk,
+    store: Arc<dyn Store>,
+    hub: Arc<Hub>,
+    wake: Arc<Wake>,
+    env: Arc<dyn Env>,
+    rx: mpsc::Receiver<Asked>,
+    waiting: HashMap<Ticket, oneshot::Sender<Answer>>,
+}
+
+impl Loop {
+    async fn run(mut self) {
+        while let Some(requests) = self.gather().await {
+            let groups = self.desk.decide(requests, self.env.now());
+            let done = if groups.is_empty() {
+                Ok(crate::store::Committed { groups: Vec::new() })
+            } else {
+                self.store.commit(&groups).await.map_err(|error| {
+                    error!(groups = groups.len(), %error, "the store did not commit");
+                    error.to_string()
+                })
+            };
+            for effect in self.desk.committed(done) {
+                self.perform(effect).await;
+            }
+        }
+    }
+
+    /// Everything that was asked by now; waits for the first. `None`: all doors are gone.
+    async fn gather(&mut self) -> Option<Vec<Request>> {
+        let mut requests = Vec::new();
+        let due = self.desk.next_wake();
+        tokio::select! {
+            biased;
+            asked = self.rx.recv() => self.note(asked?, &mut requests),
+            () = until(&*self.env, due) => {}
+        }
+        while requests.len() < limits::COMMIT_GROUPS_MAX {
+            match self.rx.try_recv() {
+                Ok(asked) => self.note(asked, &mut requests),
+                Err(_) => break,
+            }
+        }
+        Some(requests)
+    }
+
+    fn note(&mut self, (request, waiting): Asked, requests: &mut Vec<Request>) {
+        if let Some((ticket, answer)) = waiting {
+            self.waiting.insert(ticket, answer);
+        }
+        requests.push(request);
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Answer { ticket, answer } => {
+                if let Some(waiting) = self.waiting.remove(&ticket) {
+                    // The asker may have gone; the commit stands all the same.
+                    let _ = waiting.send(answer);
+                }
+            }
+            Effect::Moved { job, left } => {
+                self.wake.moved(job.id);
+                self.hub.moved(&job, left);
+            }
+            Effect::Reload(id) => self.reload(id).await,
+        }
+    }
+
+    /// Nothing is decided about a job whose picture is not true; the loop waits for the store.
+    async fn reload(&mut self, id: JobId) {
+        let mut tries = 0;
+        loop {
+            let loaded = match self.store.job(&Scope::farm(), &id).await {
+                Ok(Some(job)) => with_attempt(&*self.store, job).await.map(Some),
+                Ok(None) => Ok(None),
+                Err(error) => Err(error),
+            };
+            match loaded {
+                Ok(Some(loaded)) => return self.desk.restore(vec![loaded]),
+                Ok(None) => return,
+                Err(error) => {
+                    warn!(job.id = %id, %error, "cannot reload job; trying again");
+                    let delay = backoff(tries, 50, 2_000, self.env.dice());
+                    tries += 1;
+                    self.env.sleep_until(self.env.now().mono + delay).await;
+                }
+            }
+        }
+    }
+}
+
+/// Returns at that wall time, or never.
+async fn until(env: &dyn Env, at: Option<Ms>) {
+    match at {
+        Some(at) => {
+            let now = env.now();
+            env.sleep_until(now.mono + at.since(now.wall)).await;
+        }
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,215 @@
+//! P: the live sessions of workers: their mailboxes, when each was last heard, what each offers.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use alloy_shared::env::Mono;
+use alloy_shared::id::{AttemptRef, WorkerId};
+use alloy_shared::limits::Limits;
+use alloy_shared::wire::session::SlotView;
+use tokio::sync::mpsc;
+
+use crate::store::Job;
+
+/// Letters that wait for one session. A session that does not read them is cut and reconciles anew.
+const MAILBOX: usize = 512;
+
+#[derive(Debug)]
+pub enum Mail {
+    Job(Box<Job>),
+    Durable {
+        attempt: AttemptRef,
+        len: u64,
+    },
+    Superseded,
+    Drain {
+        on: bool,
+    },
+    /// The orchestrator stops: tell the worker to come back.
+    Stop,
+}
+
+/// A worker as it is at this moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveWorker {
+    pub silent_ms: u64,
+    pub connected: bool,
+    pub slots: Vec<SlotView>,
+    pub draining: bool,
+}
+
+struct Entry {
+    seen: Mono,
+    session: Option<Session>,
+    slots: Vec<SlotView>,
+    draining: bool,
+}
+
+struct Session {
+    epoch: i64,
+    mailbox: mpsc::Sender<Mail>,
+}
+
+pub struct Hub {
+    state: Mutex<State>,
+    limits: Limits,
+}
+
+struct State {
+    workers: BTreeMap<WorkerId, Entry>,
+    /// Nobody counts as silent from before this moment.
+    listening_since: Mono,
+}
+
+impl Hub {
+    pub fn new(limits: Limits, now: Mono) -> Self {
+        Self { state: Mutex::new(State { workers: BTreeMap::new(), listening_since: now }), limits }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers a session. An older one of the same worker is told that it is superseded.
+    pub fn open(&self, worker: WorkerId, epoch: i64, now: Mono) -> mpsc::Receiver<Mail> {
+        let (mailbox, letters) = mpsc::channel(MAILBOX);
+        let mut state = self.state();
+        let entry = state.workers.entry(worker).or_insert_with(|| Entry {
+            seen: now,
+            session: None,
+            slots: Vec::new(),
+            draining: false,
+        });
+        entry.seen = now;
+        if let Some(old) = entry.session.replace(Session { epoch, mailbox }) {
+            // A full mailbox belongs to a session that is about to be cut anyway.
+            let _ = old.mailbox.try_send(Mail::Superseded);
+        }
+        letters
+    }
+
+    /// Forgets the session, unless a newer one has taken its place. True if it was the newest.
+    pub fn close(&self, worker: WorkerId, epoch: i64) -> bool {
+        let mut state = self.state();
+        match state.workers.get_mut(&worker) {
+            Some(entry) if entry.session.as_ref().is_some_and(|session| session.epoch == epoch) => {
+                entry.session = None;
+                true
+            }
+            Some(_) | None => false,
+        }
+    }
+
+    pub fn seen(&self, worker: WorkerId, now: Mono) {
+        if let Some(entry) = self.state().workers.get_mut(&worker) {
+            entry.seen = now;
+        }
+    }
+
+    pub fn offered(&self, worker: WorkerId, slots: &[SlotView], draining: bool) {
+        if let Some(entry) = self.state().workers.get_mut(&worker) {
+            entry.slots = slots.to_vec();
+            entry.draining = draining;
+        }
+    }
+
+    /// A job changed: the worker that has it and the one that had it are told.
+    pub fn moved(&self, job: &Job, left: Option<WorkerId>) {
+        let holder = job.state.lease().map(|lease| lease.worker);
+        for worker in holder.into_iter().chain(left.filter(|left| Some(*left) != holder)) {
+            self.post(worker, Mail::Job(Box::new(job.clone())));
+        }
+    }
+
+    pub fn durable(&self, worker: WorkerId, attempt: AttemptRef, len: u64) {
+        self.post(worker, Mail::Durable { attempt, len });
+    }
+
+    pub fn set_drain(&self, worker: WorkerId, on: bool) {
+        self.post(worker, Mail::Drain { on });
+    }
+
+    /// Tells every session that the orchestrator stops.
+    pub fn stop(&self) {
+        let workers: Vec<WorkerId> = self.state().workers.keys().copied().collect();
+        workers.into_iter().for_each(|worker| self.post(worker, Mail::Stop));
+    }
+
+    fn post(&self, worker: WorkerId, mail: Mail) {
+        let mut state = self.state();
+        let Some(entry) = state.workers.get_mut(&worker) else { return };
+        let Some(session) = &entry.session else { return };
+        if session.mailbox.try_send(mail).is_err() {
+            // Dropping the sender ends the session; the next one starts from the truth.
+            entry.session = None;
+        }
+    }
+
+    pub fn view(&self, worker: &WorkerId, now: Mono) -> Option<LiveWorker> {
+        self.state().workers.get(worker).map(|entry| LiveWorker {
+            silent_ms: now.since(entry.seen),
+            connected: entry.session.is_some(),
+            slots: entry.slots.clone(),
+            draining: entry.draining,
+        })
+    }
+
+    /// Of these workers, the ones that were not heard for longer than a lease lasts.
+    pub fn silent(&self, workers: impl IntoIterator<Item = WorkerId>, now: Mono) -> Vec<WorkerId> {
+        let state = self.state();
+        if now.since(state.listening_since) < self.limits.startup_grace_ms {
+            return Vec::new();
+        }
+        let since = |worker: &WorkerId| state.workers.get(worker).map_or(state.listening_since, |entry| entry.seen);
+        workers.into_iter().filter(|worker| now.since(since(worker)) > self.limits.expiry_ms).collect()
+    }
+
+    /// This process itself was away: what it did not hear proves nothing.
+    pub fn listen_anew(&self, now: Mono) {
+        self.state().listening_since = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_silent_before_the_grace_and_after_it_only_who_was_not_heard() {
+        let limits = Limits::default();
+        let hub = Hub::new(limits.clone(), Mono(0));
+        let (a, b) = (WorkerId::from_raw(1), WorkerId::from_raw(2));
+        assert!(hub.silent([a, b], Mono(limits.startup_grace_ms - 1)).is_empty());
+        let _letters = hub.open(a, 1, Mono(limits.startup_grace_ms));
+        let later = Mono(limits.expiry_ms + 1);
+        assert_eq!(hub.silent([a, b], later), [b]);
+        hub.listen_anew(later);
+        assert!(hub.silent([a, b], later + 10).is_empty());
+    }
+
+    #[test]
+    fn the_newest_session_wins() {
+        let hub = Hub::new(Limits::default(), Mono(0));
+        let worker = WorkerId::from_raw(1);
+        let mut old = hub.open(worker, 1, Mono(0));
+        let mut new = hub.open(worker, 2, Mono(1));
+        assert!(matches!(old.try_recv(), Ok(Mail::Superseded)));
+        hub.set_drain(worker, true);
+        assert!(matches!(new.try_recv(), Ok(Mail::Drain { on: true })));
+        assert!(!hub.close(worker, 1) && hub.close(worker, 2));
+    }
+
+    #[test]
+    fn a_session_that_does_not_read_its_letters_is_cut() {
+        let hub = Hub::new(Limits::default(), Mono(0));
+        let worker = WorkerId::from_raw(1);
+        let mut letters = hub.open(worker, 1, Mono(0));
+        (0..=MAILBOX).for_each(|_| hub.set_drain(worker, true));
+        let mut read = 0;
+        while letters.try_recv().is_ok() {
+            read += 1;
+        }
+        assert_eq!(read, MAILBOX);
+        assert!(letters.is_closed() || matches!(letters.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)));
+    }
+}
