@@ -1,0 +1,283 @@
+//! S: what must survive until the orchestrator has acknowledged it: log bytes, reports, artifacts.
+//!
+//! On disk every attempt has a directory: `journal` (the assignment, then its reports), `log`, and `stash/` with artifacts
+//! under their digests. In memory it is the same for the simulator, without a single system call or task.
+
+mod disk;
+mod journal;
+mod mem;
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+
+use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::limits;
+use alloy_shared::wire::session::{Assignment, Held, HeldState, Report};
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+/// Bytes of one piece when a stashed file is read back.
+const PIECE: usize = 256 << 10;
+/// Pieces read ahead of whoever sends them.
+const PIECES_AHEAD: usize = 4;
+
+#[derive(Debug)]
+pub enum Spool {
+    Disk(disk::Disk),
+    Mem(mem::Mem),
+}
+
+impl Spool {
+    /// Opens what an earlier daemon left. A damaged record is set aside and its attempt reported as lost.
+    pub fn open(root: &Path) -> io::Result<(Self, Vec<Held>)> {
+        let (disk, held) = disk::Disk::open(root)?;
+        Ok((Self::Disk(disk), held))
+    }
+
+    pub fn memory() -> Self {
+        Self::Mem(mem::Mem::default())
+    }
+
+    /// Opens the same spool again, as a daemon does that starts after this one died.
+    pub fn reopen(&self) -> io::Result<(Self, Vec<Held>)> {
+        match self {
+            Self::Disk(disk) => Self::open(disk.root()),
+            Self::Mem(mem) => Ok((Self::Mem(mem.clone()), mem.reopen())),
+        }
+    }
+
+    /// Makes room for an attempt. It is durable with its first report.
+    pub async fn begin(&self, assignment: &Assignment) -> io::Result<()> {
+        match self {
+            Self::Disk(disk) => disk.begin(assignment),
+            Self::Mem(mem) => mem.begin(assignment),
+        }
+    }
+
+    /// Appends to the log and returns its spooled length. Beyond `LOG_CAP` only the last `LOG_TAIL` bytes are kept, and
+    /// [`Spool::seal_log`] appends them.
+    ///
+    /// The write goes straight to the page cache on the calling thread: 64 KiB take some ten microseconds, about what
+    /// handing them to another thread would cost, and readers see them at once.
+    pub async fn append(&self, at: AttemptRef, bytes: Bytes) -> io::Result<u64> {
+        match self {
+            Self::Disk(disk) => disk.append(at, &bytes),
+            Self::Mem(mem) => mem.append(at, &bytes),
+        }
+    }
+
+    /// Ends the log: appends what the cap held back, syncs, returns the final length. Nothing may be appended after.
+    pub async fn seal_log(&self, at: AttemptRef) -> io::Result<u64> {
+        match self {
+            Self::Disk(disk) => disk.seal_log(at).await,
+            Self::Mem(mem) => mem.seal_log(at),
+        }
+    }
+
+    /// Returns the log length that is on disk.
+    pub async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
+        match self {
+            Self::Disk(disk) => disk.sync(at).await,
+            Self::Mem(mem) => mem.log_len(at),
+        }
+    }
+
+    /// At most `max` bytes of the log; fewer only where it ends.
+    pub async fn read(&self, at: AttemptRef, from: u64, max: u32) -> io::Result<Bytes> {
+        match self {
+            Self::Disk(disk) => disk.read(at, from, max),
+            Self::Mem(mem) => mem.read(at, from, max),
+        }
+    }
+
+    /// Puts reports on disk, in order, with one sync for all. A result's log is synced with it.
+    pub async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
+        match self {
+            Self::Disk(disk) => disk.record(at, reports).await,
+            Self::Mem(mem) => mem.record(at, reports),
+        }
+    }
+
+    pub async fn reports(&self, at: AttemptRef, after: u64) -> io::Result<Vec<(u64, Report)>> {
+        match self {
+            Self::Disk(disk) => disk.reports(at, after),
+            Self::Mem(mem) => mem.reports(at, after),
+        }
+    }
+
+    /// A file for an artifact's bytes. It counts once it is finished.
+    pub async fn stash(&self, at: AttemptRef) -> io::Result<StashFile> {
+        match self {
+            Self::Disk(disk) => disk.stash(at).map(StashFile::Disk),
+            Self::Mem(mem) => mem.stash(at).map(StashFile::Mem),
+        }
+    }
+
+    /// A handle to read a finished artifact again.
+    pub fn stashed(&self, at: AttemptRef, digest: &Digest) -> SpoolFile {
+        let kind = match self {
+            Self::Disk(disk) => FileKind::Disk(disk.stashed(at, digest)),
+            Self::Mem(mem) => FileKind::Mem(mem.stashed(at, digest)),
+        };
+        SpoolFile { digest: *digest, kind }
+    }
+
+    pub async fn assignment(&self, at: AttemptRef) -> io::Result<Option<Assignment>> {
+        match self {
+            Self::Disk(disk) => disk.assignment(at),
+            Self::Mem(mem) => Ok(mem.assignment(at)),
+        }
+    }
+
+    pub async fn remove(&self, at: AttemptRef) -> io::Result<()> {
+        match self {
+            Self::Disk(disk) => disk.remove(at).await,
+            Self::Mem(mem) => {
+                mem.remove(at);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// An artifact on its way into the spool.
+#[derive(Debug)]
+pub enum StashFile {
+    Disk(disk::Stashing),
+    Mem(mem::Stashing),
+}
+
+impl StashFile {
+    pub async fn write(&mut self, bytes: Bytes) -> io::Result<()> {
+        match self {
+            Self::Disk(file) => file.write(&bytes),
+            Self::Mem(file) => {
+                file.write(&bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes the bytes durable under their digest. A file that is dropped instead leaves nothing behind.
+    pub async fn finish(self) -> io::Result<(Digest, u64)> {
+        match self {
+            Self::Disk(file) => file.finish().await,
+            Self::Mem(file) => file.finish(),
+        }
+    }
+}
+
+/// A finished artifact in the spool.
+#[derive(Debug, Clone)]
+pub struct SpoolFile {
+    digest: Digest,
+    kind: FileKind,
+}
+
+#[derive(Debug, Clone)]
+enum FileKind {
+    Disk(std::path::PathBuf),
+    Mem(Option<Bytes>),
+}
+
+impl SpoolFile {
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    pub fn size(&self) -> io::Result<u64> {
+        match &self.kind {
+            FileKind::Disk(path) => Ok(std::fs::metadata(path)?.len()),
+            FileKind::Mem(bytes) => bytes.as_ref().map(|bytes| bytes.len() as u64).ok_or_else(gone),
+        }
+    }
+
+    /// The bytes from an offset to the end. A channel that closes early means that the rest could not be read.
+    pub fn open(&self, from: u64) -> io::Result<mpsc::Receiver<Bytes>> {
+        match &self.kind {
+            FileKind::Disk(path) => disk::pieces(path, from),
+            FileKind::Mem(bytes) => mem::pieces(bytes.as_ref().ok_or_else(gone)?, from),
+        }
+    }
+}
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::NotFound, "the spool does not hold it")
+}
+
+/// What a log may be called after a restart: the result counts only with every byte that it speaks of.
+fn judge(reports: &[(u64, Report)], log_len: u64, has: impl Fn(&Digest) -> bool) -> HeldState {
+    let whole = reports.iter().all(|(_, report)| match report {
+        Report::Artifact(artifact) => artifact.link.is_some() || has(&artifact.sha256),
+        Report::Result(result) => log_len >= result.log_len,
+        Report::Accepted | Report::Refused { .. } | Report::Phase { .. } => true,
+    });
+    match reports.last() {
+        Some((_, Report::Result(_))) if whole => HeldState::ResultPending,
+        Some(_) | None => HeldState::Lost,
+    }
+}
+
+/// Where appended bytes go: to the log up to the cap, then into a ring that remembers only the end.
+#[derive(Debug)]
+struct Cap {
+    /// Bytes in the log.
+    len: u64,
+    /// The log grows no further than this.
+    limit: u64,
+    ring: VecDeque<u8>,
+    dropped: u64,
+    sealed: bool,
+}
+
+impl Cap {
+    fn new(limit: u64) -> Self {
+        Self { len: 0, limit, ring: VecDeque::new(), dropped: 0, sealed: false }
+    }
+
+    /// A log that an earlier daemon left: it grows no more.
+    fn sealed(len: u64) -> Self {
+        Self { len, sealed: true, ..Self::new(len) }
+    }
+
+    /// The part of `bytes` that goes into the log now. The rest is for [`Cap::keep`].
+    fn split<'a>(&self, bytes: &'a [u8]) -> io::Result<(&'a [u8], &'a [u8])> {
+        if self.sealed {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the log is sealed"));
+        }
+        let fits = usize::try_from(self.limit.saturating_sub(self.len)).unwrap_or(usize::MAX);
+        Ok(bytes.split_at(fits.min(bytes.len())))
+    }
+
+    /// Remembers the end of what has no room in the log.
+    fn keep(&mut self, bytes: &[u8]) {
+        let tail = limits::LOG_TAIL as usize;
+        let kept = &bytes[bytes.len().saturating_sub(tail)..];
+        let over = (self.ring.len() + kept.len()).saturating_sub(tail);
+        self.ring.drain(..over);
+        self.ring.extend(kept);
+        self.dropped += (over + bytes.len() - kept.len()) as u64;
+    }
+
+    /// What stands after the head: a line that counts what is missing, then the end of the log.
+    fn take_end(&mut self) -> Vec<u8> {
+        self.sealed = true;
+        let mut out = Vec::new();
+        if self.dropped > 0 {
+            out.extend_from_slice(
+                format!(
+                    "\n[alloy: {} bytes of log are left out here, its last {} follow]\n",
+                    self.dropped,
+                    self.ring.len()
+                )
+                .as_bytes(),
+            );
+        }
+        out.extend(std::mem::take(&mut self.ring));
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests;

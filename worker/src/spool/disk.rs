@@ -1,0 +1,390 @@
+//! S: the spool on disk. Appends and reads use the page cache directly; only syncs and deletions take a thread of their own.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::limits;
+use alloy_shared::wire::session::{Assignment, Held, HeldState, Report};
+use bytes::{Bytes, BytesMut};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+use super::{Cap, PIECE, PIECES_AHEAD, gone, journal, judge};
+
+const JOURNAL: &str = "journal";
+const LOG: &str = "log";
+const STASH: &str = "stash";
+/// Directories with these prefixes are no attempts: being deleted, and set aside because of damage.
+const GONE: &str = ".gone-";
+const ASIDE: &str = ".aside-";
+
+#[derive(Debug)]
+pub struct Disk {
+    root: PathBuf,
+    entries: Mutex<HashMap<AttemptRef, Arc<Entry>>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    dir: PathBuf,
+    log: File,
+    log_len: AtomicU64,
+    cap: Mutex<Cap>,
+    journal: File,
+    journal_len: Mutex<u64>,
+    /// The directory entries themselves are on disk.
+    rooted: AtomicBool,
+    /// Names unfinished artifacts.
+    counter: AtomicU64,
+}
+
+impl Disk {
+    pub(super) fn open(root: &Path) -> io::Result<(Self, Vec<Held>)> {
+        DirBuilder::new().recursive(true).mode(0o700).create(root)?;
+        let mut entries = HashMap::new();
+        let mut held = Vec::new();
+        for found in fs::read_dir(root)? {
+            let found = found?;
+            let name = found.file_name().to_string_lossy().into_owned();
+            if name.starts_with(GONE) {
+                fs::remove_dir_all(found.path())?;
+                continue;
+            }
+            if name.starts_with(ASIDE) {
+                continue;
+            }
+            let Some(at) = parse_name(&name) else {
+                set_aside(root, &name, "its name is no attempt's");
+                continue;
+            };
+            match reopen(at, found.path()) {
+                Ok((entry, view)) => {
+                    entries.insert(at, Arc::new(entry));
+                    held.push(view);
+                }
+                Err(error) => {
+                    set_aside(root, &name, &error.to_string());
+                    held.push(Held { attempt: at, state: HeldState::Lost, log_len: 0, seq: 0 });
+                }
+            }
+        }
+        held.sort_by_key(|held| held.attempt);
+        Ok((Self { root: root.to_owned(), entries: Mutex::new(entries) }, held))
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<AttemptRef, Arc<Entry>>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn entry(&self, at: AttemptRef) -> io::Result<Arc<Entry>> {
+        self.entries().get(&at).cloned().ok_or_else(gone)
+    }
+
+    fn dir(&self, at: AttemptRef) -> PathBuf {
+        self.root.join(format!("{}.{}", at.job, at.attempt))
+    }
+
+    pub(super) fn begin(&self, assignment: &Assignment) -> io::Result<()> {
+        let at = assignment.attempt;
+        if self.entries().contains_key(&at) {
+            return Ok(());
+        }
+        let dir = self.dir(at);
+        if dir.exists() {
+            fs::remove_dir_all(&dir)?;
+        }
+        let made = fresh(dir.clone(), assignment);
+        if made.is_err() {
+            // Half a directory would come back as a lost attempt.
+            fs::remove_dir_all(&dir).ok();
+        }
+        self.entries().insert(at, Arc::new(made?));
+        Ok(())
+    }
+
+    pub(super) fn append(&self, at: AttemptRef, bytes: &[u8]) -> io::Result<u64> {
+        let entry = self.entry(at)?;
+        let mut cap = lock(&entry.cap);
+        let (now, later) = cap.split(bytes)?;
+        match entry.extend_log(&mut cap, now) {
+            Ok(()) => cap.keep(later),
+            Err(error) if is_full(&error) => {
+                // The job goes on; its log keeps the end, like any log that is too long.
+                tracing::warn!(attempt = %at, "the disk is full: the log is cut off and only its end is kept");
+                cap.limit = cap.len;
+                cap.keep(bytes);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(cap.len)
+    }
+
+    pub(super) async fn seal_log(&self, at: AttemptRef) -> io::Result<u64> {
+        let entry = self.entry(at)?;
+        {
+            let mut cap = lock(&entry.cap);
+            if !cap.sealed {
+                let end = cap.take_end();
+                entry.extend_log(&mut cap, &end)?;
+            }
+        }
+        self.sync(at).await
+    }
+
+    pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
+        let entry = self.entry(at)?;
+        let len = entry.log_len.load(Ordering::Acquire);
+        blocking(move || entry.log.sync_data()).await?;
+        Ok(len)
+    }
+
+    pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32) -> io::Result<Bytes> {
+        let entry = self.entry(at)?;
+        let len = entry.log_len.load(Ordering::Acquire).saturating_sub(from).min(u64::from(max));
+        let mut out = BytesMut::zeroed(len as usize);
+        entry.log.read_exact_at(&mut out, from)?;
+        Ok(out.freeze())
+    }
+
+    pub(super) async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
+        let entry = self.entry(at)?;
+        let mut lines = Vec::new();
+        let mut is_end = false;
+        for (seq, report) in reports {
+            lines.extend(journal::report_line(*seq, report));
+            is_end |= matches!(report, Report::Result(_));
+        }
+        {
+            let mut len = lock(&entry.journal_len);
+            extend(&entry.journal, *len, &lines)?;
+            *len += lines.len() as u64;
+        }
+        let root = self.root.clone();
+        blocking(move || {
+            if is_end {
+                entry.log.sync_data()?;
+            }
+            entry.journal.sync_data()?;
+            if is_end || !entry.rooted.load(Ordering::Acquire) {
+                sync_dir(&entry.dir)?;
+                sync_dir(&root)?;
+                entry.rooted.store(true, Ordering::Release);
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    fn journal(&self, at: AttemptRef) -> io::Result<journal::Journal> {
+        let entry = self.entry(at)?;
+        Ok(journal::read(&fs::read(entry.dir.join(JOURNAL))?))
+    }
+
+    pub(super) fn reports(&self, at: AttemptRef, after: u64) -> io::Result<Vec<(u64, Report)>> {
+        Ok(self.journal(at)?.reports.into_iter().filter(|(seq, _)| *seq > after).collect())
+    }
+
+    pub(super) fn assignment(&self, at: AttemptRef) -> io::Result<Option<Assignment>> {
+        if self.entries().contains_key(&at) { Ok(self.journal(at)?.assignment) } else { Ok(None) }
+    }
+
+    pub(super) fn stash(&self, at: AttemptRef) -> io::Result<Stashing> {
+        let entry = self.entry(at)?;
+        let dir = entry.dir.join(STASH);
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        let temp = dir.join(format!(".new-{}", entry.counter.fetch_add(1, Ordering::Relaxed)));
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temp)?;
+        Ok(Stashing { file: Arc::new(file), temp: Temp(temp), dir, hasher: Sha256::new(), len: 0 })
+    }
+
+    pub(super) fn stashed(&self, at: AttemptRef, digest: &Digest) -> PathBuf {
+        self.dir(at).join(STASH).join(digest.to_string())
+    }
+
+    pub(super) async fn remove(&self, at: AttemptRef) -> io::Result<()> {
+        self.entries().remove(&at);
+        let dir = self.dir(at);
+        let doomed = self.root.join(format!("{GONE}{}.{}", at.job, at.attempt));
+        blocking(move || match fs::rename(&dir, &doomed) {
+            Ok(()) => fs::remove_dir_all(&doomed),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        })
+        .await
+    }
+}
+
+impl Entry {
+    fn extend_log(&self, cap: &mut Cap, bytes: &[u8]) -> io::Result<()> {
+        extend(&self.log, cap.len, bytes)?;
+        cap.len += bytes.len() as u64;
+        self.log_len.store(cap.len, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// An artifact that is being written.
+#[derive(Debug)]
+pub struct Stashing {
+    file: Arc<File>,
+    temp: Temp,
+    dir: PathBuf,
+    hasher: Sha256,
+    len: u64,
+}
+
+/// Deletes an unfinished file when its writer is dropped. After the rename there is nothing under this name.
+#[derive(Debug)]
+struct Temp(PathBuf);
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        fs::remove_file(&self.0).ok();
+    }
+}
+
+impl Stashing {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        (&*self.file).write_all(bytes)?;
+        self.hasher.update(bytes);
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
+    pub(super) async fn finish(self) -> io::Result<(Digest, u64)> {
+        let Self { file, temp, dir, hasher, len } = self;
+        let digest = Digest::from_hasher(hasher);
+        blocking(move || {
+            file.sync_all()?;
+            fs::rename(&temp.0, dir.join(digest.to_string()))?;
+            sync_dir(&dir)
+        })
+        .await?;
+        Ok((digest, len))
+    }
+}
+
+/// Reads a file on a thread of its own, as fast as the channel is emptied.
+pub(super) fn pieces(path: &Path, from: u64) -> io::Result<mpsc::Receiver<Bytes>> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(from))?;
+    let (tx, rx) = mpsc::channel(PIECES_AHEAD);
+    tokio::task::spawn_blocking(move || {
+        loop {
+            let mut piece = Vec::with_capacity(PIECE);
+            match (&mut file).take(PIECE as u64).read_to_end(&mut piece) {
+                Ok(0) => return,
+                Ok(_) if tx.blocking_send(piece.into()).is_ok() => {}
+                Ok(_) => return,
+                Err(error) => return tracing::error!(%error, "a stashed artifact cannot be read"),
+            }
+        }
+    });
+    Ok(rx)
+}
+
+fn fresh(dir: PathBuf, assignment: &Assignment) -> io::Result<Entry> {
+    DirBuilder::new().mode(0o700).create(&dir)?;
+    let journal = open_rw(&dir.join(JOURNAL))?;
+    let line = journal::assignment_line(assignment);
+    journal.write_all_at(&line, 0)?;
+    Ok(Entry {
+        log: open_rw(&dir.join(LOG))?,
+        log_len: AtomicU64::new(0),
+        cap: Mutex::new(Cap::new(limits::LOG_CAP)),
+        journal,
+        journal_len: Mutex::new(line.len() as u64),
+        rooted: AtomicBool::new(false),
+        counter: AtomicU64::new(0),
+        dir,
+    })
+}
+
+/// Opens what an earlier daemon left of one attempt.
+fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
+    let path = dir.join(JOURNAL);
+    let bytes = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        other => other?,
+    };
+    let read = journal::read(&bytes);
+    if read.damaged {
+        tracing::warn!(attempt = %at, "a record in the spool is damaged: it is set aside and the attempt is lost");
+        fs::copy(&path, dir.join("journal.damaged"))?;
+    }
+    let journal = open_rw(&path)?;
+    journal.set_len(read.good as u64)?;
+    let log = open_rw(&dir.join(LOG))?;
+    let log_len = log.metadata()?.len();
+    let stash = dir.join(STASH);
+    let state = if read.damaged || read.assignment.is_none() {
+        HeldState::Lost
+    } else {
+        judge(&read.reports, log_len, |digest| stash.join(digest.to_string()).exists())
+    };
+    let seq = read.reports.last().map_or(0, |(seq, _)| *seq);
+    let entry = Entry {
+        log,
+        log_len: AtomicU64::new(log_len),
+        cap: Mutex::new(Cap::sealed(log_len)),
+        journal,
+        journal_len: Mutex::new(read.good as u64),
+        rooted: AtomicBool::new(false),
+        counter: AtomicU64::new(0),
+        dir,
+    };
+    Ok((entry, Held { attempt: at, state, log_len, seq }))
+}
+
+fn parse_name(name: &str) -> Option<AttemptRef> {
+    let (job, attempt) = name.split_once('.')?;
+    Some(AttemptRef { job: job.parse().ok()?, attempt: attempt.parse().ok()? })
+}
+
+/// Keeps what cannot be read for a person to look at. The daemon starts all the same.
+fn set_aside(root: &Path, name: &str, why: &str) {
+    let moved = fs::rename(root.join(name), root.join(format!("{ASIDE}{name}")));
+    match moved {
+        Ok(()) => tracing::warn!(name, why, "a record in the spool is set aside"),
+        Err(error) => tracing::error!(name, why, %error, "a record in the spool can be neither read nor set aside"),
+    }
+}
+
+/// Appends at `len`. A write that fails half-way leaves the file as long as it was.
+fn extend(file: &File, len: u64, bytes: &[u8]) -> io::Result<()> {
+    file.write_all_at(bytes, len).inspect_err(|_| {
+        if let Err(error) = file.set_len(len) {
+            tracing::error!(%error, "a spool file cannot be cut back after a failed write");
+        }
+    })
+}
+
+fn open_rw(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}

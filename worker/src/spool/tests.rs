@@ -1,0 +1,206 @@
+use std::collections::BTreeMap;
+
+use alloy_shared::id::{DEFAULT_ORG, JobId};
+use alloy_shared::secret::Secret;
+use alloy_shared::wire::job::{End, JobSpec, Phase, Timings};
+use alloy_shared::wire::session::{ArtifactReport, ResultReport};
+
+use super::*;
+
+const AT: AttemptRef = AttemptRef { job: JobId::from_raw(77), attempt: 3 };
+
+fn assignment() -> Assignment {
+    Assignment {
+        attempt: AT,
+        handle: 1,
+        org: DEFAULT_ORG,
+        spec: JobSpec { shell: Some("true".into()), ..JobSpec::default() },
+        source: None,
+        grant: Secret::new("alloy_job_x".into()),
+        timeout_ms: 1,
+        cancel_grace_ms: 1,
+        job_url: "http://farm/jobs/1".into(),
+    }
+}
+
+fn result(log_len: u64) -> Report {
+    Report::Result(Box::new(ResultReport {
+        end: End::success(),
+        timings: Timings::default(),
+        log_len,
+        artifacts: 1,
+        facts: BTreeMap::new(),
+    }))
+}
+
+fn phase() -> Report {
+    Report::Phase { phase: Phase::Executing, timings: Timings::default(), message: Some("go".into()) }
+}
+
+fn artifact(sha256: Digest, size: u64) -> Report {
+    Report::Artifact(ArtifactReport { path: "out/a".into(), size, sha256, mode: 0o644, link: None })
+}
+
+async fn stash(spool: &Spool, bytes: &[u8]) -> (Digest, u64) {
+    let mut file = spool.stash(AT).await.unwrap();
+    for piece in bytes.chunks(7_000) {
+        file.write(Bytes::copy_from_slice(piece)).await.unwrap();
+    }
+    file.finish().await.unwrap()
+}
+
+async fn collect(mut pieces: mpsc::Receiver<Bytes>) -> Vec<u8> {
+    let mut all = Vec::new();
+    while let Some(piece) = pieces.recv().await {
+        all.extend_from_slice(&piece);
+    }
+    all
+}
+
+/// The same acts on both kinds of spool.
+async fn walk(spool: Spool) {
+    spool.begin(&assignment()).await.unwrap();
+    assert_eq!(spool.append(AT, Bytes::from_static(b"one ")).await.unwrap(), 4);
+    assert_eq!(spool.append(AT, Bytes::from_static(b"two")).await.unwrap(), 7);
+    assert_eq!(spool.read(AT, 2, 3).await.unwrap(), "e t", "bytes are readable before any sync");
+    assert_eq!(spool.read(AT, 5, 100).await.unwrap(), "wo");
+    assert_eq!(spool.read(AT, 900, 100).await.unwrap(), "");
+    assert_eq!(spool.sync(AT).await.unwrap(), 7);
+
+    let bytes: Vec<u8> = (0..700_000u32).map(|n| (n % 251) as u8).collect();
+    let (digest, size) = stash(&spool, &bytes).await;
+    assert_eq!((digest, size), (Digest::of(&bytes), 700_000));
+    let file = spool.stashed(AT, &digest);
+    assert_eq!(file.size().unwrap(), size);
+    assert_eq!(collect(file.open(0).unwrap()).await, bytes);
+    assert_eq!(collect(file.open(699_990).unwrap()).await, &bytes[699_990..]);
+    drop(spool.stash(AT).await.unwrap());
+
+    spool.record(AT, &[(1, Report::Accepted), (2, phase())]).await.unwrap();
+    spool.record(AT, &[(3, artifact(digest, size))]).await.unwrap();
+    let len = spool.seal_log(AT).await.unwrap();
+    assert_eq!((len, spool.seal_log(AT).await.unwrap()), (7, 7));
+    assert!(spool.append(AT, Bytes::from_static(b"late")).await.is_err());
+
+    let (_, held) = spool.reopen().unwrap();
+    assert_eq!(held, [Held { attempt: AT, state: HeldState::Lost, log_len: 7, seq: 3 }], "no result: lost");
+    spool.record(AT, &[(4, result(7))]).await.unwrap();
+    let (spool, held) = spool.reopen().unwrap();
+    assert_eq!(held, [Held { attempt: AT, state: HeldState::ResultPending, log_len: 7, seq: 4 }]);
+    assert_eq!(spool.reports(AT, 2).await.unwrap(), [(3, artifact(digest, size)), (4, result(7))]);
+    assert_eq!(spool.assignment(AT).await.unwrap(), Some(assignment()));
+    assert_eq!(spool.read(AT, 0, 100).await.unwrap(), "one two");
+    assert_eq!(collect(spool.stashed(AT, &digest).open(0).unwrap()).await, bytes);
+
+    spool.remove(AT).await.unwrap();
+    spool.remove(AT).await.unwrap();
+    assert!(spool.read(AT, 0, 1).await.is_err() && spool.stashed(AT, &digest).size().is_err());
+    assert_eq!(spool.reopen().unwrap().1, []);
+}
+
+#[tokio::test]
+async fn in_memory_and_on_disk_the_spool_is_the_same() {
+    walk(Spool::memory()).await;
+    let dir = tempfile::tempdir().unwrap();
+    walk(Spool::open(&dir.path().join("spool")).unwrap().0).await;
+    assert_eq!(std::fs::read_dir(dir.path().join("spool")).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_log_beyond_its_cap_keeps_its_head_and_its_end_and_counts_the_rest() {
+    let seed: u64 = 0x5eed_0001;
+    println!("seed {seed:#x}");
+    let mut dice = seed;
+    let tail = limits::LOG_TAIL;
+    for total in [0, 10, 1_000, 1_001, 1_000 + tail, 1_001 + tail, 5_000_000] {
+        let all: Vec<u8> = (0..total).map(|n| (n % 253) as u8).collect();
+        let mut cap = Cap::new(1_000);
+        let mut log = Vec::new();
+        let mut rest = &all[..];
+        while !rest.is_empty() {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (piece, after) = rest.split_at(rest.len().min(1 + (dice >> 33) as usize % 3_000_000));
+            let (now, later) = cap.split(piece).unwrap();
+            log.extend_from_slice(now);
+            cap.len += now.len() as u64;
+            cap.keep(later);
+            rest = after;
+        }
+        log.extend(cap.take_end());
+        let dropped = total.saturating_sub(1_000 + tail);
+        let mut want = all[..all.len().min(1_000)].to_vec();
+        if dropped > 0 {
+            want.extend(
+                format!("\n[alloy: {dropped} bytes of log are left out here, its last {tail} follow]\n").bytes(),
+            );
+        }
+        want.extend(&all[all.len().min(1_000 + dropped as usize)..]);
+        assert!(log == want, "total {total}: {} bytes, {} expected", log.len(), want.len());
+    }
+}
+
+fn journal_of(root: &Path) -> std::path::PathBuf {
+    root.join(format!("{}.{}", AT.job, AT.attempt)).join("journal")
+}
+
+/// What a restart finds after `harm` was done to the files.
+async fn after(harm: impl FnOnce(&Path)) -> (Vec<Held>, Spool, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let (spool, _) = Spool::open(dir.path()).unwrap();
+    spool.begin(&assignment()).await.unwrap();
+    spool.append(AT, Bytes::from_static(b"log")).await.unwrap();
+    let (digest, size) = stash(&spool, b"artifact").await;
+    spool.record(AT, &[(1, Report::Accepted), (2, artifact(digest, size)), (3, result(3))]).await.unwrap();
+    drop(spool);
+    harm(dir.path());
+    let (spool, held) = Spool::open(dir.path()).unwrap();
+    (held, spool, dir)
+}
+
+#[tokio::test]
+async fn damage_costs_one_attempt_and_never_the_start() {
+    let one = |state, log_len, seq| vec![Held { attempt: AT, state, log_len, seq }];
+    let cut = |path: &Path, by: u64| {
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(file.metadata().unwrap().len() - by).unwrap();
+    };
+    let (held, ..) = after(|_| {}).await;
+    assert_eq!(held, one(HeldState::ResultPending, 3, 3), "no harm done");
+    let (held, spool, _dir) = after(|root| cut(&journal_of(root), 5)).await;
+    assert_eq!(held, one(HeldState::Lost, 3, 2), "a torn line is as if never written");
+    assert_eq!(spool.reports(AT, 0).await.unwrap().len(), 2);
+    let (held, ..) = after(|root| {
+        let path = journal_of(root);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.iter().position(|byte| *byte == b'\n').unwrap() + 20;
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    })
+    .await;
+    assert_eq!(held, one(HeldState::Lost, 3, 0), "what follows a damaged line is not trusted");
+    let (held, ..) = after(|root| cut(&journal_of(root).with_file_name("log"), 1)).await;
+    assert_eq!(held, one(HeldState::Lost, 2, 3), "the log is shorter than the result says");
+    let (held, ..) = after(|root| std::fs::remove_dir_all(journal_of(root).with_file_name("stash")).unwrap()).await;
+    assert_eq!(held, one(HeldState::Lost, 3, 3), "an artifact is missing");
+    let (held, ..) = after(|root| std::fs::remove_file(journal_of(root)).unwrap()).await;
+    assert_eq!(held, one(HeldState::Lost, 3, 0));
+    let (held, ..) = after(|root| {
+        std::fs::remove_dir_all(journal_of(root).parent().unwrap()).unwrap();
+        std::fs::write(journal_of(root).parent().unwrap(), "a file where a directory was").unwrap();
+        std::fs::write(root.join("stranger"), "?").unwrap();
+    })
+    .await;
+    assert_eq!(held, one(HeldState::Lost, 0, 0));
+}
+
+#[tokio::test]
+async fn secrets_in_the_spool_are_for_the_owner_only() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let (spool, _) = Spool::open(&dir.path().join("spool")).unwrap();
+    spool.begin(&assignment()).await.unwrap();
+    let journal = journal_of(&dir.path().join("spool"));
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&journal), 0o600);
+    assert_eq!(mode(journal.parent().unwrap()), 0o700);
+}

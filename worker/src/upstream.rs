@@ -1,0 +1,58 @@
+//! S: the way to the orchestrator: the session's socket, and the bytes of sources and artifacts over plain HTTPS.
+
+use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::secret::Secret;
+use alloy_shared::wire::session::Link;
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use crate::spool::SpoolFile;
+
+/// How a worker reaches its farm.
+#[async_trait]
+pub trait Upstream: Send + Sync {
+    /// Opens a session's socket. The first frame that comes is the challenge.
+    async fn dial(&self) -> Result<Link, DialError>;
+
+    /// Blobs in any order, each checked against its digest. A channel that closes before all came is a broken transfer.
+    async fn fetch(&self, grant: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError>;
+
+    /// Sends an artifact from wherever an earlier try stopped. It returns once the farm has verified it.
+    async fn put(&self, grant: &Grant, file: &SpoolFile) -> Result<Digest, TransferError>;
+}
+
+/// Blobs as they arrive.
+pub type Blobs = mpsc::Receiver<Result<(Digest, Bytes), TransferError>>;
+
+/// The right to one attempt's blobs, while it is open.
+#[derive(Debug, Clone)]
+pub struct Grant {
+    pub attempt: AttemptRef,
+    pub token: Secret<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DialError {
+    /// The farm does not know this worker, or does not speak its protocol. Asking again soon does not help.
+    #[error("the farm refuses this worker: {0}")]
+    Refused(String),
+    #[error("{0}")]
+    Unreachable(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// The attempt is not this worker's any more.
+    #[error("the attempt is fenced: {0}")]
+    Fenced(String),
+    /// The farm does not take or have these bytes; the same request will fail again.
+    #[error("the farm refuses: {0}")]
+    Refused(String),
+    /// The retry budget is used up.
+    #[error("the transfer broke off: {0}")]
+    Broken(String),
+    /// The file in the spool cannot be read.
+    #[error("the spool cannot be read: {0}")]
+    Spool(String),
+}
