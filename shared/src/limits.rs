@@ -184,6 +184,30 @@ pub const FAN_OUT_US_PER_FOLLOWER: u64 = 32;
 pub const FAN_OUT_CAP_MS: u64 = 100;
 /// A follower without progress is cut after this; its cursor lets it come back.
 pub const FOLLOWER_STUCK_MS: u64 = 60_000;
+/// A token that was looked up is believed this long: the longest that a revoked one still opens a door.
+pub const TOKEN_CACHE_MS: u64 = 1_000;
+pub const TOKEN_CACHE_MAX: usize = 10_000;
+/// Calls of one token: far above what a busy CLI or CI needs, far below what hurts its neighbours.
+pub const TOKEN_CALLS_PER_S: f64 = 2_000.0;
+pub const TOKEN_CALLS_BURST: f64 = 4_000.0;
+/// Wrong credentials of one peer.
+pub const GUESSES_PER_MINUTE: f64 = 10.0;
+/// Keys that a rate limit remembers before it drops those that are at rest.
+pub const THROTTLE_KEYS_MAX: usize = 10_000;
+/// Connections to the orchestrator; the next one waits.
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// A request's head arrives within this, its body never pauses longer, and an answer of JSON is ready within that.
+pub const HEAD_READ_MS: u64 = 10_000;
+pub const BODY_IDLE_MS: u64 = 30_000;
+pub const JSON_ANSWER_MS: u64 = 30_000;
+/// A silent stream says that it lives.
+pub const KEEP_ALIVE_MS: u64 = 10_000;
+/// `?wait=terminal` ends after this, whatever the job does.
+pub const WAIT_MAX_MS: u64 = 24 * 60 * 60_000;
+/// Frames between a session and its socket, each way.
+pub const SOCKET_QUEUE: usize = 16;
+/// The last frames of a session that is over have this long to leave.
+pub const SOCKET_GOODBYE_MS: u64 = 2_000;
 pub const JOIN_TTL_S: u64 = 24 * 3600;
 /// Below this many free bytes a daemon takes no new bytes.
 pub const DISK_FLOOR: u64 = 1 << 30;

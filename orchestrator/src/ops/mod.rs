@@ -5,6 +5,9 @@ use alloy_shared::wire::{ErrorCode, FieldError};
 
 use crate::store::StoreError;
 
+pub mod access;
+pub mod workers;
+
 /// Why an operation did not happen. `error.rs` turns it into a problem document.
 #[derive(Debug, thiserror::Error)]
 pub enum OpError {

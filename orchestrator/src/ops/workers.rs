@@ -1,0 +1,141 @@
+//! P: workers as people see them, and draining.
+
+use alloy_shared::env::Ms;
+use alloy_shared::id::WorkerId;
+use alloy_shared::limits::Limits;
+use alloy_shared::wire::farm::{DrainRequest, WorkerState, WorkerView};
+
+use super::OpError;
+use super::access::{commit_one, wrong_field};
+use crate::App;
+use crate::auth::Principal;
+use crate::hub::LiveWorker;
+use crate::store::write::SetWorker;
+use crate::store::{Worker, Write};
+
+const NOTE_MAX: usize = 200;
+
+/// All workers of the caller's organisation that were not revoked.
+pub async fn list(app: &App, who: &Principal) -> Result<Vec<WorkerView>, OpError> {
+    let mut views = Vec::new();
+    for worker in app.store.workers(&who.scope()).await?.into_iter().filter(|worker| !worker.revoked) {
+        views.push(view(app, worker).await?);
+    }
+    Ok(views)
+}
+
+/// Lets a worker finish what it has and take no more, or take jobs again.
+pub async fn set_drain(app: &App, who: &Principal, id: WorkerId, on: Option<DrainRequest>) -> Result<Worker, OpError> {
+    let worker = app.store.worker(&who.scope(), &id).await?.ok_or_else(|| OpError::not_found("worker"))?;
+    let draining = on.is_some();
+    let note = on.and_then(|request| request.note);
+    if let Some(text) = &note
+        && (text.len() > NOTE_MAX || text.chars().any(char::is_control))
+    {
+        return Err(wrong_field("note", format!("is at most {NOTE_MAX} bytes without control characters")));
+    }
+    let set = SetWorker { org: worker.org, worker: id, draining, note: note.clone() };
+    commit_one(app, Write::SetWorker(set)).await?;
+    app.hub.set_drain(id, draining);
+    Ok(Worker { draining, drain_note: note, ..worker })
+}
+
+/// What the books say of a worker, and what its session says at this moment.
+pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
+    let now = app.env.now();
+    let live = app.hub.view(&worker.id, now.mono);
+    let jobs = app.store.held(&worker.id).await?.iter().map(|job| job.id.to_string()).collect();
+    let mut labels = worker.host_labels.clone();
+    for (key, value) in worker.labels.iter() {
+        // Labels of the enrolment win; together they may be more than the most, then the host's own stay out.
+        if labels.insert(key, value).is_err() {
+            labels = worker.labels.clone();
+            break;
+        }
+    }
+    let last_seen = match &live {
+        Some(live) => Some(Ms(now.wall.0.saturating_sub_unsigned(live.silent_ms))),
+        None => worker.seen_at,
+    };
+    let slots = live.as_ref().map_or(&[][..], |live| &live.slots);
+    Ok(WorkerView {
+        id: worker.id,
+        state: state(&worker, live.as_ref(), &app.limits),
+        slots: slots.len() as u32,
+        slots_busy: slots.iter().filter(|slot| slot.attempt.is_some()).count() as u32,
+        labels: labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        last_seen_at: last_seen.map(Ms::rfc3339),
+        name: worker.name,
+        version: worker.version,
+        drain_note: worker.drain_note,
+        jobs,
+    })
+}
+
+fn state(worker: &Worker, live: Option<&LiveWorker>, limits: &Limits) -> WorkerState {
+    let Some(live) = live.filter(|live| live.silent_ms <= limits.expiry_ms) else { return WorkerState::Lost };
+    if !live.connected || live.silent_ms > 2 * limits.heartbeat_ms + limits.heartbeat_ms / 2 {
+        return WorkerState::Suspect;
+    }
+    let busy = live.slots.iter().any(|slot| slot.attempt.is_some());
+    match worker.draining || live.draining {
+        true if busy => WorkerState::Draining,
+        true => WorkerState::Drained,
+        false if live.slots.iter().any(|slot| slot.state.is_free()) => WorkerState::Ready,
+        false => WorkerState::Busy,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::env::Ms;
+    use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId, Labels};
+    use alloy_shared::wire::session::{SlotState, SlotView};
+
+    use super::*;
+
+    fn worker(draining: bool) -> Worker {
+        Worker {
+            id: WorkerId::from_raw(1),
+            org: DEFAULT_ORG,
+            name: "mini".into(),
+            public_key: [0; 32],
+            labels: Labels::default(),
+            host_labels: Labels::default(),
+            version: String::new(),
+            epoch: 1,
+            boot: String::new(),
+            draining,
+            drain_note: None,
+            enrolled_at: Ms(0),
+            seen_at: None,
+            revoked: false,
+        }
+    }
+
+    fn slot(busy: bool) -> SlotView {
+        let attempt = busy.then(|| AttemptRef { job: JobId::from_raw(1), attempt: 1 });
+        SlotView { state: if busy { SlotState::Claimed } else { SlotState::Warm }, attempt, image: None }
+    }
+
+    #[test]
+    fn a_worker_is_what_its_session_and_its_slots_say() {
+        let limits = Limits::default();
+        let live = |silent_ms, connected, busy: &[bool], draining| {
+            Some(LiveWorker { silent_ms, connected, slots: busy.iter().copied().map(slot).collect(), draining })
+        };
+        for (expect, drained, live) in [
+            (WorkerState::Lost, false, None),
+            (WorkerState::Lost, false, live(60_001, true, &[false], false)),
+            (WorkerState::Suspect, false, live(0, false, &[false], false)),
+            (WorkerState::Suspect, false, live(12_501, true, &[false], false)),
+            (WorkerState::Ready, false, live(5_000, true, &[false, true], false)),
+            (WorkerState::Busy, false, live(0, true, &[true, true], false)),
+            (WorkerState::Draining, true, live(0, true, &[true, false], false)),
+            (WorkerState::Draining, false, live(0, true, &[true], true)),
+            (WorkerState::Drained, true, live(0, true, &[false], false)),
+        ] {
+            assert_eq!(state(&worker(drained), live.as_ref(), &limits), expect, "{live:?}");
+        }
+    }
+}
