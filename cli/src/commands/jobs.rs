@@ -1,0 +1,350 @@
+//! S: the verbs on jobs that exist: attach, logs, list, status, cancel.
+
+use alloy_shared::client::{JobQuery, LogQuery};
+use alloy_shared::env::Ms;
+use alloy_shared::limits;
+use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
+
+use crate::context::{App, Farm};
+use crate::farm::Hosted;
+use crate::follow::{Ending, Follower, OnInterrupt, Signals, verdict};
+use crate::output::talk::Tone;
+use crate::output::{
+    Failure, Fault, Sink, ago, duration, exit, job_exit, print, print_json, stdout_is_terminal, table,
+};
+
+const COMMAND_SHOWN: usize = 48;
+
+/// Follow a job from its first byte to its end; exits with the job's own code
+#[derive(Debug, clap::Args)]
+pub(crate) struct AttachArgs {
+    /// Id, at least 6 of its last characters, or URL; default: the latest job of this directory
+    pub(crate) job: Option<String>,
+}
+
+/// Print a job's log
+#[derive(Debug, clap::Args)]
+pub(crate) struct LogsArgs {
+    /// Id, at least 6 of its last characters, or URL; default: the latest job of this directory
+    pub(crate) job: Option<String>,
+    /// Go on until the attempt has ended
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Log of this attempt; default: the newest
+    #[arg(long, value_name = "N")]
+    pub(crate) attempt: Option<u32>,
+}
+
+/// List jobs, newest first
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    /// Only jobs in this state; may be repeated
+    #[arg(long, value_name = "STATE")]
+    pub(crate) state: Vec<StateWord>,
+    /// Only my own
+    #[arg(long)]
+    pub(crate) mine: bool,
+    /// How many
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    pub(crate) limit: u32,
+    /// Print ids only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// Show one job
+#[derive(Debug, clap::Args)]
+pub(crate) struct StatusArgs {
+    /// Id, at least 6 of its last characters, or URL; default: the latest job of this directory
+    pub(crate) job: Option<String>,
+}
+
+/// Cancel jobs
+#[derive(Debug, clap::Args)]
+pub(crate) struct CancelArgs {
+    /// Ids, at least 6 of their last characters, or URLs; default: the latest job of this directory
+    pub(crate) jobs: Vec<String>,
+}
+
+pub(crate) async fn attach(app: &App, args: &AttachArgs) -> Result<i32, Failure> {
+    let mut signals = Signals::install()?;
+    let hosted = Hosted::open_to_read(app).await?;
+    let farm = hosted.farm();
+    let job = app.job(farm, args.job.as_deref()).await?;
+    app.talk.headline(&job.id.to_string(), &job.url);
+    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
+    let ending = Follower::new(app, farm, job.id, OnInterrupt::Detach).run(&mut signals, sink).await?;
+    match ending {
+        Ending::Detached => {
+            app.tell_detached(job.id);
+            Ok(exit::INTERRUPTED)
+        }
+        Ending::Ended(job) => {
+            app.tell_end(&job);
+            let (code, origin) = job_exit(&job);
+            if app.talk.json() {
+                print_json(&serde_json::json!({
+                    "type": "result", "job": job, "exit_code": code, "exit_origin": origin,
+                }))?;
+            }
+            Ok(code)
+        }
+    }
+}
+
+pub(crate) async fn logs(app: &App, args: &LogsArgs) -> Result<i32, Failure> {
+    let mut signals = Signals::install()?;
+    let hosted = Hosted::open_to_read(app).await?;
+    let farm = hosted.farm();
+    let job = app.job(farm, args.job.as_deref()).await?;
+    let attempt = args.attempt.unwrap_or(job.attempt);
+    if attempt == 0 || attempt > job.attempt {
+        if args.attempt.is_none() && args.follow && !job.state.is_terminal() {
+            // Nothing has been written yet: the feed knows when the first attempt begins.
+            return attach(app, &AttachArgs { job: Some(job.id.to_string()) }).await;
+        }
+        let why = if args.attempt.is_some() {
+            format!("{} has no attempt {attempt}, it has {}", job.id, job.attempt)
+        } else {
+            format!("{} has no log: it was never started", job.id)
+        };
+        return Err(Failure::new(Fault::NotFound, why));
+    }
+    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
+    let query = LogQuery { attempt: Some(attempt), offset: 0, follow: args.follow };
+    match signals.unless_told(copy_log(app, farm, &job, query, &sink)).await {
+        Ok(outcome) => outcome?,
+        Err(failure) => {
+            if args.follow {
+                app.tell_detached(job.id);
+                return Ok(exit::INTERRUPTED);
+            }
+            return Err(failure);
+        }
+    }
+    signals.unless_told(sink.finish()).await??;
+    Ok(exit::OK)
+}
+
+async fn copy_log(app: &App, farm: &Farm, job: &JobView, query: LogQuery, sink: &Sink) -> Result<(), Failure> {
+    let attempt = query.attempt.unwrap_or(job.attempt);
+    let mut offset = query.offset;
+    let mut bytes = farm.client.log(job.id, query);
+    while let Some(piece) = bytes.recv().await {
+        let piece = piece.map_err(|error| Failure::of(error, &farm.url))?;
+        let len = piece.len() as u64;
+        if app.talk.json() {
+            sink.write_json(&LogFrame::new(attempt, offset, &piece)).await?;
+        } else {
+            sink.write(piece).await?;
+        }
+        offset += len;
+    }
+    Ok(())
+}
+
+pub(crate) async fn list(app: &App, args: &ListArgs) -> Result<i32, Failure> {
+    let hosted = Hosted::open_to_read(app).await?;
+    let farm = hosted.farm();
+    let mut jobs: Vec<JobView> = Vec::new();
+    let mut cursor = None;
+    while (jobs.len() as u32) < args.limit {
+        let limit = (args.limit - jobs.len() as u32).min(limits::PAGE_MAX);
+        let query = JobQuery { limit: Some(limit), cursor, state: args.state.clone(), mine: args.mine };
+        let page = farm.client.jobs(&query).await.map_err(|error| Failure::of(error, &farm.url))?;
+        jobs.extend(page.jobs);
+        cursor = page.next_cursor;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    if app.talk.json() {
+        print_json(&serde_json::json!({ "jobs": jobs, "next_cursor": cursor }))?;
+    } else if args.quiet {
+        print(&jobs.iter().map(|job| format!("{}\n", job.id)).collect::<String>())?;
+    } else {
+        let now = app.env.now().wall;
+        let rows: Vec<Vec<String>> = jobs.iter().map(|job| row(job, now)).collect();
+        if rows.is_empty() {
+            app.talk.say("No jobs.");
+        }
+        let head = ["JOB", "STATE", "COMMAND", "WORKER", "STARTED", "TOOK"];
+        print(&table(&head, &rows, stdout_is_terminal()))?;
+    }
+    Ok(exit::OK)
+}
+
+fn row(job: &JobView, now: Ms) -> Vec<String> {
+    vec![
+        job.id.to_string(),
+        format!("{} {}", icon(job.state), state(job)),
+        command(&job.spec),
+        job.worker_name.clone().unwrap_or_else(|| "–".into()),
+        ago(&job.created_at, now),
+        took(job, now),
+    ]
+}
+
+fn took(job: &JobView, now: Ms) -> String {
+    let end = job.finished_at.as_deref().and_then(Ms::parse_rfc3339).unwrap_or(now);
+    Ms::parse_rfc3339(&job.created_at).map_or_else(|| "?".into(), |start| duration(end.since(start)))
+}
+
+fn state(job: &JobView) -> String {
+    match job.phase {
+        Some(phase) => format!("{} ({phase})", job.state),
+        None => job.state.to_string(),
+    }
+}
+
+const fn icon(state: StateWord) -> &'static str {
+    match state {
+        StateWord::Queued => "○",
+        StateWord::Assigned => "◐",
+        StateWord::Running | StateWord::Canceling => "●",
+        StateWord::Succeeded => "✓",
+        StateWord::Failed => "✗",
+        StateWord::TimedOut => "⏱",
+        StateWord::Canceled => "⊘",
+        StateWord::Expired | StateWord::Errored => "!",
+    }
+}
+
+fn command(spec: &JobSpec) -> String {
+    let text = spec.shell.clone().unwrap_or_else(|| spec.argv.join(" "));
+    let line = text.lines().next().unwrap_or_default();
+    let mut short: String = line.chars().take(COMMAND_SHOWN).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+pub(crate) async fn status(app: &App, args: &StatusArgs) -> Result<i32, Failure> {
+    let hosted = Hosted::open_to_read(app).await?;
+    let job = app.job(hosted.farm(), args.job.as_deref()).await?;
+    if app.talk.json() {
+        print_json(&job)?;
+        return Ok(exit::OK);
+    }
+    let rows: Vec<Vec<String>> =
+        facts(&job, app.env.now().wall).into_iter().map(|(name, value)| vec![name.to_owned(), value]).collect();
+    print(&format!("{} {}\n", icon(job.state), job.id))?;
+    print(
+        &table(&["", ""], &rows, stdout_is_terminal())
+            .lines()
+            .map(str::trim_end)
+            .filter(|l| !l.is_empty())
+            .map(|line| format!("  {line}\n"))
+            .collect::<String>(),
+    )?;
+    Ok(exit::OK)
+}
+
+fn facts(job: &JobView, now: Ms) -> Vec<(&'static str, String)> {
+    let mut facts = vec![("state", state(job)), ("command", command(&job.spec))];
+    let mut fact = |name, value: Option<String>| facts.extend(value.map(|value| (name, value)));
+    fact("waits for", job.waiting_reason.clone());
+    if job.state.is_terminal() {
+        fact("end", Some(verdict(job).text));
+        fact("exit code", job.exit_code.map(|code| code.to_string()));
+    }
+    fact("worker", job.worker_name.clone());
+    fact("attempt", (job.attempt > 0).then(|| job.attempt.to_string()));
+    fact("lost", (job.lost > 0).then(|| format!("{} of them, by the farm", job.lost)));
+    fact("submitted", Some(format!("{} ({})", job.created_at, ago(&job.created_at, now))));
+    fact("took", Some(took(job, now)));
+    fact("stages", stages(job));
+    fact(
+        "commit",
+        job.spec.git.as_ref().map(|git| {
+            let branch = git.branch.as_ref().map_or(String::new(), |branch| format!(" on {branch}"));
+            format!("{}{branch}{}", git.commit, if git.dirty { ", with changes" } else { "" })
+        }),
+    );
+    fact("url", Some(job.url.clone()));
+    facts
+}
+
+fn stages(job: &JobView) -> Option<String> {
+    let t = &job.timings;
+    let all = [
+        ("queue", t.queue_ms),
+        ("assign", t.assign_ms),
+        ("vm", t.vm_ms),
+        ("source", t.source_ms),
+        ("exec", t.exec_ms),
+        ("collect", t.collect_ms),
+        ("teardown", t.teardown_ms),
+    ];
+    let shown: Vec<String> =
+        all.iter().filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", precise(ms)))).collect();
+    (!shown.is_empty()).then(|| shown.join(" · "))
+}
+
+fn precise(ms: u64) -> String {
+    if ms < 1_000 { format!("{ms}ms") } else { duration(ms) }
+}
+
+pub(crate) async fn cancel(app: &App, args: &CancelArgs) -> Result<i32, Failure> {
+    let farm = Hosted::open_to_read(app).await?;
+    let farm = farm.farm();
+    let mut worst = exit::OK;
+    let asked: Vec<Option<&str>> =
+        if args.jobs.is_empty() { vec![None] } else { args.jobs.iter().map(|job| Some(job.as_str())).collect() };
+    for job in asked {
+        if let Err(failure) = cancel_one(app, farm, job).await {
+            // One wrong id among several does not keep the others from being canceled.
+            if args.jobs.len() < 2 {
+                return Err(failure);
+            }
+            worst = failure.fault.exit_code();
+            app.talk.fail(&failure, worst);
+        }
+    }
+    Ok(worst)
+}
+
+async fn cancel_one(app: &App, farm: &Farm, asked: Option<&str>) -> Result<(), Failure> {
+    let before = app.job(farm, asked).await?;
+    let id = before.id;
+    if before.state.is_terminal() {
+        app.talk.verdict(Tone::Note, "-", &format!("{id} already finished ({}): nothing to do", before.state), None);
+        return if app.talk.json() { print_json(&before) } else { Ok(()) };
+    }
+    let after = farm.client.cancel(id).await.map_err(|error| Failure::of(error, &farm.url))?;
+    let what = if after.state.is_terminal() { "canceled" } else { "is being canceled" };
+    app.talk.verdict(Tone::Note, "⊘", &format!("{id} {what} (was {})", before.state), None);
+    if app.talk.json() { print_json(&after) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::wire::job::{End, Reason, Timings};
+
+    use super::*;
+    use crate::follow::tests::ended;
+
+    #[test]
+    fn a_job_is_one_row_and_a_page_of_facts() {
+        let mut job = ended(&End::because(Reason::WorkerLost, "m1 went silent"));
+        job.spec.shell = Some("make all\nmake test".into());
+        job.timings = Timings { queue_ms: Some(12), exec_ms: Some(61_000), ..Timings::default() };
+        let now = Ms::parse_rfc3339("2026-01-02T03:14:05Z").unwrap();
+        let row = row(&job, now);
+        assert_eq!(row[1..], ["! errored", "make all…", "–", "10m ago", "1m 32s"].map(str::to_owned));
+        let facts = facts(&job, now);
+        let fact = |name: &str| facts.iter().find(|(key, _)| *key == name).map(|(_, value)| value.as_str());
+        assert_eq!(fact("end"), Some("not run to its end: m1 went silent"));
+        assert_eq!(fact("exit code"), Some("125"));
+        assert_eq!(fact("stages"), Some("queue 12ms · exec 1m 01s"));
+        assert_eq!(fact("waits for"), None);
+    }
+
+    #[test]
+    fn long_commands_are_cut_between_characters() {
+        let spec = JobSpec { argv: vec!["ü".repeat(60)], ..JobSpec::default() };
+        assert_eq!(command(&spec).chars().count(), COMMAND_SHOWN + 1);
+        assert_eq!(command(&JobSpec { argv: vec!["ls".into(), "-l".into()], ..JobSpec::default() }), "ls -l");
+    }
+}

@@ -1,0 +1,110 @@
+//! S: the list of commands.
+
+pub(crate) mod admin;
+pub(crate) mod artifacts;
+pub(crate) mod jobs;
+pub(crate) mod run;
+pub(crate) mod setup;
+
+use crate::context::App;
+use crate::output::sanitize::one_line;
+use crate::output::{Failure, exit, plural, print, print_json, size};
+use crate::source;
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    Run(Box<run::RunArgs>),
+    Attach(jobs::AttachArgs),
+    Logs(jobs::LogsArgs),
+    #[command(visible_aliases = ["ls", "jobs", "ps"])]
+    List(jobs::ListArgs),
+    Status(jobs::StatusArgs),
+    Cancel(jobs::CancelArgs),
+    Artifacts(artifacts::ArtifactsArgs),
+    #[command(subcommand)]
+    Source(SourceVerb),
+    #[command(subcommand)]
+    Worker(admin::WorkerVerb),
+    Login(setup::LoginArgs),
+    #[command(subcommand)]
+    Context(setup::ContextVerb),
+    #[command(subcommand)]
+    Token(admin::TokenVerb),
+    #[command(subcommand)]
+    Config(setup::ConfigVerb),
+    /// Look whether this machine and the farm understand each other
+    Doctor,
+    Completions(setup::CompletionsArgs),
+}
+
+/// Look at what would be sent
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum SourceVerb {
+    /// List every path that a job started here would get
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Also the sizes
+        #[arg(long)]
+        size: bool,
+        /// Include private keys and .env files
+        #[arg(long)]
+        allow_secret_files: bool,
+    },
+}
+
+impl Command {
+    /// True if a failure before there is a job has a code of its own.
+    pub(crate) fn runs_a_job(&self) -> bool {
+        matches!(self, Self::Run(_))
+    }
+
+    pub(crate) async fn perform(&self, app: &App) -> Result<i32, Failure> {
+        match self {
+            Self::Run(args) => run::run(app, args).await,
+            Self::Attach(args) => jobs::attach(app, args).await,
+            Self::Logs(args) => jobs::logs(app, args).await,
+            Self::List(args) => jobs::list(app, args).await,
+            Self::Status(args) => jobs::status(app, args).await,
+            Self::Cancel(args) => jobs::cancel(app, args).await,
+            Self::Artifacts(args) => artifacts::artifacts(app, args).await,
+            Self::Source(SourceVerb::Ls { size, allow_secret_files }) => source_ls(app, *size, *allow_secret_files),
+            Self::Worker(verb) => admin::worker(app, verb).await,
+            Self::Login(args) => setup::login(app, args).await,
+            Self::Context(verb) => setup::context(app, verb),
+            Self::Token(verb) => admin::token(app, verb).await,
+            Self::Config(verb) => setup::config(app, verb),
+            Self::Doctor => setup::doctor(app).await,
+            Self::Completions(args) => setup::completions(args),
+        }
+    }
+}
+
+fn source_ls(app: &App, with_size: bool, allow_secret_files: bool) -> Result<i32, Failure> {
+    let scan = source::scan(&app.dir, allow_secret_files)?;
+    for warning in &scan.warnings {
+        app.talk.warn(warning);
+    }
+    if app.talk.json() {
+        for entry in scan.manifest.entries() {
+            print_json(entry)?;
+        }
+        return Ok(exit::OK);
+    }
+    let mut out = String::new();
+    for entry in scan.manifest.entries() {
+        if with_size {
+            out.push_str(&format!("{:>9}  ", size(entry.size)));
+        }
+        out.push_str(&one_line(&entry.path));
+        match &entry.target {
+            Some(target) => out.push_str(&format!(" -> {}", one_line(target))),
+            None if entry.kind == alloy_shared::wire::source::EntryKind::Dir => out.push('/'),
+            None => {}
+        }
+        out.push('\n');
+    }
+    print(&out)?;
+    let total = size(scan.manifest.total_bytes());
+    app.talk.say(&format!("{}, {total}, manifest {}", plural(scan.files(), "file"), scan.manifest.digest()));
+    Ok(exit::OK)
+}

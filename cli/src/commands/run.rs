@@ -1,0 +1,429 @@
+//! S: `alloy run`: scan, upload, submit, follow, download, and the command's own exit code.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use alloy_shared::id::Labels;
+use alloy_shared::limits;
+use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::context::{App, Farm};
+use crate::download::{Downloader, Report, Target};
+use crate::farm::Hosted;
+use crate::follow::{Ending, Follower, OnInterrupt, Signals};
+use crate::output::{Failure, Fault, Sink, exit, job_exit, plural, print, print_json, size};
+use crate::source::{self, Scan, git, upload};
+
+const EXAMPLES: &str = "\
+Examples:
+  alloy run -c 'xcodebuild test -scheme MyApp'
+  alloy run --artifact 'build/*.ipa' --env CONFIGURATION=Release -- make ipa
+  alloy run --local -c 'echo hello'
+
+Standard output is exactly the job's log; everything else goes to standard error.
+Exit code: the command's own; 128+n if signal n killed it; 124 timed out; 130 canceled;
+125 if the farm could not run it; 2 for a command line that makes no sense.";
+
+/// Run a command on the farm, in this working tree
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct RunArgs {
+    /// Line for the shell
+    #[arg(short = 'c', value_name = "LINE", conflicts_with = "argv", required_unless_present = "argv")]
+    pub(crate) shell: Option<String>,
+    /// Program and arguments, run without a shell
+    #[arg(last = true, value_name = "PROGRAM ARGS")]
+    pub(crate) argv: Vec<String>,
+    /// Variable of the command's environment; KEY alone takes the value from here
+    #[arg(short, long, value_name = "KEY[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Files to bring back: a glob; `=GLOB` must match, `!GLOB` leaves out
+    #[arg(short, long, value_name = "GLOB")]
+    pub(crate) artifact: Vec<String>,
+    /// How long the command may run: 90s, 10m, 2h
+    #[arg(long, value_name = "TIME", value_parser = milliseconds)]
+    pub(crate) timeout: Option<u64>,
+    /// How long the job may wait for a slot
+    #[arg(long, value_name = "TIME", value_parser = milliseconds)]
+    pub(crate) queue_timeout: Option<u64>,
+    /// Label that the worker must have
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    pub(crate) label: Vec<String>,
+    /// How often a command that failed is tried again
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=i64::from(limits::RETRIES_MAX)))]
+    pub(crate) retries: u32,
+    /// Image of the virtual machine
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) image: Option<String>,
+    /// Print the job's id and leave
+    #[arg(short, long)]
+    pub(crate) detach: bool,
+    /// Leave the artifacts on the farm
+    #[arg(long)]
+    pub(crate) no_download: bool,
+    /// Send private keys and .env files too
+    #[arg(long)]
+    pub(crate) allow_secret_files: bool,
+}
+
+/// The last line of `--json`.
+#[derive(Serialize)]
+struct Last<'a> {
+    r#type: &'static str,
+    job: &'a JobView,
+    exit_code: i32,
+    exit_origin: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    artifacts_dir: Option<PathBuf>,
+}
+
+pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
+    let spec = spec(args, &App::var)?;
+    let mut signals = Signals::install()?;
+    if args.detach && app.globals.local {
+        return Err(Failure::usage("--detach needs a farm that outlives this command")
+            .hint("alloy up          starts one; then run without --local"));
+    }
+    let hosted = signals.unless_told(Hosted::open(app)).await??;
+    let outcome = run_on(app, args, spec, &hosted, &mut signals).await;
+    hosted.close(app, &mut signals).await;
+    outcome
+}
+
+async fn run_on(
+    app: &App,
+    args: &RunArgs,
+    mut spec: JobSpec,
+    hosted: &Hosted,
+    signals: &mut Signals,
+) -> Result<i32, Failure> {
+    let farm = hosted.farm();
+    let scan = signals.unless_told(read_tree(app, args.allow_secret_files)).await??;
+    spec.git = git::record(&scan.root).await;
+    let source = if scan.manifest.entries().is_empty() {
+        None
+    } else {
+        Some(signals.unless_told(send_tree(app, farm, &scan)).await??)
+    };
+    let job = submit(app, farm, &SubmitJob { spec, source }, signals).await?;
+    app.remember(farm, job.id);
+    app.talk.headline(&job.id.to_string(), &job.url);
+    if args.detach {
+        if app.talk.json() {
+            print_json(&job)?
+        } else {
+            print(&format!("{}\n", job.id))?
+        }
+        return Ok(exit::OK);
+    }
+    let downloads = (!args.no_download && !job.spec.artifacts.is_empty()).then(|| Downloads::start(app, farm, &job));
+    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
+    let mut follower = Follower::new(app, farm, job.id, OnInterrupt::Cancel);
+    if let Some(downloads) = &downloads {
+        follower = follower.announce(downloads.arrivals.clone());
+    }
+    match follower.run(signals, sink).await? {
+        Ending::Detached => {
+            hosted.tell_detached(app, job.id);
+            Ok(exit::INTERRUPTED)
+        }
+        Ending::Ended(job) => finish(app, farm, &job, downloads, signals).await,
+    }
+}
+
+/// After the end: what is left of the artifacts, and the exit code. A result whose files are not here is no success.
+async fn finish(
+    app: &App,
+    farm: &Farm,
+    job: &JobView,
+    downloads: Option<Downloads>,
+    signals: &mut Signals,
+) -> Result<i32, Failure> {
+    app.tell_end(job);
+    let (mut code, origin) = job_exit(job);
+    let mut artifacts_dir = None;
+    if let Some(downloads) = downloads {
+        let report = signals.unless_told(downloads.finish(farm, job)).await??;
+        let complete = tell_artifacts(app, &report);
+        if !complete && code == exit::OK {
+            code = exit::ERROR;
+        }
+        artifacts_dir = report.dir;
+    }
+    if app.talk.json() {
+        let last = Last { r#type: "result", job, exit_code: code, exit_origin: origin.as_str(), artifacts_dir };
+        print_json(&last)?;
+    }
+    Ok(code)
+}
+
+/// Says what arrived; true if nothing went wrong.
+pub(crate) fn tell_artifacts(app: &App, report: &Report) -> bool {
+    for why in &report.unsafe_ones {
+        app.talk.warn(&format!("not created: {why}"));
+    }
+    if !report.saved.is_empty() {
+        let files = plural(report.saved.len() as u64, "file");
+        let dir = report.dir.as_ref().map_or(String::new(), |dir| format!("  → {}", shown(app, dir)));
+        app.talk.step("Artifacts", &format!("{files}, {}{dir}", size(report.bytes())));
+    }
+    for failure in &report.failed {
+        app.talk.fail(failure, exit::ERROR);
+    }
+    if !report.failed.is_empty() {
+        app.talk.hint("alloy artifacts get   tries again");
+    }
+    report.failed.is_empty()
+}
+
+fn shown(app: &App, dir: &std::path::Path) -> String {
+    match dir.strip_prefix(&app.dir) {
+        Ok(below) => format!("./{}/", below.display()),
+        Err(_) => format!("{}/", dir.display()),
+    }
+}
+
+async fn read_tree(app: &App, allow_secret_files: bool) -> Result<Arc<Scan>, Failure> {
+    let started = app.env.now().mono;
+    let dir = app.dir.clone();
+    let scanned = tokio::task::spawn_blocking(move || source::scan(&dir, allow_secret_files)).await;
+    let scan = scanned.map_err(|error| Failure::error(format!("reading the tree: {error}")))??;
+    for warning in &scan.warnings {
+        app.talk.warn(warning);
+    }
+    let took = crate::output::duration(app.env.now().mono.since(started));
+    let what = format!("{}, {}", plural(scan.files(), "file"), size(scan.manifest.total_bytes()));
+    app.talk.step("Packing", &format!("{what}  ({took})"));
+    Ok(Arc::new(scan))
+}
+
+async fn send_tree(app: &App, farm: &Farm, scan: &Arc<Scan>) -> Result<alloy_shared::id::Digest, Failure> {
+    let started = app.env.now().mono;
+    let (digest, moved) = upload::upload(&farm.client, &*app.env, scan, &app.talk).await?;
+    let took = crate::output::duration(app.env.now().mono.since(started));
+    if moved.new_bytes > 0 {
+        let known = scan.manifest.total_bytes().saturating_sub(moved.new_bytes);
+        let known = if known > 0 { format!(", {} were there already", size(known)) } else { String::new() };
+        app.talk.step("Uploading", &format!("{} sent{known}  ({took})", size(moved.sent_bytes)));
+    } else {
+        app.talk.step("Uploading", &format!("nothing: the farm has it all  ({took})"));
+    }
+    Ok(digest)
+}
+
+/// Submits. The first Ctrl-C waits for the answer, because the job may exist by now; the follower then cancels it.
+async fn submit(app: &App, farm: &Farm, job: &SubmitJob, signals: &mut Signals) -> Result<JobView, Failure> {
+    let key = format!("{:016x}{:016x}", app.env.dice(), app.env.dice());
+    let answer = farm.client.submit(job, &key);
+    tokio::pin!(answer);
+    let mut told = false;
+    loop {
+        tokio::select! {
+            biased;
+            _ = signals.next() => {
+                if told {
+                    return Err(Failure::new(Fault::Interrupted, "interrupted while the job was submitted")
+                        .hint("the farm may have it: alloy list"));
+                }
+                told = true;
+                app.talk.say("The job is being submitted; it is canceled as soon as it has a name.  (Ctrl-C again to leave)");
+            }
+            result = &mut answer => {
+                let job = result.map_err(|error| Failure::of(error, &farm.url))?;
+                if told {
+                    farm.client.cancel(job.id).await.map_err(|error| Failure::of(error, &farm.url))?;
+                }
+                return Ok(job);
+            }
+        }
+    }
+}
+
+/// Artifacts on their way while the job still runs.
+struct Downloads {
+    arrivals: mpsc::Sender<alloy_shared::wire::job::ArtifactView>,
+    report: oneshot::Receiver<Report>,
+}
+
+impl Downloads {
+    fn start(app: &App, farm: &Farm, job: &JobView) -> Self {
+        let (arrivals, rx) = mpsc::channel(limits::ARTIFACTS_MAX);
+        let (tx, report) = oneshot::channel();
+        let downloader = Downloader {
+            client: farm.client.clone(),
+            job: job.id,
+            target: Target::Collection(app.dir.clone()),
+            talk: app.talk.clone(),
+        };
+        let work = async move {
+            // Nobody waits for it any more when the command was interrupted.
+            let _ = tx.send(downloader.run(rx).await);
+        };
+        app.env.spawn("download", Box::pin(work));
+        Self { arrivals, report }
+    }
+
+    /// The list at the end is the truth: what was not announced is downloaded, what was announced wrongly is removed.
+    async fn finish(self, farm: &Farm, job: &JobView) -> Result<Report, Failure> {
+        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url))?;
+        for artifact in &list.artifacts {
+            if self.arrivals.send(artifact.clone()).await.is_err() {
+                break;
+            }
+        }
+        drop(self.arrivals);
+        let mut report = self.report.await.map_err(|_| Failure::error("the download ended early"))?;
+        report.remove_all_but(&list.artifacts);
+        Ok(report)
+    }
+}
+
+/// What the arguments ask for. The farm checks the rest and names every wrong field.
+fn spec(args: &RunArgs, var: &dyn Fn(&str) -> Option<String>) -> Result<JobSpec, Failure> {
+    let mut env = BTreeMap::new();
+    for pair in &args.env {
+        let (key, value) = match pair.split_once('=') {
+            Some((key, value)) => (key, value.to_owned()),
+            None => {
+                let value = var(pair).ok_or_else(|| {
+                    Failure::usage(format!("--env {pair}: there is no such variable here"))
+                        .hint(format!("--env {pair}=VALUE gives it one"))
+                })?;
+                (pair.as_str(), value)
+            }
+        };
+        if key.is_empty() {
+            return Err(Failure::usage(format!("--env {pair}: the name is empty")));
+        }
+        env.insert(key.to_owned(), value);
+    }
+    let mut labels = Labels::default();
+    for pair in &args.label {
+        labels.insert_pair(pair).map_err(|error| Failure::usage(format!("--label: {error}")))?;
+    }
+    if args.shell.as_ref().is_some_and(|line| line.trim().is_empty()) {
+        return Err(Failure::usage("-c: the line is empty"));
+    }
+    Ok(JobSpec {
+        shell: args.shell.clone(),
+        argv: args.argv.clone(),
+        env,
+        artifacts: args.artifact.clone(),
+        labels: labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
+        image: args.image.clone(),
+        timeout_ms: args.timeout,
+        queue_timeout_ms: args.queue_timeout,
+        retries: args.retries,
+        git: None,
+    })
+}
+
+/// Reads `90s`, `10m`, `1h30m`, `500ms`.
+pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
+    let wrong = || "write it as 90s, 10m or 1h30m".to_owned();
+    let (mut rest, mut total) = (text, 0u64);
+    while !rest.is_empty() {
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, tail) = rest.split_at(digits);
+        let unit = tail.len() - tail.trim_start_matches(|c: char| c.is_ascii_alphabetic()).len();
+        let (unit, tail) = tail.split_at(unit);
+        let factor = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(wrong()),
+        };
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        total = number.checked_mul(factor).and_then(|ms| total.checked_add(ms)).ok_or_else(wrong)?;
+        rest = tail;
+    }
+    if total == 0 { Err(wrong()) } else { Ok(total) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::{Cli, commands::Command};
+
+    fn parse(line: &[&str]) -> RunArgs {
+        match Cli::try_parse_from([&["alloy", "run"], line].concat()).unwrap().command {
+            Command::Run(args) => *args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn arguments_become_a_spec() {
+        let args = parse(&[
+            "-c",
+            "make",
+            "--env",
+            "A=1=2",
+            "--env",
+            "HERE",
+            "--artifact",
+            "*.ipa",
+            "--artifact",
+            "=out/**",
+            "--timeout",
+            "10m",
+            "--label",
+            "chip=m4",
+            "--retries",
+            "2",
+            "--image",
+            "img",
+            "--queue-timeout",
+            "1h30m",
+        ]);
+        let var = |name: &str| (name == "HERE").then(|| "from here".to_owned());
+        let spec = spec(&args, &var).unwrap();
+        assert_eq!(spec.shell.as_deref(), Some("make"));
+        assert_eq!(spec.env, BTreeMap::from([("A".into(), "1=2".into()), ("HERE".into(), "from here".into())]));
+        assert_eq!(spec.artifacts, ["*.ipa", "=out/**"]);
+        assert_eq!(spec.labels, BTreeMap::from([("chip".into(), "m4".into())]));
+        assert_eq!((spec.timeout_ms, spec.queue_timeout_ms, spec.retries), (Some(600_000), Some(5_400_000), 2));
+
+        let args = parse(&["--", "xcodebuild", "-scheme", "MyApp", "--json"]);
+        assert_eq!(super::spec(&args, &var).unwrap().argv, ["xcodebuild", "-scheme", "MyApp", "--json"]);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_a_usage_error() {
+        for line in [
+            &["alloy", "run"][..],
+            &["alloy", "run", "-c", "x", "--", "y"],
+            &["alloy", "run", "-c", "x", "--timeout", "soon"],
+            &["alloy", "run", "-c", "x", "--retries", "11"],
+            &["alloy", "run", "-c", "x", "--local", "--url", "http://x"],
+        ] {
+            assert!(Cli::try_parse_from(line).is_err(), "{line:?}");
+        }
+        for line in [
+            &["-c", "x", "--env", "GONE"][..],
+            &["-c", "x", "--env", "=1"],
+            &["-c", "x", "--label", "chip"],
+            &["-c", " "],
+        ] {
+            assert_eq!(spec(&parse(line), &|_| None).unwrap_err().fault, Fault::Usage, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn times_are_written_with_units() {
+        for (text, ms) in [("90s", 90_000), ("10m", 600_000), ("1h30m", 5_400_000), ("250ms", 250), ("1d", 86_400_000)]
+        {
+            assert_eq!(milliseconds(text), Ok(ms), "{text}");
+        }
+        for text in ["", "90", "s", "1x", "-1s", "0s", "1.5h", "99999999999999999999s", "9999999999999999d"] {
+            assert!(milliseconds(text).is_err(), "{text}");
+        }
+    }
+}

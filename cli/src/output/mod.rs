@@ -1,0 +1,475 @@
+//! S: what a command says and how it ends: exit codes, failures, words for sizes and times, tables, standard output.
+//!
+//! Standard output is data, standard error is talk. [`Sink`] is the only way to standard output for bytes of a job;
+//! [`talk::Talk`] is the only way to standard error.
+
+pub(crate) mod sanitize;
+pub(crate) mod talk;
+
+use std::io::{IsTerminal as _, Write as _};
+
+use alloy_shared::client::ClientError;
+use alloy_shared::env::Ms;
+use alloy_shared::wire::job::{ExitOrigin, JobView};
+use alloy_shared::wire::{ErrorCode, Problem};
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+
+use sanitize::Sanitizer;
+
+/// Chunks that wait for a slow reader of standard output before the follower waits too.
+const SINK_QUEUE: usize = 16;
+
+/// What the process exits with. `alloy run` and `alloy attach` exit with the job's own number once there is one.
+pub(crate) mod exit {
+    pub(crate) const OK: i32 = 0;
+    pub(crate) const ERROR: i32 = 1;
+    pub(crate) const USAGE: i32 = 2;
+    pub(crate) const FORBIDDEN: i32 = 4;
+    pub(crate) const NOT_FOUND: i32 = 5;
+    pub(crate) const UNREACHABLE: i32 = 7;
+    /// `alloy run` without a job: nothing ran, and it is not the command's fault.
+    pub(crate) const NO_JOB: i32 = 125;
+    /// Interrupted from the keyboard.
+    pub(crate) const INTERRUPTED: i32 = 130;
+}
+
+/// Why a command did not succeed, as far as the exit code is concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Error,
+    Usage,
+    Forbidden,
+    NotFound,
+    Unreachable,
+    Interrupted,
+    /// Nobody reads standard output any more: nothing is left to say.
+    Pipe,
+}
+
+impl Fault {
+    pub(crate) const fn exit_code(self) -> i32 {
+        match self {
+            Self::Error | Self::Pipe => exit::ERROR,
+            Self::Usage => exit::USAGE,
+            Self::Forbidden => exit::FORBIDDEN,
+            Self::NotFound => exit::NOT_FOUND,
+            Self::Unreachable => exit::UNREACHABLE,
+            Self::Interrupted => exit::INTERRUPTED,
+        }
+    }
+
+    /// The code of `alloy run` while there is no job.
+    pub(crate) const fn exit_code_before_job(self) -> i32 {
+        match self {
+            Self::Usage => exit::USAGE,
+            Self::Interrupted => exit::INTERRUPTED,
+            Self::Pipe => exit::ERROR,
+            Self::Error | Self::Forbidden | Self::NotFound | Self::Unreachable => exit::NO_JOB,
+        }
+    }
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Usage => "usage",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::Unreachable => "unreachable",
+            Self::Interrupted => "interrupted",
+            Self::Pipe => "broken_pipe",
+        }
+    }
+
+    const fn of(code: ErrorCode) -> Self {
+        match code {
+            ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Forbidden,
+            ErrorCode::NotFound => Self::NotFound,
+            ErrorCode::InvalidBody
+            | ErrorCode::InvalidSpec
+            | ErrorCode::InvalidParameter
+            | ErrorCode::MethodNotAllowed
+            | ErrorCode::IdempotencyMismatch
+            | ErrorCode::InvalidTransition
+            | ErrorCode::SourceIncomplete
+            | ErrorCode::DigestMismatch
+            | ErrorCode::InvalidSource
+            | ErrorCode::NoSuchWorker
+            | ErrorCode::OffsetMismatch
+            | ErrorCode::RangeNotSatisfiable
+            | ErrorCode::TooLarge
+            | ErrorCode::TooManyRequests
+            | ErrorCode::UnsupportedProtocol
+            | ErrorCode::Superseded
+            | ErrorCode::Fenced
+            | ErrorCode::Unavailable
+            | ErrorCode::StorageFull
+            | ErrorCode::Internal => Self::Error,
+        }
+    }
+}
+
+/// What went wrong, for the person who typed the command.
+#[derive(Debug, Clone)]
+pub(crate) struct Failure {
+    pub(crate) fault: Fault,
+    pub(crate) message: String,
+    pub(crate) hint: Option<String>,
+    problem: Option<Box<Problem>>,
+}
+
+impl Failure {
+    pub(crate) fn new(fault: Fault, message: impl Into<String>) -> Self {
+        Self { fault, message: message.into(), hint: None, problem: None }
+    }
+    pub(crate) fn error(message: impl Into<String>) -> Self {
+        Self::new(Fault::Error, message)
+    }
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(Fault::Usage, message)
+    }
+    pub(crate) fn pipe() -> Self {
+        Self::new(Fault::Pipe, "nobody reads standard output")
+    }
+    pub(crate) fn io(what: &str, error: &std::io::Error) -> Self {
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::pipe(),
+            _ => Self::error(format!("{what}: {error}")),
+        }
+    }
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// A client's error, with the hints that only the CLI can give.
+    pub(crate) fn of(error: ClientError, url: &str) -> Self {
+        match error {
+            ClientError::Unreachable { why, .. } => {
+                let failure = Self::new(Fault::Unreachable, format!("no farm answers at {url}: {why}"));
+                failure.hint("alloy up          starts a farm on this machine; --url URL names another one")
+            }
+            ClientError::Protocol(why) => Self::error(format!("{url} answers, but not as a farm does: {why}"))
+                .hint("alloy doctor      compares the versions of both sides"),
+            ClientError::Problem(problem) => Self::of_problem(problem, url),
+        }
+    }
+
+    fn of_problem(problem: Problem, url: &str) -> Self {
+        let hint = match problem.code {
+            ErrorCode::Unauthenticated => Some(format!("alloy login {url} --with-token      in CI: set ALLOY_TOKEN")),
+            _ => problem.hint.clone(),
+        };
+        let message = match problem.code {
+            ErrorCode::Unauthenticated => format!("not signed in to {url}: {}", problem.message),
+            _ => problem.message.clone(),
+        };
+        Self { fault: Fault::of(problem.code), message, hint, problem: Some(Box::new(problem)) }
+    }
+
+    /// The lines of standard error, without colours.
+    pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
+        let mut lines = vec![("error", sanitize::one_line(&self.message))];
+        if let Some(problem) = &self.problem {
+            lines.extend(
+                problem.errors.iter().map(|e| ("", sanitize::one_line(&format!("{}: {}", e.field, e.message)))),
+            );
+        }
+        if let Some(hint) = &self.hint {
+            lines.extend(hint.lines().map(|line| ("hint", sanitize::one_line(line))));
+        }
+        if let Some(id) = self.problem.as_ref().and_then(|problem| problem.request_id.as_ref()) {
+            lines.push(("request", sanitize::one_line(id)));
+        }
+        lines
+    }
+
+    /// The same for programs.
+    pub(crate) fn json(&self, exit_code: i32) -> serde_json::Value {
+        let mut out = match &self.problem {
+            Some(problem) => serde_json::to_value(problem).unwrap_or_default(),
+            None => serde_json::json!({ "code": self.fault.word() }),
+        };
+        if let Some(fields) = out.as_object_mut() {
+            fields.insert("type".into(), "error".into());
+            fields.insert("message".into(), self.message.clone().into());
+            if let Some(hint) = &self.hint {
+                fields.insert("hint".into(), hint.clone().into());
+            }
+            fields.insert("exit_code".into(), exit_code.into());
+            fields.insert("exit_origin".into(), ExitOrigin::Alloy.as_str().into());
+        }
+        out
+    }
+}
+
+/// What a finished job's command line exits with.
+pub(crate) fn job_exit(job: &JobView) -> (i32, ExitOrigin) {
+    let code = job.exit_code.unwrap_or(exit::NO_JOB);
+    (code, job.exit_origin.unwrap_or(ExitOrigin::Alloy))
+}
+
+/// `48.2 MB`: powers of ten, one digit, as disks are sold and Finder counts.
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000 => format!("{bytes} B"),
+        1_000..999_950 => format!("{:.1} kB", bytes as f64 / 1e3),
+        999_950..999_950_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        999_950_000.. => format!("{:.1} GB", bytes as f64 / 1e9),
+    }
+}
+
+/// `1,204`.
+pub(crate) fn count(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// `1 file`, `1,204 files`.
+pub(crate) fn plural(n: u64, noun: &str) -> String {
+    format!("{} {noun}{}", count(n), if n == 1 { "" } else { "s" })
+}
+
+/// `0.4s`, `1m 32s`, `2h 5m`.
+pub(crate) fn duration(ms: u64) -> String {
+    let seconds = ms / 1_000;
+    match ms {
+        0..10_000 => format!("{}.{}s", seconds, ms % 1_000 / 100),
+        10_000..60_000 => format!("{seconds}s"),
+        60_000..3_600_000 => format!("{}m {:02}s", seconds / 60, seconds % 60),
+        3_600_000.. => format!("{}h {:02}m", seconds / 3_600, seconds / 60 % 60),
+    }
+}
+
+/// `now`, `2m ago`: for people; JSON carries the stamp.
+pub(crate) fn ago(at: &str, now: Ms) -> String {
+    let Some(then) = Ms::parse_rfc3339(at) else { return String::from("?") };
+    let seconds = now.since(then) / 1_000;
+    match seconds {
+        0..5 => "now".to_owned(),
+        5..60 => format!("{seconds}s ago"),
+        60..3_600 => format!("{}m ago", seconds / 60),
+        3_600..86_400 => format!("{}h ago", seconds / 3_600),
+        86_400.. => format!("{}d ago", seconds / 86_400),
+    }
+}
+
+/// Columns as wide as their widest cell. Tab-separated and without a head when a program reads it.
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>], for_people: bool) -> String {
+    let mut out = String::new();
+    if !for_people {
+        for row in rows {
+            out.push_str(&row.iter().map(|cell| sanitize::one_line(cell)).collect::<Vec<_>>().join("\t"));
+            out.push('\n');
+        }
+        return out;
+    }
+    let head: Vec<String> = head.iter().map(|cell| (*cell).to_owned()).collect();
+    let all: Vec<Vec<String>> = std::iter::once(&head)
+        .chain(rows)
+        .map(|row| row.iter().map(|cell| sanitize::one_line(cell)).collect())
+        .collect();
+    let width = |column: usize| all.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max();
+    let widths: Vec<usize> = (0..head.len()).map(|column| width(column).unwrap_or(0)).collect();
+    for row in &all {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(cell);
+            line.extend(std::iter::repeat_n(' ', width + 2 - cell.chars().count().min(*width)));
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// Writes text that Alloy itself made to standard output.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = anstream::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|e| Failure::io("standard output", &e))
+}
+
+/// Writes one value as one line of JSON to standard output.
+pub(crate) fn print_json<T: Serialize>(value: &T) -> Result<(), Failure> {
+    let mut line = serde_json::to_string(value).map_err(|e| Failure::error(format!("JSON: {e}")))?;
+    line.push('\n');
+    print(&line)
+}
+
+pub(crate) fn stdout_is_terminal() -> bool {
+    std::io::stdout().is_terminal()
+}
+
+/// A thread that writes a job's bytes to standard output, so that a reader that stands still cannot keep Ctrl-C from
+/// being heard. A terminal gets them cleaned, everything else gets them as they are.
+pub(crate) struct Sink {
+    queue: mpsc::Sender<Bytes>,
+    done: oneshot::Receiver<std::io::Result<()>>,
+}
+
+impl Sink {
+    pub(crate) fn stdout(talk: &talk::Talk) -> std::io::Result<Self> {
+        let bars = talk.bars();
+        let cleaner = stdout_is_terminal().then(Sanitizer::default);
+        Self::start(cleaner, move |bytes| {
+            bars.suspend(|| {
+                let mut stdout = std::io::stdout().lock();
+                stdout.write_all(bytes).and_then(|()| stdout.flush())
+            })
+        })
+    }
+
+    fn start(
+        cleaner: Option<Sanitizer>,
+        write: impl FnMut(&[u8]) -> std::io::Result<()> + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (queue, rx) = mpsc::channel(SINK_QUEUE);
+        let (report, done) = oneshot::channel();
+        std::thread::Builder::new().name("stdout".into()).spawn(move || {
+            // Nobody waits for the report any more when the process is about to exit.
+            let _ = report.send(pump(rx, cleaner, write));
+        })?;
+        Ok(Self { queue, done })
+    }
+
+    /// Hands bytes over; an error means that nobody reads any more.
+    pub(crate) async fn write(&self, bytes: Bytes) -> Result<(), Failure> {
+        self.queue.send(bytes).await.map_err(|_| Failure::pipe())
+    }
+
+    pub(crate) async fn write_json<T: Serialize>(&self, value: &T) -> Result<(), Failure> {
+        let mut line = serde_json::to_vec(value).map_err(|e| Failure::error(format!("JSON: {e}")))?;
+        line.push(b'\n');
+        self.write(line.into()).await
+    }
+
+    /// Returns when every byte is written.
+    pub(crate) async fn finish(self) -> Result<(), Failure> {
+        drop(self.queue);
+        match self.done.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(Failure::io("standard output", &error)),
+            Err(_) => Err(Failure::error("the thread that writes standard output died")),
+        }
+    }
+}
+
+fn pump(
+    mut rx: mpsc::Receiver<Bytes>,
+    mut cleaner: Option<Sanitizer>,
+    mut write: impl FnMut(&[u8]) -> std::io::Result<()>,
+) -> std::io::Result<()> {
+    let mut clean = Vec::new();
+    while let Some(bytes) = rx.blocking_recv() {
+        match &mut cleaner {
+            None => write(&bytes)?,
+            Some(cleaner) => {
+                clean.clear();
+                cleaner.push(&bytes, &mut clean);
+                write(&clean)?;
+            }
+        }
+    }
+    clean.clear();
+    if let Some(cleaner) = &mut cleaner {
+        cleaner.finish(&mut clean);
+        write(&clean)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exit_table_is_that_of_the_design() {
+        for (fault, code, before_job) in [
+            (Fault::Error, 1, 125),
+            (Fault::Usage, 2, 2),
+            (Fault::Forbidden, 4, 125),
+            (Fault::NotFound, 5, 125),
+            (Fault::Unreachable, 7, 125),
+            (Fault::Interrupted, 130, 130),
+            (Fault::Pipe, 1, 1),
+        ] {
+            assert_eq!((fault.exit_code(), fault.exit_code_before_job()), (code, before_job), "{fault:?}");
+        }
+        for code in ErrorCode::ALL {
+            let expected = match code.http_status() {
+                401 | 403 => 4,
+                404 => 5,
+                _ => 1,
+            };
+            let failure = Failure::of(ClientError::Problem(Problem::new(*code, "x")), "http://farm");
+            assert_eq!(failure.fault.exit_code(), expected, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn a_failure_says_what_to_do_and_json_carries_the_code() {
+        let problem = Problem::new(ErrorCode::Unauthenticated, "no token");
+        let failure = Failure::of(ClientError::Problem(problem), "http://farm:3000");
+        let text: Vec<String> = failure.lines().into_iter().map(|(_, line)| line).collect();
+        assert!(text[0].contains("not signed in to http://farm:3000"), "{text:?}");
+        assert!(text[1].contains("alloy login http://farm:3000"), "{text:?}");
+        let json = failure.json(125);
+        assert_eq!(json["code"], "unauthenticated");
+        assert_eq!(json["exit_code"], 125);
+        assert_eq!(json["exit_origin"], "alloy");
+        assert_eq!(Failure::usage("x").json(2)["code"], "usage");
+    }
+
+    #[test]
+    fn a_strangers_message_cannot_move_the_cursor() {
+        let problem = Problem::new(ErrorCode::Internal, "\u{1b}[2Jgone\nerror: fake");
+        let failure = Failure::of(ClientError::Problem(problem), "http://farm");
+        assert!(failure.lines().iter().all(|(_, line)| !line.contains(['\u{1b}', '\n'])));
+    }
+
+    #[test]
+    fn words_for_numbers() {
+        for (bytes, text) in
+            [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (48_200_000, "48.2 MB"), (999_960, "1.0 MB")]
+        {
+            assert_eq!(size(bytes), text);
+        }
+        for (ms, text) in [(0, "0.0s"), (440, "0.4s"), (44_000, "44s"), (92_000, "1m 32s"), (7_500_000, "2h 05m")] {
+            assert_eq!(duration(ms), text);
+        }
+        assert_eq!((count(7), count(1_204), count(1_234_567)), ("7".into(), "1,204".into(), "1,234,567".into()));
+        assert_eq!(plural(1, "file"), "1 file");
+        assert_eq!(ago("2023-11-14T22:13:20Z", Ms(1_700_000_000_000 + 125_000)), "2m ago");
+    }
+
+    #[test]
+    fn a_table_lines_up_for_people_and_is_tabs_for_programs() {
+        let rows = vec![vec!["a".to_owned(), "long cell".to_owned()], vec!["bcd".to_owned(), "x".to_owned()]];
+        assert_eq!(table(&["N", "WHAT"], &rows, true), "N    WHAT\na    long cell\nbcd  x\n");
+        assert_eq!(table(&["N", "WHAT"], &rows, false), "a\tlong cell\nbcd\tx\n");
+    }
+
+    #[tokio::test]
+    async fn a_sink_delivers_every_byte_and_reports_a_reader_that_left() {
+        let (tx, rx) = std::sync::mpsc::channel();
+        let sink = Sink::start(None, move |bytes| tx.send(bytes.to_vec()).map_err(std::io::Error::other)).unwrap();
+        for part in [&b"\x1b[2J"[..], b"raw", b"\xff"] {
+            sink.write(Bytes::from_static(part)).await.unwrap();
+        }
+        sink.finish().await.unwrap();
+        assert_eq!(rx.iter().flatten().collect::<Vec<u8>>(), b"\x1b[2Jraw\xff");
+
+        let gone = || std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        let sink = Sink::start(None, move |_| Err(gone())).unwrap();
+        while sink.write(Bytes::from_static(b"x")).await.is_ok() {}
+        assert_eq!(sink.finish().await.unwrap_err().fault, Fault::Pipe);
+    }
+}

@@ -1,0 +1,73 @@
+//! S: where the working tree stands, as git says it. A record for people: without git, or when it is slow, there is none.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use alloy_shared::wire::job::GitInfo;
+use tokio::io::AsyncReadExt as _;
+use tokio::process::Command;
+
+/// A tree too large for git to look through in this time goes without the record.
+const GIT_DEADLINE: Duration = Duration::from_secs(2);
+/// The head of the answer says everything; whether a second file changed does not matter.
+const ANSWER_MAX: u64 = 64 << 10;
+
+pub(crate) async fn record(root: &Path) -> Option<GitInfo> {
+    tokio::time::timeout(GIT_DEADLINE, ask(root)).await.ok().flatten()
+}
+
+async fn ask(root: &Path) -> Option<GitInfo> {
+    let mut child = Command::new("git")
+        // A file system monitor is a program that the repository names; a record is no reason to start it.
+        .args(["-c", "core.fsmonitor=false", "status", "--porcelain=v2", "--branch", "-z", "--", "."])
+        .current_dir(root)
+        .env("GIT_OPTIONAL_LOCKS", "0")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .ok()?;
+    let mut answer = Vec::new();
+    child.stdout.take()?.take(ANSWER_MAX).read_to_end(&mut answer).await.ok()?;
+    parse(&answer)
+}
+
+/// Reads `git status --porcelain=v2 --branch -z`.
+fn parse(answer: &[u8]) -> Option<GitInfo> {
+    let mut info = GitInfo::default();
+    for record in answer.split(|byte| *byte == 0) {
+        let Ok(text) = std::str::from_utf8(record) else {
+            // Only file names can be that; a file that is listed has changed.
+            info.dirty = true;
+            continue;
+        };
+        match text.strip_prefix("# ").map(|rest| rest.split_once(' ').unwrap_or((rest, ""))) {
+            Some(("branch.oid", "(initial)")) => {}
+            Some(("branch.oid", oid)) => info.commit = oid.to_owned(),
+            Some(("branch.head", "(detached)")) => {}
+            Some(("branch.head", name)) => info.branch = Some(name.to_owned()),
+            Some(_) => {}
+            None => info.dirty |= !text.is_empty(),
+        }
+    }
+    (!info.commit.is_empty()).then_some(info)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_of_git_becomes_a_record() {
+        let head = b"# branch.oid 0123abcd\0# branch.head main\0# branch.upstream origin/main\0# branch.ab +1 -0\0";
+        let clean = GitInfo { commit: "0123abcd".into(), branch: Some("main".into()), dirty: false };
+        assert_eq!(parse(head), Some(clean.clone()));
+        let dirty = [&head[..], b"? new \xff file\0"].concat();
+        assert_eq!(parse(&dirty), Some(GitInfo { dirty: true, ..clean }));
+        assert_eq!(parse(b"# branch.oid 01\0# branch.head (detached)\0").unwrap().branch, None);
+        assert_eq!(parse(b"# branch.oid (initial)\0# branch.head main\0"), None);
+        assert_eq!(parse(b""), None);
+    }
+}

@@ -1,0 +1,142 @@
+//! S: the working tree as it is on disk, made into a manifest: what goes, what is refused, and why.
+//!
+//! [`walk`] reads the tree, [`upload`] sends what the farm does not have, [`git`] records where the tree stood. What must not
+//! happen silently is an error with a name in it: a secret that travels, a file that cannot, a tree that changes underfoot.
+
+pub(crate) mod git;
+pub(crate) mod upload;
+mod walk;
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use alloy_shared::limits;
+use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
+
+use crate::output::{Failure, plural};
+use walk::Found;
+
+/// Names listed in one message; the rest is counted.
+const NAMED_MAX: usize = 10;
+
+/// A tree that was read without a change in it.
+#[derive(Debug)]
+pub(crate) struct Scan {
+    pub(crate) root: PathBuf,
+    pub(crate) manifest: Manifest,
+    /// What the sender should know and the farm need not.
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Scan {
+    pub(crate) fn files(&self) -> u64 {
+        self.manifest.entries().iter().filter(|entry| entry.kind != EntryKind::Dir).count() as u64
+    }
+}
+
+/// Reads the whole tree. Blocks: call it from a thread that may.
+pub(crate) fn scan(root: &Path, allow_secret_files: bool) -> Result<Scan, Failure> {
+    let root = root.canonicalize().map_err(|error| Failure::io(&root.display().to_string(), &error))?;
+    if !root.is_dir() {
+        return Err(Failure::usage(format!("{} is no directory", root.display())));
+    }
+    let walked = walk::walk(&root)?;
+    if !walked.refused.is_empty() {
+        let list: Vec<String> = walked.refused.iter().map(|r| format!("{} {}", r.path, r.why)).collect();
+        return Err(Failure::error(format!("the tree cannot be sent: {}", named(list)))
+            .hint("list it in .alloyignore, or remove it"));
+    }
+    if !allow_secret_files {
+        refuse_secrets(&walked.found)?;
+    }
+    let mut warnings = walked.warnings;
+    warnings.extend(
+        case_collisions(walked.found.iter().map(|found| found.path.as_str()))
+            .into_iter()
+            .map(|(a, b)| format!("`{a}` and `{b}` differ only in case: on a Mac they are one file")),
+    );
+    walk::assert_unchanged(&root, &walked.found)?;
+    let manifest = Manifest::new(entries(walked.found)).map_err(|error| Failure::error(error.to_string()))?;
+    Ok(Scan { root, manifest, warnings })
+}
+
+/// Directories follow from their files; only those without anything in them are entries.
+fn entries(found: Vec<Found>) -> Vec<Entry> {
+    let mut full: HashSet<&str> = HashSet::new();
+    for found in &found {
+        if let Some((parent, _)) = found.path.rsplit_once('/') {
+            full.insert(parent);
+        }
+    }
+    let empty: Vec<bool> =
+        found.iter().map(|found| found.kind != EntryKind::Dir || !full.contains(found.path.as_str())).collect();
+    let kept = found.into_iter().zip(empty).filter(|(_, keep)| *keep);
+    kept.map(|(found, _)| Entry {
+        path: found.path,
+        kind: found.kind,
+        mode: found.mode,
+        size: found.size,
+        chunks: found.chunks,
+        target: found.target,
+    })
+    .collect()
+}
+
+fn refuse_secrets(found: &[Found]) -> Result<(), Failure> {
+    let secrets = found.iter().filter(|found| found.kind == EntryKind::File);
+    let mut secrets: Vec<String> =
+        secrets.filter(|found| is_secret(&found.path)).map(|found| found.path.clone()).collect();
+    if secrets.is_empty() {
+        return Ok(());
+    }
+    secrets.sort();
+    let what = if secrets.len() == 1 { "this file looks" } else { "these files look" };
+    Err(Failure::error(format!("{what} like a secret and would be sent: {}", named(secrets)))
+        .hint("list it in .gitignore or .alloyignore, or send it with --allow-secret-files"))
+}
+
+/// Judges a path by its name: private keys and files of environment variables. Templates of the latter hold no secrets.
+pub(crate) fn is_secret(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
+    if let Some(rest) = name.strip_prefix(".env") {
+        let template = ["example", "sample", "template", "dist"].iter().any(|word| rest.ends_with(word));
+        return !template && (rest.is_empty() || rest.starts_with(['.', '-', '_']));
+    }
+    if matches!(name.as_str(), "id_rsa" | "id_dsa" | "id_ecdsa" | "id_ed25519") {
+        return true;
+    }
+    [".p12", ".pfx", ".key", ".pem"].iter().any(|end| name.ends_with(end))
+}
+
+/// Pairs of paths that a file system without case would make one.
+fn case_collisions<'a>(paths: impl Iterator<Item = &'a str>) -> Vec<(String, String)> {
+    let mut seen: HashMap<String, &str> = HashMap::new();
+    let mut pairs = Vec::new();
+    for path in paths {
+        if let Some(other) = seen.insert(path.to_lowercase(), path)
+            && other != path
+            && pairs.len() < NAMED_MAX
+        {
+            let (a, b) = if other < path { (other, path) } else { (path, other) };
+            pairs.push((a.to_owned(), b.to_owned()));
+        }
+    }
+    pairs.sort();
+    pairs
+}
+
+fn named(mut list: Vec<String>) -> String {
+    list.sort();
+    let more = list.len().saturating_sub(NAMED_MAX);
+    list.truncate(NAMED_MAX);
+    let text = list.join(", ");
+    if more == 0 { text } else { format!("{text} and {} more", plural(more as u64, "file")) }
+}
+
+/// The pieces that a file of this size is cut into: one, unless it is larger than a blob may be.
+fn piece_len(size: u64) -> u64 {
+    if size <= limits::BLOB_MAX as u64 { size } else { limits::BLOB_PIECE as u64 }
+}
+
+#[cfg(test)]
+mod tests;
