@@ -191,6 +191,11 @@ pub(super) struct Lost {
 }
 
 impl Lost {
+    /// Counts the time from here, and not only from the first failure.
+    pub(super) fn from(now: Mono) -> Self {
+        Self { since: Some(now), ..Self::default() }
+    }
+
     /// Counts a failure. Gives the milliseconds until the next try, or the error if there is none left.
     pub(super) fn count(&mut self, env: &dyn Env, failure: Failure, budget: Budget) -> Result<u64, ClientError> {
         let now = env.now().mono;
@@ -226,7 +231,7 @@ impl Lost {
 impl Client {
     /// Sends a request until it is answered, refused, or its budget is used up.
     pub(super) async fn ask<T: DeserializeOwned>(&self, call: Call) -> Result<T, ClientError> {
-        let mut lost = Lost::default();
+        let mut lost = Lost::from(self.env.now().mono);
         loop {
             let failure = match self.once(&call).await {
                 Ok(body) => return self.decode(&call, &body),

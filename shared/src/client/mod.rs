@@ -7,6 +7,9 @@ mod call;
 mod stream;
 mod transfer;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;

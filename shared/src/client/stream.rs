@@ -167,14 +167,20 @@ impl Client {
         while let Some(piece) = self.piece(&mut response).await? {
             lines.push(&piece);
             while let Some(line) = lines.next_line().map_err(Failure::wrong)? {
-                let frame = if line.is_empty() { None } else { read_frame(&line, cursor).map_err(Failure::wrong)? };
+                // A keep-alive is progress too; what was seen before is not.
+                let frame = match line.is_empty() {
+                    true => None,
+                    false => match read_frame(&line, cursor).map_err(Failure::wrong)? {
+                        Some(frame) => Some(frame),
+                        None => continue,
+                    },
+                };
                 lost.forget();
-                if let Some(frame) = frame {
-                    let end = matches!(frame, FeedFrame::End { .. });
-                    give(tx, FeedItem::Frame(frame)).await;
-                    if end {
-                        return Ok(());
-                    }
+                let Some(frame) = frame else { continue };
+                let end = matches!(frame, FeedFrame::End { .. });
+                give(tx, FeedItem::Frame(frame)).await;
+                if end {
+                    return Ok(());
                 }
             }
         }
@@ -351,7 +357,7 @@ impl Lines {
 }
 
 /// Reads a line and fits it to the cursor. `None`: seen before, or of a kind that this version does not know.
-fn read_frame(line: &[u8], cursor: &mut FeedCursor) -> Result<Option<FeedFrame>, String> {
+pub(super) fn read_frame(line: &[u8], cursor: &mut FeedCursor) -> Result<Option<FeedFrame>, String> {
     #[derive(serde::Deserialize)]
     struct Unknown<'a> {
         r#type: &'a str,

@@ -9,7 +9,7 @@ use futures_util::stream;
 use reqwest::Response;
 use tokio::sync::mpsc;
 
-use super::call::{Call, Failure, Kind};
+use super::call::{Call, Failure, Kind, Lost};
 use super::{Client, ClientError};
 use crate::env::{Env, Mono};
 use crate::id::{AttemptRef, Digest};
@@ -105,7 +105,7 @@ impl Client {
 
     /// A `HEAD` request. Its errors have no body, so the status alone says what is wrong.
     async fn head(&self, call: &Call) -> Result<Response, ClientError> {
-        let mut lost = super::call::Lost::default();
+        let mut lost = Lost::from(self.env.now().mono);
         loop {
             let failure = match self.open(call).await {
                 Ok(response) => return Ok(response),
