@@ -370,3 +370,6 @@ fn cancel(tries: Tries, lease: &Lease, then: Then, now: Ms) -> State {
 fn done(tries: Tries, end: End, now: Ms) -> State {
     State { tries, step: Step::Done { end, at: now } }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,17 +16,24 @@ pub mod auth;
 pub mod desk;
 pub mod desk_loop;
 pub mod error;
+pub mod feed;
 pub mod hub;
 pub mod job;
+pub mod log_sync;
+pub mod logs;
 pub mod ops;
 pub mod pick;
 pub mod routes;
+pub mod session;
 pub mod store;
+mod sums;
 pub mod wake;
 
 use auth::{Auth, Grants};
 use desk_loop::Door;
 use hub::Hub;
+use log_sync::LogSync;
+use logs::Logs;
 use store::Store;
 use wake::Wake;
 
@@ -39,6 +46,8 @@ pub struct App {
     pub desk: Door,
     pub hub: Arc<Hub>,
     pub wake: Arc<Wake>,
+    pub logs: Arc<Logs>,
+    pub log_sync: LogSync,
     pub env: Arc<dyn Env>,
     pub limits: Limits,
     pub auth: Auth,

@@ -1,55 +1,81 @@
-//! P: "something about this job moved". Only the fact travels; readers look for themselves, and look again every
-//! poll floor even when nothing was said.
+//! P: "something about this job moved". Only numbers travel; readers look for themselves, and look again every poll floor
+//! even when nothing was said.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::env::Env;
 use alloy_shared::id::JobId;
 use tokio::sync::watch;
 
+/// How often each kind of news was announced.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Moves {
+    events: u64,
+    log: u64,
+}
+
 #[derive(Default)]
 pub struct Wake {
-    jobs: Mutex<HashMap<JobId, watch::Sender<()>>>,
+    jobs: Mutex<HashMap<JobId, watch::Sender<Moves>>>,
 }
 
 impl Wake {
-    /// Subscribes. Do it before you look.
-    pub fn job(&self, id: JobId) -> Listener {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        Listener { moved: jobs.entry(id).or_insert_with(|| watch::channel(()).0).subscribe() }
+    fn jobs(&self) -> MutexGuard<'_, HashMap<JobId, watch::Sender<Moves>>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says that the job has news: an event, log bytes, its end.
+    /// Subscribes. Do it before you look.
+    pub fn job(&self, id: JobId) -> Listener {
+        let mut moves = self.jobs().entry(id).or_insert_with(|| watch::channel(Moves::default()).0).subscribe();
+        let seen = *moves.borrow_and_update();
+        Listener { moves, seen }
+    }
+
+    /// The job has a new event.
     pub fn moved(&self, id: JobId) {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        self.tell(id, |moves| moves.events += 1);
+    }
+
+    /// The job's log grew.
+    pub fn logged(&self, id: JobId) {
+        self.tell(id, |moves| moves.log += 1);
+    }
+
+    fn tell(&self, id: JobId, count: impl FnOnce(&mut Moves)) {
+        let mut jobs = self.jobs();
         let Some(sender) = jobs.get(&id) else { return };
         if sender.receiver_count() == 0 {
             jobs.remove(&id);
         } else {
-            sender.send_replace(());
+            sender.send_modify(count);
         }
     }
 
     /// How many wait for news of this job.
     pub fn audience(&self, id: JobId) -> usize {
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.get(&id).map_or(0, watch::Sender::receiver_count)
+        self.jobs().get(&id).map_or(0, watch::Sender::receiver_count)
     }
 }
 
 pub struct Listener {
-    moved: watch::Receiver<()>,
+    moves: watch::Receiver<Moves>,
+    seen: Moves,
 }
 
 impl Listener {
-    /// Returns when something moved since the last return, or when `floor_ms` have passed.
-    pub async fn wait(&mut self, env: &dyn Env, floor_ms: u64) {
+    /// Returns when something moved since the last return, or when `floor_ms` have passed. True: look at the events too.
+    pub async fn wait(&mut self, env: &dyn Env, floor_ms: u64) -> bool {
         let floor = env.now().mono + floor_ms;
         tokio::select! {
             biased;
-            _ = self.moved.changed() => {}
-            () = env.sleep_until(floor) => {}
+            changed = self.moves.changed() => {
+                let moves = *self.moves.borrow_and_update();
+                let events = changed.is_err() || moves.events != self.seen.events;
+                self.seen = moves;
+                events
+            }
+            () = env.sleep_until(floor) => true,
         }
     }
 }

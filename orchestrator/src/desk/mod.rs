@@ -542,3 +542,6 @@ impl Draft {
 fn fence(from: From) -> Guard {
     Guard::Fence { attempt: from.at.attempt, worker: from.worker, epoch: from.epoch }
 }
+
+#[cfg(test)]
+mod tests;

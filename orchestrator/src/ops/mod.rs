@@ -6,6 +6,7 @@ use alloy_shared::wire::{ErrorCode, FieldError};
 use crate::store::StoreError;
 
 pub mod access;
+pub mod job;
 pub mod workers;
 
 /// Why an operation did not happen. `error.rs` turns it into a problem document.

@@ -1,0 +1,237 @@
+use alloy_shared::env::Mono;
+use alloy_shared::id::{DEFAULT_ORG, Digest};
+use alloy_shared::wire::job::{End, JobSpec, Phase, StateWord};
+
+use super::*;
+
+const EPOCH: i64 = 1;
+
+fn worker(n: u128) -> WorkerId {
+    WorkerId::from_raw(n)
+}
+
+fn id(n: u128) -> JobId {
+    JobId::from_raw(n)
+}
+
+fn at(ms: i64) -> Now {
+    Now { wall: Ms(ms), mono: Mono(ms as u64) }
+}
+
+fn submit(ticket: Ticket, n: u128) -> Request {
+    let spec = JobSpec { shell: Some("true".into()), ..JobSpec::default() };
+    let by = By { org: DEFAULT_ORG, caller: "me".into() };
+    Request::Submit { ticket, id: id(n), by, body: Arc::new(SubmitJob { spec, source: None }), key: None }
+}
+
+fn offer(n: u128, slots: &[(SlotState, Option<AttemptRef>)]) -> Request {
+    let slots =
+        slots.iter().map(|(state, attempt)| SlotView { state: *state, attempt: *attempt, image: None }).collect();
+    Request::Offer(Offer {
+        worker: worker(n),
+        name: format!("w{n}"),
+        labels: Labels::default(),
+        slots,
+        draining: false,
+    })
+}
+
+fn report(ticket: Ticket, job: u128, from: u128, seq: u64, event: Event) -> Request {
+    let attempt = match &event {
+        Event::Accepted { attempt } | Event::Phase { attempt, .. } | Event::Finished { attempt, .. } => *attempt,
+        _ => panic!("a worker's report"),
+    };
+    let from = From { at: AttemptRef { job: id(job), attempt }, worker: worker(from), epoch: EPOCH };
+    Request::Report { ticket, from, seq, event, news: News::default() }
+}
+
+/// Decides and commits; the store agrees with everything.
+fn turn(desk: &mut Desk, now: i64, requests: Vec<Request>) -> (Vec<Group>, Vec<Effect>) {
+    let groups = desk.decide(requests, at(now));
+    let done = Committed { groups: groups.iter().map(|_| Ok(vec![1])).collect() };
+    let effects = desk.committed(Ok(done));
+    (groups, effects)
+}
+
+fn answers(effects: &[Effect]) -> Vec<(Ticket, &Answer)> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Answer { ticket, answer } => Some((*ticket, answer)),
+            Effect::Moved { .. } | Effect::Reload(_) => None,
+        })
+        .collect()
+}
+
+fn moved(effects: &[Effect]) -> Vec<(u128, StateWord)> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Moved { job, .. } => Some((job.id.raw(), job.state.word())),
+            Effect::Answer { .. } | Effect::Reload(_) => None,
+        })
+        .collect()
+}
+
+const FREE: (SlotState, Option<AttemptRef>) = (SlotState::Warm, None);
+
+#[test]
+fn with_a_free_slot_a_job_is_born_assigned_in_one_group() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE])]);
+    let (groups, effects) = turn(&mut desk, 5, vec![submit(1, 10), submit(2, 11)]);
+    let [Write::InsertJob(first)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
+    assert_eq!((first.job.version, first.job.state.word(), first.job.events), (1, StateWord::Assigned, 2));
+    assert_eq!(first.attempt.as_ref().unwrap().timings.queue_ms, Some(0));
+    assert_eq!(first.events.iter().map(|event| event.seq).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(moved(&effects), [(10, StateWord::Assigned), (11, StateWord::Queued)]);
+    assert_eq!(groups.len(), 2);
+}
+
+#[test]
+fn the_versions_of_a_job_that_was_born_assigned_go_on_from_one() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let (groups, _) = turn(&mut desk, 7, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 })]);
+    let [Write::Advance(accepted)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
+    assert_eq!((accepted.next.version, accepted.next.events), (2, 3));
+    assert_eq!(accepted.attempt.as_ref().unwrap().timings.assign_ms, Some(7));
+    assert_eq!(accepted.guard, Guard::Fence { attempt: 1, worker: worker(1), epoch: EPOCH });
+}
+
+#[test]
+fn a_report_is_applied_once_and_in_order() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let accepted = || Event::Accepted { attempt: 1 };
+    let (_, effects) = turn(
+        &mut desk,
+        1,
+        vec![
+            report(2, 10, 1, 1, accepted()),
+            report(3, 10, 1, 1, accepted()),
+            report(4, 10, 1, 5, accepted()),
+            report(5, 10, 2, 2, accepted()),
+        ],
+    );
+    let answers = answers(&effects);
+    assert!(matches!(answers[0], (2, Answer::Job(_))));
+    assert_eq!(
+        &answers[1..],
+        [(3, &Answer::Applied), (4, &Answer::Gap { have: 1 }), (5, &Answer::Refused(Refused::Stale))]
+    );
+}
+
+#[test]
+fn a_slot_counts_as_taken_until_the_worker_says_that_it_is_clean() {
+    let mut desk = Desk::new(Limits::default());
+    let attempt = AttemptRef { job: id(10), attempt: 1 };
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    turn(&mut desk, 1, vec![offer(1, &[(SlotState::Claimed, Some(attempt))])]);
+    turn(&mut desk, 2, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 })]);
+    let end = Event::Finished { attempt: 1, end: End::success() };
+    let (_, effects) = turn(&mut desk, 3, vec![report(3, 10, 1, 2, end), submit(4, 11)]);
+    assert_eq!(moved(&effects), [(10, StateWord::Succeeded), (11, StateWord::Queued)]);
+    let (_, effects) = turn(&mut desk, 4, vec![offer(1, &[(SlotState::Recycling, Some(attempt))])]);
+    assert_eq!(moved(&effects), []);
+    let (_, effects) = turn(&mut desk, 5, vec![offer(1, &[FREE])]);
+    assert_eq!(moved(&effects), [(11, StateWord::Assigned)]);
+}
+
+#[test]
+fn a_quarantined_slot_is_no_slot() {
+    let mut desk = Desk::new(Limits::default());
+    let offer = offer(1, &[(SlotState::Quarantined, None), FREE]);
+    let (_, effects) = turn(&mut desk, 0, vec![offer, submit(1, 10), submit(2, 11)]);
+    assert_eq!(moved(&effects), [(10, StateWord::Assigned), (11, StateWord::Queued)]);
+}
+
+#[test]
+fn a_silent_worker_loses_its_jobs_to_another_one() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    turn(&mut desk, 1, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), offer(2, &[FREE])]);
+    let (groups, effects) = turn(&mut desk, 2, vec![Request::Silent(worker(1))]);
+    assert_eq!(moved(&effects), [(10, StateWord::Queued), (10, StateWord::Assigned)]);
+    let [Write::Advance(again)] = groups[1].0.as_slice() else { panic!("{groups:?}") };
+    let lease = again.next.state.lease().unwrap();
+    assert_eq!((lease.worker, lease.attempt, again.next.state.tries.lost), (worker(2), 2, 1));
+}
+
+#[test]
+fn when_nothing_was_committed_nothing_is_answered_as_done_and_all_is_loaded_again() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let reports =
+        vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), report(3, 10, 1, 1, Event::Accepted { attempt: 1 })];
+    let groups = desk.decide([reports, vec![submit(4, 11)]].concat_requests(), at(1));
+    assert_eq!(groups.len(), 2);
+    let effects = desk.committed(Err("disk".into()));
+    let answers = answers(&effects);
+    assert_eq!(
+        answers,
+        [(2, &Answer::Failed("disk".into())), (4, &Answer::Failed("disk".into())), (3, &Answer::Stale)]
+    );
+    assert!(effects.contains(&Effect::Reload(id(10))) && !effects.contains(&Effect::Reload(id(11))));
+    assert_eq!(desk.live_count(), 0);
+}
+
+trait ConcatRequests {
+    fn concat_requests(self) -> Vec<Request>;
+}
+impl ConcatRequests for [Vec<Request>; 2] {
+    fn concat_requests(self) -> Vec<Request> {
+        self.into_iter().flatten().collect()
+    }
+}
+
+#[test]
+fn a_known_key_gives_its_job_and_frees_the_slot_again() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE])]);
+    let groups = desk.decide(vec![submit(1, 10)], at(1));
+    assert_eq!(groups.len(), 1);
+    let body = Digest::of(b"x");
+    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Exists { job: id(5), body })] }));
+    assert_eq!(answers(&effects), [(1, &Answer::Exists { job: id(5), body })]);
+    let (_, effects) = turn(&mut desk, 2, vec![submit(2, 11)]);
+    assert_eq!(moved(&effects), [(11, StateWord::Assigned)]);
+}
+
+#[test]
+fn a_deadline_wakes_the_desk_and_ends_the_wait() {
+    let limits = Limits::default();
+    let mut desk = Desk::new(limits.clone());
+    turn(&mut desk, 0, vec![submit(1, 10)]);
+    let due = desk.next_wake().unwrap();
+    assert_eq!(due, Ms(limits.queue_timeout_ms as i64));
+    let (_, effects) = turn(&mut desk, due.0, vec![]);
+    assert_eq!(moved(&effects), [(10, StateWord::Expired)]);
+    assert_eq!((desk.next_wake(), desk.live_count()), (None, 0));
+}
+
+#[test]
+fn phases_and_cancel_are_told_as_events() {
+    let mut desk = Desk::new(Limits::default());
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let phase = Event::Phase { attempt: 1, phase: Phase::Executing };
+    let cancel = Request::Cancel { ticket: 4, job: id(10), reason: Reason::UserCanceled };
+    let (groups, _) = turn(
+        &mut desk,
+        1,
+        vec![
+            report(2, 10, 1, 1, Event::Accepted { attempt: 1 }),
+            report(3, 10, 1, 2, phase.clone()),
+            report(5, 10, 1, 3, phase),
+            cancel,
+        ],
+    );
+    let kinds: Vec<Vec<&str>> = groups
+        .iter()
+        .map(|group| match group.0.as_slice() {
+            [Write::Advance(advance)] => advance.events.iter().map(|event| event.kind.as_str()).collect(),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(kinds, [vec!["accepted"], vec!["phase"], vec![], vec!["cancel_requested"]]);
+}

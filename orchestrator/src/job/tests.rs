@@ -1,0 +1,206 @@
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use alloy_shared::id::WorkerId;
+
+use super::*;
+
+const W1: WorkerId = WorkerId::from_raw(1);
+const NOW: Ms = Ms(10_000_000_000);
+
+fn rules() -> Rules {
+    Rules { retries: 1, ..Rules::of(&JobSpec::default(), &Limits::default()) }
+}
+
+fn lease(attempt: u32) -> Lease {
+    Lease { attempt, worker: W1, assigned_at: Ms(0) }
+}
+
+/// One state of each kind, with and without tries left.
+fn states() -> Vec<(&'static str, State)> {
+    let state = |lost, failed, step| State { tries: Tries { made: 2, lost, failed }, step };
+    let running = |phase| Step::Running { lease: lease(2), accepted_at: Ms(0), phase };
+    let canceling = |then| Step::Canceling { lease: lease(2), since: Ms(0), then };
+    vec![
+        ("queued", state(0, 0, Step::Queued { since: Ms(0), avoid: vec![] })),
+        ("assigned", state(0, 0, Step::Assigned { lease: lease(2) })),
+        ("assigned, no tries left", state(2, 1, Step::Assigned { lease: lease(2) })),
+        ("running preparing", state(0, 0, running(Phase::Preparing))),
+        ("running executing", state(0, 0, running(Phase::Executing))),
+        ("running executing, no tries left", state(2, 1, running(Phase::Executing))),
+        ("canceling by the user", state(0, 0, canceling(Then::End(Reason::UserCanceled)))),
+        ("canceling to requeue", state(0, 0, canceling(Then::Requeue(Reason::WorkerLost)))),
+        ("done", state(0, 0, Step::Done { end: End::success(), at: Ms(0) })),
+    ]
+}
+
+fn events(attempt: u32) -> Vec<(&'static str, Event)> {
+    let finished = |end| Event::Finished { attempt, end };
+    let because = |reason| finished(End::because(reason, "why"));
+    let lost = Event::Lost { attempt, reason: Reason::WorkerLost, message: "gone".into() };
+    vec![
+        ("assigned", Event::Assigned { worker: W1 }),
+        ("accepted", Event::Accepted { attempt }),
+        ("refused", Event::Refused { attempt, message: "no".into() }),
+        ("phase preparing", Event::Phase { attempt, phase: Phase::Preparing }),
+        ("phase collecting", Event::Phase { attempt, phase: Phase::Collecting }),
+        ("artifact", Event::Artifact { attempt }),
+        ("finished well", finished(End::success())),
+        ("finished, script failed", because(Reason::ScriptFailure)),
+        ("finished, timed out", because(Reason::RunTimeout)),
+        ("finished, canceled", because(Reason::UserCanceled)),
+        ("finished, vm lost", because(Reason::VmLost)),
+        ("finished, config error", because(Reason::ConfigError)),
+        ("lost", lost),
+        ("cancel asked", Event::CancelAsked { reason: Reason::UserCanceled }),
+        ("deadline passed", Event::DeadlinePassed),
+    ]
+}
+
+fn show(state: &State) -> String {
+    let Tries { made, lost, failed } = state.tries;
+    let step = match &state.step {
+        Step::Queued { avoid, .. } if avoid.is_empty() => "queued".to_owned(),
+        Step::Queued { .. } => "queued, elsewhere".to_owned(),
+        Step::Assigned { lease } => format!("assigned attempt {}", lease.attempt),
+        Step::Running { phase, .. } => format!("running {phase}"),
+        Step::Canceling { then: Then::End(reason), .. } => format!("canceling, then {reason}"),
+        Step::Canceling { then: Then::Requeue(_), .. } => "canceling, then requeue".to_owned(),
+        Step::Done { end, .. } => match end.reason {
+            None => "done: succeeded".to_owned(),
+            Some(reason) => format!("done: {} ({reason})", end.outcome()),
+        },
+    };
+    format!("{step} [made {made}, lost {lost}, failed {failed}]")
+}
+
+/// Compares with a committed text; `ALLOY_BLESS=1` writes it.
+fn golden(path: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if std::env::var_os("ALLOY_BLESS").is_some() {
+        std::fs::write(&path, text).unwrap();
+    }
+    let known = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(known, text, "{} differs; ALLOY_BLESS=1 writes it anew", path.display());
+}
+
+#[test]
+fn the_whole_table_is_as_committed() {
+    let mut text = String::from("Every state and every event, from `apply`. The newest attempt is 2.\n");
+    for (name, state) in states() {
+        writeln!(text, "\n{name}").unwrap();
+        for (event_name, event) in events(2) {
+            let after = match apply(&state, &event, NOW, &rules()) {
+                Ok(after) if after == state => "the same".to_owned(),
+                Ok(after) => show(&after),
+                Err(refused) => format!("refused: {refused:?}"),
+            };
+            writeln!(text, "  {event_name:<24} -> {after}").unwrap();
+        }
+    }
+    let text: String = text.lines().map(|line| format!("{}\n", line.trim_end())).collect();
+    golden("src/job/table.txt", &text);
+}
+
+/// The diagram in the docs is drawn from `apply`, so it cannot tell another story.
+#[test]
+fn the_diagram_in_the_docs_is_generated() {
+    let mut arrows = BTreeSet::new();
+    for (_, state) in states() {
+        for (name, event) in events(2) {
+            if let Ok(after) = apply(&state, &event, NOW, &rules())
+                && after.word() != state.word()
+            {
+                arrows.insert((state.word(), after.word(), name));
+            }
+        }
+    }
+    let mut diagram = String::from("```mermaid\nstateDiagram-v2\n    [*] --> queued: submitted\n");
+    for (from, to, _) in &arrows {
+        let line = format!("    {from} --> {to}: ");
+        if !diagram.contains(&line) {
+            let names: Vec<&str> = arrows.iter().filter(|(f, t, _)| f == from && t == to).map(|(_, _, n)| *n).collect();
+            writeln!(diagram, "{line}{}", names.join(" / ")).unwrap();
+        }
+    }
+    diagram.push_str("```\n");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ARCHITECTURE.md");
+    let page = std::fs::read_to_string(&path).unwrap();
+    let (begin, end) = ("<!-- states: generated -->\n", "<!-- /states -->");
+    let (head, rest) = page.split_once(begin).expect("docs/ARCHITECTURE.md has a place for the diagram");
+    let (_, tail) = rest.split_once(end).expect("the place ends");
+    let fresh = format!("{head}{begin}{diagram}{end}{tail}");
+    if std::env::var_os("ALLOY_BLESS").is_some() {
+        std::fs::write(&path, &fresh).unwrap();
+    } else {
+        assert_eq!(page, fresh, "the diagram is old; ALLOY_BLESS=1 draws it anew");
+    }
+}
+
+#[test]
+fn news_of_another_attempt_changes_nothing() {
+    for (name, state) in states() {
+        for stale in [1, 3] {
+            for (event_name, event) in events(stale)
+                .into_iter()
+                .filter(|(name, _)| !matches!(*name, "assigned" | "cancel asked" | "deadline passed"))
+            {
+                let refused = apply(&state, &event, NOW, &rules()).unwrap_err();
+                assert!(matches!(refused, Refused::Stale | Refused::Terminal), "{name}: {event_name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_deadline_counts_only_when_it_has_passed() {
+    for (name, state) in states().into_iter().filter(|(_, state)| !state.is_done()) {
+        let at = state.deadline(&rules()).unwrap_or_else(|| panic!("{name} has a deadline"));
+        assert_eq!(apply(&state, &Event::DeadlinePassed, Ms(at.0 - 1), &rules()), Err(Refused::TooEarly), "{name}");
+        assert!(apply(&state, &Event::DeadlinePassed, at, &rules()).is_ok(), "{name}");
+    }
+}
+
+/// A walk over random events: what must hold after every step, whatever happens.
+#[test]
+fn whatever_happens_the_rules_hold() {
+    let seed: u64 = std::env::var("ALLOY_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(20_261_120);
+    println!("ALLOY_SEED={seed}");
+    let mut dice = seed;
+    let mut roll = move |n: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 33) % n
+    };
+    let rules = rules();
+    for _ in 0..2_000 {
+        let mut state = State::new(Ms(0));
+        let mut now = Ms(0);
+        for _ in 0..60 {
+            now = now.plus(roll(2 * rules.queue_ms / 40));
+            let attempt = (state.tries.made + 1).saturating_sub(roll(3) as u32);
+            let all = events(attempt);
+            let (_, event) = &all[roll(all.len() as u64) as usize];
+            let Ok(next) = apply(&state, event, now, &rules) else { continue };
+            assert!(!state.is_done(), "the end is for ever");
+            assert!(next.tries.made >= state.tries.made && next.tries.made <= state.tries.made + 1);
+            assert!(next.tries.lost <= rules.lost_max && next.tries.failed <= rules.retries);
+            assert!(next.tries.made <= 1 + next.tries.lost + next.tries.failed, "every further try has a cause");
+            assert_eq!(next.lease().map(|lease| lease.attempt).unwrap_or(next.tries.made), next.tries.made);
+            assert_eq!(next.deadline(&rules).is_none(), next.is_done(), "only the end may last");
+            state = next;
+        }
+    }
+}
+
+#[test]
+fn a_farm_fault_is_never_charged_to_the_user() {
+    let state = State {
+        tries: Tries { made: 1, lost: 0, failed: 0 },
+        step: Step::Running { lease: lease(1), accepted_at: Ms(0), phase: Phase::Executing },
+    };
+    let end = End::because(Reason::VmLost, "gone");
+    let after = apply(&state, &Event::Finished { attempt: 1, end }, NOW, &rules()).unwrap();
+    assert_eq!(after.tries, Tries { made: 1, lost: 1, failed: 0 });
+    assert!(matches!(after.step, Step::Queued { avoid, .. } if avoid == [W1]));
+}

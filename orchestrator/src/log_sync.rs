@@ -1,0 +1,80 @@
+//! P: makes log bytes durable, one round for all attempts, the next round started when the last one ends. An
+//! acknowledgement to a worker follows the round that covers it.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use alloy_shared::env::Env;
+use alloy_shared::id::{AttemptRef, WorkerId};
+use tokio::sync::{mpsc, oneshot};
+use tracing::error;
+
+use crate::hub::Hub;
+use crate::logs::Logs;
+
+/// Results that may wait for one round.
+const WAITING: usize = 1_024;
+
+#[derive(Clone)]
+pub struct LogSync {
+    tx: mpsc::Sender<Option<oneshot::Sender<bool>>>,
+    writers: Arc<Mutex<BTreeMap<AttemptRef, WorkerId>>>,
+}
+
+impl LogSync {
+    pub fn spawn(logs: Arc<Logs>, hub: Arc<Hub>, env: &dyn Env) -> Self {
+        let (tx, rx) = mpsc::channel(WAITING);
+        let writers = Arc::new(Mutex::new(BTreeMap::new()));
+        env.spawn("log_sync", Box::pin(run(logs, hub, rx, writers.clone())));
+        Self { tx, writers }
+    }
+
+    /// Bytes of this attempt were appended; its worker wants to know when they are durable.
+    pub fn dirty(&self, attempt: AttemptRef, worker: WorkerId) {
+        self.writers.lock().unwrap_or_else(PoisonError::into_inner).insert(attempt, worker);
+        // A full queue means that a round is coming anyway.
+        let _ = self.tx.try_send(None);
+    }
+
+    /// Returns true when everything that was appended before this call is durable.
+    pub async fn flush(&self) -> bool {
+        let (done, wait) = oneshot::channel();
+        if self.tx.send(Some(done)).await.is_err() {
+            return false;
+        }
+        wait.await.unwrap_or(false)
+    }
+}
+
+async fn run(
+    logs: Arc<Logs>,
+    hub: Arc<Hub>,
+    mut rx: mpsc::Receiver<Option<oneshot::Sender<bool>>>,
+    writers: Arc<Mutex<BTreeMap<AttemptRef, WorkerId>>>,
+) {
+    while let Some(first) = rx.recv().await {
+        let mut waiting: Vec<oneshot::Sender<bool>> = first.into_iter().collect();
+        while let Ok(next) = rx.try_recv() {
+            waiting.extend(next);
+        }
+        let whose = std::mem::take(&mut *writers.lock().unwrap_or_else(PoisonError::into_inner));
+        let done = match logs.sync().await {
+            Ok(durable) => {
+                for (attempt, len) in durable {
+                    if let Some(worker) = whose.get(&attempt) {
+                        hub.durable(*worker, attempt, len);
+                    }
+                }
+                true
+            }
+            Err(error) => {
+                // Not acknowledged: the worker keeps the bytes and sends them again.
+                error!(%error, "log bytes could not be made durable");
+                false
+            }
+        };
+        for wait in waiting {
+            let _ = wait.send(done);
+        }
+    }
+}

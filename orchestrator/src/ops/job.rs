@@ -1,0 +1,391 @@
+//! P: operations on jobs: submit, cancel, a worker's reports, and how a job is shown.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use alloy_shared::env::Mono;
+use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, WorkerId, printable};
+use alloy_shared::limits;
+use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings};
+use alloy_shared::wire::session::{ArtifactReport, Report, ResultReport};
+use alloy_shared::wire::source::check_path;
+use alloy_shared::wire::{ErrorCode, path};
+use tracing::{info, warn};
+
+use super::OpError;
+use crate::App;
+use crate::auth::Principal;
+use crate::desk::{Answer, By, From, News, Request};
+use crate::job::{Event, Refused};
+use crate::session::core::Settled;
+use crate::store::write::{CloseAttempt, IdempotencyKey};
+use crate::store::{Artifact, Attempt, BlobKind, Job, Scope};
+
+pub struct Submitted {
+    pub job: Job,
+    /// False: the idempotency key was known and this is its job.
+    pub created: bool,
+}
+
+pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<String>) -> Result<Submitted, OpError> {
+    let key = key.map(|key| idempotency_key(who, key, &body)).transpose()?;
+    if let Some(digest) = body.source {
+        let known = app.store.blobs(&who.scope(), BlobKind::Manifest, &[digest]).await?;
+        if known.is_empty() {
+            let why = format!("source {digest} is not here, or its upload was not finished");
+            return Err(OpError::refused(ErrorCode::SourceIncomplete, why).hint("upload the source, then submit again"));
+        }
+    }
+    somebody_qualifies(app, who, &body).await?;
+    let id = JobId::mint(app.env.now().wall, (app.env.dice(), app.env.dice()));
+    let by = By { org: who.org, caller: who.caller.to_string() };
+    let (body, asked) = (Arc::new(body), key.clone());
+    let answer = app.desk.ask(|ticket| Request::Submit { ticket, id, by, body, key: asked }).await;
+    match (answer, key) {
+        (Answer::Job(job), _) => {
+            info!(job.id = %id, "job {id} submitted");
+            Ok(Submitted { job: *job, created: true })
+        }
+        (Answer::Exists { job, body }, Some(key)) if body == key.body => {
+            let job = app.store.job(&who.scope(), &job).await?.ok_or_else(|| OpError::not_found("job"))?;
+            Ok(Submitted { job, created: false })
+        }
+        (Answer::Exists { .. }, _) => {
+            let why = "this idempotency key was used for another request";
+            Err(OpError::refused(ErrorCode::IdempotencyMismatch, why).hint("use a new key for a new job"))
+        }
+        (Answer::Rejected(errors), _) => Err(OpError::Refused {
+            code: ErrorCode::InvalidSpec,
+            message: errors
+                .iter()
+                .map(|fault| format!("{} {}", fault.field, fault.message))
+                .collect::<Vec<_>>()
+                .join("; "),
+            hint: None,
+            errors,
+        }),
+        (Answer::Full, _) => {
+            let why = format!("the farm holds {} live jobs, as many as it takes", limits::LIVE_JOBS_MAX);
+            Err(OpError::refused(ErrorCode::TooManyRequests, why).hint("try again when some have ended"))
+        }
+        (other, _) => Err(unavailable(&other)),
+    }
+}
+
+fn idempotency_key(who: &Principal, key: String, body: &SubmitJob) -> Result<IdempotencyKey, OpError> {
+    let fine =
+        (1..=limits::IDEMPOTENCY_KEY_MAX).contains(&key.len()) && key.bytes().all(|c| (0x21..=0x7e).contains(&c));
+    if !fine {
+        let why = "Idempotency-Key is 1 to 128 printable ASCII characters without spaces";
+        return Err(OpError::refused(ErrorCode::InvalidParameter, why));
+    }
+    let text = serde_json::to_vec(body).unwrap_or_default();
+    Ok(IdempotencyKey { org: who.org, caller: who.caller.to_string(), key, body: Digest::of(&text) })
+}
+
+/// A job whose labels no enrolled worker has would wait for ever: it is refused at once.
+async fn somebody_qualifies(app: &App, who: &Principal, body: &SubmitJob) -> Result<(), OpError> {
+    let Ok(required) = Labels::try_from(&body.spec.labels) else { return Ok(()) };
+    if required.is_empty() {
+        return Ok(());
+    }
+    let workers = app.store.workers(&who.scope()).await?;
+    let fits = |own: &Labels, host: &Labels| {
+        required.iter().all(|(key, value)| own.get(key).or_else(|| host.get(key)) == Some(value))
+    };
+    if workers.iter().any(|worker| !worker.revoked && fits(&worker.labels, &worker.host_labels)) {
+        return Ok(());
+    }
+    let wanted: Vec<String> = required.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let why = format!("no worker of this farm has the labels {}", wanted.join(", "));
+    Err(OpError::refused(ErrorCode::NoSuchWorker, why).hint("`alloy worker list` shows the labels there are"))
+}
+
+pub async fn cancel(app: &App, who: &Principal, id: JobId) -> Result<Job, OpError> {
+    for _ in 0..3 {
+        let job = app.store.job(&who.scope(), &id).await?.ok_or_else(|| OpError::not_found("job"))?;
+        if job.state.is_done() {
+            return already_done(job);
+        }
+        let reason = Reason::UserCanceled;
+        match app.desk.ask(|ticket| Request::Cancel { ticket, job: id, reason }).await {
+            Answer::Job(job) => return Ok(*job),
+            Answer::Refused(Refused::Already) => return Ok(job),
+            Answer::Refused(_) | Answer::NotLive | Answer::Stale => {}
+            other => return Err(unavailable(&other)),
+        }
+    }
+    Err(OpError::refused(ErrorCode::Unavailable, "the job kept changing; try again"))
+}
+
+fn already_done(job: Job) -> Result<Job, OpError> {
+    use alloy_shared::wire::job::StateWord;
+    match job.state.word() {
+        StateWord::Canceled => Ok(job),
+        word => Err(OpError::refused(ErrorCode::InvalidTransition, format!("the job has already ended: {word}"))),
+    }
+}
+
+fn unavailable(answer: &Answer) -> OpError {
+    let why = match answer {
+        Answer::Failed(why) => why.clone(),
+        other => format!("the desk answered {other:?}"),
+    };
+    warn!(why, "an operation did not come about");
+    OpError::refused(ErrorCode::Unavailable, "the farm cannot decide that at the moment")
+        .hint("try again in a few seconds")
+}
+
+/// Applies a worker's report, or says what it must send first.
+pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled {
+    let (event, news) = match check_report(app, from, report).await {
+        Ok(checked) => checked,
+        Err(settled) => return settled,
+    };
+    for _ in 0..2 {
+        let (event, news) = (event.clone(), news.clone());
+        match app.desk.ask(|ticket| Request::Report { ticket, from, seq, event, news }).await {
+            Answer::Job(_) | Answer::Applied => return Settled::Applied,
+            Answer::Gap { have } => return Settled::Gap { have },
+            // The job moved on. A report that the books already hold is acknowledged again, any other is fenced.
+            Answer::Refused(_) | Answer::NotLive => return in_the_books(app, from, seq).await,
+            // The picture was not true and has been loaded again: decide once more.
+            Answer::Stale => {}
+            Answer::Failed(why) => {
+                warn!(attempt = %from.at, why, "a report was not settled");
+                return Settled::Failed;
+            }
+            Answer::Exists { .. }
+            | Answer::Rejected(_)
+            | Answer::Full
+            | Answer::Done
+            | Answer::Holders(_)
+            | Answer::Why(_) => return Settled::Failed,
+        }
+    }
+    Settled::Failed
+}
+
+async fn in_the_books(app: &App, from: From, seq: u64) -> Settled {
+    match app.store.attempt(&Scope::farm(), &from.at).await {
+        Ok(Some(attempt)) if attempt.worker == from.worker && attempt.seq >= seq => Settled::Applied,
+        Ok(_) => Settled::Fenced,
+        Err(error) => {
+            warn!(attempt = %from.at, %error, "cannot read the attempt");
+            Settled::Failed
+        }
+    }
+}
+
+async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, News), Settled> {
+    let attempt = from.at.attempt;
+    match report {
+        Report::Accepted => Ok((Event::Accepted { attempt }, News::default())),
+        Report::Refused { message } => Ok((Event::Refused { attempt, message: shorten(message) }, News::default())),
+        Report::Phase { phase, timings, message } => {
+            let news = News { timings, artifact: None, message: message.map(shorten) };
+            Ok((Event::Phase { attempt, phase }, news))
+        }
+        Report::Artifact(report) => {
+            let artifact = check_artifact(app, from.at, report).await?;
+            Ok((Event::Artifact { attempt }, News { artifact: Some(artifact), ..News::default() }))
+        }
+        Report::Result(report) => {
+            let ResultReport { end, timings, log_len, .. } = *report;
+            check_log(app, from.at, log_len).await?;
+            let end = End { message: shorten(end.message), ..end };
+            Ok((Event::Finished { attempt, end }, News { timings, ..News::default() }))
+        }
+    }
+}
+
+/// An artifact is listed only if its bytes are here and hash to what it says.
+async fn check_artifact(app: &App, at: AttemptRef, report: ArtifactReport) -> Result<Artifact, Settled> {
+    let read = async {
+        let job = app.store.job(&Scope::farm(), &at.job).await?;
+        let Some(job) = job else { return Ok(None) };
+        let blobs = app.store.blobs(&Scope::org(job.org), BlobKind::Artifact, &[report.sha256]).await?;
+        Ok::<_, crate::store::StoreError>(Some((job.org, blobs)))
+    };
+    let (org, blobs) = match read.await {
+        Ok(Some(found)) => found,
+        Ok(None) => return Err(Settled::Fenced),
+        Err(error) => {
+            warn!(attempt = %at, %error, "cannot check an artifact");
+            return Err(Settled::Failed);
+        }
+    };
+    let stored = report.link.is_some() || blobs.iter().any(|blob| blob.size == report.size);
+    if !stored {
+        let log_len = app.logs.len(&at).await.unwrap_or(0);
+        return Err(Settled::Missing { log_len, artifacts: vec![report.sha256] });
+    }
+    if let Err(error) = check_path(&report.path) {
+        warn!(attempt = %at, %error, "a worker reported an artifact under an impossible path");
+        return Err(Settled::Fenced);
+    }
+    Ok(Artifact {
+        at,
+        org,
+        path: report.path,
+        size: report.size,
+        sha256: report.sha256,
+        mode: if report.mode & 0o111 == 0 { 0o644 } else { 0o755 },
+        link: report.link,
+    })
+}
+
+/// A result stands only on a log that is whole and durable.
+async fn check_log(app: &App, at: AttemptRef, log_len: u64) -> Result<(), Settled> {
+    if log_len == 0 {
+        return Ok(());
+    }
+    let have = app.logs.len(&at).await.unwrap_or(0);
+    if have < log_len {
+        return Err(Settled::Missing { log_len: have, artifacts: Vec::new() });
+    }
+    if app.log_sync.flush().await { Ok(()) } else { Err(Settled::Failed) }
+}
+
+fn shorten(mut text: String) -> String {
+    const MAX: usize = 2_000;
+    if text.len() > MAX {
+        let cut = (0..=MAX).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(cut);
+    }
+    text
+}
+
+/// The worker does not have an attempt that the books say it has.
+pub async fn not_held(app: &App, from: From, reason: Reason, message: String) {
+    let answer = app.desk.ask(|ticket| Request::NotHeld { ticket, from, reason, message }).await;
+    if let Answer::Failed(why) = answer {
+        warn!(attempt = %from.at, why, "a lost attempt was not settled; the next heartbeat tries again");
+    }
+}
+
+/// Ends an attempt's books: its slot is free, its log is whole.
+pub async fn close(app: &App, from: From, teardown_ms: u64, log_len: u64) {
+    let close = CloseAttempt { at: from.at, worker: from.worker, teardown_ms, log_len };
+    match app.desk.ask(|ticket| Request::Close { ticket, close }).await {
+        Answer::Done => match app.logs.seal(&from.at).await {
+            Ok(_) => {}
+            Err(error) => warn!(attempt = %from.at, %error, "the log was not sealed"),
+        },
+        other => warn!(attempt = %from.at, ?other, "an attempt's books were not closed"),
+    }
+}
+
+/// Finds a job by its id, or by at least six unique last characters of it.
+pub async fn resolve(app: &App, scope: &Scope, text: &str) -> Result<Job, OpError> {
+    let id = match text.parse::<JobId>() {
+        Ok(id) => id,
+        Err(_) => {
+            let fine =
+                (6..26).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+            if !fine {
+                let why = format!("`{}` is no job id: job_ and 26 characters, or at least its last 6", printable(text));
+                return Err(OpError::refused(ErrorCode::InvalidParameter, why));
+            }
+            match app.store.jobs_ending(scope, text).await?.as_slice() {
+                [] => return Err(OpError::not_found("job")),
+                [id] => *id,
+                [..] => {
+                    let why = format!("more than one job ends in `{text}`");
+                    return Err(OpError::refused(ErrorCode::InvalidParameter, why).hint("give more characters"));
+                }
+            }
+        }
+    };
+    app.store.job(scope, &id).await?.ok_or_else(|| OpError::not_found("job"))
+}
+
+/// Returns the job once it has ended, or as it is at `until`.
+pub async fn wait_terminal(app: &App, scope: &Scope, id: JobId, until: Mono) -> Result<Job, OpError> {
+    let mut listener = app.wake.job(id);
+    loop {
+        let job = app.store.job(scope, &id).await?.ok_or_else(|| OpError::not_found("job"))?;
+        let now = app.env.now().mono;
+        if job.state.is_done() || now >= until {
+            return Ok(job);
+        }
+        let floor = app.limits.poll_floor_ms.min(until.since(now));
+        while !listener.wait(&*app.env, floor).await {}
+    }
+}
+
+pub async fn view(app: &App, job: &Job) -> Result<JobView, OpError> {
+    let views = views(app, std::slice::from_ref(job)).await?;
+    views.into_iter().next().ok_or_else(|| OpError::not_found("job"))
+}
+
+pub async fn views(app: &App, jobs: &[Job]) -> Result<Vec<JobView>, OpError> {
+    let mut names: BTreeMap<WorkerId, String> = BTreeMap::new();
+    let mut out = Vec::with_capacity(jobs.len());
+    for job in jobs {
+        let scope = Scope::org(job.org);
+        let attempt = match job.state.tries.made {
+            0 => None,
+            _ => app.store.attempt(&scope, &job.attempt()).await?,
+        };
+        let worker = attempt.as_ref().map(|attempt| attempt.worker);
+        if let Some(id) = worker
+            && !names.contains_key(&id)
+            && let Some(known) = app.store.worker(&scope, &id).await?
+        {
+            names.insert(id, known.name);
+        }
+        let why = match job.state.step {
+            crate::job::Step::Queued { .. } => why(app, job.id).await,
+            crate::job::Step::Assigned { .. }
+            | crate::job::Step::Running { .. }
+            | crate::job::Step::Canceling { .. }
+            | crate::job::Step::Done { .. } => None,
+        };
+        let name = worker.and_then(|id| names.get(&id).cloned());
+        out.push(show(job, attempt.as_ref(), name, why, &app.base_url));
+    }
+    Ok(out)
+}
+
+async fn why(app: &App, job: JobId) -> Option<String> {
+    match app.desk.ask(|ticket| Request::Why { ticket, job }).await {
+        Answer::Why(why) => why.map(|why| why.sentence()),
+        _ => None,
+    }
+}
+
+fn show(job: &Job, attempt: Option<&Attempt>, worker_name: Option<String>, why: Option<String>, base: &str) -> JobView {
+    let done = match &job.state.step {
+        crate::job::Step::Done { end, at } => Some((end, *at)),
+        crate::job::Step::Queued { .. }
+        | crate::job::Step::Assigned { .. }
+        | crate::job::Step::Running { .. }
+        | crate::job::Step::Canceling { .. } => None,
+    };
+    let exit = done.map(|(end, _)| end.run_exit());
+    JobView {
+        id: job.id,
+        org: job.org,
+        state: job.state.word(),
+        phase: job.state.phase(),
+        spec: (*job.spec).clone(),
+        source: job.source,
+        attempt: job.state.tries.made,
+        worker: attempt.map(|attempt| attempt.worker),
+        worker_name,
+        lost: job.state.tries.lost,
+        created_at: job.created_at.rfc3339(),
+        finished_at: done.map(|(_, at)| at.rfc3339()),
+        waiting_reason: why,
+        outcome: done.map(|(end, _)| end.outcome()),
+        reason: done.and_then(|(end, _)| end.reason),
+        blame: done.and_then(|(end, _)| end.blame()),
+        message: done.map(|(end, _)| end.message.clone()).filter(|text| !text.is_empty()),
+        exit_code: exit.map(|(code, _)| code),
+        exit_origin: exit.map(|(_, origin)| origin),
+        signal: done.and_then(|(end, _)| end.signal),
+        timings: attempt.map_or_else(Timings::default, |attempt| attempt.timings),
+        url: format!("{base}{}", path::job(job.id)),
+    }
+}

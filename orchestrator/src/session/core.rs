@@ -1,0 +1,587 @@
+//! D: one worker's session, from challenge to hang-up. It knows what the orchestrator wants of each attempt and what the
+//! worker says it has, and sends the difference. No acknowledgement before the disk has it.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use alloy_shared::env::{Mono, Now};
+use alloy_shared::id::{AttemptRef, JobId, Labels, WorkerId};
+use alloy_shared::limits::{self, Limits};
+use alloy_shared::wire::session::{
+    Held, HeldState, Hello, LogChunk, Order, Report, SlotView, ToOrchestrator, ToWorker, Welcome,
+};
+use alloy_shared::wire::{ErrorCode, PROTOCOL};
+use bytes::Bytes;
+
+use super::reconcile::{Say, Want, reconcile};
+use crate::store::Job;
+
+pub enum Input {
+    Heard(ToOrchestrator),
+    HeardLog(LogChunk),
+    /// The session is in the store: its epoch, and the jobs leased to this worker.
+    Opened {
+        epoch: i64,
+        jobs: Vec<Job>,
+        draining: bool,
+    },
+    /// The session is refused.
+    Refused {
+        code: ErrorCode,
+        message: String,
+    },
+    /// A job changed that is or was this worker's.
+    Job(Job),
+    /// The report was decided.
+    Settled {
+        attempt: AttemptRef,
+        seq: u64,
+        result: Settled,
+    },
+    /// Bytes were appended to the stored log, or belong further back.
+    Appended {
+        attempt: AttemptRef,
+        result: Result<u64, Gap>,
+    },
+    Durable {
+        attempt: AttemptRef,
+        len: u64,
+    },
+    /// A log that was asked for with `Effect::Measure`.
+    Measured {
+        attempt: AttemptRef,
+        len: u64,
+    },
+    Superseded,
+    Drain {
+        on: bool,
+    },
+    /// The orchestrator stops.
+    Stop {
+        after_ms: u64,
+    },
+    Unlinked,
+    Tick,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    pub have: u64,
+}
+
+/// What became of a report.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Settled {
+    /// It is durable, now or since an earlier time.
+    Applied,
+    /// The attempt is not this worker's to report on any more.
+    Fenced,
+    /// A report before it is missing.
+    Gap { have: u64 },
+    /// The result cannot stand yet: this much log is here, these artifacts are not.
+    Missing { log_len: u64, artifacts: Vec<alloy_shared::id::Digest> },
+    /// Nothing was decided: the store is away.
+    Failed,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Check the signature and open the session in the store.
+    Open(Box<Hello>),
+    Send(ToWorker),
+    /// Send the order to run this job's attempt, with a fresh grant.
+    Assign {
+        job: Box<Job>,
+        handle: u32,
+    },
+    Append {
+        attempt: AttemptRef,
+        offset: u64,
+        bytes: Bytes,
+    },
+    /// Find out how long the stored log is.
+    Measure {
+        attempt: AttemptRef,
+    },
+    Settle {
+        attempt: AttemptRef,
+        seq: u64,
+        report: Report,
+    },
+    /// The worker does not have this attempt.
+    NotHeld {
+        attempt: AttemptRef,
+        message: String,
+    },
+    Close {
+        attempt: AttemptRef,
+        teardown_ms: u64,
+        log_len: u64,
+    },
+    Offer {
+        labels: Labels,
+        slots: Vec<SlotView>,
+        draining: bool,
+    },
+    Seen,
+    Hangup(&'static str),
+}
+
+/// What is known of one attempt in this session.
+#[derive(Debug)]
+struct Track {
+    handle: u32,
+    /// What the worker said last.
+    say: Say,
+    log_len: u64,
+    /// Reports that wait for the one that is being settled.
+    waiting: VecDeque<(u64, Report)>,
+    settling: bool,
+    /// The assignment was sent when this heartbeat was the newest acknowledged one.
+    assigned_after: Option<u64>,
+    /// Its result is durable.
+    finished: bool,
+    continued: bool,
+}
+
+enum Phase {
+    Fresh,
+    Challenged { since: Mono },
+    Opening { hello: Box<Hello> },
+    Open,
+    Closed,
+}
+
+pub struct Core {
+    worker: WorkerId,
+    nonce: String,
+    limits: Limits,
+    phase: Phase,
+    jobs: BTreeMap<JobId, Job>,
+    tracks: BTreeMap<AttemptRef, Track>,
+    handles: BTreeMap<u32, AttemptRef>,
+    next_handle: u32,
+    acked: u64,
+    heard_at: Mono,
+    labels: Labels,
+    slots: Vec<SlotView>,
+    worker_draining: bool,
+    operator_draining: bool,
+}
+
+impl Core {
+    pub fn new(worker: WorkerId, nonce: String, limits: Limits, now: Now) -> Self {
+        Self {
+            worker,
+            nonce,
+            limits,
+            phase: Phase::Fresh,
+            jobs: BTreeMap::new(),
+            tracks: BTreeMap::new(),
+            handles: BTreeMap::new(),
+            next_handle: 1,
+            acked: 0,
+            heard_at: now.mono,
+            labels: Labels::default(),
+            slots: Vec::new(),
+            worker_draining: false,
+            operator_draining: false,
+        }
+    }
+
+    /// When the session must be looked at although nothing arrived.
+    pub fn next_wake(&self) -> Mono {
+        match self.phase {
+            Phase::Fresh => self.heard_at,
+            Phase::Challenged { since } => since + self.limits.accept_ms,
+            Phase::Opening { .. } | Phase::Open | Phase::Closed => self.heard_at + self.limits.link_silent_ms,
+        }
+    }
+
+    pub fn handle(&mut self, input: Input, now: Now) -> Vec<Effect> {
+        let mut out = Vec::new();
+        match input {
+            Input::Heard(message) => {
+                self.heard_at = now.mono;
+                self.heard(message, &mut out);
+            }
+            Input::HeardLog(chunk) => {
+                self.heard_at = now.mono;
+                self.heard_log(chunk, &mut out);
+            }
+            Input::Opened { epoch, jobs, draining } => self.opened(epoch, jobs, draining, &mut out),
+            Input::Refused { code, message } => {
+                out.push(Effect::Send(ToWorker::Reject { code, message, retry_after_ms: None }));
+                self.hang_up("refused", &mut out);
+            }
+            Input::Job(job) => self.job(job, &mut out),
+            Input::Settled { attempt, seq, result } => self.settled(attempt, seq, result, &mut out),
+            Input::Appended { attempt, result } => self.appended(attempt, result, &mut out),
+            Input::Durable { attempt, len } => out.push(Effect::Send(ToWorker::LogAck { attempt, durable: len })),
+            Input::Measured { attempt, len } => self.continue_from(attempt, len, &mut out),
+            Input::Superseded => {
+                out.push(Effect::Send(ToWorker::Superseded));
+                self.hang_up("superseded by a newer session", &mut out);
+            }
+            Input::Drain { on } => {
+                self.operator_draining = on;
+                out.push(Effect::Send(ToWorker::Drain { on }));
+                self.offer(&mut out);
+            }
+            Input::Stop { after_ms } => {
+                out.push(Effect::Send(ToWorker::Reconnect { after_ms }));
+                self.hang_up("the orchestrator stops", &mut out);
+            }
+            Input::Unlinked => self.hang_up("the worker hung up", &mut out),
+            Input::Tick => self.tick(now, &mut out),
+        }
+        out
+    }
+
+    fn tick(&mut self, now: Now, out: &mut Vec<Effect>) {
+        match self.phase {
+            Phase::Fresh => {
+                self.phase = Phase::Challenged { since: now.mono };
+                out.push(Effect::Send(ToWorker::Challenge { nonce: self.nonce.clone() }));
+            }
+            Phase::Challenged { since } if now.mono >= since + self.limits.accept_ms => {
+                self.hang_up("no hello in time", out);
+            }
+            Phase::Opening { .. } | Phase::Open if now.mono >= self.heard_at + self.limits.link_silent_ms => {
+                self.hang_up("silent for too long", out);
+            }
+            Phase::Challenged { .. } | Phase::Opening { .. } | Phase::Open | Phase::Closed => {}
+        }
+    }
+
+    fn hang_up(&mut self, why: &'static str, out: &mut Vec<Effect>) {
+        if !matches!(self.phase, Phase::Closed) {
+            self.phase = Phase::Closed;
+            out.push(Effect::Hangup(why));
+        }
+    }
+
+    fn heard(&mut self, message: ToOrchestrator, out: &mut Vec<Effect>) {
+        match (&self.phase, message) {
+            (Phase::Challenged { .. }, ToOrchestrator::Hello(hello)) => self.hello(hello, out),
+            (Phase::Open, ToOrchestrator::Heartbeat(beat)) => {
+                self.worker_draining = beat.draining;
+                self.slots = beat.slots;
+                self.heartbeat(beat.n, beat.held, out);
+            }
+            (Phase::Open, ToOrchestrator::Report { attempt, seq, report }) => self.report(attempt, seq, report, out),
+            (Phase::Open, ToOrchestrator::Closed { attempt, teardown_ms, log_len }) => {
+                out.push(Effect::Close { attempt, teardown_ms, log_len });
+                self.forget(&attempt);
+            }
+            (Phase::Open, ToOrchestrator::Goodbye { .. }) => self.hang_up("the worker said goodbye", out),
+            (_, ToOrchestrator::Unsupported { .. }) | (Phase::Closed, _) => {}
+            (Phase::Fresh | Phase::Challenged { .. } | Phase::Opening { .. } | Phase::Open, _) => {
+                let message = "this message does not belong here".to_owned();
+                out.push(Effect::Send(ToWorker::Reject {
+                    code: ErrorCode::InvalidBody,
+                    message,
+                    retry_after_ms: None,
+                }));
+                self.hang_up("a message out of place", out);
+            }
+        }
+    }
+
+    fn hello(&mut self, hello: Box<Hello>, out: &mut Vec<Effect>) {
+        let known = hello.protocol_min.max(*PROTOCOL.start()) <= hello.protocol_max.min(*PROTOCOL.end());
+        if !known
+            || hello.worker != self.worker
+            || hello.held.len() > limits::HELD_MAX
+            || hello.slots.len() > limits::SLOTS_MAX
+        {
+            let (code, message) = if known {
+                (ErrorCode::InvalidBody, "the hello is another worker's, or too large".to_owned())
+            } else {
+                let (ours, theirs) = (PROTOCOL, hello.protocol_min..=hello.protocol_max);
+                (ErrorCode::UnsupportedProtocol, format!("this farm speaks protocol {ours:?}, the worker {theirs:?}"))
+            };
+            out.push(Effect::Send(ToWorker::Reject { code, message, retry_after_ms: Some(self.limits.expiry_ms) }));
+            return self.hang_up("a hello that cannot be served", out);
+        }
+        out.push(Effect::Open(hello.clone()));
+        self.phase = Phase::Opening { hello };
+    }
+
+    fn opened(&mut self, epoch: i64, jobs: Vec<Job>, draining: bool, out: &mut Vec<Effect>) {
+        let Phase::Opening { hello } = std::mem::replace(&mut self.phase, Phase::Open) else {
+            self.phase = Phase::Closed;
+            return;
+        };
+        self.labels = hello.labels;
+        self.slots = hello.slots;
+        self.worker_draining = hello.draining;
+        self.operator_draining = draining;
+        out.push(Effect::Send(ToWorker::Welcome(Welcome {
+            protocol: hello.protocol_max.min(*PROTOCOL.end()),
+            epoch,
+            heartbeat_ms: self.limits.heartbeat_ms,
+            self_fence_ms: self.limits.self_fence_ms,
+            kill_budget_ms: self.limits.kill_budget_ms,
+            draining,
+        })));
+        out.push(Effect::Seen);
+        self.jobs = jobs.into_iter().map(|job| (job.id, job)).collect();
+        self.say(hello.held);
+        // A hello is the whole truth about what the worker has.
+        let orders = self.orders(true, out);
+        out.extend(orders.into_iter().map(|order| Effect::Send(ToWorker::Order { order })));
+        self.offer(out);
+    }
+
+    fn say(&mut self, held: Vec<Held>) {
+        for track in self.tracks.values_mut() {
+            track.say = Say::NotHeld;
+        }
+        for held in held.into_iter().take(limits::HELD_MAX) {
+            let track = self.track(held.attempt);
+            track.log_len = held.log_len;
+            track.say = match held.state {
+                HeldState::Running => Say::Running,
+                HeldState::ResultPending => Say::ResultPending,
+                HeldState::Lost => Say::Lost,
+            };
+        }
+    }
+
+    fn track(&mut self, attempt: AttemptRef) -> &mut Track {
+        let next = &mut self.next_handle;
+        let handles = &mut self.handles;
+        self.tracks.entry(attempt).or_insert_with(|| {
+            let handle = *next;
+            *next = next.wrapping_add(1);
+            handles.insert(handle, attempt);
+            Track {
+                handle,
+                say: Say::NotHeld,
+                log_len: 0,
+                waiting: VecDeque::new(),
+                settling: false,
+                assigned_after: None,
+                finished: false,
+                continued: false,
+            }
+        })
+    }
+
+    fn forget(&mut self, attempt: &AttemptRef) {
+        if let Some(track) = self.tracks.remove(attempt) {
+            self.handles.remove(&track.handle);
+        }
+        self.jobs.retain(|_, job| job.attempt() != *attempt || !job.state.is_done());
+    }
+
+    fn heartbeat(&mut self, n: u64, held: Vec<Held>, out: &mut Vec<Effect>) {
+        if self.slots.len() > limits::SLOTS_MAX {
+            return self.hang_up("more slots than a worker has", out);
+        }
+        self.say(held);
+        let orders = self.orders_at(n, out);
+        self.acked = n;
+        out.push(Effect::Seen);
+        out.push(Effect::Send(ToWorker::HeartbeatAck { n, orders }));
+        self.offer(out);
+    }
+
+    fn orders_at(&mut self, n: u64, out: &mut Vec<Effect>) -> Vec<Order> {
+        // A heartbeat sent after the acknowledgement that followed the assignment was sent after the assignment was heard.
+        let heard: Vec<AttemptRef> = self
+            .tracks
+            .iter()
+            .filter(|(_, track)| track.assigned_after.is_none_or(|after| n >= after + 2))
+            .map(|(attempt, _)| *attempt)
+            .collect();
+        let mut orders = Vec::new();
+        let all: Vec<AttemptRef> = self.attempts().collect();
+        for attempt in all {
+            orders.extend(self.order(attempt, heard.contains(&attempt) || !self.tracks.contains_key(&attempt), out));
+        }
+        orders
+    }
+
+    fn orders(&mut self, whole_truth: bool, out: &mut Vec<Effect>) -> Vec<Order> {
+        let all: Vec<AttemptRef> = self.attempts().collect();
+        all.into_iter().filter_map(|attempt| self.order(attempt, whole_truth, out)).collect()
+    }
+
+    /// Every attempt that one of the two sides knows.
+    fn attempts(&self) -> impl Iterator<Item = AttemptRef> + use<> {
+        let mut all: std::collections::BTreeSet<AttemptRef> = self.tracks.keys().copied().collect();
+        all.extend(self.jobs.values().filter(|job| self.leases(job)).map(Job::attempt));
+        all.into_iter()
+    }
+
+    fn leases(&self, job: &Job) -> bool {
+        job.state.lease().is_some_and(|lease| lease.worker == self.worker)
+    }
+
+    /// What to tell the worker about one attempt. Orders that need work first become effects.
+    fn order(&mut self, attempt: AttemptRef, counts: bool, out: &mut Vec<Effect>) -> Option<Order> {
+        let job = self.jobs.get(&attempt.job).filter(|job| job.attempt() == attempt && self.leases(job)).cloned();
+        let acked = self.acked;
+        let track = self.track(attempt);
+        if track.finished {
+            return Some(Order::ResultAck { attempt }).filter(|_| track.say == Say::ResultPending);
+        }
+        let want = reconcile(job.as_ref().map(|job| &job.state), track.say, counts);
+        match want {
+            Want::Nothing => None,
+            Want::Assign => {
+                let handle = track.handle;
+                track.assigned_after = Some(acked);
+                track.continued = true;
+                out.push(Effect::Assign { job: Box::new(job?), handle });
+                None
+            }
+            Want::Continue if track.continued => None,
+            Want::Continue => {
+                track.continued = true;
+                out.push(Effect::Measure { attempt });
+                None
+            }
+            Want::Cancel => {
+                out.extend(self.start_continuing(attempt));
+                Some(Order::Cancel { attempt, grace_ms: self.limits.cancel_grace_ms })
+            }
+            Want::Fence => Some(Order::Fence { attempt }),
+            Want::SettleLost => {
+                let message = "the worker does not have it any more".to_owned();
+                out.extend(self.start_continuing(attempt).filter(|_| self.tracks[&attempt].say == Say::Lost));
+                out.push(Effect::NotHeld { attempt, message });
+                None
+            }
+        }
+    }
+
+    /// A log that was begun in another session goes on once its stored length is known.
+    fn start_continuing(&mut self, attempt: AttemptRef) -> Option<Effect> {
+        let track = self.track(attempt);
+        if track.say == Say::NotHeld || std::mem::replace(&mut track.continued, true) {
+            return None;
+        }
+        Some(Effect::Measure { attempt })
+    }
+
+    fn continue_from(&mut self, attempt: AttemptRef, len: u64, out: &mut Vec<Effect>) {
+        let handle = self.track(attempt).handle;
+        // Reports are numbered from 1; those below the applied ones are answered at once when they come again.
+        let order = Order::Continue { attempt, handle, log_durable: len, seq: 0 };
+        out.push(Effect::Send(ToWorker::Order { order }));
+    }
+
+    fn job(&mut self, job: Job, out: &mut Vec<Effect>) {
+        let id = job.id;
+        if self.jobs.get(&id).is_some_and(|known| known.version >= job.version) {
+            return;
+        }
+        let attempts: Vec<AttemptRef> =
+            self.tracks.keys().filter(|at| at.job == id).copied().chain([job.attempt()]).collect();
+        if self.leases(&job) || self.tracks.keys().any(|at| at.job == id) {
+            self.jobs.insert(id, job);
+        } else {
+            self.jobs.remove(&id);
+        }
+        if !matches!(self.phase, Phase::Open) {
+            return;
+        }
+        for attempt in std::collections::BTreeSet::from_iter(attempts) {
+            let known = self.tracks.contains_key(&attempt);
+            let ours = self.jobs.get(&id).is_some_and(|job| job.attempt() == attempt && self.leases(job));
+            if !known && !ours {
+                continue;
+            }
+            // A new assignment is sent at once; what a known attempt's silence means is for the next heartbeat.
+            if let Some(order) = self.order(attempt, !known, out) {
+                out.push(Effect::Send(ToWorker::Order { order }));
+            }
+        }
+    }
+
+    fn report(&mut self, attempt: AttemptRef, seq: u64, report: Report, out: &mut Vec<Effect>) {
+        let track = self.track(attempt);
+        if track.say == Say::NotHeld {
+            track.say = Say::Running;
+        }
+        if matches!(report, Report::Result(_)) {
+            track.say = Say::ResultPending;
+        }
+        if track.settling {
+            if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 {
+                return self.hang_up("more reports at once than an attempt can have", out);
+            }
+            track.waiting.push_back((seq, report));
+        } else {
+            track.settling = true;
+            out.push(Effect::Settle { attempt, seq, report });
+        }
+    }
+
+    fn settled(&mut self, attempt: AttemptRef, seq: u64, result: Settled, out: &mut Vec<Effect>) {
+        let Some(track) = self.tracks.get_mut(&attempt) else { return };
+        track.settling = false;
+        match result {
+            Settled::Applied => {
+                if track.say == Say::ResultPending && track.waiting.is_empty() {
+                    track.finished = true;
+                    out.push(Effect::Send(ToWorker::Order { order: Order::ResultAck { attempt } }));
+                } else {
+                    out.push(Effect::Send(ToWorker::EventAck { attempt, seq }));
+                }
+            }
+            Settled::Fenced => {
+                track.waiting.clear();
+                out.push(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } }));
+            }
+            Settled::Gap { have } => {
+                track.waiting.clear();
+                let log_len = track.log_len;
+                out.push(Effect::Send(ToWorker::Missing { attempt, seq: have, log_len, artifacts: Vec::new() }));
+            }
+            Settled::Missing { log_len, artifacts } => {
+                track.waiting.clear();
+                let seq = seq.saturating_sub(1);
+                out.push(Effect::Send(ToWorker::Missing { attempt, seq, log_len, artifacts }));
+            }
+            // Unsettled reports come again in the next session.
+            Settled::Failed => return self.hang_up("the store is away", out),
+        }
+        if let Some(track) = self.tracks.get_mut(&attempt)
+            && let Some((seq, report)) = track.waiting.pop_front()
+        {
+            track.settling = true;
+            out.push(Effect::Settle { attempt, seq, report });
+        }
+    }
+
+    fn heard_log(&mut self, chunk: LogChunk, out: &mut Vec<Effect>) {
+        match self.handles.get(&chunk.handle) {
+            Some(attempt) => out.push(Effect::Append { attempt: *attempt, offset: chunk.offset, bytes: chunk.bytes }),
+            // The attempt was closed while the chunk travelled.
+            None if chunk.handle < self.next_handle => {}
+            None => self.hang_up("a log chunk of an unknown attempt", out),
+        }
+    }
+
+    fn appended(&mut self, attempt: AttemptRef, result: Result<u64, Gap>, out: &mut Vec<Effect>) {
+        let Some(track) = self.tracks.get_mut(&attempt) else { return };
+        match result {
+            Ok(len) => track.log_len = len,
+            Err(Gap { have }) => {
+                track.log_len = have;
+                self.continue_from(attempt, have, out);
+            }
+        }
+    }
+
+    fn offer(&self, out: &mut Vec<Effect>) {
+        out.push(Effect::Offer {
+            labels: self.labels.clone(),
+            slots: self.slots.clone(),
+            draining: self.worker_draining || self.operator_draining,
+        });
+    }
+}

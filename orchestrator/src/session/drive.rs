@@ -1,0 +1,292 @@
+//! P: runs a session's core over a link and performs its effects.
+
+use std::sync::Arc;
+
+use alloy_shared::env::{Env, Mono};
+use alloy_shared::id::{AttemptRef, Labels, WorkerId};
+use alloy_shared::wire::job::Reason;
+use alloy_shared::wire::path;
+use alloy_shared::wire::session::{
+    Assignment, BadFrame, Frame, Hello, Link, LogChunk, Order, Report, SlotView, ToOrchestrator, ToWorker,
+};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::core::{Core, Effect, Gap, Input};
+use crate::App;
+use crate::desk::{From, Offer, Request};
+use crate::hub::Mail;
+use crate::logs::LogError;
+use crate::ops;
+use crate::store::{Group, Job, Write};
+
+/// Serves one connection of a worker until it is over.
+pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
+    let nonce = format!("{:016x}{:016x}", app.env.dice(), app.env.dice());
+    let core = Core::new(worker, nonce.clone(), app.limits.clone(), app.env.now());
+    let Link { tx, rx } = link;
+    let mut session = Session {
+        app,
+        worker,
+        nonce,
+        core,
+        tx,
+        open: None,
+        settling: FuturesUnordered::new(),
+        name: String::new(),
+        given_labels: Labels::default(),
+        over: false,
+    };
+    session.run(rx).await;
+    session.close().await;
+}
+
+struct Open {
+    epoch: i64,
+    mail: mpsc::Receiver<Mail>,
+}
+
+struct Session {
+    app: Arc<App>,
+    worker: WorkerId,
+    nonce: String,
+    core: Core,
+    tx: mpsc::Sender<Frame>,
+    open: Option<Open>,
+    settling: FuturesUnordered<BoxFuture<'static, Input>>,
+    name: String,
+    given_labels: Labels,
+    over: bool,
+}
+
+enum Turn {
+    Input(Input),
+    /// The connection or the mailbox is gone.
+    Over,
+}
+
+impl Session {
+    async fn run(&mut self, mut rx: mpsc::Receiver<Frame>) {
+        let mut next = Turn::Input(Input::Tick);
+        while let Turn::Input(input) = next {
+            let effects = self.core.handle(input, self.app.env.now());
+            for effect in effects {
+                self.perform(effect).await;
+            }
+            if self.over {
+                return;
+            }
+            next = self.wait(&mut rx).await;
+        }
+    }
+
+    async fn wait(&mut self, rx: &mut mpsc::Receiver<Frame>) -> Turn {
+        let wake = self.core.next_wake();
+        let mail = async {
+            match &mut self.open {
+                Some(open) => open.mail.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            letter = mail => letter.map_or(Turn::Over, |letter| Turn::Input(read(letter, &self.app))),
+            Some(settled) = self.settling.next(), if !self.settling.is_empty() => Turn::Input(settled),
+            frame = rx.recv() => match frame {
+                Some(frame) => self.frame(frame).await,
+                None => Turn::Input(Input::Unlinked),
+            },
+            () = self.app.env.sleep_until(wake) => Turn::Input(Input::Tick),
+        }
+    }
+
+    async fn frame(&mut self, frame: Frame) -> Turn {
+        let heard = match &frame {
+            Frame::Binary(bytes) => LogChunk::decode(bytes).map(Input::HeardLog),
+            Frame::Text(text) => ToOrchestrator::decode(text).map(Input::Heard),
+        };
+        match heard {
+            Ok(input) => Turn::Input(input),
+            Err(BadFrame::Unknown(message)) => {
+                self.send(ToWorker::Unsupported { message }.encode()).await;
+                Turn::Input(Input::Tick)
+            }
+            Err(error) => {
+                warn!(worker.id = %self.worker, %error, "worker {} sent a frame that is not ours; hanging up", self.worker);
+                Turn::Over
+            }
+        }
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Open(hello) => self.open(*hello).await,
+            Effect::Send(message) => self.send(message.encode()).await,
+            Effect::Assign { job, handle } => self.assign(*job, handle).await,
+            Effect::Append { attempt, offset, bytes } => self.append(attempt, offset, bytes).await,
+            Effect::Measure { attempt } => {
+                let len = self.app.logs.len(&attempt).await.unwrap_or(0);
+                self.settling.push(Box::pin(std::future::ready(Input::Measured { attempt, len })));
+            }
+            Effect::Settle { attempt, seq, report } => self.settle(attempt, seq, report),
+            Effect::NotHeld { attempt, message } => {
+                if let Some(from) = self.from(attempt) {
+                    ops::job::not_held(&self.app, from, Reason::WorkerLost, message).await;
+                }
+            }
+            Effect::Close { attempt, teardown_ms, log_len } => {
+                if let Some(from) = self.from(attempt) {
+                    ops::job::close(&self.app, from, teardown_ms, log_len).await;
+                }
+            }
+            Effect::Offer { labels, slots, draining } => self.offer(labels, slots, draining).await,
+            Effect::Seen => self.app.hub.seen(self.worker, self.app.env.now().mono),
+            Effect::Hangup(why) => {
+                info!(worker.id = %self.worker, why, "session of worker {} is over: {why}", self.worker);
+                self.over = true;
+            }
+        }
+    }
+
+    async fn open(&mut self, hello: Hello) {
+        match ops::access::open_session(&self.app, &hello, &self.nonce).await {
+            Ok((epoch, worker, jobs)) => {
+                let mail = self.app.hub.open(self.worker, epoch, self.app.env.now().mono);
+                info!(worker.id = %self.worker, epoch, "worker {} connected", worker.name);
+                self.open = Some(Open { epoch, mail });
+                self.name = worker.name;
+                self.given_labels = worker.labels;
+                let draining = worker.draining;
+                self.later(Input::Opened { epoch, jobs, draining });
+            }
+            Err(reject) => self.later(Input::Refused { code: reject.code, message: reject.message }),
+        }
+    }
+
+    /// Feeds an input to the core in a turn of its own.
+    fn later(&self, input: Input) {
+        self.settling.push(Box::pin(std::future::ready(input)));
+    }
+
+    fn from(&self, at: AttemptRef) -> Option<From> {
+        self.open.as_ref().map(|open| From { at, worker: self.worker, epoch: open.epoch })
+    }
+
+    async fn assign(&mut self, job: Job, handle: u32) {
+        let attempt = job.attempt();
+        let limits = &self.app.limits;
+        let timeout_ms = job.spec.timeout_ms.unwrap_or(limits.job_timeout_ms).min(limits.job_timeout_max_ms);
+        let assignment = Assignment {
+            attempt,
+            handle,
+            org: job.org,
+            spec: (*job.spec).clone(),
+            source: job.source,
+            grant: self.app.grants.mint(&attempt),
+            timeout_ms,
+            cancel_grace_ms: limits.cancel_grace_ms,
+            job_url: format!("{}{}", self.app.base_url, path::job(job.id)),
+        };
+        self.send(ToWorker::Order { order: Order::Assign(Box::new(assignment)) }.encode()).await;
+    }
+
+    async fn append(&mut self, attempt: AttemptRef, offset: u64, bytes: Bytes) {
+        let result = match self.app.logs.append(&attempt, offset, bytes).await {
+            Ok(len) => {
+                self.app.log_sync.dirty(attempt, self.worker);
+                self.app.wake.logged(attempt.job);
+                Ok(len)
+            }
+            Err(LogError::Gap { have }) => Err(Gap { have }),
+            Err(error) => {
+                warn!(%attempt, %error, "log bytes of {attempt} were not stored; the worker keeps them");
+                self.over = true;
+                return;
+            }
+        };
+        self.later(Input::Appended { attempt, result });
+    }
+
+    fn settle(&mut self, attempt: AttemptRef, seq: u64, report: Report) {
+        let Some(from) = self.from(attempt) else { return };
+        let app = self.app.clone();
+        self.settling.push(Box::pin(async move {
+            let result = ops::job::settle(&app, from, seq, report).await;
+            Input::Settled { attempt, seq, result }
+        }));
+    }
+
+    async fn offer(&mut self, host: Labels, slots: Vec<SlotView>, draining: bool) {
+        self.app.hub.offered(self.worker, &slots, draining);
+        let mut labels = host;
+        for (key, value) in self.given_labels.iter() {
+            if let Err(error) = labels.insert(key, value) {
+                warn!(worker.id = %self.worker, %error, "a label of worker {} does not fit", self.worker);
+            }
+        }
+        let offer = Offer { worker: self.worker, name: self.name.clone(), labels, slots, draining };
+        self.app.desk.tell(Request::Offer(offer)).await;
+    }
+
+    /// A worker that does not read for as long as silence lasts is as good as gone.
+    async fn send(&mut self, frame: Frame) {
+        let deadline: Mono = self.app.env.now().mono + self.app.limits.link_silent_ms;
+        let env: &dyn Env = &*self.app.env;
+        let sent = tokio::select! {
+            biased;
+            sent = self.tx.send(frame) => sent.is_ok(),
+            () = env.sleep_until(deadline) => false,
+        };
+        self.over |= !sent;
+    }
+
+    async fn close(self) {
+        let Some(open) = self.open else { return };
+        if !self.app.hub.close(self.worker, open.epoch) {
+            return;
+        }
+        self.app.desk.tell(Request::Gone(self.worker)).await;
+        let seen = Write::Seen { worker: self.worker, at: self.app.env.now().wall };
+        if let Err(error) = self.app.store.commit(&[Group(vec![seen])]).await {
+            warn!(worker.id = %self.worker, %error, "when worker {} was last seen was not written", self.worker);
+        }
+    }
+}
+
+fn read(letter: Mail, app: &App) -> Input {
+    match letter {
+        Mail::Job(job) => Input::Job(*job),
+        Mail::Durable { attempt, len } => Input::Durable { attempt, len },
+        Mail::Superseded => Input::Superseded,
+        Mail::Drain { on } => Input::Drain { on },
+        Mail::Stop => Input::Stop { after_ms: app.env.dice() % app.limits.heartbeat_ms.max(1) },
+    }
+}
+
+/// Looks for workers that hold jobs and were not heard for longer than a lease lasts.
+pub async fn sweep(app: Arc<App>) {
+    let step = app.limits.heartbeat_ms;
+    let mut last = app.env.now().mono;
+    loop {
+        app.env.sleep_until(last + step).await;
+        let now = app.env.now().mono;
+        // This process was stopped or asleep: what it did not hear proves nothing.
+        if now.since(last) > step + app.limits.link_silent_ms {
+            app.hub.listen_anew(now);
+        }
+        last = now;
+        let answer = app.desk.ask(|ticket| Request::Holders { ticket }).await;
+        let crate::desk::Answer::Holders(holders) = answer else { continue };
+        for worker in app.hub.silent(holders, now) {
+            warn!(worker.id = %worker, "worker {worker} was not heard for too long; its attempts are lost");
+            app.desk.tell(Request::Silent(worker)).await;
+        }
+    }
+}
+
+/// The most that waits in a link's channels before the sender has to.
+pub const LINK_FRAMES: usize = 64;
