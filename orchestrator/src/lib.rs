@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 pub mod admit;
 pub mod auth;
+pub mod blobs;
 pub mod desk;
 pub mod desk_loop;
 pub mod error;

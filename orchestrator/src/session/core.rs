@@ -266,7 +266,7 @@ impl Core {
             (Phase::Open, ToOrchestrator::Heartbeat(beat)) => {
                 self.worker_draining = beat.draining;
                 self.slots = beat.slots;
-                self.heartbeat(beat.n, beat.held, out);
+                self.heartbeat(beat.n, beat.heard, beat.held, out);
             }
             (Phase::Open, ToOrchestrator::Report { attempt, seq, report }) => self.report(attempt, seq, report, out),
             (Phase::Open, ToOrchestrator::Closed { attempt, teardown_ms, log_len }) => {
@@ -375,24 +375,24 @@ impl Core {
         self.jobs.retain(|_, job| job.attempt() != *attempt || !job.state.is_done());
     }
 
-    fn heartbeat(&mut self, n: u64, held: Vec<Held>, out: &mut Vec<Effect>) {
+    fn heartbeat(&mut self, n: u64, heard: u64, held: Vec<Held>, out: &mut Vec<Effect>) {
         if self.slots.len() > limits::SLOTS_MAX {
             return self.hang_up("more slots than a worker has", out);
         }
         self.say(held);
-        let orders = self.orders_at(n, out);
+        let orders = self.orders_at(heard, out);
         self.acked = n;
         out.push(Effect::Seen);
         out.push(Effect::Send(ToWorker::HeartbeatAck { n, orders }));
         self.offer(out);
     }
 
-    fn orders_at(&mut self, n: u64, out: &mut Vec<Effect>) -> Vec<Order> {
+    fn orders_at(&mut self, heard_ack: u64, out: &mut Vec<Effect>) -> Vec<Order> {
         // A heartbeat sent after the acknowledgement that followed the assignment was sent after the assignment was heard.
         let heard: Vec<AttemptRef> = self
             .tracks
             .iter()
-            .filter(|(_, track)| track.assigned_after.is_none_or(|after| n >= after + 2))
+            .filter(|(_, track)| track.assigned_after.is_none_or(|after| heard_ack > after))
             .map(|(attempt, _)| *attempt)
             .collect();
         let mut orders = Vec::new();

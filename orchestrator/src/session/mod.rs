@@ -3,3 +3,6 @@
 pub mod core;
 pub mod drive;
 pub mod reconcile;
+
+#[cfg(test)]
+mod tests;

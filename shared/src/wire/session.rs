@@ -185,6 +185,10 @@ pub struct Welcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {
     pub n: u64,
+    /// The newest heartbeat whose acknowledgement was heard before this one was sent: what was said before that
+    /// acknowledgement, the worker knows.
+    #[serde(default)]
+    pub heard: u64,
     pub slots: Vec<SlotView>,
     pub held: Vec<Held>,
     #[serde(default)]

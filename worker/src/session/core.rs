@@ -161,6 +161,8 @@ pub struct Core {
     lease: Option<Mono>,
     beats: VecDeque<(u64, Mono)>,
     beat: u64,
+    /// The newest acknowledged heartbeat of this session.
+    beat_heard: u64,
     next_beat: Mono,
     last_heard: Mono,
     tries: u32,
@@ -190,6 +192,7 @@ impl Core {
             lease: None,
             beats: VecDeque::new(),
             beat: 0,
+            beat_heard: 0,
             next_beat: Mono(0),
             last_heard: Mono(0),
             tries: 0,
@@ -328,6 +331,7 @@ impl Core {
         }
         self.line = Line::Dialing;
         self.beats.clear();
+        self.beat_heard = 0;
         for attempt in self.attempts.values_mut() {
             attempt.unlink();
         }
@@ -434,6 +438,7 @@ impl Core {
     fn beat_acked(&mut self, n: u64, out: &mut Vec<Effect>) {
         let Some((_, sent_at)) = self.beats.iter().find(|(beat, _)| *beat == n).copied() else { return };
         self.beats.retain(|(beat, _)| *beat > n);
+        self.beat_heard = n;
         self.renew_lease(sent_at, out);
     }
 
@@ -558,6 +563,7 @@ impl Core {
         self.beats.push_back((self.beat, now));
         out.push(Effect::Send(ToOrchestrator::Heartbeat(Heartbeat {
             n: self.beat,
+            heard: self.beat_heard,
             slots: self.slots.clone(),
             held: self.held(),
             draining: self.draining,

@@ -1,0 +1,256 @@
+use std::sync::Arc;
+
+use alloy_shared::env::{Mono, Ms, Now};
+use alloy_shared::id::{AttemptRef, BootId, DEFAULT_ORG, JobId, Labels, WorkerId};
+use alloy_shared::limits::Limits;
+use alloy_shared::wire::ErrorCode;
+use alloy_shared::wire::job::{End, JobSpec, Phase, Reason, Timings};
+use alloy_shared::wire::session::{
+    Heartbeat, Held, HeldState, Hello, LogChunk, Order, Report, ResultReport, ToOrchestrator, ToWorker,
+};
+use bytes::Bytes;
+
+use super::core::{Core, Effect, Gap, Input, Settled};
+use crate::job::{Lease, State, Step, Then, Tries};
+use crate::store::Job;
+
+const ME: WorkerId = WorkerId::from_raw(1);
+const OTHER: WorkerId = WorkerId::from_raw(2);
+
+fn at(ms: u64) -> Now {
+    Now { wall: Ms(ms as i64), mono: Mono(ms) }
+}
+
+fn attempt(n: u128) -> AttemptRef {
+    AttemptRef { job: JobId::from_raw(n), attempt: 1 }
+}
+
+fn job(n: u128, version: i64, step: Step) -> Job {
+    Job {
+        id: JobId::from_raw(n),
+        org: DEFAULT_ORG,
+        version,
+        state: State { tries: Tries { made: 1, lost: 0, failed: 0 }, step },
+        spec: Arc::new(JobSpec::default()),
+        source: None,
+        created_at: Ms(0),
+        created_by: "me".into(),
+        events: 2,
+    }
+}
+
+fn lease(worker: WorkerId) -> Lease {
+    Lease { attempt: 1, worker, assigned_at: Ms(0) }
+}
+
+fn assigned() -> Step {
+    Step::Assigned { lease: lease(ME) }
+}
+
+fn running() -> Step {
+    Step::Running { lease: lease(ME), accepted_at: Ms(0), phase: Phase::Executing }
+}
+
+fn done() -> Step {
+    Step::Done { end: End::success(), at: Ms(0) }
+}
+
+fn hello(held: Vec<Held>) -> ToOrchestrator {
+    ToOrchestrator::Hello(Box::new(Hello {
+        protocol_min: 1,
+        protocol_max: 1,
+        capabilities: vec![],
+        worker: ME,
+        boot: BootId::from_raw(1),
+        signature: String::new(),
+        version: "1".into(),
+        labels: Labels::default(),
+        slots: vec![],
+        held,
+        draining: false,
+    }))
+}
+
+fn held(n: u128, state: HeldState) -> Held {
+    Held { attempt: attempt(n), state, log_len: 0, seq: 1 }
+}
+
+fn beat(n: u64, heard: u64, held: Vec<Held>) -> Input {
+    Input::Heard(ToOrchestrator::Heartbeat(Heartbeat { n, heard, slots: vec![], held, draining: false }))
+}
+
+fn report(n: u128, seq: u64, report: Report) -> Input {
+    Input::Heard(ToOrchestrator::Report { attempt: attempt(n), seq, report })
+}
+
+fn result() -> Report {
+    let timings = Timings::default();
+    Report::Result(Box::new(ResultReport {
+        end: End::success(),
+        timings,
+        log_len: 0,
+        artifacts: 0,
+        facts: Default::default(),
+    }))
+}
+
+/// A session past its hello.
+fn open(held: Vec<Held>, jobs: Vec<Job>) -> (Core, Vec<Effect>) {
+    let mut core = Core::new(ME, "nonce".into(), Limits::default(), at(0));
+    assert!(matches!(core.handle(Input::Tick, at(0)).as_slice(), [Effect::Send(ToWorker::Challenge { .. })]));
+    assert!(matches!(core.handle(Input::Heard(hello(held)), at(0)).as_slice(), [Effect::Open(_)]));
+    let effects = core.handle(Input::Opened { epoch: 7, jobs, draining: false }, at(0));
+    (core, effects)
+}
+
+/// Orders sent, and assignments, as short words.
+fn orders(effects: &[Effect]) -> Vec<String> {
+    let word = |order: &Order| match order {
+        Order::Assign(_) => "assign".to_owned(),
+        Order::Continue { log_durable, .. } => format!("continue {log_durable}"),
+        Order::Cancel { .. } => "cancel".to_owned(),
+        Order::Fence { .. } => "fence".to_owned(),
+        Order::ResultAck { .. } => "result ack".to_owned(),
+    };
+    effects
+        .iter()
+        .flat_map(|effect| match effect {
+            Effect::Send(ToWorker::Order { order }) => vec![word(order)],
+            Effect::Send(ToWorker::HeartbeatAck { orders, .. }) => orders.iter().map(word).collect(),
+            Effect::Assign { .. } => vec!["assign".to_owned()],
+            Effect::Measure { .. } => vec!["measure".to_owned()],
+            Effect::NotHeld { .. } => vec!["lost".to_owned()],
+            Effect::Hangup(why) => vec![format!("hang up: {why}")],
+            _ => vec![],
+        })
+        .collect()
+}
+
+#[test]
+fn a_hello_is_the_whole_truth() {
+    for (held_state, step, expected) in [
+        (None, assigned(), vec!["assign"]),
+        (None, running(), vec!["lost"]),
+        (Some(HeldState::Running), running(), vec!["measure"]),
+        (Some(HeldState::ResultPending), running(), vec!["measure"]),
+        (Some(HeldState::Lost), running(), vec!["measure", "lost"]),
+    ] {
+        let held_list = held_state.map(|state| held(10, state)).into_iter().collect();
+        let (_, effects) = open(held_list, vec![job(10, 2, step.clone())]);
+        assert_eq!(orders(&effects), expected, "{held_state:?} {step:?}");
+    }
+    let (_, effects) = open(vec![held(10, HeldState::Running), held(11, HeldState::Lost)], vec![]);
+    assert_eq!(orders(&effects), ["measure", "fence"], "nobody knows 10; the tail of 11 is still wanted");
+}
+
+#[test]
+fn an_assignment_is_sent_at_once_and_again_only_when_it_surely_was_lost() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(beat(1, 0, vec![]), at(1));
+    assert_eq!(orders(&core.handle(Input::Job(job(10, 1, assigned())), at(2))), ["assign"]);
+    assert_eq!(
+        orders(&core.handle(beat(2, 1, vec![]), at(3))),
+        Vec::<String>::new(),
+        "sent before the order was heard"
+    );
+    assert_eq!(orders(&core.handle(beat(3, 2, vec![]), at(4))), ["assign"], "heard, and not held");
+    assert_eq!(orders(&core.handle(beat(4, 3, vec![held(10, HeldState::Running)]), at(5))), Vec::<String>::new());
+}
+
+#[test]
+fn a_cancel_that_was_lost_heals_with_the_next_heartbeat() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(Input::Job(job(10, 1, assigned())), at(1));
+    core.handle(beat(1, 0, vec![held(10, HeldState::Running)]), at(1));
+    let canceling = Step::Canceling { lease: lease(ME), since: Ms(0), then: Then::End(Reason::UserCanceled) };
+    assert_eq!(orders(&core.handle(Input::Job(job(10, 3, canceling)), at(2))), ["cancel"]);
+    assert_eq!(orders(&core.handle(beat(2, 1, vec![held(10, HeldState::Running)]), at(3))), ["cancel"]);
+}
+
+#[test]
+fn a_job_that_moved_on_is_fenced() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(Input::Job(job(10, 1, assigned())), at(1));
+    core.handle(beat(1, 0, vec![held(10, HeldState::Running)]), at(1));
+    let elsewhere = Step::Assigned { lease: Lease { attempt: 2, ..lease(OTHER) } };
+    let mut moved = job(10, 3, elsewhere);
+    moved.state.tries.made = 2;
+    assert_eq!(orders(&core.handle(Input::Job(moved), at(2))), ["fence"]);
+}
+
+#[test]
+fn old_news_of_a_job_is_ignored() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(Input::Job(job(10, 5, running())), at(1));
+    assert_eq!(orders(&core.handle(Input::Job(job(10, 4, assigned())), at(2))), Vec::<String>::new());
+}
+
+#[test]
+fn reports_are_settled_one_after_the_other_and_acknowledged_after_that() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(Input::Job(job(10, 1, assigned())), at(0));
+    let first = core.handle(report(10, 1, Report::Accepted), at(1));
+    assert!(matches!(first.as_slice(), [Effect::Settle { seq: 1, .. }]));
+    assert_eq!(core.handle(report(10, 2, result()), at(1)), []);
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 1, result: Settled::Applied }, at(2));
+    assert!(
+        matches!(effects.as_slice(), [Effect::Send(ToWorker::EventAck { seq: 1, .. }), Effect::Settle { seq: 2, .. }]),
+        "{effects:?}"
+    );
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 2, result: Settled::Applied }, at(3));
+    assert_eq!(orders(&effects), ["result ack"]);
+    core.handle(Input::Job(job(10, 4, done())), at(3));
+    let effects = core.handle(beat(1, 0, vec![held(10, HeldState::ResultPending)]), at(4));
+    assert_eq!(orders(&effects), ["result ack"], "a lost acknowledgement heals");
+}
+
+#[test]
+fn what_cannot_be_settled_is_answered_with_what_to_do() {
+    for (result_of, expected) in [(Settled::Fenced, "fence"), (Settled::Failed, "hang up: the store is away")] {
+        let (mut core, _) = open(vec![], vec![]);
+        core.handle(report(10, 1, Report::Accepted), at(1));
+        let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 1, result: result_of }, at(2));
+        assert_eq!(orders(&effects), [expected]);
+    }
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(report(10, 5, result()), at(1));
+    let missing = Settled::Missing { log_len: 40, artifacts: vec![] };
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 5, result: missing }, at(2));
+    assert!(matches!(effects.as_slice(), [Effect::Send(ToWorker::Missing { seq: 4, log_len: 40, .. })]), "{effects:?}");
+}
+
+#[test]
+fn a_gap_in_the_log_is_answered_with_the_place_to_go_on_from() {
+    let (mut core, _) = open(vec![], vec![]);
+    let effects = core.handle(Input::Job(job(10, 1, assigned())), at(0));
+    let [Effect::Assign { handle, .. }] = effects.as_slice() else { panic!("{effects:?}") };
+    let chunk = LogChunk { handle: *handle, offset: 9, bytes: Bytes::from_static(b"x") };
+    assert!(matches!(core.handle(Input::HeardLog(chunk), at(1)).as_slice(), [Effect::Append { offset: 9, .. }]));
+    let effects = core.handle(Input::Appended { attempt: attempt(10), result: Err(Gap { have: 3 }) }, at(1));
+    assert_eq!(orders(&effects), ["continue 3"]);
+    let stranger = LogChunk { handle: 99, offset: 0, bytes: Bytes::new() };
+    assert_eq!(orders(&core.handle(Input::HeardLog(stranger), at(1))), ["hang up: a log chunk of an unknown attempt"]);
+}
+
+#[test]
+fn silence_and_strangers_end_the_session() {
+    let limits = Limits::default();
+    let mut core = Core::new(ME, "nonce".into(), limits.clone(), at(0));
+    core.handle(Input::Tick, at(0));
+    assert_eq!(core.next_wake(), Mono(limits.accept_ms));
+    assert_eq!(orders(&core.handle(Input::Tick, at(limits.accept_ms))), ["hang up: no hello in time"]);
+
+    let (mut core, _) = open(vec![], vec![]);
+    assert_eq!(orders(&core.handle(Input::Tick, at(limits.link_silent_ms))), ["hang up: silent for too long"]);
+
+    let mut core = Core::new(ME, "nonce".into(), limits, at(0));
+    core.handle(Input::Tick, at(0));
+    let ToOrchestrator::Hello(mut newer) = hello(vec![]) else { unreachable!() };
+    (newer.protocol_min, newer.protocol_max) = (7, 9);
+    let effects = core.handle(Input::Heard(ToOrchestrator::Hello(newer)), at(1));
+    assert!(
+        matches!(&effects[0], Effect::Send(ToWorker::Reject { code: ErrorCode::UnsupportedProtocol, .. })),
+        "{effects:?}"
+    );
+    assert_eq!(orders(&effects), ["hang up: a hello that cannot be served"]);
+}
