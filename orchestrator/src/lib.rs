@@ -23,14 +23,16 @@ pub mod job;
 pub mod log_sync;
 pub mod logs;
 pub mod ops;
+pub mod pack;
 pub mod pick;
 pub mod routes;
 pub mod session;
 pub mod store;
-mod sums;
+pub mod sums;
 pub mod wake;
 
 use auth::{Auth, Grants};
+use blobs::Blobs;
 use desk_loop::Door;
 use hub::Hub;
 use log_sync::LogSync;
@@ -48,6 +50,7 @@ pub struct App {
     pub hub: Arc<Hub>,
     pub wake: Arc<Wake>,
     pub logs: Arc<Logs>,
+    pub blobs: Arc<Blobs>,
     pub log_sync: LogSync,
     pub env: Arc<dyn Env>,
     pub limits: Limits,

@@ -144,6 +144,12 @@ pub const LOG_WINDOW: u64 = 4 << 20;
 /// Stored log per attempt: head, then a marker, then the last `LOG_TAIL`.
 pub const LOG_CAP: u64 = 1 << 30;
 pub const LOG_TAIL: u64 = 1 << 20;
+/// Newest bytes of one log that are kept in memory, in so many chunks, and of all logs together.
+pub const LOG_RING: u64 = 4 << 20;
+pub const LOG_RING_CHUNKS: usize = 4_096;
+pub const LOG_RINGS_MAX: u64 = 256 << 20;
+/// Log files that the orchestrator holds open while nobody waits for their sync.
+pub const LOG_FILES_OPEN: usize = 512;
 /// One blob. Larger files are several.
 pub const BLOB_MAX: usize = 8 << 20;
 /// Files above `BLOB_MAX` are cut into pieces of this size.
@@ -159,6 +165,15 @@ pub const PATH_MAX: usize = 1024;
 pub const PATH_DEPTH_MAX: usize = 64;
 /// Expanded bytes per stored byte, above which an archive counts as a bomb. Checked past the first MiB.
 pub const RATIO_MAX: u64 = 1_000;
+/// Archives that are read at once. Each holds a thread.
+pub const ARCHIVE_READERS: usize = 16;
+/// What stands in an archive's extended headers, each: paths, times, attributes.
+pub const ARCHIVE_HEADER_MAX: u64 = 1 << 20;
+/// Digests in one question to the store.
+pub const DIGESTS_PER_READ: usize = 4_096;
+/// After a refusal so many more bytes of the upload are taken and dropped, because many clients read no answer before
+/// they have sent everything.
+pub const UPLOAD_DRAIN: u64 = 16 << 20;
 pub const COMMAND_MAX: usize = 128 << 10;
 pub const ARGV_MAX: usize = 4_096;
 pub const ENV_COUNT_MAX: usize = 256;

@@ -50,6 +50,8 @@ pub mod path {
     pub const WORKER_DRAIN: &str = "/v1/workers/{id}/drain";
     pub const WORKER_RESUME: &str = "/v1/workers/{id}/resume";
     pub const WORKER_CONNECT: &str = "/v1/worker/connect";
+    /// With an attempt's token: `GET` the manifest of its source.
+    pub const ATTEMPT_SOURCE: &str = "/v1/attempts/{job}/{attempt}/source";
     /// With an attempt's token: `POST` a list of digests, receive a pack.
     pub const ATTEMPT_BLOBS: &str = "/v1/attempts/{job}/{attempt}/blobs";
     /// With an attempt's token: `PUT` an artifact's bytes from an offset; `HEAD` tells how much is there.
@@ -87,6 +89,9 @@ pub mod path {
     }
     pub fn worker_resume(id: WorkerId) -> String {
         format!("/v1/workers/{id}/resume")
+    }
+    pub fn attempt_source(at: &AttemptRef) -> String {
+        format!("/v1/attempts/{}/{}/source", at.job, at.attempt)
     }
     pub fn attempt_blobs(at: &AttemptRef) -> String {
         format!("/v1/attempts/{}/{}/blobs", at.job, at.attempt)

@@ -1,0 +1,290 @@
+//! S: objects by key: manifests, artifacts, packs. An object is there whole or not at all.
+//!
+//! `Fs` writes to a temporary file, syncs it, renames it, syncs the directory. Its objects end in a [`crate::sums::Seal`],
+//! which every read checks. `Mem` is for the simulator and tests and needs no runtime.
+
+use std::fmt;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use alloy_shared::env::Ms;
+use alloy_shared::id::{Digest, OrgId};
+use alloy_shared::limits;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
+use tokio::sync::Semaphore;
+
+use crate::store::BlobKind;
+
+mod fs;
+mod mem;
+#[cfg(test)]
+mod tests;
+
+pub use fs::Fs;
+pub use mem::Mem;
+
+/// Bytes on their way in or out. An error is the sender's end of it: a client that is gone, a disk that rots.
+pub type Body = BoxStream<'static, std::io::Result<Bytes>>;
+
+/// The name of an object: a few components of plain characters.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlobKey(String);
+
+impl BlobKey {
+    /// A pack's name is thrown, because its content is not known before it is written.
+    pub fn pack(org: OrgId, dice: (u64, u64)) -> Self {
+        Self(format!("{org}/packs/{:016x}{:016x}", dice.0, dice.1))
+    }
+
+    /// An object of its own is named by its content.
+    pub fn alone(org: OrgId, kind: BlobKind, digest: &Digest) -> Self {
+        let kind = match kind {
+            BlobKind::Chunk => "chunks",
+            BlobKind::Manifest => "manifests",
+            BlobKind::Artifact => "artifacts",
+        };
+        let hex = digest.to_string();
+        Self(format!("{org}/{kind}/{}/{hex}", &hex[..2]))
+    }
+
+    /// Reads a name that was stored. `None`: it could point anywhere.
+    pub fn parse(text: &str) -> Option<Self> {
+        let plain = |part: &str| {
+            !part.is_empty() && part.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_')
+        };
+        (text.len() <= 200 && text.split('/').all(plain)).then(|| Self(text.to_owned()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for BlobKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BlobError {
+    #[error("there is no object {0}")]
+    Missing(BlobKey),
+    #[error("less than {} MiB are free on the farm's disk", limits::DISK_FLOOR >> 20)]
+    Full,
+    #[error("the bytes hash to {actual}, not to {expected}")]
+    Digest { expected: Digest, actual: Digest },
+    /// An upload goes on at another byte.
+    #[error("{have} bytes are stored")]
+    Offset { have: u64 },
+    #[error("object {0} is damaged on the disk")]
+    Damaged(BlobKey),
+    /// Whoever sends stopped sending.
+    #[error("the upload ended early: {0}")]
+    Body(std::io::Error),
+    #[error("{what}: {error}")]
+    Io { what: &'static str, error: std::io::Error },
+}
+
+/// What an object turned out to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored {
+    pub size: u64,
+    pub sha256: Digest,
+}
+
+#[derive(Debug)]
+pub enum Blobs {
+    Fs(Fs),
+    Mem(Mem),
+}
+
+impl Blobs {
+    /// Opens a directory of objects and sweeps what a crash left half-written.
+    pub async fn open(root: PathBuf, now: Ms) -> Result<Self, BlobError> {
+        Fs::open(root, now, limits::DISK_FLOOR).await.map(Self::Fs)
+    }
+
+    pub fn memory() -> Self {
+        Self::Mem(Mem::default())
+    }
+
+    /// Starts an object. It becomes visible with [`Draft::finish`] and leaves nothing if it is dropped.
+    pub async fn create(&self, key: &BlobKey) -> Result<Draft, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.create(key).await.map(|draft| Draft::Fs(Box::new(draft))),
+            Self::Mem(mem) => Ok(Draft::Mem(mem.create(key))),
+        }
+    }
+
+    pub async fn put(&self, key: &BlobKey, mut body: Body, expect: Option<Digest>) -> Result<Stored, BlobError> {
+        let mut draft = self.create(key).await?;
+        while let Some(part) = body.next().await {
+            draft.append(part.map_err(BlobError::Body)?).await?;
+        }
+        draft.finish(expect).await
+    }
+
+    /// The bytes of `range`, in blocks of at most 1 MiB, each checked.
+    pub async fn read(&self, key: &BlobKey, range: Range<u64>) -> Result<Body, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.read(key, range).await,
+            Self::Mem(mem) => mem.read(key, range),
+        }
+    }
+
+    /// A short range as one piece. It is not checked: a frame's blobs are, by their digests.
+    pub async fn read_piece(&self, key: &BlobKey, at: u64, len: u32) -> Result<Bytes, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.read_piece(key, at, len).await,
+            Self::Mem(mem) => {
+                let mut body = mem.read(key, at..at.saturating_add(u64::from(len)))?;
+                let mut out = BytesMut::with_capacity(len as usize);
+                while let Some(part) = body.next().await {
+                    out.extend_from_slice(&part.map_err(BlobError::Body)?);
+                }
+                Ok(out.freeze())
+            }
+        }
+    }
+
+    /// Removes an object; one that is not there is removed already.
+    pub async fn delete(&self, key: &BlobKey) -> Result<(), BlobError> {
+        match self {
+            Self::Fs(fs) => fs.delete(key).await,
+            Self::Mem(mem) => {
+                mem.delete(key);
+                Ok(())
+            }
+        }
+    }
+
+    /// How many bytes of an unfinished upload are stored.
+    pub async fn partial(&self, key: &BlobKey) -> Result<u64, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.partial(key).await,
+            Self::Mem(mem) => Ok(mem.partial(key)),
+        }
+    }
+
+    /// Goes on with an upload. What arrived stays, also when the body breaks off. The newest caller wins: an older one
+    /// that still sends the same object is told [`BlobError::Offset`].
+    pub async fn append(&self, key: &BlobKey, offset: u64, body: Body) -> Result<u64, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.append(key, offset, body).await,
+            Self::Mem(mem) => mem.append(key, offset, body).await,
+        }
+    }
+
+    /// Checks the whole upload against its digest and makes it an object. Bytes that do not fit are thrown away.
+    pub async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.finish(key, expect).await,
+            Self::Mem(mem) => mem.finish(key, expect),
+        }
+    }
+
+    /// Runs a computation of some milliseconds where it does not hold up the connections.
+    pub async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        match self {
+            Self::Fs(_) => off_thread(work).await,
+            Self::Mem(_) => work(),
+        }
+    }
+}
+
+/// An object that is being written.
+#[derive(Debug)]
+pub enum Draft {
+    Fs(Box<fs::Draft>),
+    Mem(mem::Draft),
+}
+
+impl Draft {
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Fs(draft) => draft.len(),
+            Self::Mem(draft) => draft.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub async fn append(&mut self, bytes: Bytes) -> Result<(), BlobError> {
+        match self {
+            Self::Fs(draft) => draft.append(bytes).await,
+            Self::Mem(draft) => {
+                draft.append(&bytes);
+                Ok(())
+            }
+        }
+    }
+
+    pub async fn finish(self, expect: Option<Digest>) -> Result<Stored, BlobError> {
+        match self {
+            Self::Fs(draft) => draft.finish(expect).await,
+            Self::Mem(draft) => draft.finish(expect),
+        }
+    }
+}
+
+fn check(expect: Option<Digest>, actual: Digest) -> Result<(), BlobError> {
+    match expect {
+        Some(expected) if expected != actual => Err(BlobError::Digest { expected, actual }),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Each holds a thread for as long as its client sends, so they are few.
+static ARCHIVE_READERS: Semaphore = Semaphore::const_new(limits::ARCHIVE_READERS);
+
+/// Runs a reader of an archive on a thread of its own. `None`: too many of them run.
+pub async fn read_archive<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let _permit = ARCHIVE_READERS.try_acquire().ok()?;
+    Some(off_thread(work).await)
+}
+
+/// Runs blocking work on tokio's threads for it. A panic there is a panic here.
+pub(crate) async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only a runtime that is shutting down cancels; then nobody polls this either.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// Bytes that an ordinary user may still write on the file system of `path`.
+pub(crate) fn free_bytes(path: &std::path::Path) -> std::io::Result<u64> {
+    let fs = nix::sys::statvfs::statvfs(path)?;
+    Ok((fs.blocks_available() as u64).saturating_mul(fs.fragment_size() as u64))
+}
+
+/// Tells a full disk from other faults.
+pub(crate) fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
+/// Makes a directory's entries durable.
+pub(crate) fn sync_dir(path: &std::path::Path) -> std::io::Result<()> {
+    std::fs::File::open(path)?.sync_all()
+}
+
+/// Creates directories below `root`, each durable in its parent.
+pub(crate) fn make_dirs(root: &std::path::Path, dir: &std::path::Path) -> std::io::Result<()> {
+    if dir == root || dir.is_dir() {
+        return Ok(());
+    }
+    let Some(parent) = dir.parent() else { return Ok(()) };
+    make_dirs(root, parent)?;
+    match std::fs::create_dir(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+        Ok(()) | Err(_) => sync_dir(parent),
+    }
+}

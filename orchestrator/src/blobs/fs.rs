@@ -1,0 +1,469 @@
+//! S: objects as files: `objects/KEY`, temporary ones in `tmp/`, unfinished uploads in `partial/`.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
+
+use alloy_shared::env::Ms;
+use alloy_shared::id::Digest;
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::{BlobError, BlobKey, Body, Stored, check, free_bytes, is_full, make_dirs, off_thread, sync_dir};
+use crate::sums::{BLOCK, FOOTER, Seal, Sums};
+
+/// An upload that nobody went on with for a day is swept at the next start.
+const PARTIAL_AGE_MS: i64 = 24 * 3600 * 1000;
+/// Unfinished uploads whose running hash is remembered; others are hashed again at their end.
+const PARTIALS_MAX: usize = 1_024;
+/// Blocks read ahead of a client.
+const READ_AHEAD: usize = 2;
+
+#[derive(Debug)]
+pub struct Fs {
+    place: Arc<Place>,
+    names: AtomicU64,
+    partials: Mutex<HashMap<BlobKey, Arc<Mutex<Partial>>>>,
+}
+
+#[derive(Debug)]
+struct Place {
+    root: PathBuf,
+    floor: u64,
+}
+
+/// An upload in progress. Its owner is the newest request; older ones find their number out of date.
+#[derive(Debug, Default)]
+struct Partial {
+    file: Option<Arc<File>>,
+    len: u64,
+    owner: u64,
+    /// Of all bytes so far, if this process saw them all.
+    sums: Option<Sums>,
+}
+
+fn fault(what: &'static str) -> impl Fn(io::Error) -> BlobError {
+    move |error| if is_full(&error) { BlobError::Full } else { BlobError::Io { what, error } }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Place {
+    fn object(&self, key: &BlobKey) -> PathBuf {
+        self.root.join("objects").join(key.as_str())
+    }
+
+    fn partial(&self, key: &BlobKey) -> PathBuf {
+        self.root.join("partial").join(key.as_str().replace('/', "-"))
+    }
+
+    fn check_room(&self) -> Result<(), BlobError> {
+        let free = free_bytes(&self.root).map_err(fault("look at the disk's free space"))?;
+        if free < self.floor { Err(BlobError::Full) } else { Ok(()) }
+    }
+
+    /// Seals a file of `seal.len` bytes and makes it the object.
+    fn publish(&self, file: &File, from: &Path, key: &BlobKey, seal: &Seal) -> Result<Stored, BlobError> {
+        let object = self.object(key);
+        let dir = object.parent().unwrap_or(&self.root);
+        let done = (|| {
+            file.write_all_at(&seal.encode(), seal.len)?;
+            file.sync_all()?;
+            make_dirs(&self.root, dir)?;
+            fs::rename(from, &object)?;
+            sync_dir(dir)
+        })();
+        done.map_err(fault("finish an object"))?;
+        Ok(Stored { size: seal.len, sha256: seal.sha256 })
+    }
+
+    fn open_sealed(&self, key: &BlobKey) -> Result<(File, Seal), BlobError> {
+        let file = match File::open(self.object(key)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(BlobError::Missing(key.clone())),
+            Err(error) => return Err(fault("open an object")(error)),
+        };
+        let seal = read_seal(&file).map_err(fault("read an object's seal"))?;
+        let seal = seal.ok_or_else(|| BlobError::Damaged(key.clone()))?;
+        Ok((file, seal))
+    }
+}
+
+fn read_seal(file: &File) -> io::Result<Option<Seal>> {
+    let whole = file.metadata()?.len();
+    let Some(footer_at) = whole.checked_sub(FOOTER) else { return Ok(None) };
+    let mut footer = [0; FOOTER as usize];
+    file.read_exact_at(&mut footer, footer_at)?;
+    let Some(at) = Seal::size(&footer).and_then(|size| whole.checked_sub(size)) else { return Ok(None) };
+    let mut bytes = vec![0; (whole - at) as usize];
+    file.read_exact_at(&mut bytes, at)?;
+    Ok(Seal::decode(&bytes).filter(|seal| seal.len == at))
+}
+
+impl Fs {
+    pub async fn open(root: PathBuf, now: Ms, floor: u64) -> Result<Self, BlobError> {
+        let place = Arc::new(Place { root, floor });
+        let opened = place.clone();
+        off_thread(move || prepare(&opened.root, now)).await.map_err(fault("open the blob directory"))?;
+        Ok(Self { place, names: AtomicU64::new(0), partials: Mutex::default() })
+    }
+
+    pub(super) async fn create(&self, key: &BlobKey) -> Result<Draft, BlobError> {
+        let path = self.place.root.join("tmp").join(self.names.fetch_add(1, Ordering::Relaxed).to_string());
+        let place = self.place.clone();
+        let temp = off_thread(move || {
+            place.check_room()?;
+            let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(fault("create an object"))?;
+            Ok(Temp { file: Arc::new(file), path })
+        })
+        .await?;
+        Ok(Draft { place: self.place.clone(), key: key.clone(), temp, pen: Pen::new(Some(Sums::default())), len: 0 })
+    }
+
+    pub(super) async fn read(&self, key: &BlobKey, range: Range<u64>) -> Result<Body, BlobError> {
+        let (place, name) = (self.place.clone(), key.clone());
+        let (file, seal) = off_thread(move || place.open_sealed(&name)).await?;
+        if range.start > range.end || range.end > seal.len {
+            return Err(BlobError::Damaged(key.clone()));
+        }
+        let object = Arc::new((file, seal, key.clone()));
+        let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK).max(range.start / BLOCK);
+        let parts = stream::iter(blocks).map(move |index| {
+            let (object, range) = (object.clone(), range.clone());
+            async move { off_thread(move || read_block(&object.0, &object.1, &object.2, index, &range)).await }
+        });
+        Ok(parts.buffered(READ_AHEAD).filter(|part| std::future::ready(!matches!(part, Ok(b) if b.is_empty()))).boxed())
+    }
+
+    pub(super) async fn read_piece(&self, key: &BlobKey, at: u64, len: u32) -> Result<Bytes, BlobError> {
+        let (path, key) = (self.place.object(key), key.clone());
+        off_thread(move || {
+            let mut bytes = vec![0; len as usize];
+            match File::open(path).and_then(|file| file.read_exact_at(&mut bytes, at)) {
+                Ok(()) => Ok(bytes.into()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Err(BlobError::Missing(key)),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(BlobError::Damaged(key)),
+                Err(error) => Err(fault("read an object")(error)),
+            }
+        })
+        .await
+    }
+
+    pub(super) async fn delete(&self, key: &BlobKey) -> Result<(), BlobError> {
+        let path = self.place.object(key);
+        let done = off_thread(move || match fs::remove_file(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done,
+        });
+        done.await.map_err(fault("delete an object"))
+    }
+
+    /// The upload's state, read from the disk if this process has not met it.
+    async fn load(&self, key: &BlobKey) -> Result<Arc<Mutex<Partial>>, BlobError> {
+        let entry = {
+            let mut partials = lock(&self.partials);
+            if partials.len() >= PARTIALS_MAX && !partials.contains_key(key) {
+                partials.retain(|_, partial| Arc::strong_count(partial) > 1);
+            }
+            partials.entry(key.clone()).or_default().clone()
+        };
+        let (place, key, loaded) = (self.place.clone(), key.clone(), entry.clone());
+        off_thread(move || {
+            let mut partial = lock(&loaded);
+            if partial.file.is_some() {
+                return Ok(());
+            }
+            match place.open_sealed(&key) {
+                // The upload was finished, but whoever finished it did not live to say so.
+                Ok((file, seal)) => *partial = Partial { file: Some(Arc::new(file)), len: seal.len, ..Partial::default() },
+                Err(BlobError::Missing(_) | BlobError::Damaged(_)) => {}
+                Err(error) => return Err(error),
+            }
+            if partial.file.is_none() {
+                let mut options = OpenOptions::new();
+                let file = options.read(true).write(true).create(true).truncate(false).open(place.partial(&key));
+                let file = file.map_err(fault("open an upload"))?;
+                let len = upload_len(&file).map_err(fault("look at an upload"))?;
+                file.set_len(len).map_err(fault("look at an upload"))?;
+                let sums = (len == 0).then(Sums::default);
+                *partial = Partial { file: Some(Arc::new(file)), len, owner: 0, sums };
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(entry)
+    }
+
+    pub(super) async fn partial(&self, key: &BlobKey) -> Result<u64, BlobError> {
+        if let Some(entry) = lock(&self.partials).get(key) {
+            return Ok(lock(entry).len);
+        }
+        let (place, key) = (self.place.clone(), key.clone());
+        off_thread(move || match place.open_sealed(&key) {
+            Ok((_, seal)) => Ok(seal.len),
+            Err(BlobError::Missing(_) | BlobError::Damaged(_)) => match File::open(place.partial(&key)) {
+                Ok(file) => upload_len(&file).map_err(fault("look at an upload")),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+                Err(error) => Err(fault("look at an upload")(error)),
+            },
+            Err(error) => Err(error),
+        })
+        .await
+    }
+
+    pub(super) async fn append(&self, key: &BlobKey, offset: u64, mut body: Body) -> Result<u64, BlobError> {
+        let entry = self.load(key).await?;
+        let (owner, sums) = {
+            let mut partial = lock(&entry);
+            if partial.len != offset {
+                return Err(BlobError::Offset { have: partial.len });
+            }
+            partial.owner += 1;
+            (partial.owner, partial.sums.take())
+        };
+        let target = Target::Partial { place: self.place.clone(), partial: entry.clone(), owner };
+        let mut pen = Pen::new(sums);
+        let mut broken = None;
+        while let Some(part) = body.next().await {
+            match part {
+                Ok(bytes) => pen.write(&target, bytes).await?,
+                Err(error) => {
+                    broken = Some(BlobError::Body(error));
+                    break;
+                }
+            }
+        }
+        let sums = pen.flush(&target).await?;
+        let mut partial = lock(&entry);
+        if partial.owner == owner {
+            partial.sums = sums.filter(|sums| sums.len() == partial.len);
+        }
+        broken.map_or(Ok(partial.len), Err)
+    }
+
+    pub(super) async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
+        let entry = self.load(key).await?;
+        let (place, name) = (self.place.clone(), key.clone());
+        let done = off_thread(move || finish_partial(&place, &name, &mut lock(&entry), expect)).await;
+        lock(&self.partials).remove(key);
+        done
+    }
+}
+
+/// A crash while an upload was finished leaves its seal behind its bytes.
+fn upload_len(file: &File) -> io::Result<u64> {
+    match read_seal(file)? {
+        Some(seal) => Ok(seal.len),
+        None => file.metadata().map(|meta| meta.len()),
+    }
+}
+
+fn prepare(root: &Path, now: Ms) -> io::Result<()> {
+    for dir in ["objects", "tmp", "partial"] {
+        fs::create_dir_all(root.join(dir))?;
+    }
+    for left in fs::read_dir(root.join("tmp"))? {
+        fs::remove_file(left?.path())?;
+    }
+    for upload in fs::read_dir(root.join("partial"))? {
+        let upload = upload?;
+        let changed = upload.metadata()?.modified()?;
+        let limit = UNIX_EPOCH + Duration::from_millis(u64::try_from(now.0 - PARTIAL_AGE_MS).unwrap_or(0));
+        if changed < limit {
+            fs::remove_file(upload.path())?;
+        }
+    }
+    sync_dir(root)
+}
+
+fn read_block(file: &File, seal: &Seal, key: &BlobKey, index: u64, want: &Range<u64>) -> io::Result<Bytes> {
+    let block = seal.block(index);
+    let mut bytes = vec![0; (block.end - block.start) as usize];
+    file.read_exact_at(&mut bytes, block.start)?;
+    if !bytes.is_empty() && !seal.fits(index, &bytes) {
+        let what = format!("object {key} is damaged between bytes {} and {}", block.start, block.end);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
+    let from = want.start.clamp(block.start, block.end) - block.start;
+    let to = want.end.clamp(block.start, block.end) - block.start;
+    Ok(Bytes::from(bytes).slice(from as usize..to as usize))
+}
+
+fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: Digest) -> Result<Stored, BlobError> {
+    partial.owner += 1;
+    let Some(file) = partial.file.take() else { return Err(BlobError::Missing(key.clone())) };
+    let seal = match partial.sums.take() {
+        Some(sums) if sums.len() == partial.len => sums.seal(),
+        Some(_) | None => hash_file(&file, partial.len).map_err(fault("read an upload"))?,
+    };
+    let path = place.partial(key);
+    let finished = !path.exists();
+    if let Err(error) = check(Some(expect), seal.sha256) {
+        fs::remove_file(if finished { place.object(key) } else { path }).map_err(fault("drop an upload"))?;
+        return Err(error);
+    }
+    if finished {
+        return Ok(Stored { size: seal.len, sha256: seal.sha256 });
+    }
+    place.publish(&file, &path, key, &seal)
+}
+
+fn hash_file(file: &File, len: u64) -> io::Result<Seal> {
+    let mut sums = Sums::default();
+    let mut block = vec![0; BLOCK as usize];
+    while sums.len() < len {
+        let part = (len - sums.len()).min(BLOCK) as usize;
+        file.read_exact_at(&mut block[..part], sums.len())?;
+        sums.update(&block[..part]);
+    }
+    Ok(sums.seal())
+}
+
+/// A temporary file; removed unless it was renamed.
+#[derive(Debug)]
+struct Temp {
+    file: Arc<File>,
+    path: PathBuf,
+}
+
+impl Drop for Temp {
+    fn drop(&mut self) {
+        // After the rename there is nothing of that name.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[derive(Debug)]
+pub struct Draft {
+    place: Arc<Place>,
+    key: BlobKey,
+    temp: Temp,
+    pen: Pen,
+    len: u64,
+}
+
+impl Draft {
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn target(&self, at: u64) -> Target {
+        Target::Temp { place: self.place.clone(), file: self.temp.file.clone(), at }
+    }
+
+    pub(super) async fn append(&mut self, bytes: Bytes) -> Result<(), BlobError> {
+        let target = self.target(self.len - self.pen.waiting_len);
+        self.len += bytes.len() as u64;
+        self.pen.write(&target, bytes).await
+    }
+
+    pub(super) async fn finish(mut self, expect: Option<Digest>) -> Result<Stored, BlobError> {
+        let target = self.target(self.len - self.pen.waiting_len);
+        let seal = self.pen.flush(&target).await?.unwrap_or_default().seal();
+        check(expect, seal.sha256)?;
+        off_thread(move || self.place.publish(&self.temp.file, &self.temp.path, &self.key, &seal)).await
+    }
+}
+
+/// Where a pen writes.
+#[derive(Debug, Clone)]
+enum Target {
+    Temp { place: Arc<Place>, file: Arc<File>, at: u64 },
+    Partial { place: Arc<Place>, partial: Arc<Mutex<Partial>>, owner: u64 },
+}
+
+impl Target {
+    fn write(&self, parts: &[Bytes]) -> Result<(), BlobError> {
+        match self {
+            Self::Temp { place, file, at } => {
+                place.check_room()?;
+                write_parts(file, parts, *at)
+            }
+            Self::Partial { place, partial, owner } => {
+                place.check_room()?;
+                let mut partial = lock(partial);
+                let Some(file) = partial.file.clone().filter(|_| partial.owner == *owner) else {
+                    return Err(BlobError::Offset { have: partial.len });
+                };
+                write_parts(&file, parts, partial.len)?;
+                partial.len += parts.iter().map(|part| part.len() as u64).sum::<u64>();
+                Ok(())
+            }
+        }
+    }
+}
+
+fn write_parts(file: &File, parts: &[Bytes], mut at: u64) -> Result<(), BlobError> {
+    for part in parts {
+        file.write_all_at(part, at).map_err(fault("write an object"))?;
+        at += part.len() as u64;
+    }
+    Ok(())
+}
+
+/// Gathers a block, then writes it and hashes it on two threads while the next one arrives.
+#[derive(Debug)]
+struct Pen {
+    waiting: Vec<Bytes>,
+    waiting_len: u64,
+    writing: Option<JoinHandle<Result<(), BlobError>>>,
+    hashing: Option<JoinHandle<Sums>>,
+    sums: Option<Sums>,
+}
+
+impl Pen {
+    fn new(sums: Option<Sums>) -> Self {
+        Self { waiting: Vec::new(), waiting_len: 0, writing: None, hashing: None, sums }
+    }
+
+    async fn write(&mut self, target: &Target, bytes: Bytes) -> Result<(), BlobError> {
+        self.waiting_len += bytes.len() as u64;
+        self.waiting.push(bytes);
+        if self.waiting_len >= BLOCK { self.send(target).await } else { Ok(()) }
+    }
+
+    async fn send(&mut self, target: &Target) -> Result<(), BlobError> {
+        self.settle().await?;
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let parts: Arc<[Bytes]> = std::mem::take(&mut self.waiting).into();
+        self.waiting_len = 0;
+        if let Some(mut sums) = self.sums.take() {
+            let parts = parts.clone();
+            self.hashing = Some(spawn_blocking(move || {
+                parts.iter().for_each(|part| sums.update(part));
+                sums
+            }));
+        }
+        let target = target.clone();
+        self.writing = Some(spawn_blocking(move || target.write(&parts)));
+        Ok(())
+    }
+
+    async fn settle(&mut self) -> Result<(), BlobError> {
+        let gone = |error| BlobError::Io { what: "wait for a write", error: io::Error::other(error) };
+        if let Some(hashing) = self.hashing.take() {
+            self.sums = Some(hashing.await.map_err(gone)?);
+        }
+        match self.writing.take() {
+            Some(writing) => writing.await.map_err(gone)?,
+            None => Ok(()),
+        }
+    }
+
+    async fn flush(&mut self, target: &Target) -> Result<Option<Sums>, BlobError> {
+        self.send(target).await?;
+        self.settle().await?;
+        Ok(self.sums.take())
+    }
+}

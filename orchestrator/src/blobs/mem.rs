@@ -1,0 +1,115 @@
+//! P: objects in memory, with the same rules.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use alloy_shared::id::Digest;
+use bytes::{Bytes, BytesMut};
+use futures_util::{StreamExt as _, stream};
+
+use super::{BlobError, BlobKey, Body, Stored, check};
+use crate::sums::BLOCK;
+
+#[derive(Debug, Clone, Default)]
+pub struct Mem(Arc<Mutex<Shelves>>);
+
+#[derive(Debug, Default)]
+struct Shelves {
+    objects: BTreeMap<BlobKey, Bytes>,
+    partial: BTreeMap<BlobKey, BytesMut>,
+}
+
+impl Mem {
+    fn lock(&self) -> MutexGuard<'_, Shelves> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The keys of all objects.
+    pub fn keys(&self) -> Vec<BlobKey> {
+        self.lock().objects.keys().cloned().collect()
+    }
+
+    pub(super) fn create(&self, key: &BlobKey) -> Draft {
+        Draft { mem: self.clone(), key: key.clone(), bytes: BytesMut::new() }
+    }
+
+    fn insert(&self, key: &BlobKey, bytes: Bytes, expect: Option<Digest>) -> Result<Stored, BlobError> {
+        let sha256 = Digest::of(&bytes);
+        check(expect, sha256)?;
+        let size = bytes.len() as u64;
+        self.lock().objects.insert(key.clone(), bytes);
+        Ok(Stored { size, sha256 })
+    }
+
+    pub(super) fn read(&self, key: &BlobKey, range: Range<u64>) -> Result<Body, BlobError> {
+        let bytes = self.lock().objects.get(key).cloned().ok_or_else(|| BlobError::Missing(key.clone()))?;
+        if range.start > range.end || range.end > bytes.len() as u64 {
+            return Err(BlobError::Damaged(key.clone()));
+        }
+        let mut rest = bytes.slice(range.start as usize..range.end as usize);
+        let parts = std::iter::from_fn(move || {
+            let part = rest.split_to(rest.len().min(BLOCK as usize));
+            (!part.is_empty()).then_some(Ok(part))
+        });
+        Ok(stream::iter(parts).boxed())
+    }
+
+    pub(super) fn delete(&self, key: &BlobKey) {
+        self.lock().objects.remove(key);
+    }
+
+    pub(super) fn partial(&self, key: &BlobKey) -> u64 {
+        let shelves = self.lock();
+        let whole = shelves.objects.get(key).map(|bytes| bytes.len());
+        whole.or_else(|| shelves.partial.get(key).map(|bytes| bytes.len())).unwrap_or(0) as u64
+    }
+
+    pub(super) async fn append(&self, key: &BlobKey, offset: u64, mut body: Body) -> Result<u64, BlobError> {
+        let mut have = self.partial(key);
+        if have != offset {
+            return Err(BlobError::Offset { have });
+        }
+        while let Some(part) = body.next().await {
+            let part = part.map_err(BlobError::Body)?;
+            let mut shelves = self.lock();
+            let bytes = shelves.partial.entry(key.clone()).or_default();
+            if bytes.len() as u64 != have {
+                return Err(BlobError::Offset { have: bytes.len() as u64 });
+            }
+            bytes.extend_from_slice(&part);
+            have = bytes.len() as u64;
+        }
+        Ok(have)
+    }
+
+    pub(super) fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
+        let partial = self.lock().partial.remove(key);
+        let bytes = match partial {
+            Some(bytes) => bytes.freeze(),
+            None => self.lock().objects.get(key).cloned().unwrap_or_default(),
+        };
+        self.insert(key, bytes, Some(expect))
+    }
+}
+
+#[derive(Debug)]
+pub struct Draft {
+    mem: Mem,
+    key: BlobKey,
+    bytes: BytesMut,
+}
+
+impl Draft {
+    pub(super) fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    pub(super) fn append(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    pub(super) fn finish(self, expect: Option<Digest>) -> Result<Stored, BlobError> {
+        self.mem.insert(&self.key, self.bytes.freeze(), expect)
+    }
+}

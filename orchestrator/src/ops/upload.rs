@@ -1,0 +1,439 @@
+//! P: bytes from outside: sources as manifests and packs, as one tar, and artifacts. Verified, stored, then registered:
+//! what is refused half-way leaves nothing that has a name.
+
+use std::collections::HashSet;
+use std::io::{ErrorKind, Read};
+use std::sync::Arc;
+
+use alloy_shared::env::Env;
+use alloy_shared::id::{Digest, OrgId};
+use alloy_shared::limits;
+use alloy_shared::wire::ErrorCode;
+use alloy_shared::wire::source::{BadSource, Manifest, PACK_END, PackFrame, PackReader, PackStored, SourceStatus};
+use bytes::{Buf as _, Bytes};
+use futures_util::{FutureExt as _, StreamExt as _, future, stream};
+use tokio::sync::mpsc;
+
+use super::OpError;
+use super::archive::{self, Format, Unread};
+use crate::blobs::{BlobError, BlobKey, Blobs, Body, Draft, read_archive};
+use crate::pack;
+use crate::store::{Blob, BlobKind, Committed, Group, Place, Scope, Store, Write};
+
+#[cfg(test)]
+mod tests;
+
+/// Compression of what arrives as a plain tar.
+const TAR_LEVEL: i32 = 3;
+/// Parts of an archive on their way to its reader, and bunches of blobs on their way back.
+const ARCHIVE_PARTS: usize = 4;
+const ARCHIVE_BUNCHES: usize = 2;
+/// Frames read ahead of a worker.
+const FRAMES_AHEAD: usize = 2;
+
+/// One caller's view of the farm's bytes.
+#[derive(Clone, Copy)]
+pub struct Depot<'a> {
+    pub store: &'a dyn Store,
+    pub blobs: &'a Arc<Blobs>,
+    pub env: &'a Arc<dyn Env>,
+    pub org: OrgId,
+}
+
+/// Where an artifact's upload stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    pub have: u64,
+    /// It is verified and registered.
+    pub complete: bool,
+}
+
+impl From<BadSource> for OpError {
+    fn from(bad: BadSource) -> Self {
+        let code = match &bad {
+            BadSource::Digest { .. } => ErrorCode::DigestMismatch,
+            BadSource::Path { .. } | BadSource::Manifest(_) | BadSource::Pack(_) => ErrorCode::InvalidSource,
+        };
+        Self::refused(code, bad.to_string())
+    }
+}
+
+impl From<BlobError> for OpError {
+    fn from(error: BlobError) -> Self {
+        let message = error.to_string();
+        match error {
+            BlobError::Full => Self::refused(ErrorCode::StorageFull, message).hint("free some space, then try again"),
+            BlobError::Digest { .. } => Self::refused(ErrorCode::DigestMismatch, message),
+            BlobError::Offset { .. } => Self::refused(ErrorCode::OffsetMismatch, message),
+            BlobError::Body(error) if error.kind() == ErrorKind::FileTooLarge => {
+                Self::refused(ErrorCode::TooLarge, error.to_string())
+            }
+            BlobError::Body(_) => Self::refused(ErrorCode::InvalidBody, message),
+            BlobError::Missing(_) | BlobError::Damaged(_) => {
+                Self::Io { what: "read stored bytes", error: std::io::Error::new(ErrorKind::InvalidData, message) }
+            }
+            BlobError::Io { what, error } => Self::Io { what, error },
+        }
+    }
+}
+
+impl Depot<'_> {
+    fn scope(&self) -> Scope {
+        Scope::org(self.org)
+    }
+
+    /// Takes a manifest; answers which of its blobs are missing. With none missing the source is known from here on.
+    pub async fn put_source(&self, digest: Digest, manifest: Bytes) -> Result<SourceStatus, OpError> {
+        let text = manifest.clone();
+        let decoded = self.blobs.compute(move || match Digest::of(&text) {
+            actual if actual == digest => Manifest::decode(&text).map(|manifest| manifest.blobs()),
+            actual => Err(BadSource::Digest { expected: digest, actual }),
+        });
+        let needed = decoded.await?;
+        let done = SourceStatus { digest, complete: true, missing: Vec::new() };
+        if self.has_source(&digest).await? {
+            return Ok(done);
+        }
+        let missing = self.missing(&needed).await?;
+        if !missing.is_empty() {
+            return Ok(SourceStatus { complete: false, missing, ..done });
+        }
+        let row = self.put_manifest(digest, manifest).await?;
+        self.register(vec![row]).await?;
+        Ok(done)
+    }
+
+    pub async fn has_source(&self, digest: &Digest) -> Result<bool, OpError> {
+        Ok(!self.store.blobs(&self.scope(), BlobKind::Manifest, &[*digest]).await?.is_empty())
+    }
+
+    /// A known source's manifest, and its length.
+    pub async fn manifest(&self, digest: &Digest) -> Result<(u64, Body), OpError> {
+        self.alone(BlobKind::Manifest, digest, None).await
+    }
+
+    /// Takes a pack. Its frames are checked one by one as they arrive and stored as they came.
+    pub async fn pack(&self, body: Body) -> Result<PackStored, OpError> {
+        let mut body = bounded(body, limits::PACK_MAX);
+        let mut reader = PackReader::default();
+        let mut shelf = Shelf::new(*self);
+        let mut stored = PackStored { blobs: 0, bytes: 0 };
+        while let Some(part) = body.next().await {
+            reader.push(&part.map_err(BlobError::Body)?);
+            while let Some(frame) = reader.next_frame()? {
+                stored.blobs += frame.header.blobs.len() as u64;
+                if stored.blobs > limits::MANIFEST_ENTRIES_MAX as u64 {
+                    let message = format!("a pack has at most {} blobs", limits::MANIFEST_ENTRIES_MAX);
+                    return Err(OpError::refused(ErrorCode::TooLarge, message));
+                }
+                let (frame, bytes) = self.blobs.compute(move || (pack::verify(&frame), frame)).map(swap).await;
+                stored.bytes += bytes?;
+                shelf.add(frame).await?;
+            }
+        }
+        reader.finish()?;
+        let rows = shelf.finish().await?;
+        self.register(rows).await?;
+        Ok(stored)
+    }
+
+    /// Takes a whole tree as one tar and answers with the digest of its manifest.
+    pub async fn tar(&self, body: Body, format: Option<Format>) -> Result<Digest, OpError> {
+        let (parts_tx, parts) = mpsc::channel(ARCHIVE_PARTS);
+        let (bunches_tx, mut bunches) = mpsc::channel::<Vec<(Digest, Bytes)>>(ARCHIVE_BUNCHES);
+        let feed = self.feed(bounded(body, limits::SOURCE_BYTES_MAX), parts_tx);
+        let depot = *self;
+        let store = async move {
+            let mut shelf = Shelf::new(depot);
+            while let Some(bunch) = bunches.recv().await {
+                shelf.add_blobs(bunch).await?;
+            }
+            Ok::<_, OpError>(shelf)
+        };
+        let read = read_archive(move || {
+            archive::read(Parts::new(parts), format, &mut |bunch| bunches_tx.blocking_send(bunch).is_ok())
+        });
+        let (fed, shelf, manifest) = future::join3(feed, store, read).await;
+        let shelf = shelf?;
+        fed?;
+        let manifest = match manifest {
+            Some(Ok(manifest)) => manifest,
+            Some(Err(Unread::Bad(bad))) => return Err(bad.into()),
+            Some(Err(Unread::Stopped)) => return Err(cut_off("the archive's reader stopped")),
+            None => {
+                let message = format!("the farm reads {} archives already", limits::ARCHIVE_READERS);
+                return Err(OpError::refused(ErrorCode::TooManyRequests, message));
+            }
+        };
+        let encode = move || {
+            let text = Bytes::from(manifest.encode());
+            (Digest::of(&text), text)
+        };
+        let (digest, text) = self.blobs.compute(encode).await;
+        let mut rows = shelf.finish().await?;
+        rows.push(self.put_manifest(digest, text).await?);
+        self.register(rows).await?;
+        Ok(digest)
+    }
+
+    /// Hands an upload to its reader. A reader that is gone has refused it; then some more is taken and dropped.
+    async fn feed(&self, mut body: Body, parts: mpsc::Sender<Bytes>) -> Result<(), OpError> {
+        let mut dropped = 0;
+        while let Some(part) = body.next().await {
+            let part = part.map_err(BlobError::Body)?;
+            let len = part.len() as u64;
+            if parts.send(part).await.is_err() {
+                dropped += len;
+                if dropped > limits::UPLOAD_DRAIN {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Packs with these blobs, frame by frame and with the pack's end.
+    pub async fn source_blobs(&self, digests: &[Digest]) -> Result<Body, OpError> {
+        let mut known = Vec::with_capacity(digests.len());
+        for some in digests.chunks(limits::DIGESTS_PER_READ) {
+            known.extend(self.store.blobs(&self.scope(), BlobKind::Chunk, some).await?);
+        }
+        let have: HashSet<Digest> = known.iter().map(|blob| blob.digest).collect();
+        let missing: Vec<Digest> = digests.iter().filter(|digest| !have.contains(*digest)).copied().collect();
+        if !missing.is_empty() {
+            return Err(OpError::Missing(missing));
+        }
+        let blobs = self.blobs.clone();
+        let frames = stream::iter(pack::plan(&known)).map(move |read| send_frame(blobs.clone(), read));
+        let end = stream::iter([Ok(Bytes::from_static(&PACK_END))]);
+        Ok(frames.buffered(FRAMES_AHEAD).chain(end).boxed())
+    }
+
+    /// How much of an artifact is here.
+    pub async fn artifact_progress(&self, digest: &Digest) -> Result<Progress, OpError> {
+        if let Some(blob) = self.blob(BlobKind::Artifact, digest).await? {
+            return Ok(Progress { have: blob.size, complete: true });
+        }
+        let key = BlobKey::alone(self.org, BlobKind::Artifact, digest);
+        Ok(Progress { have: self.blobs.partial(&key).await?, complete: false })
+    }
+
+    /// Takes an artifact's bytes from `offset` on. When all `total` are there they are checked and registered.
+    pub async fn artifact(&self, digest: Digest, offset: u64, total: u64, body: Body) -> Result<Progress, OpError> {
+        if total > limits::ARTIFACT_BYTES_MAX {
+            let message = format!("an artifact has at most {} bytes", limits::ARTIFACT_BYTES_MAX);
+            return Err(OpError::refused(ErrorCode::TooLarge, message));
+        }
+        let progress = self.artifact_progress(&digest).await?;
+        if progress.complete {
+            return Ok(progress);
+        }
+        let key = BlobKey::alone(self.org, BlobKind::Artifact, &digest);
+        let body = bounded(body, total.saturating_sub(offset));
+        let have = self.blobs.append(&key, offset, body).await?;
+        if have < total {
+            return Ok(Progress { have, complete: false });
+        }
+        let stored = self.blobs.finish(&key, digest).await?;
+        self.register(vec![self.alone_row(BlobKind::Artifact, digest, stored.size, &key)]).await?;
+        Ok(Progress { have: stored.size, complete: true })
+    }
+
+    /// A registered artifact's bytes, or some of them.
+    pub async fn read_artifact(
+        &self,
+        digest: &Digest,
+        range: Option<std::ops::Range<u64>>,
+    ) -> Result<(u64, Body), OpError> {
+        self.alone(BlobKind::Artifact, digest, range).await
+    }
+
+    async fn alone(
+        &self,
+        kind: BlobKind,
+        digest: &Digest,
+        range: Option<std::ops::Range<u64>>,
+    ) -> Result<(u64, Body), OpError> {
+        let what = match kind {
+            BlobKind::Manifest => "source",
+            BlobKind::Artifact => "artifact",
+            BlobKind::Chunk => "blob",
+        };
+        let blob = self.blob(kind, digest).await?.ok_or_else(|| OpError::not_found(what))?;
+        let object = match &blob.place {
+            Place::Alone { object } | Place::Packed { object, .. } => object,
+        };
+        let key = stored_key(object)?;
+        Ok((blob.size, self.blobs.read(&key, range.unwrap_or(0..blob.size)).await?))
+    }
+
+    async fn blob(&self, kind: BlobKind, digest: &Digest) -> Result<Option<Blob>, OpError> {
+        Ok(self.store.blobs(&self.scope(), kind, &[*digest]).await?.pop())
+    }
+
+    /// Asked minus answered, in the order asked.
+    async fn missing(&self, digests: &[Digest]) -> Result<Vec<Digest>, OpError> {
+        let mut missing = Vec::new();
+        for some in digests.chunks(limits::DIGESTS_PER_READ) {
+            let known = self.store.blobs(&self.scope(), BlobKind::Chunk, some).await?;
+            let known: HashSet<Digest> = known.iter().map(|blob| blob.digest).collect();
+            missing.extend(some.iter().filter(|digest| !known.contains(*digest)));
+        }
+        Ok(missing)
+    }
+
+    async fn put_manifest(&self, digest: Digest, text: Bytes) -> Result<Blob, OpError> {
+        let key = BlobKey::alone(self.org, BlobKind::Manifest, &digest);
+        let body = stream::iter([Ok(text)]).boxed();
+        let stored = self.blobs.put(&key, body, Some(digest)).await?;
+        Ok(self.alone_row(BlobKind::Manifest, digest, stored.size, &key))
+    }
+
+    fn alone_row(&self, kind: BlobKind, digest: Digest, size: u64, key: &BlobKey) -> Blob {
+        let place = Place::Alone { object: key.as_str().to_owned() };
+        Blob { org: self.org, digest, kind, size, place, created_at: self.env.now().wall }
+    }
+
+    /// One commit. What became of it may be unknown; then the objects stay, and sending again is harmless.
+    async fn register(&self, rows: Vec<Blob>) -> Result<(), OpError> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let Committed { groups } = self.store.commit(&[Group(vec![Write::AddBlobs(rows)])]).await?;
+        match groups.into_iter().next() {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(miss)) => Err(not_registered(format!("{miss:?}"))),
+            None => Err(not_registered("the store did not answer".to_owned())),
+        }
+    }
+
+}
+
+/// The body with a bound on its length. The bound on its silence is the router's.
+fn bounded(body: Body, most: u64) -> Body {
+    let mut seen = 0;
+    let check = move |part: std::io::Result<Bytes>| {
+        let part = part?;
+        seen += part.len() as u64;
+        if seen > most {
+            return Err(std::io::Error::new(ErrorKind::FileTooLarge, format!("more than {most} bytes came")));
+        }
+        Ok(part)
+    };
+    body.map(check).boxed()
+}
+
+fn swap<A, B>((a, b): (A, B)) -> (B, A) {
+    (b, a)
+}
+
+fn cut_off(why: &str) -> OpError {
+    OpError::refused(ErrorCode::InvalidBody, format!("the upload ended early: {why}"))
+}
+
+fn not_registered(why: String) -> OpError {
+    OpError::Io { what: "register blobs", error: std::io::Error::other(why) }
+}
+
+fn stored_key(object: &str) -> Result<BlobKey, OpError> {
+    BlobKey::parse(object).ok_or_else(|| OpError::Io {
+        what: "read a blob's place",
+        error: std::io::Error::new(ErrorKind::InvalidData, format!("`{object}` names no object")),
+    })
+}
+
+async fn send_frame(blobs: Arc<Blobs>, read: pack::FrameRead) -> std::io::Result<Bytes> {
+    let key = stored_key(&read.object).map_err(std::io::Error::other)?;
+    let bytes = blobs.read_piece(&key, read.at, read.stored).await.map_err(std::io::Error::other)?;
+    match read.send {
+        pack::Portion::Whole => Ok(bytes),
+        pack::Portion::Some(_) | pack::Portion::Blob(_) => {
+            blobs.compute(move || pack::pick(&read, bytes)).await.map_err(std::io::Error::other)
+        }
+    }
+}
+
+/// A pack object in the making, with what the index will say about it.
+struct Shelf<'a> {
+    depot: Depot<'a>,
+    draft: Option<(BlobKey, Draft)>,
+    rows: Vec<Blob>,
+    added: HashSet<Digest>,
+}
+
+impl<'a> Shelf<'a> {
+    fn new(depot: Depot<'a>) -> Self {
+        Self { depot, draft: None, rows: Vec::new(), added: HashSet::new() }
+    }
+
+    /// Adds a verified frame, unless the farm has all of its blobs.
+    async fn add(&mut self, frame: PackFrame) -> Result<(), OpError> {
+        let digests: Vec<Digest> = frame.header.blobs.iter().map(|blob| blob.digest).collect();
+        let fresh = self.depot.missing(&digests).await?.iter().any(|digest| !self.added.contains(digest));
+        if fresh { self.append(frame).await } else { Ok(()) }
+    }
+
+    /// Packs those of the blobs that the farm does not have.
+    async fn add_blobs(&mut self, mut blobs: Vec<(Digest, Bytes)>) -> Result<(), OpError> {
+        let digests: Vec<Digest> = blobs.iter().map(|(digest, _)| *digest).collect();
+        let missing: HashSet<Digest> = self.depot.missing(&digests).await?.into_iter().collect();
+        blobs.retain(|(digest, _)| missing.contains(digest));
+        if blobs.is_empty() {
+            return Ok(());
+        }
+        let frame = self.depot.blobs.compute(move || PackFrame::pack(&blobs, TAR_LEVEL)).await;
+        self.append(frame).await
+    }
+
+    async fn append(&mut self, frame: PackFrame) -> Result<(), OpError> {
+        let depot = self.depot;
+        let (key, draft) = match &mut self.draft {
+            Some(draft) => draft,
+            none => {
+                let key = BlobKey::pack(depot.org, (depot.env.dice(), depot.env.dice()));
+                let draft = depot.blobs.create(&key).await?;
+                none.insert((key, draft))
+            }
+        };
+        let bytes = pack::encode(&frame);
+        let (at, now) = (draft.len(), depot.env.now().wall);
+        let rows = pack::rows(depot.org, key.as_str(), now, at, bytes.len() as u32, &frame);
+        self.rows.extend(rows.into_iter().filter(|row| self.added.insert(row.digest)));
+        Ok(draft.append(bytes).await?)
+    }
+
+    /// Makes the object durable; its rows are still to be committed.
+    async fn finish(self) -> Result<Vec<Blob>, OpError> {
+        if let Some((_, mut draft)) = self.draft {
+            draft.append(Bytes::from_static(&PACK_END)).await?;
+            draft.finish(None).await?;
+        }
+        Ok(self.rows)
+    }
+}
+
+/// An upload as its reader's thread sees it.
+struct Parts {
+    parts: mpsc::Receiver<Bytes>,
+    part: Bytes,
+}
+
+impl Parts {
+    fn new(parts: mpsc::Receiver<Bytes>) -> Self {
+        Self { parts, part: Bytes::new() }
+    }
+}
+
+impl Read for Parts {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        while self.part.is_empty() {
+            match self.parts.blocking_recv() {
+                Some(part) => self.part = part,
+                None => return Ok(0),
+            }
+        }
+        let len = buffer.len().min(self.part.len());
+        self.part.copy_to_slice(&mut buffer[..len]);
+        Ok(len)
+    }
+}
