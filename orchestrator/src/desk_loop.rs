@@ -15,10 +15,13 @@ use crate::hub::Hub;
 use crate::store::{Attempt, Job, Scope, Store, StoreError};
 use crate::wake::Wake;
 
+/// A request, and who waits for its answer.
+type Asked = (Request, Option<(Ticket, oneshot::Sender<Answer>)>);
+
 /// Where requests go in.
 #[derive(Clone)]
 pub struct Door {
-    tx: mpsc::Sender<(Request, Option<(Ticket, oneshot::Sender<Answer>)>)>,
+    tx: mpsc::Sender<Asked>,
     tickets: Arc<AtomicU64>,
 }
 
@@ -77,8 +80,6 @@ async fn with_attempt(store: &dyn Store, job: Job) -> Result<(Job, Option<Attemp
     };
     Ok((job, attempt))
 }
-
-type Asked = (Request, Option<(Ticket, oneshot::Sender<Answer>)>);
 
 struct Loop {
     desk: Desk,

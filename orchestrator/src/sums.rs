@@ -76,7 +76,7 @@ impl Seal {
     pub fn size(footer: &[u8]) -> Option<u64> {
         let rest = footer.strip_suffix(MAGIC)?;
         let len = u64::from_le_bytes(*rest.get(32..)?.first_chunk::<8>()?);
-        Some(len.div_ceil(BLOCK).checked_mul(4)?.checked_add(FOOTER)?)
+        len.div_ceil(BLOCK).checked_mul(4)?.checked_add(FOOTER)
     }
 
     /// Reads a whole seal. `None`: it is damaged.
@@ -89,9 +89,13 @@ impl Seal {
         let (rest, len) = body.split_last_chunk::<8>()?;
         let (sums, sha256) = rest.split_last_chunk::<32>()?;
         let len = u64::from_le_bytes(*len);
-        let blocks: Vec<u32> = sums.chunks_exact(4).filter_map(|sum| sum.first_chunk()).copied().map(u32::from_le_bytes).collect();
-        (blocks.len() as u64 == len.div_ceil(BLOCK) && sums.len() == blocks.len() * 4)
-            .then_some(Self { len, sha256: Digest(*sha256), blocks })
+        let blocks: Vec<u32> =
+            sums.chunks_exact(4).filter_map(|sum| sum.first_chunk()).copied().map(u32::from_le_bytes).collect();
+        (blocks.len() as u64 == len.div_ceil(BLOCK) && sums.len() == blocks.len() * 4).then_some(Self {
+            len,
+            sha256: Digest(*sha256),
+            blocks,
+        })
     }
 
     /// The bytes of one block.

@@ -122,7 +122,8 @@ impl Fs {
         let place = self.place.clone();
         let temp = off_thread(move || {
             place.check_room()?;
-            let file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(fault("create an object"))?;
+            let file =
+                OpenOptions::new().write(true).create_new(true).open(&path).map_err(fault("create an object"))?;
             Ok(Temp { file: Arc::new(file), path })
         })
         .await?;
@@ -184,7 +185,9 @@ impl Fs {
             }
             match place.open_sealed(&key) {
                 // The upload was finished, but whoever finished it did not live to say so.
-                Ok((file, seal)) => *partial = Partial { file: Some(Arc::new(file)), len: seal.len, ..Partial::default() },
+                Ok((file, seal)) => {
+                    *partial = Partial { file: Some(Arc::new(file)), len: seal.len, ..Partial::default() }
+                }
                 Err(BlobError::Missing(_) | BlobError::Damaged(_)) => {}
                 Err(error) => return Err(error),
             }

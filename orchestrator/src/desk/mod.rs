@@ -44,7 +44,7 @@ pub enum Request {
         from: From,
         seq: u64,
         event: Event,
-        news: News,
+        news: Box<News>,
     },
     /// The worker's session found that the worker does not have the attempt.
     NotHeld {
@@ -231,7 +231,7 @@ impl Desk {
             Request::Cancel { ticket, job, reason } => {
                 self.change(Some(ticket), job, &Event::CancelAsked { reason }, Guard::Version, None, now);
             }
-            Request::Report { ticket, from, seq, event, news } => self.report(ticket, from, seq, &event, news, now),
+            Request::Report { ticket, from, seq, event, news } => self.report(ticket, from, seq, &event, *news, now),
             Request::NotHeld { ticket, from, reason, message } => {
                 let event = Event::Lost { attempt: from.at.attempt, reason, message };
                 self.change(Some(ticket), from.at.job, &event, fence(from), None, now);

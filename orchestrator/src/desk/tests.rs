@@ -42,7 +42,7 @@ fn report(ticket: Ticket, job: u128, from: u128, seq: u64, event: Event) -> Requ
         _ => panic!("a worker's report"),
     };
     let from = From { at: AttemptRef { job: id(job), attempt }, worker: worker(from), epoch: EPOCH };
-    Request::Report { ticket, from, seq, event, news: News::default() }
+    Request::Report { ticket, from, seq, event, news: Box::default() }
 }
 
 /// Decides and commits; the store agrees with everything.

@@ -156,7 +156,8 @@ impl Files {
         };
         let range = seal.block(from / BLOCK);
         let (start, size) = (range.start, (range.end - range.start) as usize);
-        let bytes = off_thread(move || read_at(&file, start, size).map(|bytes| (seal.fits(start / BLOCK, &bytes), bytes)));
+        let bytes =
+            off_thread(move || read_at(&file, start, size).map(|bytes| (seal.fits(start / BLOCK, &bytes), bytes)));
         match bytes.await.map_err(fault("read a log"))? {
             (false, _) => Err(LogError::Damaged { from: range.start, to: range.end }),
             (true, bytes) => {

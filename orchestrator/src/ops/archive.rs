@@ -75,11 +75,7 @@ fn bad_entry<T>(path: &[u8], why: &str) -> Result<T, Unread> {
 pub type Take<'a> = dyn FnMut(Vec<(Digest, Bytes)>) -> bool + 'a;
 
 /// Reads an archive to its very end. Blobs are handed over in bunches of about a frame, each once.
-pub fn read<'a>(
-    input: impl Read + 'a,
-    format: Option<Format>,
-    take: &'a mut Take<'a>,
-) -> Result<Manifest, Unread> {
+pub fn read<'a>(input: impl Read + 'a, format: Option<Format>, take: &'a mut Take<'a>) -> Result<Manifest, Unread> {
     let stored = Rc::new(Cell::new(0));
     let mut input = BufReader::new(Counter { input, count: stored.clone() });
     let format = match format {

@@ -143,7 +143,7 @@ pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled 
         Err(settled) => return settled,
     };
     for _ in 0..2 {
-        let (event, news) = (event.clone(), news.clone());
+        let (event, news) = (event.clone(), Box::new(news.clone()));
         match app.desk.ask(|ticket| Request::Report { ticket, from, seq, event, news }).await {
             Answer::Job(_) | Answer::Applied => return Settled::Applied,
             Answer::Gap { have } => return Settled::Gap { have },

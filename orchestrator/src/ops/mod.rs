@@ -6,12 +6,9 @@ use alloy_shared::wire::{ErrorCode, FieldError};
 use crate::store::StoreError;
 
 pub mod access;
-<<<<<<< HEAD
-pub mod job;
-=======
 pub mod archive;
+pub mod job;
 pub mod upload;
->>>>>>> ea14732 (wip bytes)
 pub mod workers;
 
 /// Why an operation did not happen. `error.rs` turns it into a problem document.

@@ -306,7 +306,6 @@ impl Depot<'_> {
             None => Err(not_registered("the store did not answer".to_owned())),
         }
     }
-
 }
 
 /// The body with a bound on its length. The bound on its silence is the router's.

@@ -63,16 +63,10 @@ struct Session {
     over: bool,
 }
 
-enum Turn {
-    Input(Input),
-    /// The connection or the mailbox is gone.
-    Over,
-}
-
 impl Session {
     async fn run(&mut self, mut rx: mpsc::Receiver<Frame>) {
-        let mut next = Turn::Input(Input::Tick);
-        while let Turn::Input(input) = next {
+        let mut next = Some(Input::Tick);
+        while let Some(input) = next {
             let effects = self.core.handle(input, self.app.env.now());
             for effect in effects {
                 self.perform(effect).await;
@@ -84,7 +78,8 @@ impl Session {
         }
     }
 
-    async fn wait(&mut self, rx: &mut mpsc::Receiver<Frame>) -> Turn {
+    /// The next thing to handle; `None` when the connection or the mailbox is gone.
+    async fn wait(&mut self, rx: &mut mpsc::Receiver<Frame>) -> Option<Input> {
         let wake = self.core.next_wake();
         let mail = async {
             match &mut self.open {
@@ -94,30 +89,30 @@ impl Session {
         };
         tokio::select! {
             biased;
-            letter = mail => letter.map_or(Turn::Over, |letter| Turn::Input(read(letter, &self.app))),
-            Some(settled) = self.settling.next(), if !self.settling.is_empty() => Turn::Input(settled),
+            letter = mail => letter.map(|letter| read(letter, &self.app)),
+            Some(settled) = self.settling.next(), if !self.settling.is_empty() => Some(settled),
             frame = rx.recv() => match frame {
                 Some(frame) => self.frame(frame).await,
-                None => Turn::Input(Input::Unlinked),
+                None => Some(Input::Unlinked),
             },
-            () = self.app.env.sleep_until(wake) => Turn::Input(Input::Tick),
+            () = self.app.env.sleep_until(wake) => Some(Input::Tick),
         }
     }
 
-    async fn frame(&mut self, frame: Frame) -> Turn {
+    async fn frame(&mut self, frame: Frame) -> Option<Input> {
         let heard = match &frame {
             Frame::Binary(bytes) => LogChunk::decode(bytes).map(Input::HeardLog),
             Frame::Text(text) => ToOrchestrator::decode(text).map(Input::Heard),
         };
         match heard {
-            Ok(input) => Turn::Input(input),
+            Ok(input) => Some(input),
             Err(BadFrame::Unknown(message)) => {
                 self.send(ToWorker::Unsupported { message }.encode()).await;
-                Turn::Input(Input::Tick)
+                Some(Input::Tick)
             }
             Err(error) => {
                 warn!(worker.id = %self.worker, %error, "worker {} sent a frame that is not ours; hanging up", self.worker);
-                Turn::Over
+                None
             }
         }
     }

@@ -80,7 +80,9 @@ impl Header {
             Kind::Dir | Kind::Symlink | Kind::HardLink if self.size != 0 => {
                 bad_entry(&self.path, "is a directory or link with content")
             }
-            Kind::File | Kind::Dir if !self.link.is_empty() => bad_entry(&self.path, "is no link and has a link's target"),
+            Kind::File | Kind::Dir if !self.link.is_empty() => {
+                bad_entry(&self.path, "is no link and has a link's target")
+            }
             _ => Ok(self),
         }
     }
