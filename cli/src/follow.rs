@@ -174,7 +174,7 @@ impl<'a> Follower<'a> {
         if !self.canceled_by_us {
             self.canceled_by_us = true;
             self.stop_waiting();
-            let again = if told == Told::Interrupt { "  (Ctrl-C again to let go of it)" } else { "" };
+            let again = if told == Told::Interrupt { "  (Ctrl-C again to detach)" } else { "" };
             self.app.talk.say(&format!("Canceling {}…{again}", self.id));
             let (client, id) = (self.farm.client.clone(), self.id);
             self.cancel = Some(Box::pin(async move { client.cancel(id).await }));
@@ -431,9 +431,12 @@ impl App {
         }
     }
 
-    pub(crate) fn tell_detached(&self, id: JobId) {
-        self.talk.say(&format!("Let go of {id}; it goes on."));
-        self.talk.hint(&format!("alloy attach {id}   follows it again      alloy cancel {id}   ends it"));
+    pub(crate) fn tell_detached(&self, id: JobId, on_interrupt: OnInterrupt) {
+        match on_interrupt {
+            OnInterrupt::Cancel => self.talk.say(&format!("Detached from {id}; its cancel is on the way.")),
+            OnInterrupt::Detach => self.talk.say(&format!("Detached from {id}; it goes on.")),
+        }
+        self.talk.hint(&format!("alloy attach {id}   follows it again"));
     }
 }
 

@@ -76,7 +76,7 @@ pub(crate) async fn attach(app: &App, args: &AttachArgs) -> Result<i32, Failure>
     let ending = Follower::new(app, farm, job.id, OnInterrupt::Detach).run(&mut signals, sink).await?;
     match ending {
         Ending::Detached => {
-            app.tell_detached(job.id);
+            app.tell_detached(job.id, OnInterrupt::Detach);
             Ok(exit::INTERRUPTED)
         }
         Ending::Ended(job) => {
@@ -116,7 +116,7 @@ pub(crate) async fn logs(app: &App, args: &LogsArgs) -> Result<i32, Failure> {
         Ok(outcome) => outcome?,
         Err(failure) => {
             if args.follow {
-                app.tell_detached(job.id);
+                app.tell_detached(job.id, OnInterrupt::Detach);
                 return Ok(exit::INTERRUPTED);
             }
             return Err(failure);

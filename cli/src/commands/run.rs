@@ -101,8 +101,11 @@ async fn run_on(
     signals: &mut Signals,
 ) -> Result<i32, Failure> {
     let farm = hosted.farm();
-    let scan = signals.unless_told(read_tree(app, args.allow_secret_files)).await??;
-    spec.git = git::record(&scan.root).await;
+    let (scan, git) = signals
+        .unless_told(async { tokio::join!(read_tree(app, args.allow_secret_files), git::record(&app.dir)) })
+        .await?;
+    let scan = scan?;
+    spec.git = git;
     let source = if scan.manifest.entries().is_empty() {
         None
     } else {
@@ -146,7 +149,7 @@ async fn finish(
     let (mut code, origin) = job_exit(job);
     let mut artifacts_dir = None;
     if let Some(downloads) = downloads {
-        let report = signals.unless_told(downloads.finish(farm, job)).await??;
+        let report = signals.unless_told(downloads.finish(farm, job)).await?;
         let complete = tell_artifacts(app, &report);
         if !complete && code == exit::OK {
             code = exit::ERROR;
@@ -267,17 +270,23 @@ impl Downloads {
     }
 
     /// The list at the end is the truth: what was not announced is downloaded, what was announced wrongly is removed.
-    async fn finish(self, farm: &Farm, job: &JobView) -> Result<Report, Failure> {
-        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url))?;
-        for artifact in &list.artifacts {
+    async fn finish(self, farm: &Farm, job: &JobView) -> Report {
+        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url));
+        for artifact in list.iter().flat_map(|list| &list.artifacts) {
             if self.arrivals.send(artifact.clone()).await.is_err() {
                 break;
             }
         }
         drop(self.arrivals);
-        let mut report = self.report.await.map_err(|_| Failure::error("the download ended early"))?;
-        report.remove_all_but(&list.artifacts);
-        Ok(report)
+        let mut report = self.report.await.unwrap_or_else(|_| Report {
+            failed: vec![Failure::error("the download ended early")],
+            ..Report::default()
+        });
+        match list {
+            Ok(list) => report.remove_all_but(&list.artifacts),
+            Err(failure) => report.failed.push(failure),
+        }
+        report
     }
 }
 

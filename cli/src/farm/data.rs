@@ -1,0 +1,132 @@
+//! S: the data directory of a farm on this machine: who runs it, at which address, and how to be let in.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use alloy_shared::secret::Secret;
+use alloy_shared::wire::PROTOCOL;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::context::check_token;
+use crate::output::Failure;
+
+/// The orchestrator's own lock: it is held as long as the farm runs, and dies with the process.
+const LOCK: &str = "farm.lock";
+const NOTE: &str = "farm.json";
+/// The first admin's token, written by the orchestrator at its first start.
+const TOKEN: &str = "admin.token";
+
+/// `ALLOY_DATA_DIR`.
+#[derive(Debug, Clone)]
+pub(crate) struct DataDir(PathBuf);
+
+/// `farm/farm.json`: what the host of a farm tells the other commands of this user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Note {
+    pub(crate) url: String,
+    pub(crate) pid: u32,
+    pub(crate) version: String,
+    pub(crate) protocol_min: u32,
+    pub(crate) protocol_max: u32,
+}
+
+/// Whether somebody runs the farm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lock {
+    Free,
+    Taken { pid: Option<u32> },
+}
+
+impl DataDir {
+    pub(crate) fn new(root: &Path) -> Self {
+        Self(root.to_owned())
+    }
+
+    pub(crate) fn farm(&self) -> PathBuf {
+        self.0.join("farm")
+    }
+
+    /// Looks, and leaves the lock as it was.
+    pub(crate) fn lock(&self) -> Result<Lock, Failure> {
+        let path = self.farm().join(LOCK);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Lock::Free),
+            Err(error) => return Err(Failure::io(&path.display().to_string(), &error)),
+        };
+        // A shared lock conflicts with the orchestrator's and not with another one who looks.
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(_looked) => Ok(Lock::Free),
+            Err((_, Errno::EWOULDBLOCK)) => {
+                let pid = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+                Ok(Lock::Taken { pid })
+            }
+            Err((_, errno)) => Err(Failure::io(&path.display().to_string(), &errno.into())),
+        }
+    }
+
+    /// The note of the process that holds the lock; one that a dead process left is none.
+    pub(crate) fn note(&self, holder: Option<u32>) -> Option<Note> {
+        let text = fs::read_to_string(self.farm().join(NOTE)).ok()?;
+        let note: Note = serde_json::from_str(&text).ok()?;
+        (holder.is_none() || holder == Some(note.pid)).then_some(note)
+    }
+
+    pub(crate) fn token(&self) -> Result<Secret<String>, Failure> {
+        let path = self.farm().join(TOKEN);
+        let shown = path.display().to_string();
+        let text = fs::read_to_string(&path).map_err(|error| Failure::io(&shown, &error))?;
+        check_token(&text, &shown)
+    }
+}
+
+impl Note {
+    /// A newer `alloy` meets the farm of an older one: better a sentence than a guess.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        if self.protocol_min > *PROTOCOL.end() || self.protocol_max < *PROTOCOL.start() {
+            return Err(Failure::error(format!(
+                "the farm on this machine is of version {}, this alloy of version {}: they do not understand each other",
+                self.version,
+                env!("CARGO_PKG_VERSION")
+            ))
+            .hint(format!("restart `alloy up` (process {})", self.pid)));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(pid: u32) -> Note {
+        Note { url: "http://127.0.0.1:4711".into(), pid, version: "0.1.0".into(), protocol_min: 1, protocol_max: 1 }
+    }
+
+    #[test]
+    fn a_lock_is_seen_and_a_dead_hosts_note_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let data = DataDir::new(root.path());
+        assert_eq!(data.lock().unwrap(), Lock::Free);
+        fs::create_dir_all(data.farm()).unwrap();
+        fs::write(data.farm().join(LOCK), "41\n").unwrap();
+        fs::write(data.farm().join(NOTE), serde_json::to_vec(&note(41)).unwrap()).unwrap();
+        assert_eq!(data.lock().unwrap(), Lock::Free);
+        let held = File::options().read(true).write(true).open(data.farm().join(LOCK)).unwrap();
+        let held = Flock::lock(held, FlockArg::LockExclusiveNonblock).unwrap();
+        assert_eq!(data.lock().unwrap(), Lock::Taken { pid: Some(41) });
+        assert_eq!(data.note(Some(41)), Some(note(41)));
+        assert_eq!(data.note(Some(42)), None);
+        drop(held);
+        assert_eq!(data.lock().unwrap(), Lock::Free);
+    }
+
+    #[test]
+    fn a_farm_of_another_time_is_named() {
+        note(1).check().unwrap();
+        let failure = Note { protocol_min: 7, protocol_max: 9, ..note(5) }.check().unwrap_err();
+        assert!(failure.hint.unwrap().contains("restart `alloy up` (process 5)"));
+    }
+}
