@@ -56,6 +56,27 @@ impl Client {
         self.decode(&call, &answer)
     }
 
+    /// The manifest of the attempt's source. It may be larger than a blob, so it has a route of its own.
+    pub async fn attempt_source(&self, at: &AttemptRef, grant: &Secret<String>) -> Result<Bytes, ClientError> {
+        let call = Call::get(path::attempt_source(at)).grant(grant).deadline(MANIFEST_ANSWER_MS);
+        let mut lost = Lost::from(self.env.now().mono);
+        loop {
+            let failure = match self.once_up_to(&call, crate::limits::MANIFEST_BYTES_MAX).await {
+                Ok(manifest) => return Ok(manifest),
+                Err(failure) => failure,
+            };
+            if failure.kind == Kind::Final {
+                return Err(failure.error);
+            }
+            lost.pause(&*self.env, failure, call.budget()).await?;
+        }
+    }
+
+    async fn once_up_to(&self, call: &Call, max: usize) -> Result<Bytes, Failure> {
+        let mut response = self.open(call).await?;
+        self.collect(&mut response, max).await
+    }
+
     /// Asks how many bytes of an artifact the farm has.
     pub async fn attempt_artifact_len(
         &self,
