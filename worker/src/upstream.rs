@@ -1,5 +1,7 @@
 //! S: the way to the orchestrator: the session's socket, and the bytes of sources and artifacts over plain HTTPS.
 
+mod https;
+
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::session::Link;
@@ -7,6 +9,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+pub use self::https::Https;
+pub(crate) use self::https::agent;
 use crate::spool::SpoolFile;
 
 /// How a worker reaches its farm.

@@ -7,7 +7,7 @@ use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
 use alloy_shared::wire::session::{Held, HeldState, Report, ToOrchestrator};
 
-use super::core::{Effect, KillReason, Stop};
+use super::{Effect, KillReason, Stop};
 
 /// The smallest log window. On a line of 64 kbit/s it delays a heartbeat by 4 s, a tenth of the lease.
 const WINDOW_MIN: u64 = 32 << 10;
@@ -181,9 +181,9 @@ impl Attempt {
         }
     }
 
-    /// Numbers a report and asks for it to be put on disk. Nothing follows a result.
+    /// Numbers a report and asks for it to be put on disk. Nothing follows a result or a fence.
     pub(super) fn report(&mut self, report: Report) -> Option<Effect> {
-        if self.result.is_some() || !self.is_running() {
+        if self.result.is_some() || self.fenced || !self.is_running() {
             return None;
         }
         let seq = self.reports.newest + 1;
@@ -263,9 +263,14 @@ impl Attempt {
         }
     }
 
-    pub(super) fn result_acked(&mut self) {
+    pub(super) fn result_acked(&mut self, now: Mono) {
         match (&mut self.result, self.stage) {
-            (Some(result), _) => result.acked = true,
+            (Some(result), _) => {
+                result.acked = true;
+                // With the result all before it is durable.
+                self.reports.ack(result.seq, now, &mut self.log.moved_at);
+                self.talking = true;
+            }
             // The job ended without us; nothing of ours is wanted any more.
             (None, Stage::Lost | Stage::Closed { .. }) => self.fenced = true,
             (None, Stage::Running(_)) => {}

@@ -6,133 +6,16 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use alloy_shared::env::{Mono, Now, backoff};
-use alloy_shared::id::{AttemptRef, BootId, Digest};
+use alloy_shared::id::{AttemptRef, BootId};
 use alloy_shared::limits::{self, Limits};
+use alloy_shared::wire;
 use alloy_shared::wire::job::{End, Reason as EndReason};
 use alloy_shared::wire::session::{
     Assignment, Heartbeat, Held, Order, Report, ResultReport, SlotView, ToOrchestrator, ToWorker, Welcome,
 };
-use alloy_shared::wire::{self, ErrorCode};
 
 use super::attempt::Attempt;
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Input {
-    /// The dial succeeded.
-    Linked,
-    /// The dial failed, or the connection was cut.
-    Unlinked,
-    Heard(ToWorker),
-    /// A message of a type that this build does not know.
-    Unknown(String),
-    /// A frame that is no message at all.
-    Garbled(String),
-    Report {
-        attempt: AttemptRef,
-        report: Report,
-    },
-    /// The report is on disk.
-    Recorded {
-        attempt: AttemptRef,
-        seq: u64,
-    },
-    /// The attempt's log in the spool is this long.
-    Spooled {
-        attempt: AttemptRef,
-        len: u64,
-    },
-    Slots(Vec<SlotView>),
-    /// The executor is gone, the slot is clean.
-    Closed {
-        attempt: AttemptRef,
-        teardown_ms: u64,
-    },
-    /// The spool could not take the attempt: nothing was started.
-    NotStarted {
-        attempt: AttemptRef,
-        message: String,
-    },
-    /// An [`Effect::Upload`] is over.
-    Uploaded {
-        attempt: AttemptRef,
-        complete: bool,
-    },
-    /// The link takes one more log frame.
-    Room,
-    Drain,
-    Tick,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Effect {
-    Dial {
-        after_ms: u64,
-    },
-    Hangup(Reason),
-    /// Answers the challenge: sign the nonce and send the hello with these contents.
-    Hello {
-        nonce: String,
-        slots: Vec<SlotView>,
-        held: Vec<Held>,
-        draining: bool,
-    },
-    Send(ToOrchestrator),
-    SendLog {
-        attempt: AttemptRef,
-        handle: u32,
-        from: u64,
-        len: u32,
-    },
-    Record {
-        attempt: AttemptRef,
-        seq: u64,
-        report: Report,
-    },
-    Start(Box<Assignment>),
-    Stop {
-        attempt: AttemptRef,
-        how: Stop,
-    },
-    /// Sends artifacts from the spool again, which the orchestrator says it does not have.
-    Upload {
-        attempt: AttemptRef,
-        artifacts: Vec<Digest>,
-    },
-    Forget {
-        attempt: AttemptRef,
-    },
-    FenceAt(Mono),
-}
-
-/// How an executor is to stop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    Cancel { grace_ms: u64 },
-    Kill(KillReason),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KillReason {
-    Fenced,
-    LeaseLost,
-    Shutdown,
-}
-
-/// Why the core hangs up.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reason {
-    Silent,
-    Rejected {
-        code: ErrorCode,
-        message: String,
-    },
-    /// Another process uses this worker's identity. The daemon ends.
-    Superseded,
-    /// The orchestrator is restarting.
-    Asked,
-    Garbled(String),
-    Protocol(u32),
-}
+use super::{Effect, Input, KillReason, Reason, Stop};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Line {
@@ -214,7 +97,12 @@ impl Core {
         self.attempts.contains_key(&attempt)
     }
 
-    /// True while an executor runs.
+    /// True while this attempt's executor runs.
+    pub fn runs(&self, attempt: AttemptRef) -> bool {
+        self.attempts.get(&attempt).is_some_and(Attempt::is_running)
+    }
+
+    /// True while any executor runs.
     pub fn is_running(&self) -> bool {
         self.attempts.values().any(Attempt::is_running)
     }
@@ -474,7 +362,7 @@ impl Core {
             Order::Cancel { grace_ms, .. } => self.told(at, now, out, |a| a.stop(Stop::Cancel { grace_ms })),
             Order::Fence { .. } => self.told(at, now, out, Attempt::fence),
             Order::ResultAck { .. } => self.told(at, now, out, |a| {
-                a.result_acked();
+                a.result_acked(now);
                 None
             }),
         }

@@ -1,0 +1,254 @@
+//! S: the network: one WebSocket a session, and the typed client for everything large.
+
+use std::sync::Arc;
+
+use alloy_shared::client::{Client, ClientError, Options};
+use alloy_shared::env::{Env, backoff};
+use alloy_shared::id::{Digest, WorkerId};
+use alloy_shared::limits;
+use alloy_shared::wire::session::{Frame, Link};
+use alloy_shared::wire::source::PackFrame;
+use alloy_shared::wire::{ErrorCode, Problem, SUBPROTOCOL, path};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::{Sink, SinkExt as _, Stream, StreamExt as _};
+use tokio::sync::mpsc;
+use tokio_tungstenite::connect_async_tls_with_config;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::http::header::{AUTHORIZATION, SEC_WEBSOCKET_PROTOCOL, USER_AGENT};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error as SocketError, Message};
+
+use super::{Blobs, DialError, Grant, TransferError, Upstream};
+use crate::spool::SpoolFile;
+
+/// Frames between the session and its socket, each way. Few: a heartbeat stands behind them.
+const LINK_QUEUE: usize = 4;
+/// Digests in one request: their JSON stays well below the limit of a body.
+const DIGESTS_PER_REQUEST: usize = 10_000;
+/// Blobs that wait for whoever unpacks them. Each may be as large as `BLOB_MAX`.
+const BLOB_QUEUE: usize = 4;
+/// What is still queued when a session ends may leave within this time.
+const LINGER_MS: u64 = 1_000;
+/// Tries in a row without any progress before an upload is given up.
+const PUT_TRIES: u32 = 6;
+const PUT_PAUSE_MS: u64 = 200;
+const PUT_PAUSE_CAP_MS: u64 = 10_000;
+
+pub struct Https {
+    client: Client,
+    worker: WorkerId,
+    env: Arc<dyn Env>,
+}
+
+impl Https {
+    pub fn new(url: &str, worker: WorkerId, env: Arc<dyn Env>) -> Result<Self, ClientError> {
+        let options = Options { url: url.to_owned(), token: None, agent: agent() };
+        Ok(Self { client: Client::new(options, env.clone())?, worker, env })
+    }
+}
+
+/// How workers name themselves in requests.
+pub(crate) fn agent() -> String {
+    format!("alloy-worker/{}", env!("CARGO_PKG_VERSION"))
+}
+
+#[async_trait]
+impl Upstream for Https {
+    async fn dial(&self) -> Result<Link, DialError> {
+        // `http` becomes `ws`, `https` becomes `wss`.
+        let url = format!("{}{}", self.client.url().replacen("http", "ws", 1), path::WORKER_CONNECT);
+        let refused = |error: &dyn std::fmt::Display| DialError::Refused(format!("{url}: {error}"));
+        let mut request = url.as_str().into_client_request().map_err(|error| refused(&error))?;
+        let header = |text: String| HeaderValue::try_from(text).map_err(|error| refused(&error));
+        request.headers_mut().insert(AUTHORIZATION, header(format!("Worker {}", self.worker))?);
+        request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+        request.headers_mut().insert(USER_AGENT, header(agent())?);
+        let config = WebSocketConfig::default()
+            .read_buffer_size(limits::SOCKET_BUFFER)
+            .write_buffer_size(limits::SOCKET_BUFFER)
+            .max_message_size(Some(limits::FRAME_MAX))
+            .max_frame_size(Some(limits::FRAME_MAX));
+        let without_delay = true;
+        let (socket, _) = connect_async_tls_with_config(request, Some(config), without_delay, None)
+            .await
+            .map_err(|error| dial_error(&url, error))?;
+        let (sink, stream) = socket.split();
+        let (tx, from_session) = mpsc::channel(LINK_QUEUE);
+        let (to_session, rx) = mpsc::channel(LINK_QUEUE);
+        let env = self.env.clone();
+        let pump = async move {
+            let (read, write) = (receive(stream, to_session), transmit(sink, from_session));
+            tokio::pin!(read, write);
+            tokio::select! {
+                biased;
+                () = &mut write => {}
+                () = &mut read => tokio::select! {
+                    biased;
+                    () = &mut write => {}
+                    () = env.sleep_until(env.now().mono + LINGER_MS) => {}
+                },
+            }
+        };
+        self.env.spawn("socket", Box::pin(pump));
+        Ok(Link { tx, rx })
+    }
+
+    async fn fetch(&self, grant: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
+        let (tx, rx) = mpsc::channel(BLOB_QUEUE);
+        let (client, grant, missing) = (self.client.clone(), grant.clone(), missing.to_vec());
+        let task = async move {
+            for digests in missing.chunks(DIGESTS_PER_REQUEST) {
+                let frames = client.attempt_blobs(&grant.attempt, &grant.token, digests.to_vec());
+                if !unpack_all(frames, &tx).await {
+                    return;
+                }
+            }
+        };
+        self.env.spawn("fetch", Box::pin(task));
+        Ok(rx)
+    }
+
+    async fn put(&self, grant: &Grant, file: &SpoolFile) -> Result<Digest, TransferError> {
+        let (at, token, digest) = (&grant.attempt, &grant.token, file.digest());
+        let total = file.size().map_err(|error| TransferError::Spool(error.to_string()))?;
+        let (mut tries, mut best) = (0, 0);
+        loop {
+            let have = self.client.attempt_artifact_len(at, token, &digest).await.map_err(transfer_error)?;
+            if have == total && total > 0 {
+                return Ok(digest);
+            }
+            if have > total {
+                return Err(TransferError::Refused(format!("it has {have} bytes of {digest}, which has {total}")));
+            }
+            if have > best {
+                (tries, best) = (0, have);
+            }
+            let body = file.open(have).map_err(|error| TransferError::Spool(error.to_string()))?;
+            let error = match self.client.put_attempt_artifact(at, token, &digest, have, total, body).await {
+                Ok(()) => return Ok(digest),
+                Err(error) => error,
+            };
+            tries += 1;
+            if !may_retry(&error) || tries >= PUT_TRIES {
+                return Err(transfer_error(error));
+            }
+            let pause_ms = backoff(tries, PUT_PAUSE_MS, PUT_PAUSE_CAP_MS, self.env.dice());
+            self.env.sleep_until(self.env.now().mono + pause_ms).await;
+        }
+    }
+}
+
+/// Socket → session, until either is gone.
+async fn receive(mut stream: impl Stream<Item = Result<Message, SocketError>> + Unpin, tx: mpsc::Sender<Frame>) {
+    loop {
+        let message = tokio::select! {
+            biased;
+            () = tx.closed() => return,
+            message = stream.next() => message,
+        };
+        let frame = match message {
+            Some(Ok(Message::Text(text))) => Frame::Text(text.as_str().to_owned()),
+            Some(Ok(Message::Binary(bytes))) => Frame::Binary(bytes),
+            Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
+            Some(Ok(Message::Close(_))) | None => return,
+            Some(Err(error)) => {
+                tracing::debug!(%error, "the socket failed");
+                return;
+            }
+        };
+        if tx.send(frame).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Session → socket, until either is gone. What is queued together leaves together.
+async fn transmit(mut sink: impl Sink<Message, Error = SocketError> + Unpin, mut rx: mpsc::Receiver<Frame>) {
+    while let Some(frame) = rx.recv().await {
+        let mut next = Some(frame);
+        while let Some(frame) = next {
+            let message = match frame {
+                Frame::Text(text) => Message::text(text),
+                Frame::Binary(bytes) => Message::Binary(bytes),
+            };
+            if sink.feed(message).await.is_err() {
+                return;
+            }
+            next = rx.try_recv().ok();
+        }
+        if sink.flush().await.is_err() {
+            return;
+        }
+    }
+    // A peer that is gone cannot be told.
+    sink.close().await.ok();
+}
+
+/// Unpacks frames on threads for such work. False when nothing more is to be fetched.
+async fn unpack_all(
+    mut frames: mpsc::Receiver<Result<PackFrame, ClientError>>,
+    tx: &mpsc::Sender<Result<(Digest, Bytes), TransferError>>,
+) -> bool {
+    while let Some(frame) = frames.recv().await {
+        let blobs = match frame {
+            Ok(frame) => match tokio::task::spawn_blocking(move || frame.unpack()).await {
+                Ok(Ok(blobs)) => Ok(blobs),
+                Ok(Err(bad)) => Err(TransferError::Broken(bad.to_string())),
+                Err(error) => Err(TransferError::Broken(error.to_string())),
+            },
+            Err(error) => Err(transfer_error(error)),
+        };
+        match blobs {
+            Ok(blobs) => {
+                for blob in blobs {
+                    if tx.send(Ok(blob)).await.is_err() {
+                        return false;
+                    }
+                }
+            }
+            Err(error) => {
+                tx.send(Err(error)).await.ok();
+                return false;
+            }
+        }
+    }
+    true
+}
+
+fn dial_error(url: &str, error: SocketError) -> DialError {
+    match error {
+        SocketError::Http(response) if response.status().is_client_error() => {
+            let body = response.body().as_deref().unwrap_or_default();
+            let why = match serde_json::from_slice::<Problem>(body) {
+                Ok(problem) => problem.message,
+                Err(_) => format!("{url} answers {}", response.status()),
+            };
+            DialError::Refused(why)
+        }
+        SocketError::Http(response) => DialError::Unreachable(format!("{url} answers {}", response.status())),
+        error => DialError::Unreachable(format!("{url}: {error}")),
+    }
+}
+
+fn may_retry(error: &ClientError) -> bool {
+    match error {
+        ClientError::Unreachable { .. } => true,
+        ClientError::Problem(problem) => problem.code.is_retryable() || problem.code == ErrorCode::OffsetMismatch,
+        ClientError::Protocol(_) => false,
+    }
+}
+
+fn transfer_error(error: ClientError) -> TransferError {
+    let text = error.to_string();
+    let is_final = !may_retry(&error);
+    match error.problem().map(|problem| problem.code) {
+        Some(ErrorCode::Fenced | ErrorCode::Unauthenticated | ErrorCode::Forbidden) => TransferError::Fenced(text),
+        Some(_) if is_final => TransferError::Refused(text),
+        Some(_) | None => TransferError::Broken(text),
+    }
+}
+
+#[cfg(test)]
+mod tests;
