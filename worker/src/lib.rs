@@ -1,9 +1,17 @@
 //! S: the worker: runs jobs of a farm on this machine.
 
+pub mod artifacts;
+pub mod executor;
+pub mod guard;
 pub mod host;
+pub mod job_env;
+pub mod provider;
 pub mod session;
+pub mod sources;
 pub mod spool;
 pub mod upstream;
+pub mod vm_plan;
+pub mod vm_pool;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,0 +1,436 @@
+//! P: one attempt from its assignment to the free slot, straight down: vm, source, exec, collect, report, teardown.
+//!
+//! Every stage is measured by its own clock. The first thing that goes wrong decides how the attempt ends; an attempt
+//! that is fenced says nothing more, because it is not ours any more.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use alloy_shared::env::{Env, Mono};
+use alloy_shared::id::AttemptRef;
+use alloy_shared::limits::Limits;
+use alloy_shared::wire::job::{Blame, End, Phase, Reason, Timings};
+use alloy_shared::wire::session::{Assignment, Report, ResultReport};
+use futures_util::FutureExt;
+use tokio::sync::mpsc;
+
+use crate::artifacts::{self, CollectError};
+use crate::job_env::{Place, job_env};
+use crate::provider::{Command, Exec, ExecInput, ExecOutput, Exit, NetworkPolicy, Run, Signal, VmError, VmFault};
+use crate::session::{Input, Inputs, KillReason, Stop};
+use crate::sources::{SourceError, Sources};
+use crate::spool::Spool;
+use crate::upstream::{Grant, TransferError, Upstream};
+use crate::vm_pool::{Claimed, VmPool};
+
+/// What executors stand on.
+pub struct Ctx {
+    pub env: Arc<dyn Env>,
+    pub limits: Limits,
+    pub pool: Arc<VmPool>,
+    pub spool: Arc<Spool>,
+    pub sources: Arc<Sources>,
+    pub upstream: Arc<dyn Upstream>,
+    pub inputs: Inputs,
+    /// What the job is told about where it runs.
+    pub worker_name: String,
+}
+
+/// Why an attempt goes no further.
+#[derive(Debug)]
+enum Ended {
+    End(End),
+    /// Nothing is to be said about it.
+    Silent,
+}
+
+struct Attempt {
+    ctx: Arc<Ctx>,
+    at: AttemptRef,
+    assignment: Assignment,
+    stop: mpsc::Receiver<Stop>,
+    grant: Grant,
+    timings: Timings,
+    claimed: Option<Claimed>,
+    /// How the command ended, once it has.
+    end: Option<End>,
+    /// Artifacts that were reported.
+    artifacts: AtomicU32,
+}
+
+/// Runs one attempt to its end. It reports by `ctx.inputs` only, and says `Closed` last, whatever happens.
+pub async fn run_attempt(ctx: Arc<Ctx>, assignment: Assignment, stop: mpsc::Receiver<Stop>) {
+    let at = assignment.attempt;
+    let teardown_ms = match AssertUnwindSafe(run(Arc::clone(&ctx), assignment, stop)).catch_unwind().await {
+        Ok(teardown_ms) => teardown_ms,
+        Err(_panic) => {
+            // Unwinding gave the VM back. The session makes a result for an attempt that closes without one.
+            tracing::error!(attempt = %at, "the executor panicked");
+            0
+        }
+    };
+    let _session_is_gone = ctx.inputs.send(Input::Closed { attempt: at, teardown_ms }).await;
+}
+
+async fn run(ctx: Arc<Ctx>, assignment: Assignment, stop: mpsc::Receiver<Stop>) -> u64 {
+    let at = assignment.attempt;
+    let grant = Grant { attempt: at, token: assignment.grant.clone() };
+    let mut attempt = Attempt {
+        ctx,
+        at,
+        assignment,
+        stop,
+        grant,
+        timings: Timings::default(),
+        claimed: None,
+        end: None,
+        artifacts: AtomicU32::new(0),
+    };
+    let ended = attempt.stages().await;
+    attempt.report(ended).await;
+    attempt.teardown().await
+}
+
+impl Attempt {
+    async fn stages(&mut self) -> Result<(), Ended> {
+        self.enter(Phase::Preparing).await?;
+        self.vm().await?;
+        self.source().await?;
+        self.enter(Phase::Executing).await?;
+        self.exec().await?;
+        self.enter(Phase::Collecting).await?;
+        self.collect().await
+    }
+
+    async fn vm(&mut self) -> Result<(), Ended> {
+        let (ctx, start) = (Arc::clone(&self.ctx), self.mono());
+        let image = self.assignment.spec.image.clone();
+        let claim = ctx.pool.claim(self.at, image.as_deref(), NetworkPolicy::Default);
+        let claimed = or_stop(&mut self.stop, claim).await;
+        self.timings.vm_ms = Some(self.mono().since(start));
+        self.claimed = Some(claimed?.map_err(|error| vm_ended(&error))?);
+        Ok(())
+    }
+
+    async fn source(&mut self) -> Result<(), Ended> {
+        let (Some(source), Some(claimed)) = (self.assignment.source, &self.claimed) else { return Ok(()) };
+        let (ctx, start) = (Arc::clone(&self.ctx), self.mono());
+        let now = ctx.env.now();
+        let deadline = now.mono + ctx.limits.stage_source_ms;
+        let stage = async {
+            let stage = ctx.sources.stage(source, &claimed.inbox, ctx.upstream.as_ref(), &self.grant, now.wall);
+            let tar = stage.await.map_err(|error| source_ended(&error))?;
+            claimed.guest.unpack(tar, "").await.map_err(|error| vm_ended(&error))
+        };
+        let late = || End::because(Reason::InternalError, "sources were not staged in time");
+        let staged = or_stop(&mut self.stop, by(&ctx.env, deadline, stage)).await;
+        self.timings.source_ms = Some(self.mono().since(start));
+        staged?.unwrap_or_else(|_late| Err(Ended::End(late())))
+    }
+
+    async fn exec(&mut self) -> Result<(), Ended> {
+        let start = self.mono();
+        let done = self.run_command(start).await;
+        self.timings.exec_ms = Some(self.mono().since(start));
+        self.end = Some(done?);
+        Ok(())
+    }
+
+    async fn run_command(&mut self, start: Mono) -> Result<End, Ended> {
+        let Some(claimed) = &self.claimed else { return Err(internal("there is no VM")) };
+        let command = self.command(claimed);
+        let mut exec = claimed.guest.exec(&command).await.map_err(|error| vm_ended(&error))?;
+        let mut stopping: Option<Stopping> = None;
+        let mut wake = start + self.assignment.timeout_ms;
+        loop {
+            tokio::select! {
+                biased;
+                stop = next_stop(&mut self.stop) => match (stop, &stopping) {
+                    (Stop::Kill(KillReason::Shutdown), _) => return Err(Ended::End(drained())),
+                    // Dropping the command kills it.
+                    (Stop::Kill(KillReason::Fenced | KillReason::LeaseLost), _) => return Err(Ended::Silent),
+                    (Stop::Cancel { grace_ms }, None) => {
+                        wake = self.ctx.env.now().mono + grace_ms;
+                        stopping = Some(Stopping::begin(&exec, End::because(Reason::UserCanceled, "canceled")).await);
+                    }
+                    // The grace that runs is the one that counts.
+                    (Stop::Cancel { .. }, Some(_)) => {}
+                },
+                output = exec.output.recv() => match output {
+                    Some(ExecOutput::Bytes(bytes)) => {
+                        let len = self.ctx.spool.append(self.at, bytes).await.map_err(|error| spool_ended(&error))?;
+                        self.tell(Input::Spooled { attempt: self.at, len }).await?;
+                    }
+                    Some(ExecOutput::Exit(exit)) => return Ok(ended_by(exit, stopping)),
+                    Some(ExecOutput::Lost(error)) => return Err(vm_ended(&error)),
+                    None => return Err(vm_ended(&VmError::farm(VmFault::Lost, "the command's channel closed"))),
+                },
+                () = self.ctx.env.sleep_until(wake) => match &mut stopping {
+                    None => {
+                        wake = self.ctx.env.now().mono + self.assignment.cancel_grace_ms;
+                        let after = self.assignment.timeout_ms;
+                        let end = End::because(Reason::RunTimeout, format!("the command ran longer than {after} ms"));
+                        stopping = Some(Stopping::begin(&exec, end).await);
+                    }
+                    Some(stopping) if stopping.killed => {
+                        return Err(vm_ended(&VmError::farm(VmFault::Lost, "the command could not be killed")));
+                    }
+                    Some(stopping) => {
+                        wake = self.ctx.env.now().mono + self.ctx.limits.kill_budget_ms;
+                        stopping.kill(&exec).await;
+                    }
+                },
+            }
+        }
+    }
+
+    fn command(&self, claimed: &Claimed) -> Command {
+        let (spec, now) = (&self.assignment.spec, self.ctx.env.now());
+        let digest = claimed.digest.to_string();
+        let place = Place {
+            worker: &self.ctx.worker_name,
+            image: &claimed.image.0,
+            image_digest: &digest,
+            warm: claimed.hit,
+            workspace: claimed.guest.workspace(),
+            deadline: now.wall.plus(self.assignment.timeout_ms),
+        };
+        let run = match &spec.shell {
+            Some(line) => Run::Shell(line.clone()),
+            None => Run::Argv(spec.argv.clone()),
+        };
+        Command { run, env: job_env(&self.assignment, &place), workdir: String::new() }
+    }
+
+    /// Collects whatever way the command ended. What goes wrong here counts only if the command itself went well.
+    async fn collect(&mut self) -> Result<(), Ended> {
+        let (ctx, start) = (Arc::clone(&self.ctx), self.mono());
+        let Some(claimed) = &self.claimed else { return Ok(()) };
+        let deadline = start + ctx.limits.collect_ms;
+        let rules =
+            artifacts::parse(&self.assignment.spec.artifacts).map_err(|error| user(Reason::ArtifactMissing, &error))?;
+        let work = artifacts::collect(&ctx, &claimed.guest, &rules, &self.grant, &self.artifacts);
+        let canceled = self.end.as_ref().is_some_and(|end| end.reason == Some(Reason::UserCanceled));
+        let collected = or_stop_again(&mut self.stop, canceled, by(&ctx.env, deadline, work)).await;
+        self.timings.collect_ms = Some(self.mono().since(start));
+        let late = || internal("artifacts were not delivered in time");
+        let verdict = match collected?.map_err(|_late| late()) {
+            Ok(Ok(missing)) if missing.is_empty() => Ok(()),
+            Ok(Ok(missing)) => Err(user(Reason::ArtifactMissing, &format!("no file matches ={}", missing.join(", =")))),
+            Ok(Err(error)) => Err(collect_ended(error)),
+            Err(late) => Err(late),
+        };
+        match (verdict, &mut self.end) {
+            (Err(Ended::End(worse)), Some(end)) if end.reason.is_none() => {
+                *end = End { exit_code: end.exit_code, ..worse };
+                Ok(())
+            }
+            (Err(Ended::End(also)), Some(end)) => {
+                end.message = format!("{}; {}", end.message, also.message);
+                Ok(())
+            }
+            (verdict, _) => verdict,
+        }
+    }
+
+    /// Says how it ended, after the last byte of the log is on disk.
+    async fn report(&mut self, ended: Result<(), Ended>) {
+        let end = match (ended, self.end.take()) {
+            (Err(Ended::Silent), _) => return,
+            (Err(Ended::End(end)), _) | (Ok(()), Some(end)) => end,
+            (Ok(()), None) => End::because(Reason::InternalError, "the command has no end"),
+        };
+        let (log_len, end) = match self.ctx.spool.seal_log(self.at).await {
+            Ok(log_len) => (log_len, end),
+            Err(error) => {
+                tracing::error!(attempt = %self.at, %error, "the log cannot be completed");
+                match (self.ctx.spool.sync(self.at).await, spool_ended(&error)) {
+                    (Ok(log_len), Ended::End(end)) => (log_len, end),
+                    // Without a readable spool nothing can be promised: the session reports for us.
+                    (Err(_), _) | (Ok(_), Ended::Silent) => return,
+                }
+            }
+        };
+        let facts = self.claimed.iter().flat_map(|claimed| {
+            [
+                ("image".to_owned(), claimed.image.0.clone()),
+                ("image_digest".to_owned(), claimed.digest.to_string()),
+                ("vm_source".to_owned(), if claimed.hit { "warm" } else { "cold" }.to_owned()),
+            ]
+        });
+        let report = Report::Result(Box::new(ResultReport {
+            end,
+            timings: self.timings,
+            log_len,
+            artifacts: self.artifacts.load(Ordering::Relaxed),
+            facts: facts.collect(),
+        }));
+        let _session_is_gone = self.tell(Input::Report { attempt: self.at, report }).await;
+    }
+
+    async fn teardown(mut self) -> u64 {
+        let start = self.mono();
+        if let Some(claimed) = self.claimed.take() {
+            self.ctx.pool.release(claimed).await;
+        }
+        self.mono().since(start)
+    }
+
+    async fn enter(&mut self, phase: Phase) -> Result<(), Ended> {
+        let report = Report::Phase { phase, timings: self.timings, message: None };
+        self.tell(Input::Report { attempt: self.at, report }).await
+    }
+
+    /// A session that is gone means that the daemon is stopping hard: there is nobody to report to.
+    async fn tell(&self, input: Input) -> Result<(), Ended> {
+        self.ctx.inputs.send(input).await.map_err(|_| Ended::Silent)
+    }
+
+    fn mono(&self) -> Mono {
+        self.ctx.env.now().mono
+    }
+}
+
+/// A command that was told to go, and how its attempt will end.
+struct Stopping {
+    end: End,
+    killed: bool,
+}
+
+impl Stopping {
+    async fn begin(exec: &Exec, end: End) -> Self {
+        // A closed input: the command has just ended, and its output says so.
+        let _ended = exec.input.send(ExecInput::Signal(Signal::Term)).await;
+        Self { end, killed: false }
+    }
+
+    async fn kill(&mut self, exec: &Exec) {
+        let _ended = exec.input.send(ExecInput::Signal(Signal::Kill)).await;
+        self.killed = true;
+    }
+}
+
+fn ended_by(exit: Exit, stopping: Option<Stopping>) -> End {
+    let (exit_code, signal) = match exit {
+        Exit::Code(code) => (Some(code), None),
+        Exit::Signal(signal) => (None, Some(signal)),
+    };
+    match (stopping, exit) {
+        (Some(stopping), _) => End { exit_code, signal, ..stopping.end },
+        (None, Exit::Code(0)) => End::success(),
+        (None, Exit::Code(code)) => {
+            End { exit_code, signal, ..End::because(Reason::ScriptFailure, format!("the command exited with {code}")) }
+        }
+        (None, Exit::Signal(number)) => {
+            let message = format!("the command was ended by signal {number}");
+            End { exit_code, signal, ..End::because(Reason::ScriptFailure, message) }
+        }
+    }
+}
+
+async fn next_stop(stop: &mut mpsc::Receiver<Stop>) -> Stop {
+    match stop.recv().await {
+        Some(stop) => stop,
+        // Nobody can stop it any more; its lease still can, by the guard.
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for the work unless it is told to stop.
+async fn or_stop<T>(stop: &mut mpsc::Receiver<Stop>, work: impl Future<Output = T>) -> Result<T, Ended> {
+    or_stop_again(stop, false, work).await
+}
+
+/// Like [`or_stop`], for an attempt that may have been canceled already.
+async fn or_stop_again<T>(
+    stop: &mut mpsc::Receiver<Stop>,
+    canceled: bool,
+    work: impl Future<Output = T>,
+) -> Result<T, Ended> {
+    let mut work = std::pin::pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            stop = next_stop(stop) => match stop {
+                Stop::Cancel { .. } if canceled => {}
+                Stop::Cancel { .. } => return Err(Ended::End(End::because(Reason::UserCanceled, "canceled"))),
+                Stop::Kill(KillReason::Shutdown) => return Err(Ended::End(drained())),
+                Stop::Kill(KillReason::Fenced | KillReason::LeaseLost) => return Err(Ended::Silent),
+            },
+            done = &mut work => return Ok(done),
+        }
+    }
+}
+
+struct Late;
+
+async fn by<T>(env: &Arc<dyn Env>, deadline: Mono, work: impl Future<Output = T>) -> Result<T, Late> {
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        () = env.sleep_until(deadline) => Err(Late),
+    }
+}
+
+fn drained() -> End {
+    End::because(Reason::WorkerDrained, "the worker is stopping")
+}
+
+fn internal(message: &str) -> Ended {
+    Ended::End(End::because(Reason::InternalError, message))
+}
+
+fn user(reason: Reason, message: &impl std::fmt::Display) -> Ended {
+    Ended::End(End::because(reason, message.to_string()))
+}
+
+fn vm_ended(error: &VmError) -> Ended {
+    let reason = match (error.what, error.blame) {
+        (VmFault::Disk, _) => Reason::OutOfDisk,
+        (VmFault::File, Blame::User) => Reason::SourceError,
+        (VmFault::NoImage | VmFault::Network, Blame::Policy) => Reason::ConfigError,
+        (VmFault::NoImage | VmFault::Pull, _) => Reason::ImagePullFailure,
+        (VmFault::Start | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
+        (VmFault::Lost, _) => Reason::VmLost,
+        (VmFault::File, Blame::Farm | Blame::Policy) => Reason::InternalError,
+    };
+    Ended::End(End::because(reason, error.to_string()))
+}
+
+fn spool_ended(error: &std::io::Error) -> Ended {
+    Ended::End(End::because(disk_reason(error), format!("the worker's spool: {error}")))
+}
+
+fn disk_reason(error: &std::io::Error) -> Reason {
+    match error.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Reason::OutOfDisk,
+        _ => Reason::InternalError,
+    }
+}
+
+fn source_ended(error: &SourceError) -> Ended {
+    let reason = match error {
+        // The farm has not got the tree that the job names, or it is no tree.
+        SourceError::Corrupt(_) | SourceError::Transfer(TransferError::Refused(_)) => Reason::SourceError,
+        SourceError::Transfer(TransferError::Fenced(_) | TransferError::Broken(_) | TransferError::Spool(_)) => {
+            Reason::InternalError
+        }
+        SourceError::Disk(error) => disk_reason(error),
+    };
+    Ended::End(End::because(reason, error.to_string()))
+}
+
+fn collect_ended(error: CollectError) -> Ended {
+    match error {
+        CollectError::Vm(error) if error.blame == Blame::User => user(Reason::ArtifactMissing, &error),
+        CollectError::Vm(error) => vm_ended(&error),
+        CollectError::Changed(path) => user(Reason::ArtifactChanged, &format!("{path} changed while it was collected")),
+        CollectError::Spool(error) => spool_ended(&error),
+        CollectError::Transfer(error) => internal(&format!("an artifact could not be delivered: {error}")),
+        CollectError::Stopping => Ended::Silent,
+    }
+}
+
+#[cfg(test)]
+mod tests;

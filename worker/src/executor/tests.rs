@@ -1,0 +1,303 @@
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use alloy_shared::id::{DEFAULT_ORG, Digest, JobId};
+use alloy_shared::secret::Secret;
+use alloy_shared::wire::job::JobSpec;
+use alloy_shared::wire::session::Link;
+use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::*;
+use crate::provider::ImageRef;
+use crate::provider::host::HOST_IMAGE;
+use crate::provider::host::tests::Fixture;
+use crate::spool::SpoolFile;
+use crate::upstream::{Blobs, DialError};
+use crate::vm_pool::PoolSetup;
+
+const AT: AttemptRef = AttemptRef { job: JobId::from_raw(5), attempt: 2 };
+
+/// A farm that has sources, takes artifacts, or does neither.
+#[derive(Default)]
+struct Farm {
+    blobs: HashMap<Digest, Bytes>,
+    taken: Mutex<HashMap<Digest, Vec<u8>>>,
+    refuses: bool,
+}
+
+#[async_trait]
+impl Upstream for Farm {
+    async fn dial(&self) -> Result<Link, DialError> {
+        Err(DialError::Unreachable("not here".into()))
+    }
+    async fn fetch(&self, _: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
+        let (tx, rx) = mpsc::channel(missing.len());
+        for digest in missing {
+            let bytes = self.blobs.get(digest).ok_or_else(|| TransferError::Refused(format!("no blob {digest}")))?;
+            tx.try_send(Ok((*digest, bytes.clone()))).unwrap();
+        }
+        Ok(rx)
+    }
+    async fn put(&self, _: &Grant, file: &SpoolFile) -> Result<Digest, TransferError> {
+        if self.refuses {
+            return Err(TransferError::Broken("no route".into()));
+        }
+        let mut pieces = file.open(0).unwrap();
+        let mut all = Vec::new();
+        while let Some(piece) = pieces.recv().await {
+            all.extend_from_slice(&piece);
+        }
+        assert_eq!(Digest::of(&all), file.digest());
+        self.taken.lock().unwrap().insert(file.digest(), all);
+        Ok(file.digest())
+    }
+}
+
+struct Rig {
+    _fixture: Fixture,
+    ctx: Arc<Ctx>,
+    farm: Arc<Farm>,
+    inputs: mpsc::Receiver<Input>,
+}
+
+/// What the session heard of one attempt.
+#[derive(Default)]
+struct Story {
+    phases: Vec<Phase>,
+    artifacts: Vec<String>,
+    result: Option<ResultReport>,
+    log: String,
+    closed: bool,
+}
+
+impl Rig {
+    async fn new(farm: Farm) -> Self {
+        let limits = Limits::default();
+        let fixture = Fixture::new();
+        let (tx, inputs) = mpsc::channel(10_000);
+        let farm = Arc::new(farm);
+        let setup = PoolSetup {
+            env: Arc::clone(&fixture.env),
+            limits: limits.clone(),
+            provider: Arc::clone(&fixture.host) as _,
+            inputs: tx.clone(),
+            state_dir: fixture.dir.path().to_owned(),
+            slots: 1,
+            image: ImageRef(HOST_IMAGE.into()),
+        };
+        let ctx = Arc::new(Ctx {
+            env: Arc::clone(&fixture.env),
+            limits,
+            pool: VmPool::start(setup).await,
+            spool: Arc::new(Spool::memory()),
+            sources: Arc::new(Sources::open(&fixture.dir.path().join("cache"), 1 << 30).unwrap()),
+            upstream: Arc::clone(&farm) as _,
+            inputs: tx,
+            worker_name: "mini".into(),
+        });
+        Self { _fixture: fixture, ctx, farm, inputs }
+    }
+
+    /// Runs one attempt; `stop_at` is sent when the log holds the word.
+    async fn run(&mut self, assignment: Assignment, stop_at: Option<(&str, Stop)>) -> Story {
+        let (stop, stops) = mpsc::channel(4);
+        self.ctx.spool.begin(&assignment).await.unwrap();
+        let ctx = Arc::clone(&self.ctx);
+        let listen = async {
+            let mut story = Story::default();
+            let mut stop_at = stop_at;
+            while !story.closed {
+                let input = self.inputs.recv().await.unwrap();
+                self.note(&mut story, input).await;
+                if stop_at.as_ref().is_some_and(|(word, _)| story.log.contains(word)) {
+                    stop.send(stop_at.take().unwrap().1).await.unwrap();
+                }
+            }
+            story
+        };
+        let both = async { tokio::join!(run_attempt(ctx, assignment, stops), listen).1 };
+        tokio::time::timeout(Duration::from_secs(60), both).await.expect("the attempt ends")
+    }
+
+    async fn note(&self, story: &mut Story, input: Input) {
+        match input {
+            Input::Report { report: Report::Phase { phase, .. }, .. } => story.phases.push(phase),
+            Input::Report { report: Report::Artifact(artifact), .. } => {
+                let link = artifact.link.map(|to| format!(" -> {to}")).unwrap_or_default();
+                story.artifacts.push(format!("{}{link}", artifact.path));
+            }
+            Input::Report { report: Report::Result(result), .. } => {
+                let read = self.ctx.spool.read(AT, 0, 1 << 20).await.unwrap();
+                assert_eq!(read.len() as u64, result.log_len, "the result comes after the last byte");
+                story.log = String::from_utf8(read.to_vec()).unwrap();
+                assert!(story.result.replace(*result).is_none());
+            }
+            Input::Spooled { len, .. } => {
+                let read = self.ctx.spool.read(AT, 0, 1 << 20).await.unwrap();
+                assert!(read.len() as u64 >= len);
+                story.log = String::from_utf8_lossy(&read).into_owned();
+            }
+            Input::Closed { attempt, .. } => {
+                assert_eq!(attempt, AT);
+                story.closed = true;
+            }
+            _ => {}
+        }
+    }
+}
+
+fn assignment(line: &str) -> Assignment {
+    let argv = ["/bin/sh", "-c", line].map(str::to_owned).to_vec();
+    Assignment {
+        attempt: AT,
+        handle: 1,
+        org: DEFAULT_ORG,
+        spec: JobSpec { argv, ..JobSpec::default() },
+        source: None,
+        grant: Secret::new("alloy_job_x".into()),
+        timeout_ms: 60_000,
+        cancel_grace_ms: 60_000,
+        job_url: "http://farm/jobs/5".into(),
+    }
+}
+
+fn with_artifacts(line: &str, rules: &[&str]) -> Assignment {
+    let mut assignment = assignment(line);
+    assignment.spec.artifacts = rules.iter().map(|rule| (*rule).to_owned()).collect();
+    assignment
+}
+
+fn end(story: &Story) -> (Option<Reason>, Option<i32>) {
+    let end = &story.result.as_ref().unwrap().end;
+    (end.reason, end.exit_code)
+}
+
+#[tokio::test]
+async fn a_job_goes_through_all_its_stages() {
+    let body: &[u8] = b"echo built > out.txt; ln -s out.txt link; cat run.sh | wc -l";
+    let entry = Entry {
+        path: "run.sh".into(),
+        kind: EntryKind::File,
+        mode: 0o755,
+        size: body.len() as u64,
+        chunks: vec![Digest::of(body)],
+        target: None,
+    };
+    let manifest = Manifest::new(vec![entry]).unwrap();
+    let blobs = [(manifest.digest(), manifest.encode().into()), (Digest::of(body), Bytes::from_static(body))].into();
+    let mut rig = Rig::new(Farm { blobs, ..Farm::default() }).await;
+    let source = Some(manifest.digest());
+    let spec = with_artifacts("echo $ALLOY_WORKER $ALLOY_JOB_ATTEMPT; . ./run.sh", &["=out.txt", "link", "nothing"]);
+    let story = rig.run(Assignment { source, ..spec }, None).await;
+    assert_eq!(story.phases, [Phase::Preparing, Phase::Executing, Phase::Collecting]);
+    assert_eq!(story.log.replace(' ', ""), "mini2\n0\n");
+    assert_eq!(story.artifacts, ["link -> out.txt", "out.txt"]);
+    let result = story.result.unwrap();
+    assert_eq!((result.end, result.artifacts), (End::success(), 2));
+    let times = result.timings;
+    assert!([times.vm_ms, times.source_ms, times.exec_ms, times.collect_ms].iter().all(Option::is_some), "{times:?}");
+    assert_eq!(rig.farm.taken.lock().unwrap()[&Digest::of(b"built\n")], b"built\n");
+}
+
+#[tokio::test]
+async fn ends_carry_the_reason_and_the_commands_own_code() {
+    let mut rig = Rig::new(Farm::default()).await;
+    for (assignment, reason, code) in [
+        (assignment("exit 0"), None, Some(0)),
+        (assignment("exit 7"), Some(Reason::ScriptFailure), Some(7)),
+        (assignment("kill -9 $$"), Some(Reason::ScriptFailure), None),
+        (with_artifacts("exit 0", &["=x"]), Some(Reason::ArtifactMissing), Some(0)),
+        (with_artifacts("exit 7", &["=x"]), Some(Reason::ScriptFailure), Some(7)),
+        (with_artifacts("touch \"$(printf 'b\\377')\"", &["."]), Some(Reason::ArtifactMissing), Some(0)),
+        (Assignment { source: Some(Digest::of(b"absent")), ..assignment("true") }, Some(Reason::SourceError), None),
+        (Assignment { timeout_ms: 100, ..assignment("exec sleep 600") }, Some(Reason::RunTimeout), None),
+        (
+            Assignment {
+                timeout_ms: 100,
+                cancel_grace_ms: 100,
+                ..assignment("trap '' TERM; while :; do sleep 1; done")
+            },
+            Some(Reason::RunTimeout),
+            None,
+        ),
+    ] {
+        let story = rig.run(assignment.clone(), None).await;
+        assert_eq!(end(&story), (reason, code), "{:?} {:?}", assignment.spec, story.result);
+        rig.ctx.spool.remove(AT).await.unwrap();
+    }
+    let mut image = assignment("true");
+    image.spec.image = Some("macos-15".into());
+    assert_eq!(end(&rig.run(image, None).await).0, Some(Reason::ConfigError));
+}
+
+#[tokio::test]
+async fn a_failed_command_leaves_its_artifacts_too() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let story = rig.run(with_artifacts("echo x > report; exit 3", &["report"]), None).await;
+    assert_eq!((end(&story), story.artifacts), ((Some(Reason::ScriptFailure), Some(3)), vec!["report".to_owned()]));
+}
+
+#[tokio::test]
+async fn an_artifact_that_cannot_be_delivered_is_the_farms_fault_and_is_not_counted() {
+    let mut rig = Rig::new(Farm { refuses: true, ..Farm::default() }).await;
+    let story = rig.run(with_artifacts("echo x > a", &["a"]), None).await;
+    let result = story.result.unwrap();
+    assert_eq!(
+        (result.end.reason, result.end.blame(), result.artifacts),
+        (Some(Reason::InternalError), Some(Blame::Farm), 0)
+    );
+}
+
+#[tokio::test]
+async fn a_canceled_command_has_its_grace_and_its_artifacts() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let line = "trap 'echo bye; echo x > late; exit 0' TERM; echo up; while :; do sleep 0.01; done";
+    let cancel = Stop::Cancel { grace_ms: 60_000 };
+    let story = rig.run(with_artifacts(line, &["late"]), Some(("up", cancel))).await;
+    assert_eq!(end(&story), (Some(Reason::UserCanceled), Some(0)));
+    assert!(story.log.contains("bye"));
+    assert_eq!(story.artifacts, ["late"]);
+}
+
+#[tokio::test]
+async fn a_command_that_ignores_the_cancel_is_killed_with_its_descendants() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let line = "trap '' TERM; (setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' &); echo up; while :; do sleep 1; done";
+    let story = rig.run(assignment(line), Some(("up", Stop::Cancel { grace_ms: 50 }))).await;
+    assert_eq!(end(&story), (Some(Reason::UserCanceled), None));
+    assert_eq!(story.result.unwrap().end.signal, Some(9));
+}
+
+#[tokio::test]
+async fn a_fenced_attempt_says_nothing_and_a_drained_one_says_so() {
+    let mut rig = Rig::new(Farm::default()).await;
+    for (reason, said) in [
+        (KillReason::Fenced, None),
+        (KillReason::LeaseLost, None),
+        (KillReason::Shutdown, Some(Some(Reason::WorkerDrained))),
+    ] {
+        let story = rig.run(assignment("echo up; sleep 600"), Some(("up", Stop::Kill(reason)))).await;
+        assert_eq!(story.result.map(|result| result.end.reason), said, "{reason:?}");
+        assert!(story.closed);
+        rig.ctx.spool.remove(AT).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_cancel_before_the_command_starts_nothing() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let (stop, stops) = mpsc::channel(1);
+    stop.send(Stop::Cancel { grace_ms: 1 }).await.unwrap();
+    rig.ctx.spool.begin(&assignment("echo never")).await.unwrap();
+    run_attempt(Arc::clone(&rig.ctx), assignment("echo never"), stops).await;
+    let mut story = Story::default();
+    while !story.closed {
+        let input = rig.inputs.recv().await.unwrap();
+        rig.note(&mut story, input).await;
+    }
+    assert_eq!((end(&story), story.log.as_str()), ((Some(Reason::UserCanceled), None), ""));
+    assert_eq!(story.phases, [Phase::Preparing]);
+}

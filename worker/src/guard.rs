@@ -1,0 +1,349 @@
+//! S: a child process around one command, so that nothing of the command outlives its right to run.
+//!
+//! The guard is this same binary under a hidden subcommand. It holds a pipe from the daemon, the leash: when the pipe
+//! ends, or when the fence deadline passes that the daemon last sent, it kills all that it started. On Linux it is a
+//! subreaper: a process that forks twice and opens a session of its own is still its descendant, and the guard ends
+//! only when it has none. Its standard error is the command's log, its standard output tells the daemon how the command
+//! ended. It uses no runtime: threads that block and one channel.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Pid, setsid};
+use serde::{Deserialize, Serialize};
+
+use crate::provider::Exit;
+
+pub mod leash;
+#[cfg(test)]
+pub(crate) mod tests;
+mod tree;
+
+/// The hidden subcommand that every binary with a worker inside passes to [`main`].
+pub const SUBCOMMAND: &str = "__guard";
+
+/// Between two looks at what is still alive, while killing.
+const KILL_ROUND: Duration = Duration::from_millis(10);
+/// A kill that has not worked for a second will not be hurried.
+const KILL_ROUNDS_FAST: u32 = 100;
+const KILL_ROUND_SLOW: Duration = Duration::from_millis(500);
+
+/// What to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    pub argv: Vec<String>,
+    /// The whole environment.
+    pub env: Vec<(String, String)>,
+    pub dir: String,
+}
+
+/// From the daemon, a line each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Order {
+    Run(Launch),
+    Term,
+    Kill,
+    /// Kill by yourself after this time, unless told another.
+    Fence {
+        within_ms: u64,
+    },
+}
+
+/// To the daemon, a line each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Word {
+    Started { pid: i32 },
+    Exited(Exit),
+}
+
+/// Runs the guard: `ALLOY __guard RECORD`. The record names the guard's and the command's process, so that a later daemon
+/// finds them if both daemon and guard were killed.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let Some(record) = args.into_iter().next().map(PathBuf::from) else {
+        return ExitCode::from(2);
+    };
+    match watch(&record) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The log is the only place where somebody reads what a guard says.
+            complain(&format!("guard: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+enum Event {
+    Order(Order),
+    /// The daemon is gone or has let go.
+    Cut,
+    Ended {
+        exit: Exit,
+        alone: bool,
+    },
+    /// No child is left.
+    Empty,
+}
+
+fn watch(record: &Path) -> std::io::Result<()> {
+    // A service manager that stops the whole group must not stop the one process that cleans up.
+    stop_signals().thread_block()?;
+    // Away from the terminal of `alloy run --local`: neither Ctrl-C nor /dev/tty reaches the job. Fails only for a leader.
+    let _leader_already = setsid();
+    tree::adopt_orphans()?;
+    let mut record = std::fs::OpenOptions::new().create(true).append(true).open(record)?;
+    note(&mut record, "guard", Pid::this())?;
+
+    let (tx, rx) = mpsc::sync_channel(64);
+    let orders = tx.clone();
+    std::thread::Builder::new().stack_size(256 << 10).spawn(move || hear(&orders))?;
+    let mut fence = None;
+    let launch = loop {
+        match rx.recv() {
+            Ok(Event::Order(Order::Run(launch))) => break launch,
+            Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(clock() + Duration::from_millis(within_ms)),
+            Ok(Event::Order(Order::Term | Order::Kill)) | Ok(Event::Cut) | Err(mpsc::RecvError) => return Ok(()),
+            Ok(Event::Ended { .. } | Event::Empty) => {}
+        }
+    };
+    let mut out = std::io::stdout();
+    let pid = match start(&launch) {
+        Ok(pid) => pid,
+        Err((code, why)) => {
+            complain(&why);
+            return say(&mut out, &Word::Exited(Exit::Code(code)));
+        }
+    };
+    // From here on a failure may not end the guard before the command: a full disk or a dead daemon changes nothing.
+    let _unrecorded = note(&mut record, "command", pid);
+    let _unheard = say(&mut out, &Word::Started { pid: pid.as_raw() });
+    if let Err(error) = std::thread::Builder::new().stack_size(256 << 10).spawn(move || reap(pid, &tx)) {
+        tree::signal(&all_of(pid), Signal::SIGKILL);
+        return Err(error);
+    }
+    guard(pid, fence, &rx, &mut out);
+    Ok(())
+}
+
+/// Waits until the command and all its descendants are gone, and sees to it that they go when they must.
+fn guard(pid: Pid, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>, out: &mut impl Write) {
+    let (mut killing, mut stopping, mut rounds) = (false, false, 0u32);
+    loop {
+        let wait = match (killing, fence) {
+            (true, _) if rounds < KILL_ROUNDS_FAST => KILL_ROUND,
+            (true, _) => KILL_ROUND_SLOW,
+            (false, Some(at)) => at.saturating_duration_since(clock()),
+            (false, None) => Duration::from_secs(3600),
+        };
+        match rx.recv_timeout(wait) {
+            Ok(Event::Order(Order::Term)) => {
+                stopping = true;
+                tree::signal(&all_of(pid), Signal::SIGTERM);
+            }
+            Ok(Event::Order(Order::Kill) | Event::Cut) => killing = true,
+            Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(clock() + Duration::from_millis(within_ms)),
+            Ok(Event::Order(Order::Run(_))) => {}
+            Ok(Event::Ended { exit, alone }) => {
+                // A daemon that is gone cannot hear it; the rest must still be killed.
+                let _deaf = say(out, &Word::Exited(exit));
+                if alone {
+                    return;
+                }
+                // What a command leaves behind ends with it, unless it was told to stop and its grace still runs.
+                killing |= !stopping;
+            }
+            Ok(Event::Empty) if tree::children_are_all() || !tree::group_lives(pid) => return,
+            Ok(Event::Empty) => killing |= !stopping,
+            Err(mpsc::RecvTimeoutError::Timeout) => killing |= fence.is_some_and(|at| clock() >= at),
+            Err(mpsc::RecvTimeoutError::Disconnected) => killing = true,
+        }
+        if killing {
+            let left = all_of(pid);
+            if left.is_empty() && !tree::children_are_all() && !tree::group_lives(pid) {
+                return;
+            }
+            tree::signal(&left, Signal::SIGKILL);
+            rounds = rounds.saturating_add(1);
+        }
+    }
+}
+
+fn stop_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect()
+}
+
+fn all_of(pid: Pid) -> Vec<Pid> {
+    tree::descendants(Some(Pid::this()), Some(pid))
+}
+
+/// Starts the command in a process group of its own, with the log as its output and nothing as its input.
+fn start(launch: &Launch) -> Result<Pid, (i32, String)> {
+    let failed = |what: &str, error: &std::io::Error| (126, format!("{what}: {error}"));
+    let name = launch.argv.first().map_or("", String::as_str);
+    let path = launch.env.iter().find(|(key, _)| key == "PATH").map_or("", |(_, path)| path.as_str());
+    let program = find_program(name, path, Path::new(&launch.dir))?;
+    let log = std::io::stderr().as_fd().try_clone_to_owned().map_err(|error| failed("log", &error))?;
+    let mut command = Command::new(program);
+    command
+        .arg0(name)
+        .args(launch.argv.iter().skip(1))
+        .env_clear()
+        .envs(launch.env.iter().map(|(key, value)| (key, value)))
+        .current_dir(&launch.dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::from(log))
+        .process_group(0);
+    // A child inherits the mask of the thread that makes it, and must be able to hear that it is to stop.
+    let _unblocked = stop_signals().thread_unblock();
+    let child = command.spawn();
+    let _blocked = stop_signals().thread_block();
+    child.map(|child| Pid::from_raw(child.id() as i32)).map_err(|error| failed(name, &error))
+}
+
+/// Looks a program up as a shell does: 127 when there is none, 126 when it cannot be run.
+fn find_program(name: &str, path: &str, dir: &Path) -> Result<PathBuf, (i32, String)> {
+    let candidates: Vec<PathBuf> = match name {
+        "" => return Err((127, "the command is empty".to_owned())),
+        name if name.contains('/') => vec![dir.join(name)],
+        name => path.split(':').map(|part| dir.join(part).join(name)).collect(),
+    };
+    let mut verdict = (127, format!("{name}: command not found"));
+    for candidate in candidates {
+        match std::fs::metadata(&candidate) {
+            Ok(meta) if meta.is_file() && meta.permissions().mode() & 0o111 != 0 => return Ok(candidate),
+            Ok(meta) if meta.is_dir() => verdict = (126, format!("{name}: is a directory")),
+            Ok(_) => verdict = (126, format!("{name}: permission denied")),
+            Err(_absent) => {}
+        }
+    }
+    Err(verdict)
+}
+
+/// Reads the leash until it ends.
+fn hear(tx: &mpsc::SyncSender<Event>) {
+    let mut lines = BufReader::with_capacity(16 << 10, std::io::stdin());
+    let mut line = Vec::new();
+    while let Ok(1..) = lines.read_until(b'\n', &mut line) {
+        // Half a line: the daemon died while it wrote.
+        let Ok(order) = serde_json::from_slice(&line) else { break };
+        if tx.send(Event::Order(order)).is_err() {
+            break;
+        }
+        line.clear();
+    }
+    let _main_is_gone = tx.send(Event::Cut);
+}
+
+/// Waits for every child, adopted ones included.
+fn reap(command: Pid, tx: &mpsc::SyncSender<Event>) {
+    loop {
+        let exit = match waitpid(None, None) {
+            Ok(WaitStatus::Exited(pid, code)) if pid == command => Exit::Code(code),
+            Ok(WaitStatus::Signaled(pid, signal, _)) if pid == command => Exit::Signal(signal as i32),
+            Err(Errno::ECHILD) => break,
+            Ok(_) | Err(_) => continue,
+        };
+        if tx.send(Event::Ended { exit, alone: none_left(command) }).is_err() {
+            return;
+        }
+    }
+    let _main_is_gone = tx.send(Event::Empty);
+}
+
+/// True when the command left nothing behind, which is the usual case and needs no look at the process table.
+fn none_left(command: Pid) -> bool {
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => return false,
+            Err(Errno::ECHILD) => return tree::children_are_all() || !tree::group_lives(command),
+            Ok(_) | Err(_) => {}
+        }
+    }
+}
+
+fn say(out: &mut impl Write, word: &Word) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(word)?;
+    line.push(b'\n');
+    out.write_all(&line)?;
+    out.flush()
+}
+
+/// A line in the command's log. A log that nobody reads is no reason to stop.
+fn complain(why: &str) {
+    let _unread = writeln!(std::io::stderr(), "alloy: {why}");
+}
+
+fn note(record: &mut impl Write, what: &str, pid: Pid) -> std::io::Result<()> {
+    let start = tree::started_at(pid).unwrap_or_default();
+    record.write_all(format!("{what} {pid} {start}\n").as_bytes())
+}
+
+#[expect(clippy::disallowed_methods, reason = "a guard outlives the daemon and its Env: it has a clock of its own")]
+fn clock() -> Instant {
+    Instant::now()
+}
+
+/// Kills what the records' guards and commands left, and every process whose HOME is `home`. Returns false if something
+/// is still alive after `budget`.
+pub fn sweep(records: &[PathBuf], home: &str, budget: Duration) -> bool {
+    let named: Vec<(String, Pid, String)> = records.iter().flat_map(|record| read_record(record)).collect();
+    let end = clock() + budget;
+    loop {
+        let mut left = tree::inside(home);
+        for (what, pid, start) in &named {
+            let alive = tree::started_at(*pid).is_some_and(|at| at == *start);
+            match what.as_str() {
+                "guard" if alive => {
+                    let below = tree::descendants(Some(*pid), None);
+                    // The guard goes last: until then its descendants cannot get lost.
+                    if below.is_empty() {
+                        left.push(*pid);
+                    }
+                    left.extend(below);
+                }
+                // Its number names the group as long as anything is in it.
+                "command" if alive || tree::group_lives(*pid) && same_group(*pid, home) => {
+                    left.extend(tree::descendants(None, Some(*pid)));
+                }
+                _ => {}
+            }
+        }
+        if left.is_empty() {
+            return true;
+        }
+        if clock() >= end {
+            return false;
+        }
+        tree::signal(&left, Signal::SIGKILL);
+        std::thread::sleep(KILL_ROUND);
+    }
+}
+
+/// A group whose leader is gone could be a stranger's with the same number: on this host only members that live in our
+/// directory prove that it is not.
+fn same_group(group: Pid, home: &str) -> bool {
+    let members = tree::descendants(None, Some(group));
+    tree::inside(home).iter().any(|pid| members.contains(pid))
+}
+
+fn read_record(record: &Path) -> Vec<(String, Pid, String)> {
+    let text = std::fs::read_to_string(record).unwrap_or_default();
+    text.lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let (what, pid, start) = (words.next()?, words.next()?.parse().ok()?, words.next()?);
+            Some((what.to_owned(), Pid::from_raw(pid), start.to_owned()))
+        })
+        .collect()
+}

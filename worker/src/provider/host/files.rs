@@ -1,0 +1,280 @@
+//! S: a workspace on the host's own disk: unpack into it, list and read what a stranger's command left there, remove it.
+
+use std::collections::HashSet;
+use std::fs::{DirBuilder, File, FileTimes, OpenOptions, Permissions};
+use std::io::{BufReader, Read};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use alloy_shared::id::printable;
+use alloy_shared::limits;
+use alloy_shared::wire::source::check_path;
+use bytes::Bytes;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use tokio::sync::mpsc;
+
+use crate::artifacts::Matcher;
+use crate::provider::{GuestFile, VmError, VmFault};
+
+/// Names of the guards' records in a VM's directory start with this.
+pub(super) const RECORD: &str = "guard-";
+
+pub(super) fn records(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(RECORD)).map(|entry| entry.path()).collect()
+}
+
+/// Unpacks an archive of files, directories and links into a directory that nobody else writes to. Links are data: they
+/// are made as they are, and nothing is ever written through one, whether this archive made it or not.
+pub(super) fn unpack(tar: &Path, into: &Path) -> Result<(), VmError> {
+    let broken = |error: &std::io::Error| VmError::io(VmFault::File, "read the source archive", error);
+    let file = File::open(tar).map_err(|error| broken(&error))?;
+    let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, file));
+    let mut made = Made { root: into.to_owned(), dirs: HashSet::new() };
+    make_dir(into).map_err(|error| VmError::io(VmFault::File, "make the workspace", &error))?;
+    let (mut count, mut total) = (0usize, 0u64);
+    for entry in archive.entries().map_err(|error| broken(&error))? {
+        let mut entry = entry.map_err(|error| broken(&error))?;
+        count += 1;
+        total = total.saturating_add(entry.size());
+        if count > limits::MANIFEST_ENTRIES_MAX || total > limits::SOURCE_BYTES_MAX {
+            return Err(VmError::user(VmFault::File, "the source archive has too many entries or bytes"));
+        }
+        unpack_entry(&mut entry, &mut made)?;
+    }
+    Ok(())
+}
+
+/// Directories known to be real ones below the root.
+struct Made {
+    root: PathBuf,
+    dirs: HashSet<PathBuf>,
+}
+
+impl Made {
+    /// Makes every directory of `path`, refusing to pass through anything else.
+    fn dir(&mut self, path: &Path) -> Result<(), String> {
+        let mut at = PathBuf::new();
+        for part in path.components() {
+            at.push(part);
+            if self.dirs.contains(&at) {
+                continue;
+            }
+            let full = self.root.join(&at);
+            match std::fs::symlink_metadata(&full) {
+                Ok(meta) if meta.is_dir() => {}
+                Ok(_) => {
+                    return Err(format!("lies below `{}`, which is no directory", printable(&at.to_string_lossy())));
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    DirBuilder::new().mode(0o755).create(&full).map_err(|error| error.to_string())?;
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+            self.dirs.insert(at.clone());
+        }
+        Ok(())
+    }
+}
+
+fn unpack_entry(entry: &mut tar::Entry<'_, impl Read>, made: &mut Made) -> Result<(), VmError> {
+    let raw = entry.path_bytes().into_owned();
+    let shown = printable(&String::from_utf8_lossy(&raw));
+    let refuse = |why: &str| VmError::user(VmFault::File, format!("{shown}: {why}"));
+    let name = std::str::from_utf8(&raw).map_err(|_| refuse("the path is not UTF-8"))?;
+    let name = name.strip_suffix('/').unwrap_or(name);
+    check_path(name).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
+    let path = Path::new(name);
+    if let Some(parent) = path.parent() {
+        made.dir(parent).map_err(|why| refuse(&why))?;
+    }
+    let full = made.root.join(path);
+    match entry.header().entry_type() {
+        tar::EntryType::Regular => {
+            let header = entry.header();
+            let mode = if header.mode().unwrap_or(0) & 0o111 == 0 { 0o644 } else { 0o755 };
+            let mtime = UNIX_EPOCH + Duration::from_secs(header.mtime().unwrap_or(0));
+            // `create_new` neither follows a link nor writes to what is there.
+            let done = OpenOptions::new().write(true).create_new(true).mode(mode).open(&full).and_then(|mut file| {
+                std::io::copy(entry, &mut file)?;
+                // The daemon's umask is not the job's.
+                file.set_permissions(Permissions::from_mode(mode))?;
+                file.set_times(FileTimes::new().set_accessed(mtime).set_modified(mtime))
+            });
+            match done {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(refuse("is there twice")),
+                done => done.map_err(|error| VmError::io(VmFault::File, &shown, &error)),
+            }
+        }
+        tar::EntryType::Directory => made.dir(path).map_err(|why| refuse(&why)),
+        tar::EntryType::Symlink => {
+            let target = entry.link_name_bytes().ok_or_else(|| refuse("is a link to nothing"))?;
+            let target = std::str::from_utf8(&target).map_err(|_| refuse("is a link to a name that is not UTF-8"))?;
+            match std::os::unix::fs::symlink(target, &full) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(refuse("is there twice")),
+                done => done.map_err(|error| VmError::io(VmFault::File, &shown, &error)),
+            }
+        }
+        _ => Err(refuse("is no file, directory or symbolic link")),
+    }
+}
+
+fn make_dir(dir: &Path) -> std::io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(dir)
+}
+
+/// Lists what the rules take, without following a link anywhere.
+pub(super) fn list(root: &Path, rules: &Matcher) -> Result<Vec<GuestFile>, VmError> {
+    let mut found = Found::default();
+    for base in rules.bases() {
+        // A base is plain text; on the way there a link is no directory either.
+        if real_dirs(root, &base) {
+            visit(root, &base, rules, &mut found)?;
+        }
+    }
+    found.files.sort_by(|a, b| a.path.as_bytes().cmp(b.path.as_bytes()));
+    found.files.dedup_by(|a, b| a.path == b.path);
+    Ok(found.files)
+}
+
+#[derive(Default)]
+struct Found {
+    files: Vec<GuestFile>,
+    bytes: u64,
+}
+
+/// True when all above `path` are directories.
+fn real_dirs(root: &Path, path: &str) -> bool {
+    let mut at = root.to_owned();
+    let parents = path.rsplit_once('/').map_or("", |(up, _)| up);
+    parents.split('/').filter(|part| !part.is_empty()).all(|part| {
+        at.push(part);
+        std::fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_dir())
+    })
+}
+
+/// Looks at `start` and all below it. A stack of its own: a stranger decides how deep directories go.
+fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result<(), VmError> {
+    let mut todo = vec![start.to_owned()];
+    while let Some(path) = todo.pop() {
+        let full = root.join(&path);
+        let Ok(meta) = std::fs::symlink_metadata(&full) else { continue };
+        if !path.is_empty() && rules.excludes(&path) {
+            continue;
+        }
+        if meta.is_dir() {
+            let entries =
+                std::fs::read_dir(&full).map_err(|error| VmError::io(VmFault::File, &printable(&path), &error))?;
+            for entry in entries {
+                let entry = entry.map_err(|error| VmError::io(VmFault::File, &printable(&path), &error))?;
+                match entry.file_name().to_str() {
+                    Some(name) if path.is_empty() => todo.push(name.to_owned()),
+                    Some(name) => todo.push(format!("{path}/{name}")),
+                    None => {
+                        let name = format!("{path}/{}", entry.file_name().to_string_lossy());
+                        let name = name.trim_start_matches('/');
+                        if rules.takes(name) {
+                            return Err(VmError::user(
+                                VmFault::File,
+                                format!("{}: the name is not UTF-8", printable(name)),
+                            ));
+                        }
+                    }
+                }
+            }
+        } else if rules.takes(&path) {
+            take(&full, path, &meta, found)?;
+        }
+    }
+    Ok(())
+}
+
+fn take(full: &Path, path: String, meta: &std::fs::Metadata, found: &mut Found) -> Result<(), VmError> {
+    let refuse = |why: &str| Err(VmError::user(VmFault::File, format!("{}: {why}", printable(&path))));
+    let kind = meta.file_type();
+    if !kind.is_file() && !kind.is_symlink() {
+        // A socket or a pipe that a command left lying about is nobody's artifact.
+        return Ok(());
+    }
+    if found.files.len() >= limits::ARTIFACTS_MAX {
+        return refuse(&format!("there are more than {} artifacts", limits::ARTIFACTS_MAX));
+    }
+    if let Err(error) = check_path(&path) {
+        return Err(VmError::user(VmFault::File, error.to_string()));
+    }
+    let link = match kind.is_symlink() {
+        false => None,
+        true => match std::fs::read_link(full).map(|target| target.into_os_string().into_string()) {
+            Ok(Ok(target)) => Some(target),
+            Ok(Err(_)) => return refuse("is a link to a name that is not UTF-8"),
+            Err(error) => return refuse(&error.to_string()),
+        },
+    };
+    let size = if link.is_some() { 0 } else { meta.size() };
+    found.bytes = found.bytes.saturating_add(size);
+    if found.bytes > limits::ARTIFACT_BYTES_MAX {
+        return refuse(&format!("the artifacts have more than {} bytes", limits::ARTIFACT_BYTES_MAX));
+    }
+    let mode = if link.is_none() && meta.mode() & 0o111 != 0 { 0o755 } else { 0o644 };
+    found.files.push(GuestFile { path, size, mode, link });
+    Ok(())
+}
+
+/// Opens a regular file below the root, component by component, so that no link is followed even if one appears now.
+pub(super) fn open_beneath(root: &Path, path: &str) -> Result<File, VmError> {
+    let refuse = |why: &str| VmError::user(VmFault::File, format!("{}: {why}", printable(path)));
+    check_path(path).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
+    let step = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut at = File::open(root).map_err(|error| VmError::io(VmFault::File, "open the workspace", &error))?;
+    let mut parts = path.split('/').peekable();
+    while let Some(part) = parts.next() {
+        // Without O_NONBLOCK, opening a pipe would wait for its writer.
+        let last = if parts.peek().is_some() { OFlag::O_DIRECTORY } else { OFlag::O_NONBLOCK };
+        let next = openat(&at, part, step | last, Mode::empty()).map_err(|error| refuse(error.desc()))?;
+        at = File::from(next);
+    }
+    match at.metadata() {
+        Ok(meta) if meta.is_file() => Ok(at),
+        Ok(_) => Err(refuse("is no regular file")),
+        Err(error) => Err(refuse(&error.to_string())),
+    }
+}
+
+/// Sends a file's bytes. A failed read ends the stream short, which the reader notices.
+pub(super) fn stream(file: File, limit: u64, tx: &mpsc::Sender<Bytes>) {
+    let mut file = file.take(limit);
+    loop {
+        let mut chunk = vec![0; 256 << 10];
+        let Ok(len @ 1..) = file.read(&mut chunk) else { return };
+        chunk.truncate(len);
+        if tx.blocking_send(chunk.into()).is_err() {
+            return;
+        }
+    }
+}
+
+/// Removes a tree that its owner may have made unreadable. One that is gone already is a success.
+pub(super) fn remove(dir: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => unlock(dir),
+        done => return done,
+    }
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
+}
+
+/// Gives the owner every right on every directory, so that what is in it can be removed. Best effort: the removal tells.
+fn unlock(dir: &Path) {
+    let mut todo = vec![dir.to_owned()];
+    while let Some(at) = todo.pop() {
+        if std::fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_dir()) {
+            let _tells_later = std::fs::set_permissions(&at, Permissions::from_mode(0o700));
+            todo.extend(std::fs::read_dir(&at).into_iter().flatten().flatten().map(|entry| entry.path()));
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! S: a job's sources: a cache of blobs with a byte budget, what is missing from the orchestrator, one archive for the guest.
+//!
+//! Every file in the archive carries the time of its staging. One time for all is what build tools need: nothing is older
+//! than what it was made of, and nothing looks as if it had been edited since.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use alloy_shared::env::Ms;
+use alloy_shared::id::Digest;
+use alloy_shared::limits;
+use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
+use bytes::Bytes;
+
+use crate::upstream::{Grant, TransferError, Upstream};
+
+/// The archive's name in the inbox.
+pub const SOURCE_TAR: &str = "source.tar";
+/// Digests in one request.
+const BATCH: usize = 4_096;
+/// One for the manifest, one for its blobs, and some for blobs that neighbours evict between the look and the use.
+const ROUNDS: usize = 5;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The farm's bytes do not make the tree that the job names.
+    #[error("{0}")]
+    Corrupt(String),
+    #[error("sources could not be fetched: {0}")]
+    Transfer(#[from] TransferError),
+    #[error("sources could not be staged: {0}")]
+    Disk(#[from] std::io::Error),
+}
+
+pub enum Sources {
+    Disk(Arc<Disk>),
+    Mem(Mem),
+}
+
+impl Sources {
+    /// Opens a cache directory, which may hold blobs of earlier runs.
+    pub fn open(root: &Path, budget_bytes: u64) -> std::io::Result<Self> {
+        Disk::open(root, budget_bytes).map(|disk| Self::Disk(Arc::new(disk)))
+    }
+
+    pub fn memory() -> Self {
+        Self::Mem(Mem::default())
+    }
+
+    /// Puts the tree with this manifest digest into the inbox, as one archive. Returns the archive's name.
+    pub async fn stage(
+        &self,
+        source: Digest,
+        inbox: &Path,
+        upstream: &dyn Upstream,
+        grant: &Grant,
+        now: Ms,
+    ) -> Result<&'static str, SourceError> {
+        let mut wanted = vec![source];
+        for _ in 0..ROUNDS {
+            self.fetch(&wanted, upstream, grant).await?;
+            wanted = match self {
+                Self::Disk(disk) => {
+                    let (disk, inbox) = (Arc::clone(disk), inbox.to_owned());
+                    let staged = tokio::task::spawn_blocking(move || disk.stage(source, &inbox, now)).await;
+                    staged.unwrap_or_else(|_| Err(SourceError::Disk(std::io::Error::other("staging ended early"))))?
+                }
+                Self::Mem(mem) => mem.missing(source)?,
+            };
+            if wanted.is_empty() {
+                return Ok(SOURCE_TAR);
+            }
+        }
+        Err(SourceError::Disk(std::io::Error::other("the source cache is too small for its jobs")))
+    }
+
+    async fn fetch(&self, wanted: &[Digest], upstream: &dyn Upstream, grant: &Grant) -> Result<(), SourceError> {
+        for batch in wanted.chunks(BATCH) {
+            let mut missing: HashSet<Digest> = batch.iter().filter(|digest| !self.has(digest)).copied().collect();
+            if missing.is_empty() {
+                continue;
+            }
+            let ask: Vec<Digest> = batch.iter().filter(|digest| missing.contains(digest)).copied().collect();
+            let mut blobs = upstream.fetch(grant, &ask).await?;
+            while let Some(blob) = blobs.recv().await {
+                let (digest, bytes) = blob?;
+                if Digest::of(&bytes) != digest || !missing.remove(&digest) {
+                    return Err(SourceError::Corrupt(format!("the farm sent other bytes than blob {digest}")));
+                }
+                match self {
+                    Self::Disk(disk) => {
+                        let disk = Arc::clone(disk);
+                        let stored = tokio::task::spawn_blocking(move || disk.put(digest, &bytes)).await;
+                        stored.unwrap_or_else(|_| Err(std::io::Error::other("storing ended early")))?;
+                    }
+                    Self::Mem(mem) => mem.put(digest, bytes),
+                }
+            }
+            if !missing.is_empty() {
+                let why = format!("{} of {} blobs did not come", missing.len(), ask.len());
+                return Err(SourceError::Transfer(TransferError::Broken(why)));
+            }
+        }
+        Ok(())
+    }
+
+    fn has(&self, digest: &Digest) -> bool {
+        match self {
+            Self::Disk(disk) => disk.has(digest),
+            Self::Mem(mem) => mem.blobs.lock().unwrap_or_else(PoisonError::into_inner).contains_key(digest),
+        }
+    }
+}
+
+/// Blobs without files, for the simulator: the tree is checked, the archive is only a name.
+#[derive(Default)]
+pub struct Mem {
+    blobs: Mutex<HashMap<Digest, Bytes>>,
+}
+
+impl Mem {
+    fn put(&self, digest: Digest, bytes: Bytes) {
+        self.blobs.lock().unwrap_or_else(PoisonError::into_inner).insert(digest, bytes);
+    }
+
+    fn missing(&self, source: Digest) -> Result<Vec<Digest>, SourceError> {
+        let blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(manifest) = blobs.get(&source) else { return Ok(vec![source]) };
+        let manifest = Manifest::decode(manifest).map_err(|error| SourceError::Corrupt(error.to_string()))?;
+        Ok(manifest.blobs().into_iter().filter(|digest| !blobs.contains_key(digest)).collect())
+    }
+}
+
+/// One file a blob, in 256 directories, least recently used out first.
+pub struct Disk {
+    root: PathBuf,
+    budget_bytes: u64,
+    index: Mutex<Index>,
+}
+
+#[derive(Default)]
+struct Index {
+    /// Size and the turn of the last use.
+    blobs: HashMap<Digest, (u64, u64)>,
+    bytes: u64,
+    turn: u64,
+}
+
+impl Index {
+    fn next_turn(&mut self) -> u64 {
+        self.turn += 1;
+        self.turn
+    }
+
+    fn touch(&mut self, digest: Digest, size: u64) {
+        let turn = self.next_turn();
+        let old = self.blobs.insert(digest, (size, turn));
+        self.bytes = self.bytes + size - old.map_or(0, |(size, _)| size);
+    }
+
+    fn forget(&mut self, digest: &Digest) {
+        if let Some((size, _)) = self.blobs.remove(digest) {
+            self.bytes -= size;
+        }
+    }
+
+    /// What has to go, oldest first.
+    fn surplus(&self, budget_bytes: u64) -> Vec<Digest> {
+        if self.bytes <= budget_bytes {
+            return Vec::new();
+        }
+        let mut oldest: Vec<(u64, u64, Digest)> =
+            self.blobs.iter().map(|(digest, (size, turn))| (*turn, *size, *digest)).collect();
+        oldest.sort_unstable();
+        let mut left = self.bytes;
+        let enough = oldest.into_iter().take_while(|(_, size, _)| {
+            let more = left > budget_bytes;
+            left = left.saturating_sub(*size);
+            more
+        });
+        enough.map(|(_, _, digest)| digest).collect()
+    }
+}
+
+impl Disk {
+    fn open(root: &Path, budget_bytes: u64) -> std::io::Result<Self> {
+        std::fs::create_dir_all(root)?;
+        let mut found = Vec::new();
+        for shard in std::fs::read_dir(root)?.flatten() {
+            for entry in std::fs::read_dir(shard.path()).into_iter().flatten().flatten() {
+                let digest = entry.file_name().to_str().and_then(|name| name.parse::<Digest>().ok());
+                match (digest, entry.metadata()) {
+                    (Some(digest), Ok(meta)) => found.push((meta.modified().ok(), meta.len(), digest)),
+                    // A half-written file of a daemon that died.
+                    (None, _) => std::fs::remove_file(entry.path())?,
+                    (Some(_), Err(_)) => {}
+                }
+            }
+        }
+        found.sort();
+        let mut index = Index::default();
+        found.into_iter().for_each(|(_, size, digest)| index.touch(digest, size));
+        Ok(Self { root: root.to_owned(), budget_bytes, index: Mutex::new(index) })
+    }
+
+    fn path(&self, digest: &Digest) -> PathBuf {
+        let name = digest.to_string();
+        self.root.join(&name[..2]).join(name)
+    }
+
+    fn has(&self, digest: &Digest) -> bool {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner).blobs.contains_key(digest)
+    }
+
+    fn put(&self, digest: Digest, bytes: &[u8]) -> std::io::Result<()> {
+        let path = self.path(&digest);
+        // Two jobs may fetch the same blob at once.
+        let turn = self.index.lock().unwrap_or_else(PoisonError::into_inner).next_turn();
+        let temp = path.with_extension(format!("{turn}.part"));
+        if let Some(shard) = path.parent() {
+            std::fs::create_dir_all(shard)?;
+        }
+        // No sync: what a power cut damages is noticed by its digest and fetched again.
+        let written = std::fs::write(&temp, bytes).and_then(|()| std::fs::rename(&temp, &path));
+        if let Err(error) = written {
+            let _already_failing = std::fs::remove_file(&temp);
+            return Err(error);
+        }
+        self.index.lock().unwrap_or_else(PoisonError::into_inner).touch(digest, bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Reads a blob and checks it. A damaged or vanished one is forgotten.
+    fn get(&self, digest: &Digest) -> Option<Vec<u8>> {
+        let bytes = std::fs::read(self.path(digest)).ok().filter(|bytes| Digest::of(bytes) == *digest);
+        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        match &bytes {
+            Some(bytes) => index.touch(*digest, bytes.len() as u64),
+            None => index.forget(digest),
+        }
+        bytes
+    }
+
+    /// Writes the archive if everything is here, else returns what is not.
+    fn stage(&self, source: Digest, inbox: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
+        let Some(manifest) = self.get(&source) else { return Ok(vec![source]) };
+        let manifest = Manifest::decode(&manifest).map_err(|error| SourceError::Corrupt(error.to_string()))?;
+        let missing: Vec<Digest> = manifest.blobs().into_iter().filter(|digest| !self.has(digest)).collect();
+        if !missing.is_empty() {
+            return Ok(missing);
+        }
+        std::fs::create_dir_all(inbox)?;
+        let temp = inbox.join("source.part");
+        let missing = self.assemble(&manifest, &temp, now)?;
+        if missing.is_empty() {
+            std::fs::rename(&temp, inbox.join(SOURCE_TAR))?;
+            self.evict();
+        }
+        Ok(missing)
+    }
+
+    fn assemble(&self, manifest: &Manifest, tar: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
+        let mtime = u64::try_from(now.0 / 1000).unwrap_or(0);
+        let mut archive = tar::Builder::new(BufWriter::with_capacity(1 << 20, File::create(tar)?));
+        let mut lost = Vec::new();
+        for entry in manifest.entries() {
+            let mut header = tar::Header::new_gnu();
+            header.set_mtime(mtime);
+            header.set_mode(entry.mode);
+            header.set_size(entry.size);
+            match entry.kind {
+                EntryKind::File => {
+                    header.set_entry_type(tar::EntryType::Regular);
+                    let mut content = Chunks::new(self, entry);
+                    let wrote = archive.append_data(&mut header, &entry.path, &mut content);
+                    if let Some(digest) = content.lost {
+                        lost.push(digest);
+                        return Ok(lost);
+                    }
+                    wrote?;
+                    if !content.is_exact() {
+                        let why = format!("{}: its blobs do not make its size", entry.path);
+                        return Err(SourceError::Corrupt(why));
+                    }
+                }
+                EntryKind::Dir => {
+                    header.set_entry_type(tar::EntryType::Directory);
+                    archive.append_data(&mut header, format!("{}/", entry.path), std::io::empty())?;
+                }
+                EntryKind::Symlink => {
+                    header.set_entry_type(tar::EntryType::Symlink);
+                    archive.append_link(&mut header, &entry.path, entry.target.as_deref().unwrap_or(""))?;
+                }
+            }
+        }
+        archive.into_inner()?.flush()?;
+        Ok(lost)
+    }
+
+    fn evict(&self) {
+        let surplus = self.index.lock().unwrap_or_else(PoisonError::into_inner).surplus(self.budget_bytes);
+        for digest in surplus {
+            // One that cannot be removed is found again at the next start.
+            let _found_again = std::fs::remove_file(self.path(&digest));
+            self.index.lock().unwrap_or_else(PoisonError::into_inner).forget(&digest);
+        }
+    }
+}
+
+/// The bytes of one file, blob after blob, never more than its size.
+struct Chunks<'a> {
+    disk: &'a Disk,
+    chunks: std::slice::Iter<'a, Digest>,
+    current: std::io::Cursor<Vec<u8>>,
+    left: u64,
+    overlong: bool,
+    lost: Option<Digest>,
+}
+
+impl<'a> Chunks<'a> {
+    fn new(disk: &'a Disk, entry: &'a Entry) -> Self {
+        let current = std::io::Cursor::new(Vec::new());
+        Self { disk, chunks: entry.chunks.iter(), current, left: entry.size, overlong: false, lost: None }
+    }
+
+    fn is_exact(&self) -> bool {
+        self.left == 0 && !self.overlong
+    }
+}
+
+impl Read for Chunks<'_> {
+    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            let most = usize::try_from(self.left).unwrap_or(usize::MAX).min(out.len());
+            let len = self.current.read(&mut out[..most])?;
+            if len > 0 {
+                self.left -= len as u64;
+                return Ok(len);
+            }
+            if (self.current.position() as usize) < self.current.get_ref().len() {
+                self.overlong = !out.is_empty();
+                return Ok(0);
+            }
+            let Some(digest) = self.chunks.next() else { return Ok(0) };
+            match self.disk.get(digest) {
+                Some(bytes) => self.current = std::io::Cursor::new(bytes),
+                None => {
+                    self.lost = Some(*digest);
+                    return Err(std::io::Error::other("a blob left the cache"));
+                }
+            }
+        }
+    }
+}
+
+const _: () = assert!(BATCH * 67 < limits::JSON_BODY_MAX as usize);
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+use std::collections::BTreeMap;
+
+use alloy_shared::id::{AttemptRef, JobId};
+use alloy_shared::secret::Secret;
+use alloy_shared::wire::session::Link;
+use async_trait::async_trait;
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::spool::SpoolFile;
+use crate::upstream::{Blobs, DialError};
+
+/// A farm that has some blobs and counts what it is asked for.
+#[derive(Default)]
+struct Farm {
+    blobs: HashMap<Digest, Bytes>,
+    asked: Mutex<Vec<Digest>>,
+}
+
+#[async_trait]
+impl Upstream for Farm {
+    async fn dial(&self) -> Result<Link, DialError> {
+        Err(DialError::Unreachable("not here".into()))
+    }
+    async fn fetch(&self, _: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
+        self.asked.lock().unwrap().extend(missing);
+        let (tx, rx) = mpsc::channel(missing.len());
+        for digest in missing {
+            if let Some(bytes) = self.blobs.get(digest) {
+                tx.try_send(Ok((*digest, bytes.clone()))).unwrap();
+            }
+        }
+        Ok(rx)
+    }
+    async fn put(&self, _: &Grant, _: &SpoolFile) -> Result<Digest, TransferError> {
+        Err(TransferError::Refused("not here".into()))
+    }
+}
+
+fn grant() -> Grant {
+    let attempt = AttemptRef { job: JobId::from_raw(1), attempt: 1 };
+    Grant { attempt, token: Secret::new("alloy_job_x".into()) }
+}
+
+fn entry(path: &str, kind: EntryKind, pieces: &[&[u8]], target: Option<&str>) -> Entry {
+    Entry {
+        path: path.into(),
+        kind,
+        mode: if path.ends_with(".sh") { 0o755 } else { 0o644 },
+        size: pieces.iter().map(|piece| piece.len() as u64).sum(),
+        chunks: pieces.iter().map(|piece| Digest::of(piece)).collect(),
+        target: target.map(str::to_owned),
+    }
+}
+
+fn farm(entries: Vec<Entry>, pieces: &[&[u8]]) -> (Farm, Digest) {
+    let manifest = Manifest::new(entries).unwrap();
+    let mut farm = Farm::default();
+    farm.blobs.insert(manifest.digest(), manifest.encode().into());
+    farm.blobs.extend(pieces.iter().map(|piece| (Digest::of(piece), Bytes::copy_from_slice(piece))));
+    (farm, manifest.digest())
+}
+
+fn tree() -> (Farm, Digest) {
+    let long = format!("{}/deep.txt", "directory".repeat(20));
+    let entries = vec![
+        entry("run.sh", EntryKind::File, &[b"one", b"two", b"one"], None),
+        entry("none", EntryKind::File, &[], None),
+        entry("dir", EntryKind::Dir, &[], None),
+        entry("link", EntryKind::Symlink, &[], Some("../outside")),
+        entry(&long, EntryKind::File, &[b"two"], None),
+    ];
+    farm(entries, &[b"one", b"two"])
+}
+
+async fn stage(sources: &Sources, source: Digest, inbox: &Path, farm: &Farm) -> Result<&'static str, SourceError> {
+    sources.stage(source, inbox, farm, &grant(), Ms(1_700_000_000_999)).await
+}
+
+fn read(tar: &Path) -> BTreeMap<String, String> {
+    let mut archive = tar::Archive::new(File::open(tar).unwrap());
+    let shown = |entry: std::io::Result<tar::Entry<'_, File>>| {
+        let mut entry = entry.unwrap();
+        assert_eq!(entry.header().mtime().unwrap(), 1_700_000_000);
+        let path = entry.path().unwrap().display().to_string();
+        let link = entry.link_name().unwrap().map(|to| format!(" -> {}", to.display())).unwrap_or_default();
+        let (kind, mode) = (entry.header().entry_type(), entry.header().mode().unwrap());
+        let mut body = String::new();
+        entry.read_to_string(&mut body).unwrap();
+        (path, format!("{kind:?} {mode:o} {body}{link}"))
+    };
+    archive.entries().unwrap().map(shown).collect()
+}
+
+#[tokio::test]
+async fn a_tree_becomes_one_archive_and_the_second_time_nothing_is_fetched() {
+    let dir = tempfile::tempdir().unwrap();
+    let (farm, source) = tree();
+    let inbox = dir.path().join("inbox");
+    let sources = Sources::open(&dir.path().join("cache"), 1 << 20).unwrap();
+    assert_eq!(stage(&sources, source, &inbox, &farm).await.unwrap(), SOURCE_TAR);
+    let long = format!("{}/deep.txt", "directory".repeat(20));
+    let expected = [
+        ("dir/", "Directory 644 "),
+        (long.as_str(), "Regular 644 two"),
+        ("link", "Symlink 644  -> ../outside"),
+        ("none", "Regular 644 "),
+        ("run.sh", "Regular 755 onetwoone"),
+    ];
+    let expected: BTreeMap<String, String> = expected.map(|(path, what)| (path.into(), what.into())).into();
+    assert_eq!(read(&inbox.join(SOURCE_TAR)), expected);
+    assert_eq!(farm.asked.lock().unwrap().len(), 3, "the manifest and each blob once");
+
+    // A new daemon finds the cache.
+    let sources = Sources::open(&dir.path().join("cache"), 1 << 20).unwrap();
+    let empty = Farm::default();
+    let second = dir.path().join("second");
+    stage(&sources, source, &second, &empty).await.unwrap();
+    assert_eq!(read(&second.join(SOURCE_TAR)), expected);
+    assert!(empty.asked.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_damaged_blob_in_the_cache_is_fetched_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (farm, source) = tree();
+    let cache = dir.path().join("cache");
+    let sources = Sources::open(&cache, 1 << 20).unwrap();
+    stage(&sources, source, &dir.path().join("a"), &farm).await.unwrap();
+    for blob in [source, Digest::of(b"two")] {
+        std::fs::write(cache.join(&blob.to_string()[..2]).join(blob.to_string()), "xxx").unwrap();
+        farm.asked.lock().unwrap().clear();
+        stage(&sources, source, &dir.path().join("b"), &farm).await.unwrap();
+        assert_eq!(*farm.asked.lock().unwrap(), [blob]);
+    }
+    assert_eq!(read(&dir.path().join("b").join(SOURCE_TAR))["run.sh"], "Regular 755 onetwoone");
+}
+
+#[tokio::test]
+async fn the_cache_keeps_to_its_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let pieces: Vec<Vec<u8>> = (0..10u8).map(|n| vec![n; 10_000]).collect();
+    let sources = Sources::open(&dir.path().join("cache"), 35_000).unwrap();
+    for piece in &pieces {
+        let (farm, source) = farm(vec![entry("f", EntryKind::File, &[piece], None)], &[piece]);
+        stage(&sources, source, &dir.path().join("inbox"), &farm).await.unwrap();
+    }
+    let Sources::Disk(disk) = &sources else { panic!("a disk") };
+    assert!(disk.index.lock().unwrap().bytes <= 35_000);
+    let kept: Vec<bool> = pieces.iter().map(|piece| disk.path(&Digest::of(piece)).exists()).collect();
+    assert_eq!(kept, [false, false, false, false, false, false, false, true, true, true]);
+}
+
+#[tokio::test]
+async fn what_the_farm_does_not_have_or_gets_wrong_is_told_apart() {
+    for sources in [Sources::open(&tempfile::tempdir().unwrap().path().join("c"), 1 << 20).unwrap(), Sources::memory()]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut lying, source) = tree();
+        lying.blobs.remove(&Digest::of(b"two"));
+        let error = stage(&sources, source, dir.path(), &lying).await.unwrap_err();
+        assert!(matches!(error, SourceError::Transfer(TransferError::Broken(_))), "{error}");
+        lying.blobs.insert(Digest::of(b"two"), Bytes::from_static(b"not two"));
+        let error = stage(&sources, source, dir.path(), &lying).await.unwrap_err();
+        assert!(matches!(error, SourceError::Corrupt(_)), "{error}");
+
+        let (farm, source) =
+            farm(vec![Entry { size: 4, ..entry("f", EntryKind::File, &[b"three"], None) }], &[b"three"]);
+        if let Sources::Disk(_) = sources {
+            let error = stage(&sources, source, dir.path(), &farm).await.unwrap_err();
+            assert!(matches!(error, SourceError::Corrupt(_)), "{error}");
+        }
+        let text = Bytes::from_static(b"no manifest");
+        let other = Farm { blobs: [(Digest::of(&text), text.clone())].into(), ..Farm::default() };
+        let error = stage(&sources, Digest::of(&text), dir.path(), &other).await.unwrap_err();
+        assert!(matches!(error, SourceError::Corrupt(_)), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn memory_checks_the_tree_and_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (farm, source) = tree();
+    assert_eq!(stage(&Sources::memory(), source, dir.path(), &farm).await.unwrap(), SOURCE_TAR);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}

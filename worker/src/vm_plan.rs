@@ -1,0 +1,316 @@
+//! D: what to do with the slots: which VM to make ahead, which to throw away, which waiting claim gets which.
+//!
+//! A slot is room for one VM. The pool is nothing but the state of the slots that no job has: there is no extra capacity.
+//! Work that waits comes before spares, a VM serves at most one attempt, and a slot is free again only when its VM is gone.
+
+use alloy_shared::env::Mono;
+use alloy_shared::id::AttemptRef;
+use alloy_shared::wire::session::{SlotState, SlotView};
+
+use crate::provider::{ImageRef, VmName};
+
+/// Faults in a row after which a slot is not offered for a while.
+const FAULTS_MAX: u32 = 3;
+const RETRY_MS: u64 = 1_000;
+const QUARANTINE_MS: u64 = 60_000;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Slot {
+    /// Empty. After a fault it rests until `rest`.
+    Cold {
+        faults: u32,
+        rest: Mono,
+    },
+    Cloning {
+        vm: VmName,
+        image: ImageRef,
+        faults: u32,
+    },
+    Booting {
+        vm: VmName,
+        image: ImageRef,
+        faults: u32,
+    },
+    Warm {
+        vm: VmName,
+        image: ImageRef,
+        since: Mono,
+    },
+    Claimed {
+        vm: VmName,
+        image: ImageRef,
+        attempt: AttemptRef,
+    },
+    /// Its VM is being destroyed.
+    Recycling {
+        vm: VmName,
+        attempt: Option<AttemptRef>,
+        faults: u32,
+    },
+    /// Its VM would not go, or several did not come.
+    Quarantined {
+        vm: Option<VmName>,
+        attempt: Option<AttemptRef>,
+        until: Mono,
+        faults: u32,
+    },
+}
+
+/// A claim that has no VM yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    pub attempt: AttemptRef,
+    pub image: ImageRef,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View<'a> {
+    pub slots: &'a [Slot],
+    /// In the order they came.
+    pub waiting: &'a [Waiting],
+    /// What an idle slot keeps warm.
+    pub image: &'a ImageRef,
+    pub warm_age_max_ms: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PoolAction {
+    /// Clone and boot a VM in this cold slot.
+    Make { slot: usize, image: ImageRef },
+    /// Destroy this slot's VM.
+    Unmake { slot: usize },
+    /// Give this warm slot to the waiting claim with this number.
+    Give { slot: usize, claim: usize },
+    /// The rest is over: the slot may be used again.
+    Release { slot: usize },
+}
+
+/// Decides what can be done at once. Performing it changes the slots, so the same view never asks twice.
+pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
+    let mut actions = Vec::new();
+    let mut used = vec![false; view.slots.len()];
+    let mut unmet = Vec::new();
+    for (claim, waiting) in view.waiting.iter().enumerate() {
+        match pick(view.slots, &used, |slot| is_warm(slot, &waiting.image, view, now)) {
+            Some(slot) => {
+                used[slot] = true;
+                actions.push(PoolAction::Give { slot, claim });
+            }
+            None => unmet.push(&waiting.image),
+        }
+    }
+    for image in unmet {
+        let coming = pick(view.slots, &used, |slot| is_coming(slot, image));
+        let room = || pick(view.slots, &used, |slot| is_rested(slot, now));
+        let other = || pick(view.slots, &used, |slot| matches!(slot, Slot::Warm { .. }));
+        if let Some(slot) = coming {
+            used[slot] = true;
+        } else if let Some(slot) = room() {
+            used[slot] = true;
+            actions.push(PoolAction::Make { slot, image: image.clone() });
+        } else if let Some(slot) = other() {
+            used[slot] = true;
+            actions.push(PoolAction::Unmake { slot });
+        }
+    }
+    for (index, slot) in view.slots.iter().enumerate().filter(|(index, _)| !used[*index]) {
+        match slot {
+            Slot::Cold { rest, .. } if *rest <= now => {
+                actions.push(PoolAction::Make { slot: index, image: view.image.clone() });
+            }
+            Slot::Warm { since, .. } if now.since(*since) >= view.warm_age_max_ms => {
+                actions.push(PoolAction::Unmake { slot: index });
+            }
+            Slot::Quarantined { vm: Some(_), until, .. } if *until <= now => {
+                actions.push(PoolAction::Unmake { slot: index });
+            }
+            Slot::Quarantined { vm: None, until, .. } if *until <= now => {
+                actions.push(PoolAction::Release { slot: index });
+            }
+            Slot::Cold { .. }
+            | Slot::Cloning { .. }
+            | Slot::Booting { .. }
+            | Slot::Warm { .. }
+            | Slot::Claimed { .. }
+            | Slot::Recycling { .. }
+            | Slot::Quarantined { .. } => {}
+        }
+    }
+    actions
+}
+
+/// When to plan again if nothing happens before.
+pub fn next_wake(view: &View<'_>, now: Mono) -> Option<Mono> {
+    let due = |slot: &Slot| match slot {
+        Slot::Cold { rest, .. } => Some(*rest),
+        Slot::Warm { since, .. } => Some(*since + view.warm_age_max_ms),
+        Slot::Quarantined { until, .. } => Some(*until),
+        Slot::Cloning { .. } | Slot::Booting { .. } | Slot::Claimed { .. } | Slot::Recycling { .. } => None,
+    };
+    view.slots.iter().filter_map(due).filter(|at| *at > now).min()
+}
+
+/// The slots as the orchestrator knows them. A claim that waits takes a free slot from the offer: it will have it.
+pub fn views(slots: &[Slot], waiting: &[Waiting]) -> Vec<SlotView> {
+    let mut waiting = waiting.iter().map(|waiting| waiting.attempt);
+    let shown = |slot: &Slot| {
+        let (state, attempt, image) = match slot {
+            Slot::Cold { .. } => (SlotState::Cold, None, None),
+            Slot::Cloning { image, .. } => (SlotState::Cloning, None, Some(image)),
+            Slot::Booting { image, .. } => (SlotState::Booting, None, Some(image)),
+            Slot::Warm { image, .. } => (SlotState::Warm, None, Some(image)),
+            Slot::Claimed { image, attempt, .. } => (SlotState::Claimed, Some(*attempt), Some(image)),
+            Slot::Recycling { attempt, .. } => (SlotState::Recycling, *attempt, None),
+            Slot::Quarantined { attempt, .. } => (SlotState::Quarantined, *attempt, None),
+        };
+        SlotView { state, attempt, image: image.map(|image| image.0.clone()) }
+    };
+    let mut views: Vec<SlotView> = slots.iter().map(shown).collect();
+    for view in views.iter_mut().filter(|view| view.state.is_free()) {
+        match waiting.next() {
+            Some(attempt) => (view.state, view.attempt) = (SlotState::Claimed, Some(attempt)),
+            None => break,
+        }
+    }
+    views
+}
+
+/// The slot after its VM came to nothing and is gone.
+pub fn rested(faults: u32, now: Mono) -> Slot {
+    match faults {
+        0 => Slot::Cold { faults, rest: now },
+        1..FAULTS_MAX => Slot::Cold { faults, rest: now + RETRY_MS * u64::from(faults) },
+        _ => Slot::Quarantined { vm: None, attempt: None, until: now + QUARANTINE_MS, faults: 0 },
+    }
+}
+
+/// The slot after its VM would not go.
+pub fn stuck(vm: VmName, attempt: Option<AttemptRef>, faults: u32, now: Mono) -> Slot {
+    let wait = if faults < FAULTS_MAX { RETRY_MS } else { QUARANTINE_MS };
+    Slot::Quarantined { vm: Some(vm), attempt, until: now + wait, faults: faults + 1 }
+}
+
+fn pick(slots: &[Slot], used: &[bool], fits: impl Fn(&Slot) -> bool) -> Option<usize> {
+    slots.iter().enumerate().position(|(index, slot)| !used[index] && fits(slot))
+}
+
+fn is_warm(slot: &Slot, wanted: &ImageRef, view: &View<'_>, now: Mono) -> bool {
+    match slot {
+        Slot::Warm { image, since, .. } => image == wanted && now.since(*since) < view.warm_age_max_ms,
+        Slot::Cold { .. }
+        | Slot::Cloning { .. }
+        | Slot::Booting { .. }
+        | Slot::Claimed { .. }
+        | Slot::Recycling { .. }
+        | Slot::Quarantined { .. } => false,
+    }
+}
+
+fn is_coming(slot: &Slot, wanted: &ImageRef) -> bool {
+    match slot {
+        Slot::Cloning { image, .. } | Slot::Booting { image, .. } => image == wanted,
+        Slot::Cold { .. }
+        | Slot::Warm { .. }
+        | Slot::Claimed { .. }
+        | Slot::Recycling { .. }
+        | Slot::Quarantined { .. } => false,
+    }
+}
+
+fn is_rested(slot: &Slot, now: Mono) -> bool {
+    match slot {
+        Slot::Cold { rest, .. } => *rest <= now,
+        Slot::Cloning { .. }
+        | Slot::Booting { .. }
+        | Slot::Warm { .. }
+        | Slot::Claimed { .. }
+        | Slot::Recycling { .. }
+        | Slot::Quarantined { .. } => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::id::JobId;
+
+    use super::*;
+
+    const NOW: Mono = Mono(100_000);
+
+    fn image(name: &str) -> ImageRef {
+        ImageRef(name.into())
+    }
+    fn vm() -> VmName {
+        VmName::mint(1, 1)
+    }
+    fn cold() -> Slot {
+        Slot::Cold { faults: 0, rest: Mono(0) }
+    }
+    fn warm(name: &str, since: u64) -> Slot {
+        Slot::Warm { vm: vm(), image: image(name), since: Mono(since) }
+    }
+    fn booting(name: &str) -> Slot {
+        Slot::Booting { vm: vm(), image: image(name), faults: 0 }
+    }
+    fn claimed() -> Slot {
+        Slot::Claimed { vm: vm(), image: image("a"), attempt: attempt(9) }
+    }
+    fn attempt(n: u32) -> AttemptRef {
+        AttemptRef { job: JobId::from_raw(1), attempt: n }
+    }
+    fn wants(name: &str) -> Waiting {
+        Waiting { attempt: attempt(1), image: image(name) }
+    }
+
+    fn check(slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
+        let view = View { slots, waiting, image: &image("a"), warm_age_max_ms: 50_000 };
+        assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
+    }
+
+    #[test]
+    fn the_plan_of_each_view() {
+        use PoolAction::{Give, Make, Release, Unmake};
+        let make = |slot, name: &str| Make { slot, image: image(name) };
+        check(&[cold(), cold()], &[], &[make(0, "a"), make(1, "a")]);
+        check(&[warm("a", 99_000), claimed()], &[], &[]);
+        check(&[cold(), warm("a", 99_000)], &[wants("a")], &[Give { slot: 1, claim: 0 }, make(0, "a")]);
+        check(&[warm("a", 99_000)], &[wants("a"), wants("a")], &[Give { slot: 0, claim: 0 }]);
+        check(&[booting("a"), cold()], &[wants("a")], &[make(1, "a")]);
+        check(&[cold(), cold()], &[wants("b")], &[make(0, "b"), make(1, "a")]);
+        check(&[warm("a", 99_000), claimed()], &[wants("b")], &[Unmake { slot: 0 }]);
+        check(&[booting("a")], &[wants("b")], &[]);
+        check(&[warm("a", 1)], &[], &[Unmake { slot: 0 }]);
+        // A VM past its age is not given away either.
+        check(&[warm("a", 1)], &[wants("a")], &[Unmake { slot: 0 }]);
+        check(&[Slot::Cold { faults: 1, rest: NOW + 1 }], &[wants("a")], &[]);
+        let stuck_vm = |until| Slot::Quarantined { vm: Some(vm()), attempt: None, until, faults: 1 };
+        check(&[stuck_vm(NOW), stuck_vm(NOW + 1)], &[], &[Unmake { slot: 0 }]);
+        check(&[rested(3, Mono(0))], &[], &[Release { slot: 0 }]);
+    }
+
+    #[test]
+    fn the_pool_wakes_when_something_becomes_due() {
+        let image = image("a");
+        let wake =
+            |slots: &[Slot]| next_wake(&View { slots, waiting: &[], image: &image, warm_age_max_ms: 50_000 }, NOW);
+        assert_eq!(wake(&[claimed(), booting("a")]), None);
+        assert_eq!(wake(&[warm("a", 99_000), rested(1, NOW)]), Some(NOW + 1_000));
+        assert_eq!(wake(&[warm("a", 99_000)]), Some(Mono(149_000)));
+    }
+
+    #[test]
+    fn a_waiting_claim_takes_a_free_slot_from_the_offer() {
+        let shown = views(&[claimed(), booting("a"), cold()], &[wants("a")]);
+        let states: Vec<_> = shown.iter().map(|view| (view.state, view.attempt)).collect();
+        let taken = SlotState::Claimed;
+        assert_eq!(states, [(taken, Some(attempt(9))), (taken, Some(attempt(1))), (SlotState::Cold, None)]);
+    }
+
+    #[test]
+    fn faults_rest_a_slot_and_many_close_it() {
+        assert_eq!(rested(0, NOW), Slot::Cold { faults: 0, rest: NOW });
+        assert_eq!(rested(2, NOW), Slot::Cold { faults: 2, rest: NOW + 2_000 });
+        assert!(matches!(rested(3, NOW), Slot::Quarantined { vm: None, .. }));
+        assert!(!views(&[rested(3, NOW)], &[])[0].state.is_free());
+    }
+}

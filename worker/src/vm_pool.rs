@@ -1,0 +1,488 @@
+//! P: runs the slots: performs the plan's actions, gives VMs to attempts, destroys each after its one attempt.
+//!
+//! One task owns the slots. A claimed VM comes back when its [`Claimed`] is dropped, wherever and why ever that happens,
+//! so that neither an error nor a panic nor a dropped future leaks a slot.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use alloy_shared::env::{Env, Mono, backoff};
+use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::limits::{HELD_MAX, Limits, SLOTS_MAX};
+use alloy_shared::wire::session::SlotView;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::provider::{Guest, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, inbox_of};
+use crate::session::{Input, Inputs};
+use crate::vm_plan::{PoolAction, Slot, View, Waiting, next_wake, plan, rested, stuck, views};
+
+const RECLAIM_RETRY_CAP_MS: u64 = 15_000;
+
+/// What a pool is made of.
+pub struct PoolSetup {
+    pub env: Arc<dyn Env>,
+    pub limits: Limits,
+    pub provider: Arc<dyn VmProvider>,
+    pub inputs: Inputs,
+    /// Where the VMs' directories lie.
+    pub state_dir: PathBuf,
+    pub slots: usize,
+    /// What idle slots keep warm, and what a job without an image of its own gets.
+    pub image: ImageRef,
+}
+
+pub struct VmPool {
+    env: Arc<dyn Env>,
+    limits: Limits,
+    provider: Arc<dyn VmProvider>,
+    image: ImageRef,
+    asks: mpsc::Sender<Ask>,
+    freed: mpsc::Sender<Freed>,
+}
+
+/// A VM that one attempt has to itself. Dropping it destroys the VM and frees the slot.
+pub struct Claimed {
+    pub vm: VmName,
+    pub guest: Arc<dyn Guest>,
+    pub image: ImageRef,
+    pub digest: Digest,
+    /// What the guest sees read-only.
+    pub inbox: PathBuf,
+    /// True when the VM was waiting for the claim, and not the other way round.
+    pub hit: bool,
+    slot: usize,
+    freed: mpsc::Sender<Freed>,
+    gone: Option<oneshot::Sender<()>>,
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        // There is room for every slot and every claim, and each is sent once. A closed channel: the pool is gone.
+        let _pool_is_gone = self.freed.try_send(Freed::Slot { slot: self.slot, gone: self.gone.take() });
+    }
+}
+
+enum Ask {
+    Claim(Claim),
+    Close(oneshot::Sender<()>),
+}
+
+enum Freed {
+    Slot {
+        slot: usize,
+        gone: Option<oneshot::Sender<()>>,
+    },
+    /// A look at who still waits.
+    Claims,
+}
+
+struct Claim {
+    waiting: Waiting,
+    digest: Digest,
+    reply: oneshot::Sender<Result<Claimed, VmError>>,
+    waited: bool,
+}
+
+/// Tells the pool that a claim's future was dropped, so that its slot is offered again.
+struct Interest(mpsc::Sender<Freed>);
+
+impl Drop for Interest {
+    fn drop(&mut self) {
+        let _full_means_looking_anyway = self.0.try_send(Freed::Claims);
+    }
+}
+
+impl VmPool {
+    /// Destroys every VM that an earlier daemon left, then starts the slots. Nothing is offered before nothing is left:
+    /// two VMs of one job must never live.
+    pub async fn start(setup: PoolSetup) -> Arc<Self> {
+        reclaim(&setup).await;
+        let (asks, asked) = mpsc::channel(HELD_MAX);
+        let (freed, frees) = mpsc::channel(HELD_MAX + SLOTS_MAX);
+        let pool = Arc::new(Self {
+            env: Arc::clone(&setup.env),
+            limits: setup.limits.clone(),
+            provider: Arc::clone(&setup.provider),
+            image: setup.image.clone(),
+            asks,
+            freed: freed.clone(),
+        });
+        let env = Arc::clone(&setup.env);
+        let runner = Runner::new(setup, freed);
+        env.spawn("vm_pool", Box::pin(runner.run(asked, frees)));
+        pool
+    }
+
+    /// Takes a VM of this image (the worker's own if none is named), with the network policy in force.
+    pub async fn claim(
+        &self,
+        attempt: AttemptRef,
+        image: Option<&str>,
+        network: NetworkPolicy,
+    ) -> Result<Claimed, VmError> {
+        let image = image.map_or_else(|| self.image.clone(), |name| ImageRef(name.to_owned()));
+        // An image that nobody has is the asker's fault and not the slot's.
+        let digest = within(&self.env, self.limits.boot_ms, self.provider.pull(&image)).await?;
+        let (reply, answer) = oneshot::channel();
+        let claim = Claim { waiting: Waiting { attempt, image }, digest, reply, waited: false };
+        let interest = Interest(self.freed.clone());
+        self.asks.send(Ask::Claim(claim)).await.map_err(|_| gone())?;
+        let claimed = within(&self.env, self.limits.boot_ms, async { answer.await.map_err(|_| gone())? }).await?;
+        drop(interest);
+        within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await?;
+        Ok(claimed)
+    }
+
+    /// Gives a VM back and returns when it is gone. If it will not go, the slot stays closed and this returns anyway.
+    pub async fn release(&self, mut claimed: Claimed) {
+        let (gone, when_gone) = oneshot::channel();
+        claimed.gone = Some(gone);
+        drop(claimed);
+        tokio::select! {
+            biased;
+            _ = when_gone => {}
+            () = self.env.sleep_until(self.env.now().mono + self.limits.boot_ms) => {}
+        }
+    }
+
+    /// Destroys every VM that no attempt has and makes no more. Returns when that is done.
+    pub async fn close(&self) {
+        let (reply, done) = oneshot::channel();
+        if self.asks.send(Ask::Close(reply)).await.is_ok() {
+            // The pool's task may have ended with the daemon's other tasks; the guards kill what it left.
+            let _ended = done.await;
+        }
+    }
+}
+
+fn gone() -> VmError {
+    VmError::farm(VmFault::Lost, "the pool has ended")
+}
+
+async fn within<T>(
+    env: &Arc<dyn Env>,
+    ms: u64,
+    work: impl Future<Output = Result<T, VmError>> + Send,
+) -> Result<T, VmError> {
+    tokio::select! {
+        biased;
+        done = work => done,
+        () = env.sleep_until(env.now().mono + ms) => {
+            Err(VmError::farm(VmFault::Start, format!("it took more than {ms} ms")))
+        }
+    }
+}
+
+async fn reclaim(setup: &PoolSetup) {
+    let mut tries = 0;
+    loop {
+        match reclaim_once(setup).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(%error, "a VM of an earlier run is still there; no slot is offered until it is gone");
+                let wait = backoff(tries, 1_000, RECLAIM_RETRY_CAP_MS, setup.env.dice());
+                setup.env.sleep_until(setup.env.now().mono + wait).await;
+                tries += 1;
+            }
+        }
+    }
+}
+
+async fn reclaim_once(setup: &PoolSetup) -> Result<(), VmError> {
+    for vm in within(&setup.env, setup.limits.boot_ms, setup.provider.list()).await? {
+        tracing::info!(vm.id = %vm, "destroying a VM that an earlier run left");
+        within(&setup.env, setup.limits.boot_ms, setup.provider.destroy(&vm)).await?;
+    }
+    Ok(())
+}
+
+/// The end of an action.
+enum Done {
+    Cloned { slot: usize, digest: Result<Digest, VmError> },
+    Booted { slot: usize, digest: Digest, guest: Result<Arc<dyn Guest>, VmError> },
+    Destroyed { slot: usize, result: Result<(), VmError> },
+}
+
+/// The live part of a slot that has a VM.
+type Running = Option<(Arc<dyn Guest>, Digest)>;
+
+struct Runner {
+    setup: PoolSetup,
+    freed: mpsc::Sender<Freed>,
+    nonce: u32,
+    made: u64,
+    slots: Vec<Slot>,
+    running: Vec<Running>,
+    /// Who waits until a slot's VM is gone.
+    leaving: Vec<Option<oneshot::Sender<()>>>,
+    claims: Vec<Claim>,
+    work: FuturesUnordered<BoxFuture<'static, Done>>,
+    shown: Vec<SlotView>,
+    closing: Option<oneshot::Sender<()>>,
+}
+
+impl Runner {
+    fn new(setup: PoolSetup, freed: mpsc::Sender<Freed>) -> Self {
+        let count = setup.slots.clamp(1, SLOTS_MAX);
+        Self {
+            nonce: setup.env.dice() as u32,
+            made: 0,
+            slots: vec![Slot::Cold { faults: 0, rest: Mono(0) }; count],
+            running: (0..count).map(|_| None).collect(),
+            leaving: (0..count).map(|_| None).collect(),
+            claims: Vec::new(),
+            work: FuturesUnordered::new(),
+            shown: Vec::new(),
+            closing: None,
+            setup,
+            freed,
+        }
+    }
+
+    async fn run(mut self, mut asked: mpsc::Receiver<Ask>, mut frees: mpsc::Receiver<Freed>) {
+        loop {
+            let wake = self.turn();
+            self.publish().await;
+            if self.closing.is_some() && self.work.is_empty() && self.running.iter().all(Option::is_none) {
+                if let Some(reply) = self.closing.take() {
+                    let _nobody_waits = reply.send(());
+                }
+                return;
+            }
+            let env = Arc::clone(&self.setup.env);
+            tokio::select! {
+                biased;
+                freed = frees.recv() => match freed {
+                    Some(Freed::Slot { slot, gone }) => self.take_back(slot, gone),
+                    Some(Freed::Claims) => self.claims.retain(|claim| !claim.reply.is_closed()),
+                    None => return,
+                },
+                ask = asked.recv(), if self.closing.is_none() => match ask {
+                    Some(Ask::Claim(claim)) => self.claims.push(claim),
+                    Some(Ask::Close(reply)) => self.closing = Some(reply),
+                    None => return,
+                },
+                done = self.work.next(), if !self.work.is_empty() => if let Some(done) = done {
+                    self.finish(done);
+                },
+                () = sleep(&env, wake) => {}
+            }
+        }
+    }
+
+    /// Performs the plan until it has nothing more to do. Returns when it will have.
+    fn turn(&mut self) -> Option<Mono> {
+        let now = self.setup.env.now().mono;
+        if self.closing.is_some() {
+            self.claims.clear();
+            for slot in 0..self.slots.len() {
+                if let Slot::Warm { .. } = self.slots[slot] {
+                    self.destroy(slot, None, 0);
+                }
+            }
+            return None;
+        }
+        loop {
+            let waiting: Vec<Waiting> = self.claims.iter().map(|claim| claim.waiting.clone()).collect();
+            let view = View {
+                slots: &self.slots,
+                waiting: &waiting,
+                image: &self.setup.image,
+                warm_age_max_ms: self.setup.limits.warm_age_max_ms,
+            };
+            let actions = plan(&view, now);
+            if actions.is_empty() {
+                let wake = next_wake(&view, now);
+                self.claims.iter_mut().for_each(|claim| claim.waited = true);
+                return wake;
+            }
+            self.perform(actions, now);
+        }
+    }
+
+    fn perform(&mut self, actions: Vec<PoolAction>, now: Mono) {
+        let mut claims: Vec<Option<Claim>> = self.claims.drain(..).map(Some).collect();
+        for action in actions {
+            match action {
+                PoolAction::Make { slot, image } => self.make(slot, image),
+                PoolAction::Unmake { slot } => {
+                    let (attempt, faults) = match &self.slots[slot] {
+                        Slot::Quarantined { attempt, faults, .. } => (*attempt, *faults),
+                        Slot::Cold { .. }
+                        | Slot::Cloning { .. }
+                        | Slot::Booting { .. }
+                        | Slot::Warm { .. }
+                        | Slot::Claimed { .. }
+                        | Slot::Recycling { .. } => (None, 0),
+                    };
+                    self.destroy(slot, attempt, faults);
+                }
+                PoolAction::Release { slot } => self.slots[slot] = Slot::Cold { faults: 0, rest: now },
+                PoolAction::Give { slot, claim } => {
+                    if let Some(claim) = claims.get_mut(claim).and_then(Option::take) {
+                        self.give(slot, claim);
+                    }
+                }
+            }
+        }
+        self.claims = claims.into_iter().flatten().collect();
+    }
+
+    fn give(&mut self, slot: usize, claim: Claim) {
+        let (Slot::Warm { vm, image, .. }, Some((guest, digest))) = (&self.slots[slot], &self.running[slot]) else {
+            return;
+        };
+        let claimed = Claimed {
+            vm: vm.clone(),
+            guest: Arc::clone(guest),
+            image: image.clone(),
+            digest: *digest,
+            inbox: inbox_of(&self.setup.state_dir, vm),
+            hit: !claim.waited,
+            slot,
+            freed: self.freed.clone(),
+            gone: None,
+        };
+        self.slots[slot] = Slot::Claimed { vm: vm.clone(), image: image.clone(), attempt: claim.waiting.attempt };
+        // A claimer that is gone drops the VM, which brings it back here.
+        let _claimer_is_gone = claim.reply.send(Ok(claimed));
+    }
+
+    fn make(&mut self, slot: usize, image: ImageRef) {
+        let faults = match &self.slots[slot] {
+            Slot::Cold { faults, .. } => *faults,
+            Slot::Cloning { .. }
+            | Slot::Booting { .. }
+            | Slot::Warm { .. }
+            | Slot::Claimed { .. }
+            | Slot::Recycling { .. }
+            | Slot::Quarantined { .. } => return,
+        };
+        self.made += 1;
+        let vm = VmName::mint(self.nonce, self.made);
+        let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.digest);
+        let (env, provider, ms) =
+            (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
+        let name = vm.clone();
+        self.slots[slot] = Slot::Cloning { vm, image: image.clone(), faults };
+        self.work.push(Box::pin(async move {
+            let digest = within(&env, ms, async {
+                let digest = match known {
+                    Some(digest) => digest,
+                    None => provider.pull(&image).await?,
+                };
+                provider.create(&name, &digest, &Shape::default()).await.map(|()| digest)
+            });
+            Done::Cloned { slot, digest: digest.await }
+        }));
+    }
+
+    fn boot(&mut self, slot: usize, digest: Digest) {
+        let Slot::Cloning { vm, image, faults } = &self.slots[slot] else { return };
+        let (vm, image, faults) = (vm.clone(), image.clone(), *faults);
+        let inbox = inbox_of(&self.setup.state_dir, &vm);
+        let (env, provider, ms) =
+            (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
+        self.slots[slot] = Slot::Booting { vm: vm.clone(), image, faults };
+        self.work.push(Box::pin(async move {
+            Done::Booted { slot, digest, guest: within(&env, ms, provider.boot(&vm, &inbox)).await }
+        }));
+    }
+
+    /// Destroys what is in the slot. It keeps its attempt until the VM is gone.
+    fn destroy(&mut self, slot: usize, attempt: Option<AttemptRef>, faults: u32) {
+        let vm = match &self.slots[slot] {
+            Slot::Cloning { vm, .. }
+            | Slot::Booting { vm, .. }
+            | Slot::Warm { vm, .. }
+            | Slot::Claimed { vm, .. }
+            | Slot::Quarantined { vm: Some(vm), .. } => vm.clone(),
+            Slot::Cold { .. } | Slot::Recycling { .. } | Slot::Quarantined { vm: None, .. } => return,
+        };
+        self.running[slot] = None;
+        let (env, provider, ms) =
+            (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
+        let name = vm.clone();
+        self.slots[slot] = Slot::Recycling { vm, attempt, faults };
+        self.work.push(Box::pin(async move {
+            Done::Destroyed { slot, result: within(&env, ms, provider.destroy(&name)).await }
+        }));
+    }
+
+    fn take_back(&mut self, slot: usize, gone: Option<oneshot::Sender<()>>) {
+        if let Slot::Claimed { attempt, .. } = self.slots[slot] {
+            self.leaving[slot] = gone;
+            self.destroy(slot, Some(attempt), 0);
+        }
+    }
+
+    fn finish(&mut self, done: Done) {
+        let now = self.setup.env.now().mono;
+        match done {
+            Done::Cloned { slot, digest: Ok(digest) } => self.boot(slot, digest),
+            Done::Booted { slot, digest, guest: Ok(guest) } => {
+                if let Slot::Booting { vm, image, .. } = &self.slots[slot] {
+                    self.slots[slot] = Slot::Warm { vm: vm.clone(), image: image.clone(), since: now };
+                    self.running[slot] = Some((guest, digest));
+                }
+            }
+            Done::Cloned { slot, digest: Err(error) } | Done::Booted { slot, guest: Err(error), .. } => {
+                self.failed(slot, error);
+            }
+            Done::Destroyed { slot, result } => {
+                let Slot::Recycling { vm, attempt, faults } = self.slots[slot].clone() else { return };
+                match result {
+                    Ok(()) => {
+                        self.slots[slot] = rested(faults, now);
+                        if let Some(gone) = self.leaving[slot].take() {
+                            let _nobody_waits = gone.send(());
+                        }
+                    }
+                    Err(error) => {
+                        tracing::error!(vm.id = %vm, %error, "a VM cannot be destroyed; its slot is closed until it is gone");
+                        self.slots[slot] = stuck(vm, attempt, faults, now);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A VM did not come: whoever waits for its image hears why and may go to another worker.
+    fn failed(&mut self, slot: usize, error: VmError) {
+        let (image, faults) = match &self.slots[slot] {
+            Slot::Cloning { image, faults, .. } | Slot::Booting { image, faults, .. } => (image.clone(), *faults),
+            Slot::Cold { .. }
+            | Slot::Warm { .. }
+            | Slot::Claimed { .. }
+            | Slot::Recycling { .. }
+            | Slot::Quarantined { .. } => return,
+        };
+        tracing::warn!(%image, %error, "a VM did not start");
+        if let Some(index) = self.claims.iter().position(|claim| claim.waiting.image == image) {
+            let _claimer_is_gone = self.claims.remove(index).reply.send(Err(error));
+        }
+        self.destroy(slot, None, faults + 1);
+    }
+
+    async fn publish(&mut self) {
+        let waiting: Vec<Waiting> = self.claims.iter().map(|claim| claim.waiting.clone()).collect();
+        let shown = views(&self.slots, &waiting);
+        if shown != self.shown {
+            self.shown.clone_from(&shown);
+            // The session ends before the pool when the daemon stops.
+            let _session_is_gone = self.setup.inputs.send(Input::Slots(shown)).await;
+        }
+    }
+}
+
+async fn sleep(env: &Arc<dyn Env>, until: Option<Mono>) {
+    match until {
+        Some(at) => env.sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,242 @@
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Mutex;
+
+use alloy_shared::id::JobId;
+use alloy_shared::runtime::SystemEnv;
+use alloy_shared::wire::session::SlotState;
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::*;
+use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image};
+
+/// VMs that are only names, and faults on demand.
+#[derive(Default)]
+struct Fake {
+    alive: Mutex<BTreeSet<VmName>>,
+    seen: Mutex<Vec<String>>,
+    boots_fail: Mutex<u32>,
+    destroys_fail: Mutex<u32>,
+    unrestricted: Mutex<bool>,
+}
+
+struct NoGuest;
+
+fn fault(left: &Mutex<u32>, what: VmFault) -> Result<(), VmError> {
+    let mut left = left.lock().unwrap();
+    match *left {
+        0 => Ok(()),
+        _ => {
+            *left -= 1;
+            Err(VmError::farm(what, "on demand"))
+        }
+    }
+}
+
+#[async_trait]
+impl VmProvider for Fake {
+    async fn list(&self) -> Result<Vec<VmName>, VmError> {
+        Ok(self.alive.lock().unwrap().iter().cloned().collect())
+    }
+    async fn images(&self) -> Result<Vec<Image>, VmError> {
+        Ok(vec![])
+    }
+    async fn pull(&self, image: &ImageRef) -> Result<Digest, VmError> {
+        match image.0.as_str() {
+            "absent" => Err(VmError::policy(VmFault::NoImage, "absent")),
+            name => Ok(Digest::of(name.as_bytes())),
+        }
+    }
+    async fn create(&self, vm: &VmName, _: &Digest, _: &Shape) -> Result<(), VmError> {
+        assert!(self.alive.lock().unwrap().insert(vm.clone()), "a name is never used twice");
+        Ok(())
+    }
+    async fn boot(&self, _: &VmName, _: &Path) -> Result<Arc<dyn Guest>, VmError> {
+        fault(&self.boots_fail, VmFault::Start)?;
+        Ok(Arc::new(NoGuest))
+    }
+    async fn restrict(&self, _: &VmName, _: &NetworkPolicy) -> Result<(), VmError> {
+        match *self.unrestricted.lock().unwrap() {
+            true => Err(VmError::farm(VmFault::Network, "not in force")),
+            false => Ok(()),
+        }
+    }
+    async fn destroy(&self, vm: &VmName) -> Result<(), VmError> {
+        fault(&self.destroys_fail, VmFault::Destroy)?;
+        self.alive.lock().unwrap().remove(vm);
+        self.seen.lock().unwrap().push(format!("destroyed {vm}"));
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Guest for NoGuest {
+    fn workspace(&self) -> &str {
+        "/work"
+    }
+    async fn unpack(&self, _: &str, _: &str) -> Result<(), VmError> {
+        Ok(())
+    }
+    async fn exec(&self, _: &Command) -> Result<Exec, VmError> {
+        Err(VmError::farm(VmFault::Lost, "no guest"))
+    }
+    async fn read(&self, _: &str, _: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
+        Err(VmError::farm(VmFault::Lost, "no guest"))
+    }
+    async fn list(&self, _: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
+        Ok(vec![])
+    }
+}
+
+struct Rig {
+    fake: Arc<Fake>,
+    pool: Arc<VmPool>,
+    inputs: mpsc::Receiver<Input>,
+}
+
+impl Rig {
+    async fn new(slots: usize, fake: Fake) -> Self {
+        let fake = Arc::new(fake);
+        let (tx, inputs) = mpsc::channel(1_000);
+        let setup = PoolSetup {
+            env: Arc::new(SystemEnv::detached()),
+            limits: Limits::default(),
+            provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
+            inputs: tx,
+            state_dir: "/state".into(),
+            slots,
+            image: ImageRef("own".into()),
+        };
+        Self { fake, pool: VmPool::start(setup).await, inputs }
+    }
+
+    async fn claim(&self, n: u32) -> Result<Claimed, VmError> {
+        self.pool.claim(attempt(n), None, NetworkPolicy::Default).await
+    }
+
+    /// Waits until the published slots are these, in any order, and returns nothing else.
+    async fn slots(&mut self, expected: &[(SlotState, Option<u32>)]) {
+        let mut expected: Vec<_> = expected.iter().map(|(state, n)| (*state, n.map(attempt))).collect();
+        expected.sort();
+        let look = async {
+            loop {
+                if let Some(Input::Slots(slots)) = self.inputs.recv().await {
+                    let mut seen: Vec<_> = slots.iter().map(|slot| (slot.state, slot.attempt)).collect();
+                    seen.sort();
+                    if seen == expected {
+                        return;
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), look).await.expect("the slots came to this");
+    }
+}
+
+fn attempt(n: u32) -> AttemptRef {
+    AttemptRef { job: JobId::from_raw(1), attempt: n }
+}
+
+#[tokio::test]
+async fn what_an_earlier_daemon_left_is_gone_before_slots_are_offered() {
+    let old = VmName::parse("alloy-old-1").unwrap();
+    let fake = Fake { alive: Mutex::new([old.clone()].into()), destroys_fail: Mutex::new(1), ..Fake::default() };
+    let mut rig = Rig::new(1, fake).await;
+    assert_eq!(*rig.fake.seen.lock().unwrap(), [format!("destroyed {old}")]);
+    rig.slots(&[(SlotState::Warm, None)]).await;
+}
+
+#[tokio::test]
+async fn a_waiting_vm_is_a_hit_and_serves_one_attempt() {
+    let mut rig = Rig::new(2, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+    let claimed = rig.claim(1).await.unwrap();
+    let first = claimed.vm.clone();
+    assert!(claimed.hit && claimed.inbox.starts_with("/state"));
+    rig.slots(&[(SlotState::Claimed, Some(1)), (SlotState::Warm, None)]).await;
+    rig.pool.release(claimed).await;
+    assert!(!rig.fake.alive.lock().unwrap().contains(&first));
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+}
+
+#[tokio::test]
+async fn a_dropped_or_panicking_owner_frees_the_slot() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    drop(rig.claim(1).await.unwrap());
+    rig.slots(&[(SlotState::Recycling, Some(1))]).await;
+    let claimed = rig.claim(2).await.unwrap();
+    let owner = async move {
+        let _held = claimed;
+        panic!("on purpose");
+    };
+    let ended: Result<(), _> = futures_util::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(owner)).await;
+    assert!(ended.is_err());
+    rig.claim(3).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_claim_that_is_given_up_is_forgotten() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    let (held, pool) = (rig.claim(1).await.unwrap(), Arc::clone(&rig.pool));
+    let mut second = std::pin::pin!(pool.claim(attempt(2), None, NetworkPolicy::Default));
+    assert!(futures_util::poll!(&mut second).is_pending());
+    second.set(pool.claim(attempt(3), None, NetworkPolicy::Default));
+    drop(held);
+    let third = second.await.unwrap();
+    assert!(!third.hit);
+    rig.slots(&[(SlotState::Claimed, Some(3))]).await;
+}
+
+#[tokio::test]
+async fn a_vm_that_does_not_start_is_told_to_the_claim_and_costs_no_slot() {
+    let fake = Fake { boots_fail: Mutex::new(1), ..Fake::default() };
+    let mut rig = Rig::new(1, fake).await;
+    let failed = rig.claim(1).await.map(|_| ());
+    // The spare may have failed before the claim came; then the next VM serves it.
+    assert!(failed.is_ok() || failed.is_err_and(|error| error.what == VmFault::Start));
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    rig.claim(2).await.unwrap();
+}
+
+#[tokio::test]
+async fn refusals_are_not_the_slots_fault() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    let absent = rig.pool.claim(attempt(1), Some("absent"), NetworkPolicy::Default).await.map(|_| ());
+    assert_eq!(absent.unwrap_err().what, VmFault::NoImage);
+    *rig.fake.unrestricted.lock().unwrap() = true;
+    let open = rig.claim(2).await.map(|_| ());
+    assert_eq!(open.unwrap_err().what, VmFault::Network);
+    *rig.fake.unrestricted.lock().unwrap() = false;
+    // The VM whose policy was in doubt is not used for anybody else.
+    rig.slots(&[(SlotState::Recycling, Some(2))]).await;
+    rig.claim(3).await.unwrap();
+}
+
+#[tokio::test]
+async fn another_image_takes_the_place_of_a_spare() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    let claimed = rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await.unwrap();
+    assert_eq!((claimed.image.0.as_str(), claimed.digest, claimed.hit), ("other", Digest::of(b"other"), false));
+}
+
+#[tokio::test]
+async fn a_vm_that_will_not_go_closes_its_slot_until_it_is_gone() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    let claimed = rig.claim(1).await.unwrap();
+    *rig.fake.destroys_fail.lock().unwrap() = 1;
+    drop(claimed);
+    rig.slots(&[(SlotState::Quarantined, Some(1))]).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+}
+
+#[tokio::test]
+async fn close_destroys_what_nobody_has() {
+    let mut rig = Rig::new(2, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+    rig.pool.close().await;
+    assert!(rig.fake.alive.lock().unwrap().is_empty());
+    assert!(rig.claim(1).await.is_err());
+}
