@@ -1,0 +1,177 @@
+//! Alloy and its peers, measured side by side in one run: A-B-A-B, with the machine's floors recorded in every round. A round
+//! in which a floor moved by more than twice is thrown away and repeated. A peer that is not there is "not measured".
+
+pub mod floors;
+pub mod idle;
+pub mod path;
+pub mod peers;
+pub mod report;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::farm::{Farm, Setup};
+use crate::observe::now;
+use floors::Floors;
+use report::{Better, Report, Row};
+
+/// Rounds may be repeated this often in all, then the machine is too busy and the report says so.
+const REPEATS_MAX: usize = 6;
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    pub rounds: usize,
+    /// Smaller counts, to see that it works.
+    pub quick: bool,
+    pub out: PathBuf,
+    /// Only cases whose name contains this.
+    pub only: Option<String>,
+}
+
+/// Milliseconds since `from`.
+pub fn ms(from: std::time::Instant) -> f64 {
+    from.elapsed().as_secs_f64() * 1e3
+}
+
+pub async fn run(options: &Options) -> Result<Report> {
+    let mut report = Report::new(options);
+    let wants = |name: &str| options.only.as_deref().is_none_or(|only| name.contains(only));
+    if wants("hello") {
+        report.rows.extend(hello(options, &mut report.floors).await?);
+    }
+    if wants("log") {
+        report.rows.push(log(options, &mut report.floors).await?);
+    }
+    if wants("submit") {
+        report.rows.push(submit(options).await?);
+    }
+    if wants("idle") {
+        report.rows.extend(idle::rows(options).await?);
+    }
+    report.save(&options.out)?;
+    Ok(report)
+}
+
+/// Calls `round` until there are enough that the floors held still in.
+async fn rounds(
+    options: &Options,
+    floors: &mut Vec<Floors>,
+    mut round: impl AsyncFnMut() -> Result<()>,
+) -> Result<usize> {
+    let (mut kept, mut repeats) = (0, 0);
+    while kept < options.rounds {
+        let before = floors::measure()?;
+        round().await?;
+        let after = floors::measure()?;
+        let moved = before.moved(&after);
+        floors.extend([before, after]);
+        if moved && repeats < REPEATS_MAX {
+            repeats += 1;
+            continue;
+        }
+        kept += 1;
+    }
+    Ok(repeats)
+}
+
+/// Submit to the first byte of output of `echo hi`, and the wall time of `alloy run -c true`.
+async fn hello(options: &Options, floors: &mut Vec<Floors>) -> Result<Vec<Row>> {
+    let farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1 }).await?;
+    let slurm = peers::Slurm::start(&farm.scratch("slurm")?).await?;
+    let spooler = peers::Spooler::find(&farm.scratch("tsp")?);
+    let tries = if options.quick { 5 } else { 40 };
+    let api = farm.api();
+    let mut first = Row::new("submit → first output of `echo hi`", "ms", Better::Lower, "at most 1/5 of srun");
+    let mut run = Row::new("`alloy run -c true`, wall time", "ms", Better::Lower, "under 60 ms");
+    path::hello(&api).await?;
+    let repeats = rounds(options, floors, async || {
+        let mut ours = Vec::new();
+        let mut cli = Vec::new();
+        for _ in 0..tries {
+            ours.push(path::hello(&api).await?);
+        }
+        first.ours(ours);
+        first.peer("srun (slurm)", timed(tries, slurm.as_ref().map(peers::Slurm::hello))?);
+        first.peer("tsp (task-spooler)", timed(tries, spooler.as_ref().map(peers::Spooler::hello))?);
+        for _ in 0..tries {
+            let started = now();
+            let out = crate::farm::output(farm.alloy(&["run", "-c", "true"])).await?;
+            cli.push(ms(started));
+            anyhow::ensure!(out.status.success(), "alloy run: {}", String::from_utf8_lossy(&out.stderr));
+        }
+        run.ours(cli);
+        Ok(())
+    })
+    .await?;
+    first.note = format!("one worker, one client, {repeats} rounds repeated");
+    Ok(vec![first, run])
+}
+
+/// Runs a peer's command until its first byte of output, so often.
+fn timed(tries: usize, command: Option<impl Fn() -> std::process::Command>) -> Result<Option<Vec<f64>>> {
+    let Some(command) = command else { return Ok(None) };
+    (0..tries).map(|_| peers::until_first_byte(command())).collect::<Result<Vec<_>>>().map(Some)
+}
+
+/// One job's output to one follower, against a pipe and ssh.
+async fn log(options: &Options, floors: &mut Vec<Floors>) -> Result<Row> {
+    let bytes: u64 = if options.quick { 64 << 20 } else { 1 << 30 };
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let file = farm.scratch("log")?.join("bytes");
+    path::fill(&file, bytes)?;
+    let ssh = peers::Ssh::start(&farm.scratch("ssh")?)?;
+    let api = farm.api();
+    let mut row =
+        Row::new("log of 1 GiB to one follower", "MB/s", Better::Higher, "at least 0.3 of the pipe, faster than ssh");
+    let rate = |seconds: f64| bytes as f64 / 1e6 / seconds;
+    let repeats = rounds(options, floors, async || {
+        row.ours(vec![rate(path::log(&api, &file, bytes).await?)]);
+        row.peer("raw pipe", Some(vec![rate(peers::drain(peers::cat(&file), bytes)?)]));
+        row.peer(
+            "ssh localhost cat",
+            match &ssh {
+                Some(ssh) => Some(vec![rate(peers::drain(ssh.cat(&file), bytes)?)]),
+                None => None,
+            },
+        );
+        Ok(())
+    })
+    .await?;
+    row.note = format!("{bytes} bytes, page cache warm, sums compared, {repeats} rounds repeated");
+    Ok(row)
+}
+
+/// Submits over HTTP, durable, by many clients at once; afterwards everything acknowledged must exist.
+async fn submit(options: &Options) -> Result<Row> {
+    let mut farm = Farm::start(Setup { workers: 0, ..Setup::default() }).await?;
+    farm.leaves_live_jobs = true;
+    let mut row = Row::new("submit over HTTP, 64 clients", "jobs/s", Better::Higher, "told, no aim");
+    let each = Duration::from_secs(if options.quick { 1 } else { 5 });
+    // One token is held to a number of calls a second: every client has its own.
+    let mut clients = Vec::new();
+    for number in 0..64 {
+        clients.push(path::client(&farm.api(), number).await?);
+    }
+    let mut acknowledged = Vec::new();
+    for _ in 0..options.rounds {
+        let started = now();
+        let ids = path::submit_for(&clients, each).await?;
+        row.ours(vec![ids.len() as f64 / started.elapsed().as_secs_f64()]);
+        acknowledged.extend(ids);
+    }
+    farm.kill_orchestrator();
+    farm.start_orchestrator().await?;
+    let there = path::all_jobs(&farm.api()).await?;
+    let lost = acknowledged.iter().filter(|id| !there.contains(*id)).count();
+    anyhow::ensure!(lost == 0, "{lost} of {} acknowledged jobs are gone after kill -9", acknowledged.len());
+    row.note = format!("{} jobs, each still there after kill -9", acknowledged.len());
+    Ok(row)
+}
+
+/// Where the report goes unless it is said: cargo's target directory.
+pub fn default_out() -> PathBuf {
+    let exe = std::env::current_exe().unwrap_or_default();
+    exe.ancestors().nth(2).unwrap_or(Path::new("target")).join("bench")
+}

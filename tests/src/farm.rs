@@ -1,0 +1,361 @@
+//! A farm of real processes on loopback ports in one temporary directory. Dropping it stops it in order and checks that
+//! nothing is left: no process, no VM directory, no live job that the test did not declare.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::observe::{Api, is_terminal, until, until_blocking};
+use crate::process::{Daemon, processes_in, signal};
+
+/// How long a daemon may take to stop. Longer than its own grace.
+const STOP: Duration = Duration::from_secs(40);
+
+/// What a test wants of its farm.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub workers: usize,
+    pub slots: usize,
+    /// Divides the lease timings.
+    pub time_scale: u64,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { workers: 1, slots: 2, time_scale: 1 }
+    }
+}
+
+pub struct Farm {
+    dir: TempDir,
+    setup: Setup,
+    address: SocketAddr,
+    token: String,
+    orchestrator: Option<Daemon>,
+    workers: Vec<Option<Daemon>>,
+    /// The test leaves jobs behind on purpose.
+    pub leaves_live_jobs: bool,
+}
+
+impl Farm {
+    /// Starts the orchestrator and the workers, and waits until every slot is announced.
+    pub async fn start(setup: Setup) -> Result<Farm> {
+        let mut farm = Farm::orchestrator_only(setup).await?;
+        for number in 0..farm.setup.workers {
+            farm.enrol(number).await?;
+            farm.workers.push(None);
+            farm.start_worker(number)?;
+        }
+        farm.all_connected().await;
+        Ok(farm)
+    }
+
+    /// An orchestrator without a worker.
+    pub async fn orchestrator_only(setup: Setup) -> Result<Farm> {
+        let dir = tempfile::Builder::new().prefix("alloy-farm-").tempdir()?;
+        fs::create_dir(dir.path().join("logs"))?;
+        fs::create_dir(dir.path().join("home"))?;
+        let mut farm = Farm {
+            dir,
+            setup,
+            address: "127.0.0.1:0".parse()?,
+            token: String::new(),
+            orchestrator: None,
+            workers: Vec::new(),
+            leaves_live_jobs: false,
+        };
+        farm.start_orchestrator().await?;
+        Ok(farm)
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// The administrator's view.
+    pub fn api(&self) -> Api {
+        Api::new(&self.url(), Some(&self.token))
+    }
+
+    pub fn farm_dir(&self) -> PathBuf {
+        self.dir().join("data").join("farm")
+    }
+
+    pub fn worker_dir(&self, number: usize) -> PathBuf {
+        self.dir().join(format!("worker-{number}"))
+    }
+
+    /// A directory for a test's own files.
+    pub fn scratch(&self, name: &str) -> Result<PathBuf> {
+        let path = self.dir().join("scratch").join(name);
+        fs::create_dir_all(&path)?;
+        Ok(path)
+    }
+
+    /// One of our programs, in an environment that has nothing of the machine's but its `PATH`.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = isolated(&bin_dir().join(program), self.dir());
+        command.env("ALLOY_TIME_SCALE", self.setup.time_scale.to_string());
+        command
+    }
+
+    /// `alloy ARGS`, talking to this farm, in the scratch directory.
+    pub fn alloy(&self, args: &[&str]) -> Command {
+        let mut command = self.command("alloy");
+        command.args(args).env("ORCHESTRATOR_URL", self.url()).env("ALLOY_TOKEN", &self.token);
+        command.current_dir(self.dir().join("home"));
+        command
+    }
+
+    pub fn orchestrator_command(&self, listen: SocketAddr) -> Command {
+        let mut command = self.command("orchestrator");
+        command.arg("--data-dir").arg(self.dir().join("data")).arg("--listen").arg(listen.to_string());
+        command
+    }
+
+    /// Starts it, on the port that it had before if it had one.
+    pub async fn start_orchestrator(&mut self) -> Result<()> {
+        ensure!(self.orchestrator.is_none(), "it runs");
+        let mut daemon =
+            Daemon::start("orchestrator", self.orchestrator_command(self.address), &self.log("orchestrator"))?;
+        let dir = self.farm_dir();
+        let found = until("the orchestrator has written its address", async || {
+            if let Some(status) = daemon.has_ended() {
+                return Ok(Some(Err(anyhow::anyhow!("the orchestrator ended: {status}\n{}", daemon.log_text()))));
+            }
+            Ok(told_address(&daemon.log_text()).zip(read_token(&dir)).map(Ok))
+        })
+        .await;
+        let (address, token) = found?;
+        (self.address, self.token) = (address, token);
+        self.orchestrator = Some(daemon);
+        let open = Api::new(&self.url(), None);
+        until("the orchestrator is ready", async || {
+            let answer = open.request(reqwest::Method::GET, "/readyz").send().await?;
+            Ok(answer.status().is_success().then_some(()))
+        })
+        .await;
+        Ok(())
+    }
+
+    /// Invites and joins a worker; its key lies in its own state directory.
+    pub async fn enrol(&self, number: usize) -> Result<()> {
+        let invite = self.api().post("/v1/workers/invites", &serde_json::json!({})).await?;
+        let token = invite["token"].as_str().context("an invitation has a token")?;
+        let mut join = self.command("worker");
+        join.arg("join").arg(self.url()).arg(token).args(["--name", &format!("mini-{number}")]);
+        join.arg("--state-dir").arg(self.worker_dir(number));
+        let out = join.output()?;
+        ensure!(out.status.success(), "worker join: {}", String::from_utf8_lossy(&out.stderr));
+        Ok(())
+    }
+
+    pub fn start_worker(&mut self, number: usize) -> Result<()> {
+        ensure!(self.workers[number].is_none(), "it runs");
+        let mut run = self.command("worker");
+        run.arg("run").arg("--state-dir").arg(self.worker_dir(number));
+        run.args(["--provider", "host", "--slots", &self.setup.slots.to_string()]);
+        let name = format!("worker-{number}");
+        self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);
+        Ok(())
+    }
+
+    pub fn worker(&mut self, number: usize) -> &mut Daemon {
+        self.workers[number].as_mut().expect("this worker runs")
+    }
+
+    pub fn orchestrator(&mut self) -> &mut Daemon {
+        self.orchestrator.as_mut().expect("the orchestrator runs")
+    }
+
+    /// `kill -9`.
+    pub fn kill_worker(&mut self, number: usize) {
+        self.workers[number].take().expect("this worker runs").kill();
+    }
+
+    pub fn kill_orchestrator(&mut self) {
+        self.orchestrator.take().expect("the orchestrator runs").kill();
+    }
+
+    /// SIGTERM, and the end of it.
+    pub fn stop_worker(&mut self, number: usize) -> Result<()> {
+        let mut daemon = self.workers[number].take().context("this worker runs")?;
+        daemon.signal(Signal::SIGTERM);
+        daemon.wait(STOP)?;
+        Ok(())
+    }
+
+    /// Waits until every running worker is connected with all its slots free.
+    pub async fn all_connected(&self) {
+        let api = self.api();
+        let running = self.workers.iter().flatten().count();
+        let slots = u64::try_from(self.setup.slots).unwrap_or(u64::MAX);
+        until("every worker is connected and idle", async || {
+            let list = api.get("/v1/workers").await?;
+            let workers = list["workers"].as_array().context("a list")?;
+            let ready = workers.iter().filter(|worker| worker["state"] == "ready" && worker["slots"] == slots);
+            Ok((ready.filter(|worker| worker["slots_busy"] == 0).count() == running).then_some(()))
+        })
+        .await;
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.dir().join("logs").join(format!("{name}.log"))
+    }
+
+    /// Stops all, workers first, as an operator would.
+    fn stop_all(&mut self) -> Result<()> {
+        for daemon in self.workers.iter().flatten() {
+            daemon.signal(Signal::SIGTERM);
+        }
+        for daemon in self.workers.iter_mut().flatten() {
+            let status = daemon.wait(STOP)?;
+            ensure!(status.success(), "{} ended with {status}", daemon.name);
+        }
+        if let Some(daemon) = &mut self.orchestrator {
+            daemon.signal(Signal::SIGTERM);
+            let status = daemon.wait(STOP)?;
+            ensure!(status.success(), "the orchestrator ended with {status}");
+        }
+        Ok(())
+    }
+
+    fn check_and_stop(&mut self) -> Result<()> {
+        if self.orchestrator.is_some() && !self.leaves_live_jobs {
+            let live = live_jobs(self.api())?;
+            ensure!(live.is_empty(), "the test leaves live jobs: {live:?}");
+        }
+        self.stop_all()?;
+        let dir = self.dir().to_owned();
+        until_blocking("no process of the farm is left", Duration::from_secs(15), || processes_in(&dir).is_empty())
+            .with_context(|| format!("left: {:#?}", processes_in(&dir)))?;
+        for number in 0..self.workers.len() {
+            let left = vm_dirs(&self.worker_dir(number));
+            ensure!(left.is_empty(), "VM directories are left: {left:?}");
+        }
+        Ok(())
+    }
+
+    fn print_logs(&self) {
+        let Ok(entries) = fs::read_dir(self.dir().join("logs")) else { return };
+        for entry in entries.flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            let from = text.len().saturating_sub(8_000);
+            let from = (from..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+            eprintln!("--- {} ---\n{}", entry.path().display(), &text[from..]);
+        }
+    }
+}
+
+impl Drop for Farm {
+    fn drop(&mut self) {
+        let failing = std::thread::panicking();
+        let checked = if failing { Ok(()) } else { self.check_and_stop() };
+        if failing || checked.is_err() {
+            self.print_logs();
+        }
+        for daemon in self.workers.iter_mut().flatten().chain(&mut self.orchestrator) {
+            daemon.kill();
+        }
+        for found in processes_in(self.dir.path()) {
+            signal(found.pid, Signal::SIGKILL);
+        }
+        if let Err(error) = checked {
+            panic!("the farm did not end clean: {error:#}");
+        }
+    }
+}
+
+/// A program in an environment that has nothing of the machine's but its `PATH`; all that it keeps lies below `dir`.
+pub fn isolated(program: &Path, dir: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().current_dir(dir).stdin(Stdio::null());
+    for name in ["PATH", "LANG", "TMPDIR", "RUST_BACKTRACE", "ALLOY_LOG"] {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
+    }
+    let home = dir.join("home");
+    command.env("HOME", &home).env("XDG_CONFIG_HOME", home.join("config")).env("XDG_DATA_HOME", home.join("share"));
+    command.env("XDG_CACHE_HOME", home.join("cache")).env("XDG_STATE_HOME", home.join("state"));
+    command.env("ALLOY_DATA_DIR", dir.join("data"));
+    command
+}
+
+/// Where the programs are: `ALLOY_TEST_BIN_DIR`, else beside the test that runs.
+pub fn bin_dir() -> PathBuf {
+    let dir = match std::env::var_os("ALLOY_TEST_BIN_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => {
+            let test = std::env::current_exe().expect("a test knows its own path");
+            test.ancestors().nth(2).expect("tests lie in target/PROFILE/deps").to_owned()
+        }
+    };
+    for program in ["alloy", "orchestrator", "worker", "noise"] {
+        let there = dir.join(program).exists();
+        assert!(there, "no `{program}` in {}: run `cargo build --workspace --bins`, or tests/run", dir.display());
+    }
+    dir
+}
+
+/// True when the large counts are asked for.
+pub fn full() -> bool {
+    std::env::var_os("ALLOY_TEST_FULL").is_some()
+}
+
+/// Runs a command to its end off the async threads.
+pub async fn output(mut command: Command) -> Result<Output> {
+    let shown = format!("{command:?}");
+    tokio::task::spawn_blocking(move || command.output()).await?.with_context(|| shown)
+}
+
+/// The address in the last line that tells it.
+fn told_address(log: &str) -> Option<SocketAddr> {
+    let (_, rest) = log.rsplit_once("listening on http://")?;
+    rest.split([',', ' ', '\n']).next()?.parse().ok()
+}
+
+fn read_token(farm_dir: &Path) -> Option<String> {
+    let text = fs::read_to_string(farm_dir.join("admin.token")).ok()?;
+    let token = text.trim();
+    (!token.is_empty()).then(|| token.to_owned())
+}
+
+/// VM directories of the host provider that still exist.
+pub fn vm_dirs(worker_dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(worker_dir.join("vms")).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).collect()
+}
+
+/// Asks from a thread of its own: `Drop` may run inside a runtime.
+fn live_jobs(api: Api) -> Result<Vec<Value>> {
+    let ask = move || -> Result<Vec<Value>> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let page = runtime.block_on(api.get("/v1/jobs?limit=200"))?;
+        let jobs = page["jobs"].as_array().context("a page of jobs")?;
+        Ok(jobs.iter().filter(|job| !is_terminal(job)).cloned().collect())
+    };
+    match std::thread::spawn(ask).join() {
+        Ok(found) => found,
+        Err(_) => bail!("asking for live jobs panicked"),
+    }
+}
