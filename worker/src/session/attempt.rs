@@ -61,6 +61,13 @@ struct Ended {
     not_before: Mono,
 }
 
+/// What the orchestrator has, where that is not enough.
+pub(super) struct Missing {
+    pub(super) seq: u64,
+    pub(super) log_len: u64,
+    pub(super) artifacts: Vec<Digest>,
+}
+
 /// Reports that are not acknowledged. An executor makes at most `ARTIFACTS_MAX` and a handful, which bounds the queue.
 #[derive(Debug, Default)]
 struct Reports {
@@ -77,6 +84,8 @@ struct Log {
     sent: u64,
     durable: u64,
     window: u64,
+    /// Where it was last sent again from.
+    went_back_to: Option<u64>,
     /// An offset in flight and when it left, to time one acknowledgement.
     probe: Option<(u64, Mono)>,
     /// When the orchestrator last gave a sign of progress.
@@ -217,8 +226,9 @@ impl Attempt {
         self.log.ack(durable, now);
     }
 
-    /// The orchestrator names the attempt in this session. What it does not have is sent again, once; and once more
-    /// whenever nothing has moved for `stalled_ms`, so that whatever was dropped on the way heals.
+    /// The orchestrator names the attempt in this session. What it does not have is sent again, once. Later in the
+    /// session it says the same when bytes before those it got are missing: the log goes back to there, once for all
+    /// the chunks that were under way, and once more whenever nothing has moved for `stalled_ms`.
     pub(super) fn resume(&mut self, handle: u32, from: Option<(u64, u64)>, now: Mono, stalled_ms: u64) {
         let fresh = !self.talking || self.handle != Some(handle);
         let stalled = now.since(self.log.moved_at) >= stalled_ms;
@@ -227,7 +237,7 @@ impl Attempt {
         if let Some((log_durable, seq)) = from {
             self.reports.ack(seq, now, &mut self.log.moved_at);
             self.log.ack(log_durable, now);
-            if fresh {
+            if fresh || log_durable < self.log.sent && self.log.went_back_to != Some(log_durable) {
                 self.log.rewind(log_durable, now);
             }
         }
@@ -237,11 +247,13 @@ impl Attempt {
         }
     }
 
-    /// The result cannot be accepted: sends again what is missing, artifacts first.
-    pub(super) fn missing(&mut self, log_len: u64, artifacts: Vec<Digest>, now: Mono, wait_ms: u64) -> Option<Effect> {
-        let result = self.result.as_mut()?;
+    /// Reports up to `seq` are there and a later one cannot be accepted: sends again what is missing, artifacts first.
+    pub(super) fn missing(&mut self, what: Missing, now: Mono, wait_ms: u64) -> Option<Effect> {
+        let before = self.result.as_ref().map_or(self.reports.newest, |result| result.seq - 1);
+        self.reports.ack(what.seq.min(before), now, &mut self.log.moved_at);
         self.reports.sent = self.reports.acked;
-        self.log.rewind(log_len, now);
+        let result = self.result.as_mut()?;
+        self.log.rewind(what.log_len, now);
         // The first answer is followed at once: the bytes were merely under way. Then ever more slowly.
         let wait = match result.missing {
             0 => 0,
@@ -249,11 +261,11 @@ impl Attempt {
         };
         result.missing = result.missing.saturating_add(1);
         result.not_before = now + wait;
-        if artifacts.is_empty() || result.uploading {
+        if what.artifacts.is_empty() || result.uploading {
             return None;
         }
         result.uploading = true;
-        Some(Effect::Upload { attempt: self.at, artifacts })
+        Some(Effect::Upload { attempt: self.at, artifacts: what.artifacts })
     }
 
     pub(super) fn uploaded(&mut self, retry_at: Mono) {
@@ -372,7 +384,7 @@ impl Reports {
 
 impl Log {
     fn new(spooled: u64, now: Mono) -> Self {
-        Self { spooled, sent: 0, durable: 0, window: 2 * WINDOW_MIN, probe: None, moved_at: now }
+        Self { spooled, sent: 0, durable: 0, window: 2 * WINDOW_MIN, went_back_to: None, probe: None, moved_at: now }
     }
 
     fn ack(&mut self, durable: u64, now: Mono) {
@@ -399,6 +411,7 @@ impl Log {
     fn rewind(&mut self, to: u64, now: Mono) {
         self.durable = self.durable.min(to);
         self.sent = self.sent.min(to);
+        self.went_back_to = Some(to);
         self.probe = None;
         self.moved_at = now;
     }

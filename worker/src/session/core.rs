@@ -14,7 +14,7 @@ use alloy_shared::wire::session::{
     Assignment, Heartbeat, Held, Order, Report, ResultReport, SlotView, ToOrchestrator, ToWorker, Welcome,
 };
 
-use super::attempt::Attempt;
+use super::attempt::{Attempt, Missing};
 use super::{Effect, Input, KillReason, Reason, Stop};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -266,9 +266,9 @@ impl Core {
                 a.acked(seq, now);
                 None
             }),
-            ToWorker::Missing { attempt, seq: _, log_len, artifacts } => {
+            ToWorker::Missing { attempt, seq, log_len, artifacts } => {
                 let wait_ms = self.limits.heartbeat_ms;
-                self.told(attempt, now, out, |a| a.missing(log_len, artifacts, now, wait_ms));
+                self.told(attempt, now, out, |a| a.missing(Missing { seq, log_len, artifacts }, now, wait_ms));
             }
             ToWorker::LogAck { attempt, durable } => self.told(attempt, now, out, |a| {
                 a.log_acked(durable, now);

@@ -123,8 +123,10 @@ pub async fn drive(core: Core, seams: Seams, door: Inputs, mut inputs: mpsc::Rec
     };
     loop {
         if let Some(over) = session.step(&mut inputs).await {
-            session.send(&ToOrchestrator::Goodbye { reason: over.to_string() });
-            session.pump().await.ok();
+            if session.core.is_up() {
+                session.send(&ToOrchestrator::Goodbye { reason: over.to_string() });
+                session.pump().await.ok();
+            }
             return over;
         }
     }

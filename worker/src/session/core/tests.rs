@@ -378,11 +378,15 @@ fn a_new_session_goes_on_from_what_is_durable() {
     let go_on = |log_durable| order(Order::Continue { attempt: AT, handle: 8, log_durable, seq: 1 });
     assert_eq!(sent(&bench.give(go_on(400))), [2]);
     assert_eq!(logs(&bench.give(Input::Room)), Some((8, 400, 600)));
-    assert_eq!(bench.give(go_on(400)), [], "repeated with every heartbeat, it sends nothing again");
+    assert_eq!(bench.give(go_on(400)), [], "said again, it sends nothing again");
     bench.ms += 2 * HEARTBEAT;
     let effects = bench.give(go_on(400));
     assert_eq!(sent(&effects), [2], "unless nothing moved for long");
     assert_eq!(logs(&bench.give(Input::Room)), Some((8, 400, 600)));
+    assert_eq!(bench.give(go_on(700)), []);
+    assert_eq!(logs(&bench.give(Input::Room)), Some((8, 700, 300)), "a gap in the middle of a session");
+    bench.give(go_on(700));
+    assert!(!bench.core.has_log(), "once for all chunks that were under way behind the gap");
 
     bench.give(Input::Unlinked);
     bench.link();
@@ -424,6 +428,17 @@ fn what_a_result_misses_is_sent_again() {
     bench.ms += 1_000;
     assert_eq!(sent(&bench.give(Input::Uploaded { attempt: AT, complete: false })), [0u64; 0]);
     assert!(sent(&bench.wait(HEARTBEAT)).contains(&2), "after a failed upload the result is tried again later");
+}
+
+#[test]
+fn a_gap_in_the_reports_is_filled() {
+    let mut bench = Bench::running();
+    for seq in 2..=4 {
+        bench.give(report(phase()));
+        bench.give(recorded(seq));
+    }
+    let missing = Input::Heard(ToWorker::Missing { attempt: AT, seq: 2, log_len: 0, artifacts: vec![] });
+    assert_eq!(sent(&bench.give(missing)), [3, 4]);
 }
 
 #[test]

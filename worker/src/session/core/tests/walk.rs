@@ -366,11 +366,18 @@ impl World {
             }
             Up::Say(_) => {}
             Up::Log { handle, from, len } => {
+                let mut gap = None;
                 let job = self.jobs.values_mut().find(|job| job.handle == handle).expect("a handle of this session");
                 if from <= job.stored {
                     job.stored = job.stored.max(from + len);
                 } else {
                     assert!(job.lossy, "bytes {}..{from} were skipped", job.stored);
+                    gap = Some((handle, job.stored));
+                }
+                if let Some((handle, log_durable)) = gap {
+                    let attempt = *self.jobs.iter().find(|(_, job)| job.handle == handle).unwrap().0;
+                    let order = Order::Continue { attempt, handle, log_durable, seq: 0 };
+                    self.down.push_back(ToWorker::Order { order });
                 }
             }
         }
@@ -396,7 +403,7 @@ impl World {
                     job.durable = job.durable.min(job.stored);
                 }
                 if job.stored < result.log_len {
-                    let missing = ToWorker::Missing { attempt, seq, log_len: job.stored, artifacts: vec![] };
+                    let missing = ToWorker::Missing { attempt, seq: seq - 1, log_len: job.stored, artifacts: vec![] };
                     return self.down.push_back(missing);
                 }
                 // A result is acknowledged when all of it is durable.
