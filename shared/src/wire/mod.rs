@@ -1,6 +1,8 @@
 //! T: everything that crosses a process border: paths, versions, errors, and one file per noun.
 
 pub mod farm;
+#[cfg(test)]
+mod golden;
 pub mod job;
 pub mod session;
 pub mod source;
