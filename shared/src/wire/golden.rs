@@ -240,8 +240,8 @@ fn from_workers() {
         ),
     );
     check(
-        ToOrchestrator::Heartbeat(Heartbeat { n: 8, slots: slots(), held: held(), draining: false }),
-        &format!(r#"{{"type":"heartbeat","n":8,"slots":{SLOTS},"held":{HELD},"draining":false}}"#),
+        ToOrchestrator::Heartbeat(Heartbeat { n: 8, heard: 7, slots: slots(), held: held(), draining: false }),
+        &format!(r#"{{"type":"heartbeat","n":8,"heard":7,"slots":{SLOTS},"held":{HELD},"draining":false}}"#),
     );
     check(
         ToOrchestrator::Closed { attempt: AT, teardown_ms: 12, log_len: 34 },
@@ -437,7 +437,7 @@ fn tokens_and_problems() {
 #[test]
 fn what_a_newer_side_adds_is_ignored_and_what_it_may_leave_out_has_a_default() {
     let heartbeat = r#"{"type":"heartbeat","n":1,"slots":[],"held":[],"mood":"good"}"#;
-    let expect = Heartbeat { n: 1, slots: vec![], held: vec![], draining: false };
+    let expect = Heartbeat { n: 1, heard: 0, slots: vec![], held: vec![], draining: false };
     assert_eq!(ToOrchestrator::decode(heartbeat), Ok(ToOrchestrator::Heartbeat(expect)));
     let text = NAMES.iter().fold(VIEW.to_owned(), |text, (name, long)| text.replace(name, long));
     assert_eq!(serde_json::from_str::<JobView>(&text.replacen('{', r#"{"new":[1],"#, 1)).unwrap(), view());
