@@ -6,7 +6,9 @@
 pub(crate) mod sanitize;
 pub(crate) mod talk;
 
+use std::fs::File;
 use std::io::{IsTerminal as _, Write as _};
+use std::os::fd::AsFd as _;
 
 use alloy_shared::client::ClientError;
 use alloy_shared::env::Ms;
@@ -319,12 +321,9 @@ impl Sink {
     pub(crate) fn stdout(talk: &talk::Talk) -> std::io::Result<Self> {
         let bars = talk.bars();
         let cleaner = stdout_is_terminal().then(Sanitizer::default);
-        Self::start(cleaner, move |bytes| {
-            bars.suspend(|| {
-                let mut stdout = std::io::stdout().lock();
-                stdout.write_all(bytes).and_then(|()| stdout.flush())
-            })
-        })
+        // Past the standard library's buffer, which looks for line ends and writes twice for each chunk.
+        let mut stdout = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
+        Self::start(cleaner, move |bytes| bars.suspend(|| stdout.write_all(bytes)))
     }
 
     fn start(
