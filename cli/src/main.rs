@@ -29,7 +29,11 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-fn main() {
+fn main() -> std::process::ExitCode {
+    #[cfg(feature = "farm")]
+    if let Some(code) = farm::here::guard() {
+        return code;
+    }
     let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -103,6 +107,8 @@ mod tests {
             "source ls --size",
             "worker invite --label m=4",
             "worker ls",
+            #[cfg(feature = "farm")]
+            "worker join http://farm:3000 alloy_join_x --name shed",
             "worker drain shed --wait --note disk",
             "worker resume shed",
             "login http://farm:3000 --with-token",

@@ -17,6 +17,8 @@ const DRAIN_LOOK_MS: u64 = 1_000;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum WorkerVerb {
     Invite(InviteArgs),
+    #[cfg(feature = "farm")]
+    Join(crate::farm::here::JoinArgs),
     #[command(visible_alias = "ls")]
     List,
     Drain(DrainArgs),
@@ -91,12 +93,13 @@ fn role(text: &str) -> Result<Role, String> {
 }
 
 pub(crate) async fn worker(app: &App, verb: &WorkerVerb) -> Result<i32, Failure> {
-    let farm = app.farm()?;
     match verb {
-        WorkerVerb::Invite(args) => invite(app, &farm, args).await,
-        WorkerVerb::List => list(app, &farm).await,
-        WorkerVerb::Drain(args) => drain(app, &farm, args).await,
-        WorkerVerb::Resume(args) => resume(app, &farm, args).await,
+        WorkerVerb::Invite(args) => invite(app, &app.farm()?, args).await,
+        #[cfg(feature = "farm")]
+        WorkerVerb::Join(args) => crate::farm::here::join(app, args).await,
+        WorkerVerb::List => list(app, &app.farm()?).await,
+        WorkerVerb::Drain(args) => drain(app, &app.farm()?, args).await,
+        WorkerVerb::Resume(args) => resume(app, &app.farm()?, args).await,
     }
 }
 

@@ -1,6 +1,8 @@
 //! S: the farm that a command works with: one elsewhere, one on this machine, or (feature `farm`) one inside this process.
 
 mod data;
+#[cfg(feature = "farm")]
+pub(crate) mod here;
 
 use alloy_shared::id::JobId;
 

@@ -1,0 +1,79 @@
+//! S: this machine as a worker: the same functions that the binary `worker` calls.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use worker::JoinError;
+
+use crate::context::{App, check_url};
+use crate::output::talk::Tone;
+use crate::output::{Failure, Fault, exit, print_json};
+
+/// Make this machine a worker of a farm
+#[derive(Debug, clap::Args)]
+pub(crate) struct JoinArgs {
+    /// The farm
+    #[arg(value_name = "URL")]
+    farm: String,
+    /// What `alloy worker invite` printed
+    token: String,
+    /// What the farm calls this worker; default: the host's name
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Place {
+    /// Where the worker keeps its key, logs and sources; a second worker on this machine needs its own [default: worker/ in the data directory]
+    #[arg(long, value_name = "DIR", env = "ALLOY_STATE_DIR")]
+    state_dir: Option<PathBuf>,
+}
+
+impl Place {
+    pub(crate) fn dir(&self, app: &App) -> PathBuf {
+        self.state_dir.as_ref().map_or_else(|| app.places.data.join("worker"), |dir| app.dir.join(dir))
+    }
+}
+
+pub(crate) async fn join(app: &App, args: &JoinArgs) -> Result<i32, Failure> {
+    let url = check_url(&args.farm).map_err(|why| Failure::usage(format!("`{}` {why}", args.farm)))?;
+    let dir = args.place.dir(app);
+    let identity = worker::join(&dir, &url, &args.token, args.name.as_deref(), app.env.clone())
+        .await
+        .map_err(|error| join_failure(error, &url))?;
+    if app.talk.json() {
+        print_json(&serde_json::json!({
+            "worker": identity.worker, "name": identity.name, "url": identity.url, "state_dir": dir,
+        }))?;
+    }
+    app.talk.verdict(Tone::Good, "✓", &format!("{} ({}) belongs to {url}", identity.name, identity.worker), None);
+    app.talk.hint("alloy worker run   starts it");
+    Ok(exit::OK)
+}
+
+fn join_failure(error: JoinError, url: &str) -> Failure {
+    match error {
+        JoinError::Token(_) | JoinError::Kind => {
+            Failure::new(Fault::Usage, error.to_string()).hint("an admin makes one: alloy worker invite")
+        }
+        JoinError::Host(error) => Failure::error(error.to_string()),
+        JoinError::Farm(error) => {
+            let failure = Failure::of(error, url);
+            if failure.fault != Fault::Forbidden {
+                return failure;
+            }
+            Failure::new(Fault::Forbidden, "the farm does not take this invitation: it was used, or it is too old")
+                .hint("an admin makes a new one: alloy worker invite")
+        }
+    }
+}
+
+/// A worker inside this process starts this same binary as the guard of its commands.
+pub(crate) fn guard() -> Option<ExitCode> {
+    let mut args = std::env::args_os().skip(1);
+    let first: OsString = args.next()?;
+    (first == worker::guard::SUBCOMMAND).then(|| worker::guard::main(args))
+}
