@@ -61,7 +61,11 @@ impl Sources {
     ) -> Result<&'static str, SourceError> {
         let mut wanted = vec![source];
         for _ in 0..ROUNDS {
-            self.fetch(&wanted, upstream, grant).await?;
+            if wanted == [source] {
+                self.manifest(source, upstream, grant).await?;
+            } else {
+                self.fetch(&wanted, upstream, grant).await?;
+            }
             wanted = match self {
                 Self::Disk(disk) => {
                     let (disk, inbox) = (Arc::clone(disk), inbox.to_owned());
@@ -77,6 +81,32 @@ impl Sources {
         Err(SourceError::Disk(std::io::Error::other("the source cache is too small for its jobs")))
     }
 
+    /// A manifest may be larger than any blob, so it comes by itself; here it is kept like one.
+    async fn manifest(&self, source: Digest, upstream: &dyn Upstream, grant: &Grant) -> Result<(), SourceError> {
+        if self.has(&source) {
+            return Ok(());
+        }
+        let bytes = upstream.manifest(grant).await?;
+        if Digest::of(&bytes) != source {
+            return Err(SourceError::Corrupt(format!("the farm sent other bytes than manifest {source}")));
+        }
+        self.put(source, bytes).await
+    }
+
+    async fn put(&self, digest: Digest, bytes: Bytes) -> Result<(), SourceError> {
+        match self {
+            Self::Disk(disk) => {
+                let disk = Arc::clone(disk);
+                let stored = tokio::task::spawn_blocking(move || disk.put(digest, &bytes)).await;
+                Ok(stored.unwrap_or_else(|_| Err(std::io::Error::other("storing ended early")))?)
+            }
+            Self::Mem(mem) => {
+                mem.put(digest, bytes);
+                Ok(())
+            }
+        }
+    }
+
     async fn fetch(&self, wanted: &[Digest], upstream: &dyn Upstream, grant: &Grant) -> Result<(), SourceError> {
         for batch in wanted.chunks(BATCH) {
             let mut missing: HashSet<Digest> = batch.iter().filter(|digest| !self.has(digest)).copied().collect();
@@ -90,14 +120,7 @@ impl Sources {
                 if Digest::of(&bytes) != digest || !missing.remove(&digest) {
                     return Err(SourceError::Corrupt(format!("the farm sent other bytes than blob {digest}")));
                 }
-                match self {
-                    Self::Disk(disk) => {
-                        let disk = Arc::clone(disk);
-                        let stored = tokio::task::spawn_blocking(move || disk.put(digest, &bytes)).await;
-                        stored.unwrap_or_else(|_| Err(std::io::Error::other("storing ended early")))?;
-                    }
-                    Self::Mem(mem) => mem.put(digest, bytes),
-                }
+                self.put(digest, bytes).await?;
             }
             if !missing.is_empty() {
                 let why = format!("{} of {} blobs did not come", missing.len(), ask.len());

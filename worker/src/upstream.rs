@@ -19,6 +19,9 @@ pub trait Upstream: Send + Sync {
     /// Opens a session's socket. The first frame that comes is the challenge.
     async fn dial(&self) -> Result<Link, DialError>;
 
+    /// The manifest of the attempt's source, unchecked.
+    async fn manifest(&self, grant: &Grant) -> Result<Bytes, TransferError>;
+
     /// Blobs in any order, each checked against its digest. A channel that closes before all came is a broken transfer.
     async fn fetch(&self, grant: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError>;
 

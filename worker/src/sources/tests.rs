@@ -22,6 +22,12 @@ impl Upstream for Farm {
     async fn dial(&self) -> Result<Link, DialError> {
         Err(DialError::Unreachable("not here".into()))
     }
+    async fn manifest(&self, _: &Grant) -> Result<Bytes, TransferError> {
+        let manifest = self.blobs.values().find(|bytes| Manifest::decode(bytes).is_ok());
+        let text = manifest.or(self.blobs.values().next()).cloned();
+        self.asked.lock().unwrap().extend(text.as_ref().map(|text| Digest::of(text)));
+        text.ok_or_else(|| TransferError::Refused("no manifest".into()))
+    }
     async fn fetch(&self, _: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
         self.asked.lock().unwrap().extend(missing);
         let (tx, rx) = mpsc::channel(missing.len());

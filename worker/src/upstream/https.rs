@@ -95,6 +95,10 @@ impl Upstream for Https {
         Ok(Link { tx, rx })
     }
 
+    async fn manifest(&self, grant: &Grant) -> Result<Bytes, TransferError> {
+        self.client.attempt_source(&grant.attempt, &grant.token).await.map_err(transfer_error)
+    }
+
     async fn fetch(&self, grant: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
         let (tx, rx) = mpsc::channel(BLOB_QUEUE);
         let (client, grant, missing) = (self.client.clone(), grant.clone(), missing.to_vec());

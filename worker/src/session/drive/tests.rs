@@ -30,6 +30,9 @@ impl Upstream for Wire {
             Err(_) => Err(DialError::Unreachable("the test is over".into())),
         }
     }
+    async fn manifest(&self, _: &Grant) -> Result<Bytes, TransferError> {
+        Err(TransferError::Refused("not in this test".into()))
+    }
     async fn fetch(&self, _: &Grant, _: &[Digest]) -> Result<Blobs, TransferError> {
         Err(TransferError::Refused("not in this test".into()))
     }
