@@ -27,7 +27,8 @@ use crate::store::{Scope, Store, StoreError, TokenRow};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Principal {
     pub org: OrgId,
-    pub caller: TokenId,
+    /// The id of its token.
+    pub caller: String,
     pub name: String,
     pub role: Role,
 }
@@ -118,7 +119,7 @@ impl Auth {
         let row = self.look_up(store, &token).await?;
         usable(&row, self.env.now().wall)?;
         self.calls.take(&row.id)?;
-        Ok(Principal { org: row.org, caller: row.id, name: row.name, role: row.role })
+        Ok(Principal { org: row.org, caller: row.id.to_string(), name: row.name, role: row.role })
     }
 
     async fn look_up(&self, store: &dyn Store, token: &Token) -> Result<TokenRow, Denied> {

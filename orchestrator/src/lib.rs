@@ -10,16 +10,19 @@ use std::sync::Arc;
 use alloy_shared::env::Env;
 use alloy_shared::limits::Limits;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 pub mod admit;
 pub mod auth;
 pub mod blobs;
+pub mod config;
 pub mod desk;
 pub mod desk_loop;
 pub mod error;
 pub mod feed;
 pub mod hub;
 pub mod job;
+pub mod listen;
 pub mod log_sync;
 pub mod logs;
 pub mod ops;
@@ -64,4 +67,6 @@ pub struct App {
     pub random: fn() -> [u8; 32],
     /// Cancelled when nothing new is taken: streams end, sessions say goodbye.
     pub stopping: CancellationToken,
+    /// The sessions of workers; the stop waits for their goodbyes.
+    pub sessions: TaskTracker,
 }

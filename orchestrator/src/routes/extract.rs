@@ -158,7 +158,9 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
-        let field = if path == "." { "body".to_owned() } else { showable(&path) };
+        // An unknown place is written `?`; what surrounds it is the nearest name there is.
+        let known = path.trim_end_matches('?').trim_end_matches('.');
+        let field = if known.is_empty() { "body".to_owned() } else { showable(known) };
         let message = if is_private(&path) {
             format!("the value has the wrong form (line {})", error.inner().line())
         } else {

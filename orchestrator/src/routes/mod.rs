@@ -27,6 +27,8 @@ use crate::error::{self, Fault};
 
 pub mod extract;
 pub mod farm;
+pub mod jobs;
+pub mod socket;
 
 use extract::{NamedWorker, Peer, header_text, parameter};
 
@@ -61,20 +63,26 @@ enum Kind {
 type Row = (Audience, Kind, UtoipaMethodRouter<Arc<App>>);
 
 fn rows() -> Vec<Row> {
-    use Audience::{Admin, Public, Viewer};
+    use Audience::{Admin, Developer, Public, Viewer, Worker};
     use Kind::{Json, Stream};
     vec![
         (Public, Json, routes!(farm::health)),
         (Public, Json, routes!(farm::ready)),
         (Public, Json, routes!(farm::enrol)),
-        (Viewer, Stream, routes!(farm::openapi)),
+        (Viewer, Json, routes!(farm::openapi)),
         (Viewer, Json, routes!(farm::info)),
         (Viewer, Json, routes!(farm::whoami)),
+        (Developer, Stream, routes!(jobs::submit)),
+        (Viewer, Json, routes!(jobs::list)),
+        (Viewer, Stream, routes!(jobs::show)),
+        (Developer, Json, routes!(jobs::cancel)),
+        (Viewer, Stream, routes!(jobs::feed)),
         (Viewer, Json, routes!(farm::list_workers)),
         (Viewer, Json, routes!(farm::show_worker)),
         (Admin, Json, routes!(farm::invite)),
         (Admin, Json, routes!(farm::drain)),
         (Admin, Json, routes!(farm::resume)),
+        (Worker, Stream, routes!(socket::connect)),
         (Admin, Json, routes!(farm::create_token)),
         (Admin, Json, routes!(farm::list_tokens)),
         (Admin, Json, routes!(farm::revoke_token)),
