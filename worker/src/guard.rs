@@ -129,18 +129,40 @@ fn watch(record: &Path) -> std::io::Result<()> {
     let _unrecorded = note(&mut record, "command", pid);
     let _unheard = say(&mut out, &Word::Started { pid: pid.as_raw() });
     if let Err(error) = std::thread::Builder::new().stack_size(256 << 10).spawn(move || reap(pid, &tx)) {
-        tree::signal(&all_of(pid), Signal::SIGKILL);
+        tree::signal(&tree::descendants(Some(Pid::this()), Some(pid)), Signal::SIGKILL);
         return Err(error);
     }
-    guard(pid, fence, &rx, &mut out);
+    let home = launch.env.iter().find(|(key, _)| key == "HOME").map_or("", |(_, home)| home.as_str());
+    guard(&Tree { pid, home }, fence, &rx, &mut out);
     Ok(())
 }
 
+/// A command with all that it started.
+struct Tree<'a> {
+    pid: Pid,
+    home: &'a str,
+}
+
+impl Tree<'_> {
+    fn members(&self) -> Vec<Pid> {
+        let mut members = tree::descendants(Some(Pid::this()), Some(self.pid));
+        if !tree::children_are_all() {
+            members.extend(tree::inside(self.home).into_iter().filter(|pid| *pid != Pid::this()));
+        }
+        members
+    }
+
+    /// True when the guard has no child and nothing is left anywhere.
+    fn is_over(&self) -> bool {
+        tree::children_are_all() || self.members().is_empty()
+    }
+}
+
 /// Waits until the command and all its descendants are gone, and sees to it that they go when they must.
-fn guard(pid: Pid, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>, out: &mut impl Write) {
-    let (mut killing, mut stopping, mut rounds) = (false, false, 0u32);
+fn guard(tree: &Tree<'_>, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>, out: &mut impl Write) {
+    let (mut killing, mut stopping, mut childless, mut rounds) = (false, false, false, 0u32);
     loop {
-        let wait = match (killing, fence) {
+        let wait = match (killing || childless, fence) {
             (true, _) if rounds < KILL_ROUNDS_FAST => KILL_ROUND,
             (true, _) => KILL_ROUND_SLOW,
             (false, Some(at)) => at.saturating_duration_since(clock()),
@@ -149,7 +171,7 @@ fn guard(pid: Pid, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>, out: 
         match rx.recv_timeout(wait) {
             Ok(Event::Order(Order::Term)) => {
                 stopping = true;
-                tree::signal(&all_of(pid), Signal::SIGTERM);
+                tree::signal(&tree.members(), Signal::SIGTERM);
             }
             Ok(Event::Order(Order::Kill) | Event::Cut) => killing = true,
             Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(clock() + Duration::from_millis(within_ms)),
@@ -157,34 +179,31 @@ fn guard(pid: Pid, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>, out: 
             Ok(Event::Ended { exit, alone }) => {
                 // A daemon that is gone cannot hear it; the rest must still be killed.
                 let _deaf = say(out, &Word::Exited(exit));
-                if alone {
+                if alone && tree.is_over() {
                     return;
                 }
                 // What a command leaves behind ends with it, unless it was told to stop and its grace still runs.
                 killing |= !stopping;
             }
-            Ok(Event::Empty) if tree::children_are_all() || !tree::group_lives(pid) => return,
-            Ok(Event::Empty) => killing |= !stopping,
-            Err(mpsc::RecvTimeoutError::Timeout) => killing |= fence.is_some_and(|at| clock() >= at),
+            Ok(Event::Empty) => childless = true,
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => killing = true,
         }
-        if killing {
-            let left = all_of(pid);
-            if left.is_empty() && !tree::children_are_all() && !tree::group_lives(pid) {
-                return;
-            }
-            tree::signal(&left, Signal::SIGKILL);
+        if childless && tree.is_over() {
+            return;
+        }
+        killing |= fence.is_some_and(|at| clock() >= at);
+        if killing || childless {
             rounds = rounds.saturating_add(1);
+        }
+        if killing {
+            tree::signal(&tree.members(), Signal::SIGKILL);
         }
     }
 }
 
 fn stop_signals() -> SigSet {
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect()
-}
-
-fn all_of(pid: Pid) -> Vec<Pid> {
-    tree::descendants(Some(Pid::this()), Some(pid))
 }
 
 /// Starts the command in a process group of its own, with the log as its output and nothing as its input.
@@ -254,19 +273,19 @@ fn reap(command: Pid, tx: &mpsc::SyncSender<Event>) {
             Err(Errno::ECHILD) => break,
             Ok(_) | Err(_) => continue,
         };
-        if tx.send(Event::Ended { exit, alone: none_left(command) }).is_err() {
+        if tx.send(Event::Ended { exit, alone: none_left() }).is_err() {
             return;
         }
     }
     let _main_is_gone = tx.send(Event::Empty);
 }
 
-/// True when the command left nothing behind, which is the usual case and needs no look at the process table.
-fn none_left(command: Pid) -> bool {
+/// True when no child is left, which is the usual case.
+fn none_left() -> bool {
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::StillAlive) => return false,
-            Err(Errno::ECHILD) => return tree::children_are_all() || !tree::group_lives(command),
+            Err(Errno::ECHILD) => return true,
             Ok(_) | Err(_) => {}
         }
     }

@@ -110,13 +110,15 @@ mod platform {
 
 #[cfg(not(target_os = "linux"))]
 mod platform {
+    use std::io::Read;
     use std::process::{Command, Stdio};
 
     use nix::unistd::Pid;
 
     use super::Process;
 
-    /// There is no such thing here: a daemon that leaves its group and its parents is found only while they live.
+    /// There is no such thing here. A process that leaves its group and outlives its parents is found by its environment,
+    /// which the system shows for most programs and not for its own.
     pub(in super::super) fn adopt_orphans() -> std::io::Result<()> {
         Ok(())
     }
@@ -143,13 +145,31 @@ mod platform {
         (!state.starts_with('Z')).then(|| start.split_whitespace().collect::<Vec<_>>().join("_"))
     }
 
-    /// The environment of a process cannot be read here.
-    pub(in super::super) fn inside(_home: &str) -> Vec<Pid> {
-        Vec::new()
+    /// Finds processes whose HOME is this directory, as far as their environment is shown.
+    pub(in super::super) fn inside(home: &str) -> Vec<Pid> {
+        let wanted = format!(" HOME={home} ");
+        let list = ps(&["-axEww", "-o", "pid=,stat=,command="]).unwrap_or_default();
+        list.lines()
+            .filter_map(|line| {
+                let (pid, rest) = line.trim_start().split_once(' ')?;
+                let found = !rest.trim_start().starts_with('Z') && format!("{rest} ").contains(&wanted);
+                found.then(|| pid.parse().ok().map(Pid::from_raw))?
+            })
+            .collect()
     }
 
+    /// The lines of `ps`, without its own.
     fn ps(args: &[&str]) -> Option<String> {
-        let out = Command::new("/bin/ps").args(args).stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-        String::from_utf8(out.stdout).ok()
+        let mut command = Command::new("/bin/ps");
+        let mut child =
+            command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().ok()?;
+        let mut text = String::new();
+        let read = child.stdout.take()?.read_to_string(&mut text);
+        // In a guard another thread waits for every child, and may have been faster.
+        let _reaped = child.wait();
+        read.ok()?;
+        let own = child.id().to_string();
+        let other = |line: &&str| line.split_whitespace().next() != Some(own.as_str());
+        Some(text.lines().filter(other).collect::<Vec<_>>().join("\n"))
     }
 }
