@@ -184,6 +184,22 @@ impl HostFacts {
     }
 }
 
+/// The name of the user whom this process runs as.
+pub fn user() -> String {
+    match nix::unistd::User::from_uid(nix::unistd::getuid()) {
+        Ok(Some(user)) => user.name,
+        Ok(None) | Err(_) => "nobody".to_owned(),
+    }
+}
+
+/// This process's search path, or the one of a system without further installations.
+pub fn login_path() -> String {
+    std::env::var("PATH")
+        .ok()
+        .filter(|path| !path.is_empty())
+        .unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".to_owned())
+}
+
 /// A fact as a label's value: what a label cannot hold becomes `-`.
 fn plain(text: &str) -> String {
     let fine = |c: char| c.is_ascii_alphanumeric() || "._-/:+".contains(c);

@@ -1,10 +1,15 @@
 //! S: the worker: runs jobs of a farm on this machine.
+//!
+//! [`session`] is the conversation with the orchestrator, [`executor`] runs one attempt from top to bottom, [`vm_pool`]
+//! holds the VMs, [`spool`] what must survive. [`serve`] is the daemon whole; [`Daemon::run`] the same on other seams.
 
 pub mod artifacts;
+pub mod config;
 pub mod executor;
 pub mod guard;
 pub mod host;
 pub mod job_env;
+pub mod program;
 pub mod provider;
 pub mod session;
 pub mod sources;
@@ -13,15 +18,237 @@ pub mod upstream;
 pub mod vm_plan;
 pub mod vm_pool;
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use alloy_shared::client::{Client, ClientError, Options};
 use alloy_shared::env::Env;
+use alloy_shared::id::BootId;
+use alloy_shared::limits;
+use alloy_shared::runtime::Lifecycle;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
 use alloy_shared::wire::farm::EnrolRequest;
+use tokio::sync::mpsc;
 
+use crate::config::{Config, Provider};
+use crate::executor::{Ctx, run_attempt};
 use crate::host::{HostError, HostFacts, Identity, Key, StateDir};
+use crate::provider::host::{HOST_IMAGE, Host, Setup};
+use crate::provider::{ImageRef, VmError, VmProvider};
+use crate::session::drive::{Me, Over, Seams, drive};
+use crate::session::{Core, Fence, INPUT_QUEUE, Input, Inputs};
+use crate::sources::Sources;
+use crate::spool::Spool;
+use crate::upstream::{Https, Upstream};
+use crate::vm_pool::{PoolSetup, VmPool};
+
+/// Source blobs kept between jobs.
+const CACHE_BYTES: u64 = 20 << 30;
+/// Between two looks at the free disk.
+const DISK_LOOK_MS: u64 = 2_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error("{path}: {source}")]
+    State { path: PathBuf, source: io::Error },
+    #[error("{0}")]
+    Farm(ClientError),
+    #[error("{0}")]
+    Provider(VmError),
+    #[error(
+        "the tart provider is not in this build; ALLOY_PROVIDER=host runs jobs on this machine itself, without any isolation"
+    )]
+    NoTart,
+    #[error("the session ended: {0}")]
+    Over(Over),
+}
+
+/// A worker that owns its state directory and knows who it is.
+pub struct Daemon {
+    config: Config,
+    state: StateDir,
+    identity: Identity,
+    key: Key,
+    facts: HostFacts,
+    fence: Arc<Fence>,
+}
+
+impl Daemon {
+    pub fn open(config: Config) -> Result<Self, RunError> {
+        let state = StateDir::lock(&config.state_dir)?;
+        let identity = Identity::load(state.path())?;
+        let key = Key::load(state.path(), &identity)?;
+        Ok(Self { config, state, identity, key, facts: HostFacts::read(), fence: Arc::new(Fence::new()) })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn url(&self) -> &str {
+        self.config.url.as_deref().unwrap_or(&self.identity.url)
+    }
+
+    /// The provider that the configuration names. There is no other if it is not there.
+    fn provider(&self, env: &Arc<dyn Env>, guard: PathBuf) -> Result<Arc<dyn VmProvider>, RunError> {
+        match self.config.provider {
+            Provider::Tart => Err(RunError::NoTart),
+            Provider::Host => {
+                tracing::warn!("jobs run on this machine itself, as this user, without any isolation");
+                let setup = Setup {
+                    state_dir: self.state.path().to_owned(),
+                    guard,
+                    user: host::user(),
+                    path: host::login_path(),
+                    env: Arc::clone(env),
+                    fence: self.fence.watch(),
+                };
+                Ok(Arc::new(Host::new(setup).map_err(RunError::Provider)?))
+            }
+        }
+    }
+
+    /// Runs until `life` stops it. Nothing is offered to the farm before nothing of an earlier run is left.
+    pub async fn run(
+        self,
+        env: Arc<dyn Env>,
+        life: &Lifecycle,
+        provider: Arc<dyn VmProvider>,
+        upstream: Arc<dyn Upstream>,
+    ) -> Result<(), RunError> {
+        let dir = self.state.path().to_owned();
+        let at = |name: &str| {
+            let path = dir.join(name);
+            move |source| RunError::State { path, source }
+        };
+        let (spool, held) = Spool::open(&dir.join("spool")).map_err(at("spool"))?;
+        let sources = Sources::open(&dir.join("cache"), CACHE_BYTES).map_err(at("cache"))?;
+        let spool = Arc::new(spool);
+        let mut left = Vec::new();
+        for held in held {
+            tracing::info!(attempt = %held.attempt, state = ?held.state, "an earlier run left an attempt");
+            let reports = spool.reports(held.attempt, 0).await.unwrap_or_default();
+            left.push((held, reports));
+        }
+        let (door, inputs) = mpsc::channel(INPUT_QUEUE);
+        let pool = VmPool::start(self.pool_setup(&env, provider, &door));
+        let pool = tokio::select! {
+            biased;
+            () = life.soft.cancelled() => return Ok(()),
+            () = life.hard.cancelled() => return Ok(()),
+            pool = pool => pool,
+        };
+        env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), dir, door.clone(), life.clone())));
+        let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
+        let core = Core::restore(left, boot, self.config.limits.clone());
+        tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
+        let (kill_ms, closing) = (self.config.limits.kill_budget_ms, Arc::clone(&pool));
+        let (state, seams) = self.seams(Arc::clone(&env), life, pool, spool, sources, upstream, door.clone());
+        let over = drive(core, seams, door, inputs).await;
+        tokio::select! {
+            biased;
+            () = closing.close() => {}
+            () = env.sleep_until(env.now().mono + kill_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
+        }
+        drop(state);
+        match over {
+            Over::Stopped => Ok(()),
+            over @ (Over::Superseded | Over::Spool(_)) => Err(RunError::Over(over)),
+        }
+    }
+
+    fn pool_setup(&self, env: &Arc<dyn Env>, provider: Arc<dyn VmProvider>, door: &Inputs) -> PoolSetup {
+        let image = match self.config.provider {
+            Provider::Tart => self.config.image.clone(),
+            Provider::Host => HOST_IMAGE.to_owned(),
+        };
+        PoolSetup {
+            env: Arc::clone(env),
+            limits: self.config.limits.clone(),
+            provider,
+            inputs: door.clone(),
+            state_dir: self.state.path().to_owned(),
+            slots: self.config.slots,
+            image: ImageRef(image),
+        }
+    }
+
+    /// Ties everything to the session. The lock on the state directory is handed back: it outlives the session.
+    #[allow(clippy::too_many_arguments, reason = "the one place where all parts meet")]
+    fn seams(
+        self,
+        env: Arc<dyn Env>,
+        life: &Lifecycle,
+        pool: Arc<VmPool>,
+        spool: Arc<Spool>,
+        sources: Sources,
+        upstream: Arc<dyn Upstream>,
+        inputs: Inputs,
+    ) -> (StateDir, Seams) {
+        let Self { config, state, identity, key, facts, fence } = self;
+        let ctx = Arc::new(Ctx {
+            env: Arc::clone(&env),
+            limits: config.limits.clone(),
+            pool,
+            spool: Arc::clone(&spool),
+            sources: Arc::new(sources),
+            upstream: Arc::clone(&upstream),
+            inputs,
+            worker_name: identity.name.clone(),
+        });
+        let me = Me {
+            worker: identity.worker,
+            labels: facts.labels(&identity.name, &config.labels),
+            version: facts.version,
+            sign: Box::new(move |text| key.sign(text)),
+        };
+        let seams = Seams {
+            env,
+            limits: config.limits,
+            upstream,
+            spool,
+            fence,
+            me,
+            start: Box::new(move |assignment, stop| Box::pin(run_attempt(Arc::clone(&ctx), assignment, stop))),
+            soft: life.soft.clone(),
+            hard: life.hard.clone(),
+        };
+        (state, seams)
+    }
+}
+
+/// The daemon whole: the configured provider and the network. `guard` is a binary that knows [`guard::SUBCOMMAND`].
+pub async fn serve(daemon: Daemon, env: Arc<dyn Env>, life: &Lifecycle, guard: PathBuf) -> Result<(), RunError> {
+    let provider = daemon.provider(&env, guard)?;
+    let upstream = Https::new(daemon.url(), daemon.identity.worker, Arc::clone(&env)).map_err(RunError::Farm)?;
+    daemon.run(env, life, provider, Arc::new(upstream)).await
+}
+
+/// Tells the session when the disk is too full for new work, and when it no longer is.
+async fn watch_disk(env: Arc<dyn Env>, dir: PathBuf, inputs: Inputs, life: Lifecycle) {
+    let mut full = false;
+    loop {
+        match host::disk_free(&dir) {
+            Ok(free) if full != (free < limits::DISK_FLOOR) => {
+                full = !full;
+                tracing::warn!(free, full, "free disk crossed its floor of {} bytes", limits::DISK_FLOOR);
+                if inputs.send(Input::Full(full)).await.is_err() {
+                    return;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "free disk cannot be read"),
+        }
+        tokio::select! {
+            biased;
+            () = life.soft.cancelled() => return,
+            () = env.sleep_until(env.now().mono + DISK_LOOK_MS) => {}
+        }
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum JoinError {
@@ -55,4 +282,43 @@ pub async fn join(
     let request = EnrolRequest { token: Secret::new(parsed.expose().to_owned()), public_key: key.public(), name };
     let enrolled = client.enrol(&request).await.map_err(JoinError::Farm)?;
     Ok(Identity::save(state.path(), client.url(), enrolled.worker, &enrolled.name)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::id::WorkerId;
+    use alloy_shared::runtime::SystemEnv;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_daemon_says_what_it_lacks() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::embedded("http://127.0.0.1:9".into(), dir.path().join("worker"));
+        let error = Daemon::open(config.clone()).err().unwrap();
+        assert!(error.to_string().contains("worker join"), "{error}");
+        Key::load_or_make(&config.state_dir).unwrap();
+        Identity::save(&config.state_dir, "http://127.0.0.1:9", WorkerId::from_raw(1), "mini").unwrap();
+        let first = Daemon::open(config.clone()).unwrap();
+        assert!(Daemon::open(config.clone()).err().unwrap().to_string().contains("another worker"));
+        drop(first);
+        config.provider = Provider::Tart;
+        let life = Lifecycle::new();
+        let env = Arc::new(SystemEnv::new(life.clone()));
+        let daemon = Daemon::open(config).unwrap();
+        let error = serve(daemon, env, &life, PathBuf::from("/nowhere")).await.unwrap_err();
+        assert!(error.to_string().contains("not in this build"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn only_a_join_token_joins() {
+        let dir = tempfile::tempdir().unwrap();
+        let personal = Token::mint(TokenKind::Personal, [1; 32]);
+        for (token, want) in [("alloy_join_x", "copied whole"), (personal.expose(), "alloy worker invite")] {
+            let error = join(dir.path(), "http://127.0.0.1:9", token, None, Arc::new(SystemEnv::detached())).await;
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left of a refused try");
+    }
 }

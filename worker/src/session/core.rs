@@ -54,6 +54,8 @@ pub struct Core {
     news: bool,
     /// This daemon is stopping.
     draining: bool,
+    /// The disk has no room for new work. To the farm it is as if this worker were draining.
+    full: bool,
     /// The operator wants no new work here.
     told_to_drain: bool,
     attempts: BTreeMap<AttemptRef, Attempt>,
@@ -82,6 +84,7 @@ impl Core {
             slots: Vec::new(),
             news: false,
             draining: false,
+            full: false,
             told_to_drain: false,
             attempts,
             gone: VecDeque::new(),
@@ -160,6 +163,10 @@ impl Core {
                 self.news |= !self.draining;
                 self.draining = true;
             }
+            Input::Full(full) => {
+                self.news |= full != self.full;
+                self.full = full;
+            }
             Input::Report { attempt, .. }
             | Input::Recorded { attempt, .. }
             | Input::Spooled { attempt, .. }
@@ -194,6 +201,7 @@ impl Core {
             | Input::Slots(_)
             | Input::NotStarted { .. }
             | Input::Room
+            | Input::Full(_)
             | Input::Drain
             | Input::Tick => {}
         }
@@ -298,7 +306,12 @@ impl Core {
         }
         self.line = Line::Greeted { hello_at: now };
         self.news = false;
-        out.push(Effect::Hello { nonce, slots: self.slots.clone(), held: self.held(), draining: self.draining });
+        out.push(Effect::Hello {
+            nonce,
+            slots: self.slots.clone(),
+            held: self.held(),
+            draining: self.draining || self.full,
+        });
     }
 
     fn welcomed(&mut self, welcome: Welcome, now: Mono, dice: u64, out: &mut Vec<Effect>) {
@@ -375,6 +388,8 @@ impl Core {
             "this worker holds no lease"
         } else if self.draining || self.told_to_drain {
             "this worker is draining"
+        } else if self.full {
+            "this worker's disk is full"
         } else if self.attempts.len() >= limits::HELD_MAX {
             "this worker still holds too many ended attempts"
         } else if self.gone.contains(&at) {
@@ -454,7 +469,7 @@ impl Core {
             heard: self.beat_heard,
             slots: self.slots.clone(),
             held: self.held(),
-            draining: self.draining,
+            draining: self.draining || self.full,
         })));
     }
 

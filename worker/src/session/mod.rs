@@ -64,6 +64,8 @@ pub enum Input {
     },
     /// The link takes one more log frame.
     Room,
+    /// The disk has too little room for new work, or has enough again.
+    Full(bool),
     Drain,
     Tick,
 }

@@ -25,8 +25,6 @@ use crate::spool::SpoolFile;
 
 /// Frames between the session and its socket, each way. Few: a heartbeat stands behind them.
 const LINK_QUEUE: usize = 4;
-/// Digests in one request: their JSON stays well below the limit of a body.
-const DIGESTS_PER_REQUEST: usize = 10_000;
 /// Blobs that wait for whoever unpacks them. Each may be as large as `BLOB_MAX`.
 const BLOB_QUEUE: usize = 4;
 /// What is still queued when a session ends may leave within this time.
@@ -101,16 +99,8 @@ impl Upstream for Https {
 
     async fn fetch(&self, grant: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
         let (tx, rx) = mpsc::channel(BLOB_QUEUE);
-        let (client, grant, missing) = (self.client.clone(), grant.clone(), missing.to_vec());
-        let task = async move {
-            for digests in missing.chunks(DIGESTS_PER_REQUEST) {
-                let frames = client.attempt_blobs(&grant.attempt, &grant.token, digests.to_vec());
-                if !unpack_all(frames, &tx).await {
-                    return;
-                }
-            }
-        };
-        self.env.spawn("fetch", Box::pin(task));
+        let frames = self.client.attempt_blobs(&grant.attempt, &grant.token, missing.to_vec());
+        self.env.spawn("fetch", Box::pin(unpack_all(frames, tx)));
         Ok(rx)
     }
 
@@ -190,11 +180,11 @@ async fn transmit(mut sink: impl Sink<Message, Error = SocketError> + Unpin, mut
     sink.close().await.ok();
 }
 
-/// Unpacks frames on threads for such work. False when nothing more is to be fetched.
+/// Unpacks frames on threads for such work, until the first that cannot be used.
 async fn unpack_all(
     mut frames: mpsc::Receiver<Result<PackFrame, ClientError>>,
-    tx: &mpsc::Sender<Result<(Digest, Bytes), TransferError>>,
-) -> bool {
+    tx: mpsc::Sender<Result<(Digest, Bytes), TransferError>>,
+) {
     while let Some(frame) = frames.recv().await {
         let blobs = match frame {
             Ok(frame) => match tokio::task::spawn_blocking(move || frame.unpack()).await {
@@ -204,21 +194,17 @@ async fn unpack_all(
             },
             Err(error) => Err(transfer_error(error)),
         };
-        match blobs {
-            Ok(blobs) => {
-                for blob in blobs {
-                    if tx.send(Ok(blob)).await.is_err() {
-                        return false;
-                    }
-                }
-            }
-            Err(error) => {
-                tx.send(Err(error)).await.ok();
-                return false;
+        let failed = blobs.is_err();
+        let blobs = blobs.map_or_else(|error| vec![Err(error)], |blobs| blobs.into_iter().map(Ok).collect());
+        for blob in blobs {
+            if tx.send(blob).await.is_err() {
+                return;
             }
         }
+        if failed {
+            return;
+        }
     }
-    true
 }
 
 fn dial_error(url: &str, error: SocketError) -> DialError {

@@ -188,6 +188,15 @@ fn no_start_without_a_lease_while_draining_or_beyond_the_bound() {
     bench.give(assign(AT, 1));
     assert!(bench.core.runs(AT), "resumed");
 
+    let mut bench = Bench::up();
+    let effects = bench.give(Input::Full(true));
+    let [Effect::Send(ToOrchestrator::Heartbeat(beat))] = &effects[..] else { panic!("{effects:?}") };
+    assert!(beat.draining, "to the farm a full disk is a drain");
+    assert!(refused(&bench.give(assign(AT, 1))));
+    bench.give(Input::Full(false));
+    bench.give(assign(AT, 1));
+    assert!(bench.core.runs(AT));
+
     // The process slept: the order was in the socket all the while.
     let mut bench = Bench::up();
     bench.ms += FENCE;

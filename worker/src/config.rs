@@ -1,0 +1,255 @@
+//! D: flags, environment and `worker.toml` → [`Config`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
+use alloy_shared::id::Labels;
+use alloy_shared::limits::{self, Limits};
+use alloy_shared::runtime::LogFormat;
+
+/// What the command line of `worker run` may say. Everything else comes from the environment or the file.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Flags {
+    /// Directory for key, spool, cache and VMs [default: ~/.local/share/alloy/worker]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<String>,
+    /// What runs the jobs: tart, or host (on this machine itself, without any isolation)
+    #[arg(long, value_name = "PROVIDER")]
+    pub provider: Option<String>,
+    /// How many jobs may run at once [default: 2]
+    #[arg(long, value_name = "N")]
+    pub slots: Option<String>,
+    /// Label that this worker offers; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    pub labels: Vec<String>,
+    /// Form of the log on stderr: compact, pretty or json
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<String>,
+    /// Configuration file [default: ~/.config/alloy/worker.toml]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// What makes VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Provider {
+    Tart,
+    /// A directory and a process group of this machine: no isolation. Chosen by a person, never by default.
+    Host,
+}
+
+impl fmt::Display for Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&format!("{self:?}").to_lowercase())
+    }
+}
+
+/// What a worker is told. It does not change while it runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where its farm is. Absent: where it was enrolled.
+    pub url: Option<String>,
+    pub state_dir: PathBuf,
+    pub provider: Provider,
+    pub slots: usize,
+    /// What VMs are cloned from unless a job says otherwise.
+    pub image: String,
+    pub labels: Labels,
+    pub log_format: LogFormat,
+    pub limits: Limits,
+}
+
+const URL: Key = Key { name: "url", flag: None, variable: Some("ORCHESTRATOR_URL") };
+const STATE_DIR: Key = Key { name: "state_dir", flag: Some("--state-dir"), variable: Some("ALLOY_STATE_DIR") };
+const PROVIDER: Key = Key { name: "provider", flag: Some("--provider"), variable: Some("ALLOY_PROVIDER") };
+const SLOTS: Key = Key { name: "vm_pool_size", flag: Some("--slots"), variable: Some("VM_POOL_SIZE") };
+const IMAGE: Key = Key { name: "base_image", flag: None, variable: Some("TART_BASE_IMAGE") };
+const LABELS: Key = Key { name: "labels", flag: Some("--label"), variable: Some("ALLOY_LABELS") };
+const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
+const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
+
+const DEFAULT_IMAGE: &str = "ghcr.io/cirruslabs/macos-sonoma-xcode:latest";
+const DEFAULT_SLOTS: usize = 2;
+const TIME_SCALE_MAX: u64 = 20;
+
+impl Config {
+    /// For a worker inside another program: jobs run on this machine itself.
+    pub fn embedded(url: String, state_dir: PathBuf) -> Self {
+        Self {
+            url: Some(url),
+            state_dir,
+            provider: Provider::Host,
+            slots: DEFAULT_SLOTS,
+            image: DEFAULT_IMAGE.to_owned(),
+            labels: Labels::default(),
+            log_format: LogFormat::Compact,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Puts the layers on top of each other.
+    pub fn resolve(
+        flags: &Flags,
+        variables: &BTreeMap<String, String>,
+        file: Option<File>,
+    ) -> Result<(Self, Vec<Setting>), Vec<Problem>> {
+        let mut layers = Layers::new(given(flags), variables.clone(), file);
+        let url = layers.take(URL, String::new(), checked_url);
+        let default_dir = default_dir(variables).map(|dir| dir.display().to_string()).unwrap_or_default();
+        let state_dir = layers.take(STATE_DIR, default_dir, |text| Ok(text.to_owned()));
+        let provider = layers.take(PROVIDER, Provider::Tart, parse_provider);
+        let slots = layers.take(SLOTS, DEFAULT_SLOTS, parse("is no number of slots"));
+        let image = layers.take(IMAGE, DEFAULT_IMAGE.to_owned(), |text| Ok(text.trim().to_owned()));
+        let labels = layers.take(LABELS, String::new(), |text| parse_labels(text).map(|_| text.to_owned()));
+        let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
+        let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
+        let scale = layers.take(TIME_SCALE, 1, parse("is no whole number"));
+        if !Path::new(&state_dir).is_absolute() {
+            let why = "is no absolute path, and without HOME there is no default".to_owned();
+            layers.problem(STATE_DIR.name, layers.origin(STATE_DIR), why);
+        }
+        if slots == 0 || slots > limits::SLOTS_MAX {
+            layers.problem(SLOTS.name, layers.origin(SLOTS), format!("is 1 to {}", limits::SLOTS_MAX));
+        }
+        if scale == 0 || scale > TIME_SCALE_MAX {
+            layers.problem(TIME_SCALE.name, layers.origin(TIME_SCALE), format!("is 1 to {TIME_SCALE_MAX}"));
+        }
+        let limits = Limits::scaled(scale);
+        if let Err(why) = limits.validate() {
+            layers.problem("limits", Origin::Default, why);
+        }
+        let config = Self {
+            url: Some(url).filter(|url| !url.is_empty()),
+            state_dir: PathBuf::from(state_dir),
+            provider,
+            slots,
+            image,
+            labels: parse_labels(&labels).unwrap_or_default(),
+            log_format: log_format.parse().unwrap_or(LogFormat::Compact),
+            limits,
+        };
+        layers.finish().map(|settings| (config, settings))
+    }
+}
+
+/// The file that is read if none is named.
+pub fn default_file(variables: &BTreeMap<String, String>) -> Option<PathBuf> {
+    home(variables, "XDG_CONFIG_HOME", ".config").map(|dir| dir.join("alloy/worker.toml"))
+}
+
+/// The state directory if none is named: `worker/` in the data directory.
+pub fn default_dir(variables: &BTreeMap<String, String>) -> Option<PathBuf> {
+    let data = variables.get("ALLOY_DATA_DIR").filter(|dir| !dir.is_empty()).map(PathBuf::from);
+    let data = data.or_else(|| home(variables, "XDG_DATA_HOME", ".local/share").map(|dir| dir.join("alloy")));
+    data.map(|dir| dir.join("worker"))
+}
+
+fn home(variables: &BTreeMap<String, String>, base: &str, below: &str) -> Option<PathBuf> {
+    let dir = |name: &str| variables.get(name).filter(|path| Path::new(path).is_absolute()).map(PathBuf::from);
+    dir(base).or_else(|| dir("HOME").map(|home| home.join(below)))
+}
+
+fn given(flags: &Flags) -> Vec<(&'static str, String)> {
+    let texts = [
+        ("--state-dir", &flags.state_dir),
+        ("--provider", &flags.provider),
+        ("--slots", &flags.slots),
+        ("--log-format", &flags.log_format),
+    ];
+    let mut given: Vec<_> = texts.into_iter().filter_map(|(flag, text)| Some((flag, text.clone()?))).collect();
+    if !flags.labels.is_empty() {
+        given.push(("--label", flags.labels.join(",")));
+    }
+    given
+}
+
+fn parse_provider(text: &str) -> Result<Provider, String> {
+    let known = [Provider::Tart, Provider::Host].into_iter().find(|provider| provider.to_string() == text);
+    known.ok_or_else(|| format!("is neither `{}` nor `{}`", Provider::Tart, Provider::Host))
+}
+
+/// `key=value` pairs between commas.
+fn parse_labels(text: &str) -> Result<Labels, String> {
+    let mut labels = Labels::default();
+    for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+        labels.insert_pair(pair).map_err(|bad| bad.to_string())?;
+    }
+    Ok(labels)
+}
+
+fn checked_url(text: &str) -> Result<String, String> {
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    match rest {
+        Some(rest)
+            if !rest.is_empty() && !rest.contains(|c: char| c.is_whitespace() || matches!(c, '?' | '#' | '@')) =>
+        {
+            Ok(text.trim_end_matches('/').to_owned())
+        }
+        Some(_) | None => Err("is no URL like https://farm.example.com".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Resolved = Result<(Config, Vec<Setting>), Vec<Problem>>;
+
+    fn resolve(flags: Flags, variables: &[(&str, &str)], file: &str) -> Resolved {
+        let home = [("HOME", "/home/u")].iter().chain(variables);
+        let variables = home.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Config::resolve(&flags, &variables, Some(File { path: "w.toml".into(), text: file.into() }))
+    }
+
+    #[test]
+    fn with_nothing_said_two_slots_clone_the_default_image() {
+        let (config, settings) = resolve(Flags::default(), &[], "").unwrap();
+        let state_dir = PathBuf::from("/home/u/.local/share/alloy/worker");
+        let embedded = Config::embedded(String::new(), state_dir);
+        assert_eq!(config, Config { url: None, provider: Provider::Tart, ..embedded });
+        assert!(settings.iter().all(|setting| setting.origin == Origin::Default));
+    }
+
+    #[test]
+    fn flags_beat_variables_and_these_the_file() {
+        let file = "vm_pool_size = 5\nbase_image = \"file\"\nprovider = \"host\"\n";
+        let variables = [
+            ("VM_POOL_SIZE", "4"),
+            ("ORCHESTRATOR_URL", "http://farm:3000/"),
+            ("ALLOY_DATA_DIR", "/data"),
+            ("ALLOY_LABELS", "chip=m4, site=berlin"),
+            ("ALLOY_TIME_SCALE", "10"),
+        ];
+        let flags = Flags { slots: Some("3".into()), ..Flags::default() };
+        let (config, _) = resolve(flags, &variables, file).unwrap();
+        assert_eq!((config.slots, config.image.as_str(), config.provider), (3, "file", Provider::Host));
+        assert_eq!(config.url.as_deref(), Some("http://farm:3000"));
+        assert_eq!(config.state_dir, PathBuf::from("/data/worker"));
+        assert_eq!(config.labels.get("site"), Some("berlin"));
+        assert_eq!(config.limits, Limits::scaled(10));
+        let flags = Flags { labels: vec!["a=1".into(), "b=2".into()], ..Flags::default() };
+        let (config, _) = resolve(flags, &variables, file).unwrap();
+        assert_eq!(config.labels.iter().collect::<Vec<_>>(), [("a", "1"), ("b", "2")]);
+    }
+
+    #[test]
+    fn every_problem_is_named_at_once() {
+        let variables = [
+            ("VM_POOL_SIZE", "0"),
+            ("ALLOY_PROVIDER", "docker"),
+            ("ALLOY_STATE_DIR", "here"),
+            ("ORCHESTRATOR_URL", "farm"),
+            ("ALLOY_LABELS", "x"),
+            ("ALLOY_TIME_SCALE", "21"),
+        ];
+        let problems = resolve(Flags::default(), &variables, "vm_pol_size = 1\n").unwrap_err();
+        let names: Vec<&str> = problems.iter().map(|problem| problem.name.as_str()).collect();
+        for name in ["vm_pool_size", "provider", "state_dir", "url", "labels", "time_scale", "vm_pol_size"] {
+            assert!(names.contains(&name), "{name}: {problems:?}");
+        }
+        let text = problems.iter().map(ToString::to_string).collect::<String>();
+        assert!(text.contains("environment ALLOY_PROVIDER") && text.contains("docker"), "{text}");
+    }
+}

@@ -1,0 +1,116 @@
+//! S: the worker's verbs, for its own binary and for `alloy worker`: run the daemon, join a farm.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use alloy_shared::config::File;
+use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry};
+
+use crate::config::{Config, Flags, default_dir, default_file};
+use crate::{Daemon, join};
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct Join {
+    /// The farm, as in http://farm.example.com:3000
+    pub url: String,
+    /// What `alloy worker invite` printed
+    pub token: String,
+    /// How the farm shall call this worker [default: this machine's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Directory for the worker's key and state [default: ~/.local/share/alloy/worker]
+    #[arg(long, value_name = "DIR", env = "ALLOY_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// Runs the daemon until a signal. `guard` is a binary that knows the guard's subcommand.
+pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
+    let config = match resolve(flags) {
+        Ok(config) => config,
+        Err(problems) => return complain(&problems, ExitCode::from(2)),
+    };
+    if let Err(error) = telemetry(config.log_format, "info") {
+        return complain(&error, ExitCode::from(2));
+    }
+    let daemon = match Daemon::open(config) {
+        Ok(daemon) => daemon,
+        Err(error) => return complain(&error.to_string(), ExitCode::FAILURE),
+    };
+    let life = Lifecycle::new();
+    if let Err(error) = life.install_signals() {
+        return complain(&format!("signals: {error}"), ExitCode::FAILURE);
+    }
+    let grace_ms = daemon.config().limits.drain_ms;
+    let env = Arc::new(SystemEnv::new(life.clone()));
+    let ending = life.clone();
+    let system: Arc<SystemEnv> = Arc::clone(&env);
+    let task = async move {
+        match crate::serve(daemon, system, &ending, guard).await {
+            Ok(()) => ending.soft.cancel(),
+            Err(error) => {
+                tracing::error!("{error}");
+                ending.fail();
+            }
+        }
+    };
+    alloy_shared::env::Env::spawn(&*env, "worker", Box::pin(task));
+    life.wait(grace_ms).await
+}
+
+/// Enrols this machine.
+pub async fn enrol(verb: &Join) -> ExitCode {
+    let state_dir = match verb.state_dir.clone().or_else(|| default_dir(&variables())) {
+        Some(dir) => dir,
+        None => return complain("there is no HOME: say --state-dir", ExitCode::from(2)),
+    };
+    let env = Arc::new(SystemEnv::detached());
+    match join(&state_dir, &verb.url, &verb.token, verb.name.as_deref(), env).await {
+        Ok(identity) => {
+            eprintln!("{} is a worker of {} now.", identity.name, identity.url);
+            eprintln!("Start it: worker run --state-dir {}", state_dir.display());
+            ExitCode::SUCCESS
+        }
+        Err(error) => complain(&error.to_string(), ExitCode::FAILURE),
+    }
+}
+
+fn variables() -> BTreeMap<String, String> {
+    // A variable that is no text is none of ours.
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
+
+fn resolve(flags: &Flags) -> Result<Config, String> {
+    let variables = variables();
+    let file = match &flags.config {
+        Some(path) => Some(read(path).map_err(|error| format!("{}: {error}", path.display()))?),
+        None => match default_file(&variables).map(|path| (read(&path), path)) {
+            Some((Ok(file), _)) => Some(file),
+            Some((Err(error), path)) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("{}: {error}", path.display()));
+            }
+            Some(_) | None => None,
+        },
+    };
+    match Config::resolve(flags, &variables, file) {
+        Ok((config, _)) => Ok(config),
+        Err(problems) => {
+            let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
+            Err(lines.join("\n"))
+        }
+    }
+}
+
+fn read(path: &Path) -> std::io::Result<File> {
+    Ok(File { path: path.display().to_string(), text: std::fs::read_to_string(path)? })
+}
+
+fn complain(what: &str, code: ExitCode) -> ExitCode {
+    for line in what.lines() {
+        eprintln!("worker: {line}");
+    }
+    code
+}
