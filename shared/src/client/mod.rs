@@ -27,11 +27,6 @@ use crate::wire::job::{ArtifactList, JobPage, JobView, StateWord, SubmitJob};
 use crate::wire::{ErrorCode, Problem, header, path};
 
 const CONNECT_MS: u64 = 5_000;
-/// `?wait=terminal` is answered within this time, or asked again.
-const WAIT_ANSWER_MS: u64 = 120_000;
-/// Between two views of a job that has not ended: a server that does not wait is not hammered.
-const WAIT_PAUSE_MS: u64 = 1_000;
-
 /// Where the farm is and who asks.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -171,19 +166,6 @@ impl Client {
             ));
         }
         self.ask(Call::get(format!("{}/{text}", path::JOBS))).await
-    }
-
-    /// Waits until the job has ended.
-    pub async fn job_wait(&self, id: JobId) -> Result<JobView, ClientError> {
-        loop {
-            let asked = self.env.now().mono;
-            let call = Call::get(path::job(id)).query("wait", "terminal").deadline(WAIT_ANSWER_MS).patient();
-            let view: JobView = self.ask(call).await?;
-            if view.state.is_terminal() {
-                return Ok(view);
-            }
-            self.env.sleep_until(asked + WAIT_PAUSE_MS).await;
-        }
     }
 
     pub async fn jobs(&self, query: &JobQuery) -> Result<JobPage, ClientError> {

@@ -12,7 +12,7 @@ use super::{Client, ClientError};
 use crate::id::{AttemptRef, Digest, JobId};
 use crate::limits;
 use crate::secret::Secret;
-use crate::wire::job::{FeedCursor, FeedFrame, LogFrame};
+use crate::wire::job::{FeedCursor, FeedFrame, JobView, LogFrame, StateWord};
 use crate::wire::source::{BlobRequest, PackFrame, PackReader, check_path};
 use crate::wire::{header, path};
 
@@ -21,7 +21,7 @@ const FEED_QUEUE: usize = 256;
 const BYTES_QUEUE: usize = 64;
 /// Frames are up to 9 MiB.
 const FRAME_QUEUE: usize = 4;
-/// Between two looks at a log that has ended for now.
+/// Between two looks at a log that has ended for now, or at a job: a farm that does not wait is not hammered.
 const LOOK_AGAIN_MS: u64 = 1_000;
 
 /// What a follower of a job gets.
@@ -64,6 +64,26 @@ impl Client {
             }
             Ok(())
         })
+    }
+
+    /// Waits until the job has ended.
+    pub async fn job_wait(&self, id: JobId) -> Result<JobView, ClientError> {
+        let call = Call::get(path::job(id)).query("wait", "terminal");
+        let mut lost = Lost::default();
+        loop {
+            let asked = self.env.now().mono;
+            match self.wait_once(&call, &mut lost).await {
+                Ok(body) => {
+                    let view: JobView = self.decode(&call, &body)?;
+                    if view.state.is_terminal() {
+                        return Ok(view);
+                    }
+                    lost.forget();
+                    self.env.sleep_until(asked + LOOK_AGAIN_MS).await;
+                }
+                Err(failure) => lost.pause(&*self.env, failure, Budget::Stream).await?,
+            }
+        }
     }
 
     /// Reads a log's bytes from an offset, each once. The stream ends where the log ends.
@@ -150,6 +170,22 @@ impl Client {
         rx
     }
 
+    /// One connection that waits for a job. White space before the answer says that the farm waits too.
+    async fn wait_once(&self, call: &Call, lost: &mut Lost) -> Result<Bytes, Failure> {
+        let mut response = self.open(call).await?;
+        let mut body = BytesMut::new();
+        while let Some(piece) = self.piece(&mut response).await? {
+            if body.len() + piece.len() > limits::JSON_ANSWER_MAX {
+                return Err(Failure::last("the farm's view of the job is too long"));
+            }
+            if piece.trim_ascii().is_empty() {
+                lost.forget();
+            }
+            body.extend_from_slice(&piece);
+        }
+        Ok(body.freeze())
+    }
+
     /// One connection of a feed. Ends well only with the `End` frame.
     async fn feed_once(
         &self,
@@ -168,15 +204,12 @@ impl Client {
             lines.push(&piece);
             while let Some(line) = lines.next_line().map_err(Failure::wrong)? {
                 // A keep-alive is progress too; what was seen before is not.
-                let frame = match line.is_empty() {
-                    true => None,
-                    false => match read_frame(&line, cursor).map_err(Failure::wrong)? {
-                        Some(frame) => Some(frame),
-                        None => continue,
-                    },
-                };
+                if line.is_empty() {
+                    lost.forget();
+                    continue;
+                }
+                let Some(frame) = read_frame(&line, cursor).map_err(Failure::wrong)? else { continue };
                 lost.forget();
-                let Some(frame) = frame else { continue };
                 let end = matches!(frame, FeedFrame::End { .. });
                 give(tx, FeedItem::Frame(frame)).await;
                 if end {
@@ -210,8 +243,8 @@ impl Client {
 
     /// After a followed log's orderly end: the attempt has ended, or only the farm's patience.
     async fn after_log(&self, id: JobId, at: &mut LogQuery) -> Result<(), ClientError> {
-        let job = self.ask::<crate::wire::job::JobView>(Call::get(path::job(id)).patient()).await?;
-        let requeued = job.state == crate::wire::job::StateWord::Queued && job.attempt > 0;
+        let job = self.ask::<JobView>(Call::get(path::job(id)).patient()).await?;
+        let requeued = job.state == StateWord::Queued && job.attempt > 0;
         if job.state.is_terminal() || requeued || at.attempt.is_some_and(|attempt| attempt < job.attempt) {
             // One last read, begun after the end was known, misses nothing.
             at.follow = false;

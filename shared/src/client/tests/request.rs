@@ -141,15 +141,33 @@ async fn a_silent_farm_is_given_up() {
 #[tokio::test]
 async fn waiting_for_the_end_asks_until_it_is_one() {
     let bench = Bench::new();
-    let answers = vec![json(&view(StateWord::Running)), vec![], json(&view(StateWord::Failed))];
-    let mut server = Server::start(script(answers)).await;
-    let client = bench.client(&server.url);
-    let (done, ()) = tokio::join!(client.job_wait(JOB), async {
-        server.count.wait_for(|count| *count == 1).await.unwrap();
-        bench.advance(1_000);
-    });
+    let white = chunked(200, &[], b"\n\n", false);
+    let answers = vec![json(&view(StateWord::Running)), vec![], white, json(&view(StateWord::Failed))];
+    let server = Server::start(script(answers)).await;
+    let done = bench.pass(1, bench.client(&server.url).job_wait(JOB)).await;
     assert_eq!(done.unwrap().state, StateWord::Failed);
     assert!(server.heard().iter().all(|heard| heard.query("wait") == Some("terminal")));
+}
+
+#[tokio::test]
+async fn waiting_may_take_long_as_long_as_the_farm_shows_life() {
+    let bench = Bench::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = bench.client(&format!("http://{}", listener.local_addr().unwrap()));
+    let farm = async {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let view = serde_json::to_vec(&view(StateWord::Succeeded)).unwrap();
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", 30 + view.len());
+        socket.write_all(head.as_bytes()).await.unwrap();
+        for _ in 0..30 {
+            socket.write_all(b"\n").await.unwrap();
+            bench.sleep_until(bench.now().mono + 10_000).await;
+        }
+        socket.write_all(&view).await.unwrap();
+    };
+    let (done, ()) = bench.pass(5, async { tokio::join!(client.job_wait(JOB), farm) }).await;
+    assert_eq!(done.unwrap().state, StateWord::Succeeded);
+    assert!(bench.now().mono >= Mono(300_000));
 }
 
 #[tokio::test]
