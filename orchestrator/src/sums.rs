@@ -38,7 +38,7 @@ impl Sums {
         }
     }
 
-    pub fn len(&self) -> u64 {
+    pub fn so_far(&self) -> u64 {
         self.len
     }
 

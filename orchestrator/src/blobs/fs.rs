@@ -248,7 +248,7 @@ impl Fs {
         let sums = pen.flush(&target).await?;
         let mut partial = lock(&entry);
         if partial.owner == owner {
-            partial.sums = sums.filter(|sums| sums.len() == partial.len);
+            partial.sums = sums.filter(|sums| sums.so_far() == partial.len);
         }
         broken.map_or(Ok(partial.len), Err)
     }
@@ -305,7 +305,7 @@ fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: D
     partial.owner += 1;
     let Some(file) = partial.file.take() else { return Err(BlobError::Missing(key.clone())) };
     let seal = match partial.sums.take() {
-        Some(sums) if sums.len() == partial.len => sums.seal(),
+        Some(sums) if sums.so_far() == partial.len => sums.seal(),
         Some(_) | None => hash_file(&file, partial.len).map_err(fault("read an upload"))?,
     };
     let path = place.partial(key);
@@ -323,9 +323,9 @@ fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: D
 fn hash_file(file: &File, len: u64) -> io::Result<Seal> {
     let mut sums = Sums::default();
     let mut block = vec![0; BLOCK as usize];
-    while sums.len() < len {
-        let part = (len - sums.len()).min(BLOCK) as usize;
-        file.read_exact_at(&mut block[..part], sums.len())?;
+    while sums.so_far() < len {
+        let part = (len - sums.so_far()).min(BLOCK) as usize;
+        file.read_exact_at(&mut block[..part], sums.so_far())?;
         sums.update(&block[..part]);
     }
     Ok(sums.seal())

@@ -76,6 +76,11 @@ impl Files {
         Ok(Self { root, floor, open: Mutex::default(), clock: AtomicU64::new(0) })
     }
 
+    /// How many logs are held open.
+    pub fn open_count(&self) -> usize {
+        lock(&self.open).len()
+    }
+
     /// The log, its length read from the disk if it was not open.
     async fn log(&self, at: &AttemptRef) -> Result<Arc<Log>, LogError> {
         let log = {
@@ -300,9 +305,9 @@ impl Log {
             file.set_len(pen.len)?;
             file.sync_all()?;
             let mut sums = Sums::default();
-            while sums.len() < pen.len {
-                let len = (pen.len - sums.len()).min(BLOCK) as usize;
-                sums.update(&read_at(&file, sums.len(), len)?);
+            while sums.so_far() < pen.len {
+                let len = (pen.len - sums.so_far()).min(BLOCK) as usize;
+                sums.update(&read_at(&file, sums.so_far(), len)?);
             }
             let seal = sums.seal();
             let temp = self.path.with_extension("seal.new");

@@ -1,1 +1,177 @@
+use alloy_shared::id::JobId;
 
+use super::*;
+
+fn at(job: u128, attempt: u32) -> AttemptRef {
+    AttemptRef { job: JobId::from_raw(job), attempt }
+}
+
+fn files(dir: &tempfile::TempDir) -> Logs {
+    Logs::Files(Files::open(dir.path().to_owned(), 0).unwrap())
+}
+
+/// xorshift, so that a printed seed gives the same walk anywhere.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n.max(1)
+    }
+}
+
+async fn gather(logs: &Logs, at: &AttemptRef, mut from: u64, max: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    loop {
+        let parts = logs.read(at, from, max).await.unwrap();
+        let len: usize = parts.iter().map(Bytes::len).sum();
+        assert!(len <= max as usize);
+        assert!(parts.iter().all(|part| !part.is_empty()));
+        if len == 0 {
+            return out;
+        }
+        from += len as u64;
+        parts.iter().for_each(|part| out.extend_from_slice(part));
+    }
+}
+
+/// Appends, re-sends with other bytes, gaps, reads, syncs, restarts and seals, against vectors.
+async fn walk(seed: u64, steps: u32, restarts: bool) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut logs = if restarts { files(&dir) } else { Logs::memory() };
+    let mut dice = Dice(seed * 2 + 1);
+    let mut model: Vec<(AttemptRef, Vec<u8>, bool)> =
+        (0..4).map(|i| (at(i as u128 / 2 + 1, i % 2 + 1), Vec::new(), false)).collect();
+    let mut chunks = 0u8;
+    for step in 0..steps {
+        let index = dice.below(4) as usize;
+        let (at, bytes, sealed) = &mut model[index];
+        let have = bytes.len() as u64;
+        let what = format!("seed {seed} step {step} {at}");
+        match dice.below(12) {
+            0..=5 => {
+                let offset = have.saturating_sub(dice.below(3) * dice.below(5_000));
+                chunks = chunks.wrapping_add(1);
+                // What was stored before stays as it was, even if the chunk says otherwise.
+                let chunk = vec![chunks; dice.below(60_000) as usize];
+                match logs.append(at, offset, chunk.clone().into()).await {
+                    Err(LogError::Sealed) => assert!(*sealed, "{what}"),
+                    Ok(len) => {
+                        assert!(!*sealed, "{what}");
+                        bytes.extend(chunk.iter().skip((have - offset) as usize));
+                        assert_eq!(len, bytes.len() as u64, "{what}");
+                    }
+                    Err(other) => panic!("{what}: {other}"),
+                }
+            }
+            6 => match logs.append(at, have + 1 + dice.below(9), Bytes::from_static(b"x")).await {
+                Err(LogError::Gap { have: said }) => assert_eq!(said, have, "{what}"),
+                Err(LogError::Sealed) => assert!(*sealed, "{what}"),
+                other => panic!("{what}: {other:?}"),
+            },
+            7 | 8 => {
+                let from = dice.below(have + 10);
+                let want = bytes.get(from as usize..).unwrap_or_default();
+                assert_eq!(gather(&logs, at, from, 1 + dice.below(200_000) as u32).await, want, "{what}");
+            }
+            9 => {
+                for (synced, len) in logs.sync().await.unwrap() {
+                    let (_, bytes, _) = model.iter().find(|(at, _, _)| *at == synced).unwrap();
+                    assert_eq!(len, bytes.len() as u64, "{what}");
+                }
+                assert!(logs.sync().await.unwrap().is_empty(), "{what}");
+            }
+            10 if restarts => logs = files(&dir),
+            10 => {}
+            _ if dice.below(20) == 0 => {
+                let digest = logs.seal(at).await.unwrap();
+                *sealed = true;
+                assert_eq!(digest, Digest::of(bytes), "{what}");
+                assert_eq!(logs.durable(at).await.unwrap(), have, "{what}");
+            }
+            _ => assert_eq!(logs.len(at).await.unwrap(), have, "{what}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn logs_are_what_their_model_is() {
+    for seed in 1..=6 {
+        walk(seed, 400, true).await;
+        walk(seed, 400, false).await;
+    }
+}
+
+#[tokio::test]
+async fn a_tail_reader_reads_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let logs = files(&dir);
+    let at = at(7, 1);
+    let chunk = Bytes::from(vec![b'a'; 64 << 10]);
+    for n in 0..100u64 {
+        logs.append(&at, n * chunk.len() as u64, chunk.clone()).await.unwrap();
+    }
+    let path = dir.path().join(at.job.to_string()).join("1.log");
+    let len = std::fs::metadata(&path).unwrap().len();
+    // Bytes that only a read of the file could bring.
+    std::fs::write(&path, vec![b'b'; len as usize]).unwrap();
+    let from = len - limits::LOG_RING;
+    assert!(gather(&logs, &at, from, u32::MAX).await.iter().all(|byte| *byte == b'a'));
+    assert!(gather(&logs, &at, 0, u32::MAX).await[..1 << 20].iter().all(|byte| *byte == b'b'));
+    // The same memory, not a copy.
+    let tail = logs.read(&at, len - 10, 100).await.unwrap();
+    assert_eq!(tail.len(), 1);
+    assert_eq!(tail[0].as_ptr() as usize, chunk.as_ptr() as usize + chunk.len() - 10);
+}
+
+#[tokio::test]
+async fn many_logs_stay_within_the_bound_of_open_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let logs = files(&dir);
+    let count = limits::LOG_FILES_OPEN as u128 + 40;
+    for job in 0..count {
+        logs.append(&at(job, 1), 0, Bytes::from(job.to_string())).await.unwrap();
+        logs.sync().await.unwrap();
+    }
+    let Logs::Files(inner) = &logs else { unreachable!() };
+    assert!(inner.open_count() <= limits::LOG_FILES_OPEN);
+    for job in 0..count {
+        assert_eq!(gather(&logs, &at(job, 1), 0, 100).await, job.to_string().as_bytes());
+    }
+}
+
+#[tokio::test]
+async fn rot_in_a_sealed_log_is_never_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let (logs, at) = (files(&dir), at(9, 1));
+    let bytes: Vec<u8> = (0..2_500_000u32).map(|i| (i % 251) as u8).collect();
+    for (n, chunk) in bytes.chunks(60_000).enumerate() {
+        logs.append(&at, n as u64 * 60_000, Bytes::copy_from_slice(chunk)).await.unwrap();
+    }
+    assert_eq!(logs.seal(&at).await.unwrap(), Digest::of(&bytes));
+    assert_eq!(gather(&logs, &at, 0, 100_000).await, bytes);
+    let path = dir.path().join(at.job.to_string()).join("1.log");
+    let mut rotten = bytes.clone();
+    rotten[1_500_000] ^= 1;
+    std::fs::write(&path, &rotten).unwrap();
+    let logs = files(&dir);
+    assert_eq!(logs.read(&at, 5, 100).await.unwrap()[0], bytes[5..105]);
+    let damaged = logs.read(&at, 1 << 20, 100).await;
+    assert!(matches!(damaged, Err(LogError::Damaged { from: 1_048_576, to: 2_097_152 })), "{damaged:?}");
+    // A file that lost its end is not the log that was sealed.
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(matches!(files(&dir).len(&at).await, Err(LogError::Damaged { .. })));
+}
+
+#[tokio::test]
+async fn a_log_has_an_end_and_a_full_disk_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let logs = Logs::Files(Files::open(dir.path().to_owned(), u64::MAX).unwrap());
+    assert!(matches!(logs.append(&at(1, 1), 0, Bytes::from_static(b"x")).await, Err(LogError::Full)));
+    assert_eq!(logs.len(&at(1, 1)).await.unwrap(), 0);
+    let long = news(MAX, MAX, &Bytes::from_static(b"x"));
+    assert!(matches!(long, Err(LogError::TooLong)));
+    assert!(news(MAX, MAX - 1, &Bytes::from_static(b"x")).unwrap().is_empty());
+}

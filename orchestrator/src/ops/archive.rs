@@ -74,8 +74,18 @@ fn bad_entry<T>(path: &[u8], why: &str) -> Result<T, Unread> {
 /// Takes some blobs; false: wants no more.
 pub type Take<'a> = dyn FnMut(Vec<(Digest, Bytes)>) -> bool + 'a;
 
-/// Reads an archive to its very end. Blobs are handed over in bunches of about a frame, each once.
+/// Reads an archive to its very end.
 pub fn read<'a>(input: impl Read + 'a, format: Option<Format>, take: &'a mut Take<'a>) -> Result<Manifest, Unread> {
+    read_up_to(limits::MANIFEST_ENTRIES_MAX, input, format, take)
+}
+
+/// Blobs are handed over in bunches of about a frame, each once.
+fn read_up_to<'a>(
+    entries_max: usize,
+    input: impl Read + 'a,
+    format: Option<Format>,
+    take: &'a mut Take<'a>,
+) -> Result<Manifest, Unread> {
     let stored = Rc::new(Cell::new(0));
     let mut input = BufReader::new(Counter { input, count: stored.clone() });
     let format = match format {
@@ -100,6 +110,7 @@ pub fn read<'a>(input: impl Read + 'a, format: Option<Format>, take: &'a mut Tak
         paths: HashMap::new(),
         manifest_len: 0,
         headers: 0,
+        entries_max,
         total: 0,
         bunch: Vec::new(),
         bunch_len: 0,
@@ -217,6 +228,7 @@ struct Walk<'a> {
     paths: HashMap<String, Option<usize>>,
     manifest_len: usize,
     headers: usize,
+    entries_max: usize,
     total: u64,
     bunch: Vec<(Digest, Bytes)>,
     bunch_len: usize,
@@ -240,8 +252,8 @@ impl Walk<'_> {
                 return self.tape.end();
             }
             self.headers += 1;
-            if self.headers > 2 * limits::MANIFEST_ENTRIES_MAX {
-                return bad(format!("the archive has more than {} entries", limits::MANIFEST_ENTRIES_MAX));
+            if self.headers > 3 * self.entries_max {
+                return bad(format!("the archive has more than {} entries", self.entries_max));
             }
             let header = Header::read(&block)?;
             match header.kind {
@@ -264,8 +276,8 @@ impl Walk<'_> {
 
     fn entry(&mut self, header: Header) -> Result<(), Unread> {
         let Some(path) = plain_path(&header)? else { return Ok(()) };
-        if self.paths.len() >= limits::MANIFEST_ENTRIES_MAX {
-            return bad(format!("the archive has more than {} entries", limits::MANIFEST_ENTRIES_MAX));
+        if self.paths.len() >= self.entries_max {
+            return bad(format!("the archive has more than {} entries", self.entries_max));
         }
         if self.paths.contains_key(&path) {
             return bad_entry(&header.path, "is in the archive twice");
@@ -368,7 +380,10 @@ impl Walk<'_> {
 fn plain_path(header: &Header) -> Result<Option<String>, Unread> {
     let text = plain_text(&header.path, &header.path)?;
     let path = strip_dot(&text);
-    let path = if header.kind == Kind::Dir { path.trim_end_matches('/') } else { path };
+    let path = match path.strip_suffix('/') {
+        Some(dir) if header.kind == Kind::Dir && !dir.is_empty() => dir,
+        _ => path,
+    };
     if header.kind == Kind::Dir && matches!(path, "" | ".") && text.starts_with('.') {
         return Ok(None);
     }

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::OpError;
 use super::archive::{self, Format, Unread};
 use crate::blobs::{BlobError, BlobKey, Blobs, Body, Draft, read_archive};
+use crate::logs::LogError;
 use crate::pack;
 use crate::store::{Blob, BlobKind, Committed, Group, Place, Scope, Store, Write};
 
@@ -73,6 +74,19 @@ impl From<BlobError> for OpError {
                 Self::Io { what: "read stored bytes", error: std::io::Error::new(ErrorKind::InvalidData, message) }
             }
             BlobError::Io { what, error } => Self::Io { what, error },
+        }
+    }
+}
+
+impl From<LogError> for OpError {
+    fn from(error: LogError) -> Self {
+        let message = error.to_string();
+        match error {
+            LogError::Full => Self::refused(ErrorCode::StorageFull, message),
+            LogError::Io { what, error } => Self::Io { what, error },
+            LogError::Gap { .. } | LogError::Sealed | LogError::TooLong | LogError::Damaged { .. } => {
+                Self::Io { what: "use a log", error: std::io::Error::new(ErrorKind::InvalidData, message) }
+            }
         }
     }
 }
@@ -209,13 +223,14 @@ impl Depot<'_> {
         Ok(frames.buffered(FRAMES_AHEAD).chain(end).boxed())
     }
 
-    /// How much of an artifact is here.
+    /// How much of an artifact need not be sent. Less than all of it until it is verified, so that whoever goes on from
+    /// there always sends something, and with it brings the upload to its end.
     pub async fn artifact_progress(&self, digest: &Digest) -> Result<Progress, OpError> {
         if let Some(blob) = self.blob(BlobKind::Artifact, digest).await? {
             return Ok(Progress { have: blob.size, complete: true });
         }
         let key = BlobKey::alone(self.org, BlobKind::Artifact, digest);
-        Ok(Progress { have: self.blobs.partial(&key).await?, complete: false })
+        Ok(Progress { have: self.blobs.partial(&key).await?.saturating_sub(1), complete: false })
     }
 
     /// Takes an artifact's bytes from `offset` on. When all `total` are there they are checked and registered.
@@ -230,9 +245,12 @@ impl Depot<'_> {
         }
         let key = BlobKey::alone(self.org, BlobKind::Artifact, &digest);
         let body = bounded(body, total.saturating_sub(offset));
-        let have = self.blobs.append(&key, offset, body).await?;
+        let have = self.blobs.partial(&key).await?;
+        // What is here already may come again.
+        let again = have.saturating_sub(offset);
+        let have = self.blobs.append(&key, offset + again, without_head(body, again)).await?;
         if have < total {
-            return Ok(Progress { have, complete: false });
+            return Ok(Progress { have: have.saturating_sub(1), complete: false });
         }
         let stored = self.blobs.finish(&key, digest).await?;
         self.register(vec![self.alone_row(BlobKind::Artifact, digest, stored.size, &key)]).await?;
@@ -320,6 +338,17 @@ fn bounded(body: Body, most: u64) -> Body {
         Ok(part)
     };
     body.map(check).boxed()
+}
+
+fn without_head(body: Body, mut skip: u64) -> Body {
+    let rest = move |part: std::io::Result<Bytes>| {
+        let mut part = part?;
+        let known = skip.min(part.len() as u64);
+        skip -= known;
+        part.advance(known as usize);
+        Ok(part)
+    };
+    body.map(rest).boxed()
 }
 
 fn swap<A, B>((a, b): (A, B)) -> (B, A) {

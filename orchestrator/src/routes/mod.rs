@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use ::bytes::Bytes;
 use alloy_shared::limits;
 use alloy_shared::wire::{ErrorCode, Problem};
 use axum::Router;
@@ -10,7 +11,6 @@ use axum::extract::{DefaultBodyLimit, MatchedPath, RawPathParams, Request, State
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use bytes::Bytes;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutLayer};
 use tracing::Instrument as _;
@@ -25,9 +25,11 @@ use crate::App;
 use crate::auth::{self, Denied};
 use crate::error::{self, Fault};
 
+pub mod bytes;
 pub mod extract;
 pub mod farm;
 pub mod jobs;
+mod range;
 pub mod socket;
 
 use extract::{NamedWorker, Peer, header_text, parameter};
@@ -63,7 +65,7 @@ enum Kind {
 type Row = (Audience, Kind, UtoipaMethodRouter<Arc<App>>);
 
 fn rows() -> Vec<Row> {
-    use Audience::{Admin, Developer, Public, Viewer, Worker};
+    use Audience::{Admin, Attempt, Developer, Public, Viewer, Worker};
     use Kind::{Json, Stream};
     vec![
         (Public, Json, routes!(farm::health)),
@@ -86,6 +88,15 @@ fn rows() -> Vec<Row> {
         (Admin, Json, routes!(farm::create_token)),
         (Admin, Json, routes!(farm::list_tokens)),
         (Admin, Json, routes!(farm::revoke_token)),
+        (Developer, Stream, routes!(bytes::put_source)),
+        (Developer, Stream, routes!(bytes::post_tar)),
+        (Developer, Stream, routes!(bytes::post_pack)),
+        (Viewer, Stream, routes!(bytes::job_log)),
+        (Viewer, Json, routes!(bytes::list_artifacts)),
+        (Viewer, Stream, routes!(bytes::get_artifact)),
+        (Attempt, Stream, routes!(bytes::attempt_source)),
+        (Attempt, Stream, routes!(bytes::attempt_blobs)),
+        (Attempt, Stream, routes!(bytes::attempt_artifact_len, bytes::put_attempt_artifact)),
     ]
 }
 

@@ -147,6 +147,10 @@ impl Extended {
                 b"path" | b"linkpath" | b"size" if global => {
                     return bad(format!("a global PAX header that sets `{name}` for all entries"));
                 }
+                // Half of the readers take the newline for the record's end, and would see another name.
+                b"path" | b"linkpath" if value.contains(&b'\n') => {
+                    return bad_entry(value, "its name in the PAX header holds a newline");
+                }
                 b"path" => set(&mut self.path, value, "path")?,
                 b"linkpath" => set(&mut self.link, value, "link target")?,
                 b"size" => {
