@@ -194,6 +194,15 @@ pub const HELD_MAX: usize = 256;
 pub const DESK_QUEUE: usize = 8_192;
 /// Groups in one commit.
 pub const COMMIT_GROUPS_MAX: usize = 2_048;
+/// Groups that are written by one set of statements; a miss among them repeats these alone.
+pub const COMMIT_TOGETHER_MAX: usize = 64;
+/// Connections that read a SQLite file, and all connections to a Postgres.
+pub const STORE_READERS: u32 = 4;
+pub const STORE_CONNECTIONS: u32 = 16;
+/// SQLite waits for another process's lock; a read waits for its answer; a commit of all its groups for its own.
+pub const STORE_BUSY_MS: u64 = 5_000;
+pub const STORE_READ_MS: u64 = 10_000;
+pub const STORE_COMMIT_MS: u64 = 30_000;
 /// Fan-out: a follower's share of the sending window, and the window's cap.
 pub const FAN_OUT_US_PER_FOLLOWER: u64 = 32;
 pub const FAN_OUT_CAP_MS: u64 = 100;

@@ -1,1 +1,122 @@
-//! S: SQL.
+//! S: the store in SQL: one text per read or write, the same on SQLite and on Postgres.
+//!
+//! Each noun's file holds its texts, its writes and its reads; `CATALOGUE` lists them all, and a test prepares every one
+//! on both engines. `batch` turns a commit's groups into statements.
+
+mod batch;
+mod blob;
+mod conn;
+mod farm;
+mod fault;
+mod job;
+mod lock;
+mod open;
+
+use alloy_shared::id::{AttemptRef, Digest, JobId, WorkerId};
+use alloy_shared::limits;
+use async_trait::async_trait;
+
+use super::{
+    Artifact, Attempt, Blob, BlobKind, Committed, Group, Job, JobEventRow, JobFilter, Scope, Store, StoreError,
+    TokenRow, Worker,
+};
+use conn::{Args, Conn, Db, Row, Wide, end, tx};
+use fault::within;
+
+pub use lock::{DataLock, LockError};
+pub use open::OpenError;
+
+/// Names each text by a constant and lists them for the catalogue.
+macro_rules! statements {
+    ($($name:ident = $text:literal;)+) => {
+        $(pub(super) const $name: &str = $text;)+
+        pub(super) const TEXTS: &[(&str, &str)] = &[$((stringify!($name), $name),)+];
+    };
+}
+use statements;
+
+/// Every text that the store sends, by name.
+pub const CATALOGUE: &[&[(&str, &str)]] = &[batch::TEXTS, job::TEXTS, farm::TEXTS, blob::TEXTS];
+
+/// The store on SQLite or Postgres.
+#[derive(Debug)]
+pub struct SqlStore {
+    db: Db,
+    /// Lies beside a SQLite file while it is open: found at start, it tells of an unclean stop.
+    marker: Option<std::path::PathBuf>,
+}
+
+impl SqlStore {
+    async fn rows(&self, text: &'static str, args: Args) -> Result<Vec<Row>, StoreError> {
+        let work = async { self.db.rows(text, args).await.map_err(fault::of) };
+        within(limits::STORE_READ_MS, StoreError::Unavailable, work).await
+    }
+
+    async fn rows_wide(&self, wide: &Wide, rows: Args) -> Result<Vec<Row>, StoreError> {
+        let work = async { self.db.rows_wide(wide, rows).await.map_err(fault::of) };
+        within(limits::STORE_READ_MS, StoreError::Unavailable, work).await
+    }
+
+    async fn commit_now(&self, groups: &[Group]) -> Result<Committed, StoreError> {
+        tx!(&self.db, |conn| batch::run(&mut conn, groups).await?)
+    }
+}
+
+#[async_trait]
+impl Store for SqlStore {
+    async fn commit(&self, groups: &[Group]) -> Result<Committed, StoreError> {
+        if groups.is_empty() {
+            return Ok(Committed { groups: Vec::new() });
+        }
+        within(limits::STORE_COMMIT_MS, StoreError::Unknown, self.commit_now(groups)).await
+    }
+
+    async fn job(&self, scope: &Scope, id: &JobId) -> Result<Option<Job>, StoreError> {
+        self.read_job(scope, id).await
+    }
+    async fn jobs_ending(&self, scope: &Scope, suffix: &str) -> Result<Vec<JobId>, StoreError> {
+        self.read_jobs_ending(scope, suffix).await
+    }
+    async fn jobs(&self, scope: &Scope, filter: &JobFilter, limit: u32) -> Result<Vec<Job>, StoreError> {
+        self.read_jobs(scope, filter, limit).await
+    }
+    async fn live(&self, after: Option<JobId>, limit: u32) -> Result<Vec<Job>, StoreError> {
+        self.read_live(after, limit).await
+    }
+    async fn held(&self, worker: &WorkerId) -> Result<Vec<Job>, StoreError> {
+        self.read_held(worker).await
+    }
+    async fn attempts(&self, scope: &Scope, job: &JobId) -> Result<Vec<Attempt>, StoreError> {
+        self.read_attempts(scope, job).await
+    }
+    async fn attempt(&self, scope: &Scope, at: &AttemptRef) -> Result<Option<Attempt>, StoreError> {
+        self.read_attempt(scope, at).await
+    }
+    async fn events(&self, scope: &Scope, job: &JobId, after: u64, limit: u32) -> Result<Vec<JobEventRow>, StoreError> {
+        self.read_events(scope, job, after, limit).await
+    }
+    async fn artifacts(&self, scope: &Scope, job: &JobId) -> Result<Vec<Artifact>, StoreError> {
+        self.read_artifacts(scope, job).await
+    }
+    async fn worker(&self, scope: &Scope, id: &WorkerId) -> Result<Option<Worker>, StoreError> {
+        self.read_worker(scope, id).await
+    }
+    async fn worker_by_key(&self, public_key: &[u8; 32]) -> Result<Option<Worker>, StoreError> {
+        self.read_worker_by_key(public_key).await
+    }
+    async fn workers(&self, scope: &Scope) -> Result<Vec<Worker>, StoreError> {
+        self.read_workers(scope).await
+    }
+    async fn blobs(&self, scope: &Scope, kind: BlobKind, digests: &[Digest]) -> Result<Vec<Blob>, StoreError> {
+        self.read_blobs(scope, kind, digests).await
+    }
+    async fn token(&self, hash: &Digest) -> Result<Option<TokenRow>, StoreError> {
+        self.read_token(hash).await
+    }
+    async fn tokens(&self, scope: &Scope) -> Result<Vec<TokenRow>, StoreError> {
+        self.read_tokens(scope).await
+    }
+    async fn meta(&self, name: &str) -> Result<Option<String>, StoreError> {
+        self.read_meta(name).await
+    }
+}

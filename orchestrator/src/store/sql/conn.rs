@@ -1,0 +1,361 @@
+//! S: either engine behind one face: arguments in, rows out, and texts that take many rows at once.
+
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use alloy_shared::env::Ms;
+use serde::de::DeserializeOwned;
+use sqlx::postgres::{PgArguments, PgConnection, PgPool, PgRow};
+use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqlitePool, SqliteRow};
+use sqlx::{Arguments, Row as _};
+
+use crate::store::StoreError;
+
+#[derive(Debug)]
+pub(super) enum Db {
+    /// One connection writes, several read.
+    Sqlite {
+        write: SqlitePool,
+        read: SqlitePool,
+    },
+    Postgres(PgPool),
+}
+
+/// The same code inside a transaction of either engine. SQLite takes the write lock at once: a read lock that is raised
+/// later fails instead of waiting. `$body` gives the value and whether to keep what was done.
+macro_rules! tx {
+    ($db:expr, |$conn:ident| $body:expr) => {
+        match $db {
+            Db::Sqlite { write, .. } => {
+                let mut tx = write.begin_with("BEGIN IMMEDIATE").await.map_err(fault::of)?;
+                let mut $conn = Conn::Sqlite(&mut tx);
+                let (out, keep) = $body;
+                end!(tx, keep);
+                Ok(out)
+            }
+            Db::Postgres(pool) => {
+                let mut tx = pool.begin().await.map_err(fault::of)?;
+                let mut $conn = Conn::Postgres(&mut tx);
+                let (out, keep) = $body;
+                end!(tx, keep);
+                Ok(out)
+            }
+        }
+    };
+}
+
+macro_rules! end {
+    ($tx:ident, $keep:ident) => {
+        if $keep { $tx.commit().await.map_err(fault::of_commit)? } else { $tx.rollback().await.map_err(fault::of)? }
+    };
+}
+
+pub(super) use {end, tx};
+
+/// A connection inside a transaction.
+pub(super) enum Conn<'a> {
+    Sqlite(&'a mut SqliteConnection),
+    Postgres(&'a mut PgConnection),
+}
+
+impl Conn<'_> {
+    /// Returns how many rows it touched.
+    pub(super) async fn run(&mut self, text: &'static str, args: Args) -> Result<u64, sqlx::Error> {
+        match self {
+            Self::Sqlite(conn) => {
+                Ok(sqlx::query_with(text, args.sqlite()?).execute(&mut **conn).await?.rows_affected())
+            }
+            Self::Postgres(conn) => {
+                Ok(sqlx::query_with(text, args.postgres()?).execute(&mut **conn).await?.rows_affected())
+            }
+        }
+    }
+
+    pub(super) async fn first(&mut self, text: &'static str, args: Args) -> Result<Option<Row>, sqlx::Error> {
+        match self {
+            Self::Sqlite(conn) => Ok(sqlx::query_with(text, args.sqlite()?)
+                .fetch_all(&mut **conn)
+                .await?
+                .into_iter()
+                .next()
+                .map(Row::Sqlite)),
+            Self::Postgres(conn) => Ok(sqlx::query_with(text, args.postgres()?)
+                .fetch_all(&mut **conn)
+                .await?
+                .into_iter()
+                .next()
+                .map(Row::Postgres)),
+        }
+    }
+
+    /// Runs a text for all rows, in as few steps as its widths allow. Returns how many rows it touched.
+    pub(super) async fn run_wide(&mut self, wide: &Wide, rows: Args) -> Result<u64, sqlx::Error> {
+        let mut touched = 0;
+        for (text, args) in wide.split(rows, matches!(self, Self::Sqlite(_))) {
+            touched += self.run(text, args).await?;
+        }
+        Ok(touched)
+    }
+}
+
+impl Db {
+    pub(super) async fn rows(&self, text: &'static str, args: Args) -> Result<Vec<Row>, sqlx::Error> {
+        match self {
+            Self::Sqlite { read, .. } => {
+                Ok(sqlx::query_with(text, args.sqlite()?).fetch_all(read).await?.into_iter().map(Row::Sqlite).collect())
+            }
+            Self::Postgres(pool) => Ok(sqlx::query_with(text, args.postgres()?)
+                .fetch_all(pool)
+                .await?
+                .into_iter()
+                .map(Row::Postgres)
+                .collect()),
+        }
+    }
+
+    pub(super) async fn rows_wide(&self, wide: &Wide, rows: Args) -> Result<Vec<Row>, sqlx::Error> {
+        let mut found = Vec::new();
+        for (text, args) in wide.split(rows, matches!(self, Self::Sqlite { .. })) {
+            found.extend(self.rows(text, args).await?);
+        }
+        Ok(found)
+    }
+}
+
+/// What a text is given for `$1`, `$2`, …
+#[derive(Debug, Default)]
+pub(super) struct Args(Vec<Arg>);
+
+#[derive(Debug)]
+enum Arg {
+    Text(Option<String>),
+    Int(Option<i64>),
+    Flag(Option<bool>),
+}
+
+impl Args {
+    pub(super) fn new() -> Self {
+        Self::default()
+    }
+    pub(super) fn text(self, value: impl ToString) -> Self {
+        self.maybe_text(Some(value))
+    }
+    pub(super) fn maybe_text(mut self, value: Option<impl ToString>) -> Self {
+        self.0.push(Arg::Text(value.map(|value| storable(value.to_string()))));
+        self
+    }
+    pub(super) fn int(self, value: i64) -> Self {
+        self.maybe_int(Some(value))
+    }
+    pub(super) fn maybe_int(mut self, value: Option<i64>) -> Self {
+        self.0.push(Arg::Int(value));
+        self
+    }
+    /// A size or count. What no BIGINT can hold becomes -1, which every CHECK of such a column refuses.
+    pub(super) fn size(self, value: u64) -> Self {
+        self.maybe_size(Some(value))
+    }
+    pub(super) fn maybe_size(self, value: Option<u64>) -> Self {
+        self.maybe_int(value.map(|value| i64::try_from(value).unwrap_or(-1)))
+    }
+    pub(super) fn flag(self, value: bool) -> Self {
+        self.maybe_flag(Some(value))
+    }
+    pub(super) fn maybe_flag(mut self, value: Option<bool>) -> Self {
+        self.0.push(Arg::Flag(value));
+        self
+    }
+
+    fn sqlite(self) -> Result<SqliteArguments, sqlx::Error> {
+        fill(self)
+    }
+    fn postgres(self) -> Result<PgArguments, sqlx::Error> {
+        fill(self)
+    }
+}
+
+/// Postgres keeps no NUL in a text, so neither engine does.
+fn storable(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+}
+
+fn fill<A>(args: Args) -> Result<A, sqlx::Error>
+where
+    A: Arguments,
+    Option<String>: for<'q> sqlx::Encode<'q, A::Database> + sqlx::Type<A::Database>,
+    Option<i64>: for<'q> sqlx::Encode<'q, A::Database> + sqlx::Type<A::Database>,
+    Option<bool>: for<'q> sqlx::Encode<'q, A::Database> + sqlx::Type<A::Database>,
+{
+    let mut out = A::default();
+    out.reserve(args.0.len(), 0);
+    for arg in args.0 {
+        match arg {
+            Arg::Text(value) => out.add(value),
+            Arg::Int(value) => out.add(value),
+            Arg::Flag(value) => out.add(value),
+        }
+        .map_err(sqlx::Error::Encode)?;
+    }
+    Ok(out)
+}
+
+/// How many rows one statement may carry. A batch is cut into the largest that fit.
+const WIDTHS: [usize; 4] = [64, 16, 4, 1];
+
+/// A text with one row of parameters, `VALUES ($1, …)`, and the same text for more rows.
+#[derive(Debug)]
+pub(super) struct Wide {
+    text: &'static str,
+    columns: usize,
+    sqlite: [OnceLock<&'static str>; WIDTHS.len()],
+    postgres: [OnceLock<&'static str>; WIDTHS.len()],
+}
+
+impl Wide {
+    pub(super) const fn new(text: &'static str, columns: usize) -> Self {
+        Self { text, columns, sqlite: [const { OnceLock::new() }; 4], postgres: [const { OnceLock::new() }; 4] }
+    }
+
+    fn split(&self, rows: Args, sqlite: bool) -> impl Iterator<Item = (&'static str, Args)> {
+        let mut rest = rows.0.into_iter();
+        std::iter::from_fn(move || {
+            let left = rest.len() / self.columns;
+            let at = WIDTHS.iter().position(|width| *width <= left)?;
+            let forms = if sqlite { &self.sqlite } else { &self.postgres };
+            // Leaked once per text and width: the driver takes only texts that live for ever.
+            let text = forms[at].get_or_init(|| widened(self.text, self.columns, WIDTHS[at], sqlite).leak());
+            Some((*text, Args(rest.by_ref().take(WIDTHS[at] * self.columns).collect())))
+        })
+    }
+}
+
+/// Repeats the row after `VALUES`. SQLite gets nameless parameters, because it looks names up one by one.
+fn widened(text: &str, columns: usize, rows: usize, sqlite: bool) -> String {
+    let (head, from_row) = text.split_once("VALUES (").unwrap_or((text, ""));
+    let mut depth = 1;
+    let end = from_row.find(|c| {
+        depth += i32::from(c == '(') - i32::from(c == ')');
+        depth == 0
+    });
+    let (row, tail) = from_row.split_at(end.unwrap_or(from_row.len()));
+    let mut out = format!("{head}VALUES ");
+    for n in 0..rows {
+        out.push_str(if n == 0 { "(" } else { ", (" });
+        let mut parts = row.split('$');
+        out.push_str(parts.next().unwrap_or_default());
+        for (at, part) in parts.enumerate() {
+            match sqlite {
+                true => out.push('?'),
+                false => out.push_str(&format!("${}", n * columns + at + 1)),
+            }
+            out.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+        }
+        out.push(')');
+    }
+    out + &tail[1.min(tail.len())..]
+}
+
+/// A row of either engine.
+pub(super) enum Row {
+    Sqlite(SqliteRow),
+    Postgres(PgRow),
+}
+
+/// Reads one row's columns, and says which one it was when that fails.
+pub(super) struct Reader<'a> {
+    row: &'a Row,
+    table: &'static str,
+    id: String,
+}
+
+macro_rules! column {
+    ($($name:ident -> $type:ty;)+) => { $(
+        pub(super) fn $name(&self, column: &'static str) -> Result<$type, StoreError> {
+            match self.row {
+                Row::Sqlite(row) => row.try_get(column),
+                Row::Postgres(row) => row.try_get(column),
+            }
+            .map_err(|_| self.corrupt(column))
+        }
+    )+ };
+}
+
+impl<'a> Reader<'a> {
+    /// `key` is the column that names the row when another one cannot be read.
+    pub(super) fn new(row: &'a Row, table: &'static str, key: &'static str) -> Self {
+        let unnamed = Self { row, table, id: String::new() };
+        let id = unnamed.text(key).unwrap_or_default();
+        Self { id, ..unnamed }
+    }
+
+    column! {
+        text -> String;
+        maybe_text -> Option<String>;
+        int -> i64;
+        maybe_int -> Option<i64>;
+        flag -> bool;
+    }
+
+    pub(super) fn corrupt(&self, column: &'static str) -> StoreError {
+        StoreError::Corrupt { table: self.table, id: self.id.clone(), column }
+    }
+    pub(super) fn ms(&self, column: &'static str) -> Result<Ms, StoreError> {
+        self.int(column).map(Ms)
+    }
+    pub(super) fn maybe_ms(&self, column: &'static str) -> Result<Option<Ms>, StoreError> {
+        Ok(self.maybe_int(column)?.map(Ms))
+    }
+    /// A number that is never negative, as narrow as its type.
+    pub(super) fn size<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, StoreError> {
+        T::try_from(self.int(column)?).map_err(|_| self.corrupt(column))
+    }
+    pub(super) fn maybe_size<T: TryFrom<i64>>(&self, column: &'static str) -> Result<Option<T>, StoreError> {
+        self.maybe_int(column)?.map(|n| T::try_from(n).map_err(|_| self.corrupt(column))).transpose()
+    }
+    pub(super) fn parsed<T: FromStr>(&self, column: &'static str) -> Result<T, StoreError> {
+        self.text(column)?.parse().map_err(|_| self.corrupt(column))
+    }
+    pub(super) fn maybe_parsed<T: FromStr>(&self, column: &'static str) -> Result<Option<T>, StoreError> {
+        self.maybe_text(column)?.map(|text| text.parse().map_err(|_| self.corrupt(column))).transpose()
+    }
+    pub(super) fn json<T: DeserializeOwned>(&self, column: &'static str) -> Result<T, StoreError> {
+        serde_json::from_str(&self.text(column)?).map_err(|_| self.corrupt(column))
+    }
+    pub(super) fn maybe_json<T: DeserializeOwned>(&self, column: &'static str) -> Result<Option<T>, StoreError> {
+        let text = self.maybe_text(column)?;
+        text.map(|text| serde_json::from_str(&text).map_err(|_| self.corrupt(column))).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_widened_text_repeats_its_row_and_nothing_else() {
+        let text = "WITH new (a, b) AS (VALUES (CAST($1 AS TEXT), $2)) SELECT a FROM new WHERE b > 1";
+        assert_eq!(widened(text, 2, 1, false), text);
+        assert_eq!(
+            widened(text, 2, 2, false),
+            "WITH new (a, b) AS (VALUES (CAST($1 AS TEXT), $2), (CAST($3 AS TEXT), $4)) SELECT a FROM new WHERE b > 1"
+        );
+        assert_eq!(
+            widened("INSERT INTO t (a) VALUES ($1) ON CONFLICT DO NOTHING", 1, 3, true),
+            "INSERT INTO t (a) VALUES (?), (?), (?) ON CONFLICT DO NOTHING"
+        );
+    }
+
+    #[test]
+    fn a_batch_is_cut_into_the_largest_widths() {
+        let wide = Wide::new("INSERT INTO t (a, b) VALUES ($1, $2)", 2);
+        let rows = Args((0..2 * 151).map(|n| Arg::Int(Some(n))).collect());
+        let sizes: Vec<usize> = wide.split(rows, true).map(|(_, args)| args.0.len() / 2).collect();
+        assert_eq!(sizes, [64, 64, 16, 4, 1, 1, 1]);
+    }
+
+    #[test]
+    fn a_nul_never_reaches_an_engine() {
+        let args = Args::new().text("a\0b");
+        assert!(matches!(&args.0[0], Arg::Text(Some(text)) if text == "a\u{fffd}b"));
+    }
+}

@@ -1,0 +1,70 @@
+//! S: one orchestrator per data directory.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
+/// Held while the farm in a directory runs. The system lets go of it when the process ends, however it ends.
+#[derive(Debug)]
+pub struct DataLock {
+    _file: Flock<File>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another process has it; its number, if it has written it down already.
+    #[error("{} is in use by another orchestrator{}; stop it first, or choose another data directory", dir.display(), by(*pid))]
+    Taken { dir: PathBuf, pid: Option<u32> },
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+}
+
+fn by(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+}
+
+impl DataLock {
+    /// Makes the directory if it is not there, and takes `farm.lock` in it.
+    pub fn acquire(dir: &Path) -> Result<Self, LockError> {
+        let path = dir.join("farm.lock");
+        let failed = |error| LockError::Io { path: path.clone(), error };
+        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        match Flock::lock(open.map_err(failed)?, FlockArg::LockExclusiveNonblock) {
+            Ok(mut file) => {
+                file.set_len(0).and_then(|()| file.rewind()).map_err(failed)?;
+                writeln!(file, "{}", std::process::id()).map_err(failed)?;
+                Ok(Self { _file: file })
+            }
+            Err((mut file, Errno::EWOULDBLOCK)) => {
+                let mut text = String::new();
+                // Only for the message: a number that cannot be read is left out.
+                let read = file.read_to_string(&mut text);
+                let pid = read.ok().and_then(|_| text.trim().parse().ok());
+                Err(LockError::Taken { dir: dir.to_owned(), pid })
+            }
+            Err((_, errno)) => Err(failed(errno.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_one_is_told_who_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("a/farm");
+        let first = DataLock::acquire(&data).unwrap();
+        let second = DataLock::acquire(&data).unwrap_err();
+        assert!(matches!(&second, LockError::Taken { pid, .. } if *pid == Some(std::process::id())), "{second:?}");
+        assert!(second.to_string().contains(&format!("process {}", std::process::id())));
+        drop(first);
+        DataLock::acquire(&data).unwrap();
+    }
+}

@@ -1,0 +1,188 @@
+//! S: opening and closing a database: its settings, its version, its schema, its health.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+use std::{fs, io};
+
+use alloy_shared::limits;
+use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, SqlSafeStr};
+
+use super::SqlStore;
+use super::conn::Db;
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("SQLite {found} can lose a write after its log is reset; {}.{}.{} or newer is needed", SQLITE_MIN.0, SQLITE_MIN.1, SQLITE_MIN.2)]
+    OldSqlite { found: String },
+    /// The file is damaged; the text is SQLite's own.
+    #[error("{} is damaged: {found}; restore it from a backup", path.display())]
+    Damaged { path: PathBuf, found: String },
+    #[error(
+        "port 6543 is a transaction pooler, which keeps neither prepared statements nor locks between transactions; \
+         use the direct connection or the session pooler on port 5432"
+    )]
+    TransactionPooler,
+    #[error("the database's address cannot be read: {0}")]
+    Url(String),
+    #[error("the database's schema cannot be brought up to date: {0}")]
+    Migrate(#[from] MigrateError),
+    #[error("the database cannot be opened: {0}")]
+    Db(#[from] sqlx::Error),
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+}
+
+/// The first version without the WAL-reset bug.
+const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
+const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "farm", include_str!("../../../migrations/0001_farm.sql"))];
+/// Texts per connection that stay prepared: every one that there is, in all its widths.
+const PREPARED: usize = 256;
+
+impl SqlStore {
+    /// Opens the file, or makes it. The caller holds the directory's `DataLock`.
+    pub async fn open_sqlite(path: &Path) -> Result<Self, OpenError> {
+        let mut marker = path.as_os_str().to_owned();
+        marker.push(".open");
+        let marker = PathBuf::from(marker);
+        let write = SqlitePoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(Duration::from_millis(limits::STORE_COMMIT_MS))
+            .test_before_acquire(false)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .connect_with(sqlite(path).create_if_missing(true).pragma("cache_size", "-65536"))
+            .await?;
+        check_version(&write).await?;
+        let unclean = fs::exists(&marker).map_err(|error| OpenError::Io { path: marker.clone(), error })?;
+        if unclean {
+            check_pages(&write, path).await?;
+        }
+        fs::write(&marker, "").map_err(|error| OpenError::Io { path: marker.clone(), error })?;
+        migrator().run(&write).await?;
+        let read = SqlitePoolOptions::new()
+            .max_connections(limits::STORE_READERS)
+            .acquire_timeout(Duration::from_millis(limits::STORE_READ_MS))
+            .test_before_acquire(false)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .connect_with(sqlite(path).read_only(true).pragma("cache_size", "-16384"))
+            .await?;
+        Ok(Self { db: Db::Sqlite { write, read }, marker: Some(marker) })
+    }
+
+    /// Opens a direct or session-mode connection.
+    pub async fn open_postgres(url: &str) -> Result<Self, OpenError> {
+        let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
+        if options.get_port() == TRANSACTION_POOLER {
+            return Err(OpenError::TransactionPooler);
+        }
+        let options = options
+            .application_name("alloy")
+            .statement_cache_capacity(PREPARED)
+            .options([
+                ("statement_timeout", limits::STORE_READ_MS.to_string()),
+                ("idle_in_transaction_session_timeout", (limits::STORE_READ_MS + 1_000).to_string()),
+            ])
+            .disable_statement_logging();
+        let pool = PgPoolOptions::new()
+            .max_connections(limits::STORE_CONNECTIONS)
+            .acquire_timeout(Duration::from_millis(limits::STORE_READ_MS))
+            .connect_with(options)
+            .await?;
+        migrator().run(&pool).await?;
+        Ok(Self { db: Db::Postgres(pool), marker: None })
+    }
+
+    /// Lets go of the database in good order: what follows a stop without it is a check of every page.
+    pub async fn close(&self) {
+        match &self.db {
+            Db::Sqlite { write, read } => {
+                read.close().await;
+                write.close().await;
+            }
+            Db::Postgres(pool) => pool.close().await,
+        }
+        if let Some(marker) = &self.marker
+            && let Err(error) = fs::remove_file(marker)
+        {
+            tracing::warn!(path = %marker.display(), %error, "the next start will check the whole database");
+        }
+    }
+}
+
+/// Supabase and PgBouncer put it there.
+const TRANSACTION_POOLER: u16 = 6543;
+
+fn sqlite(path: &Path) -> SqliteConnectOptions {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .busy_timeout(Duration::from_millis(limits::STORE_BUSY_MS))
+        .statement_cache_capacity(PREPARED)
+        .pragma("mmap_size", "0")
+        .pragma("temp_store", "MEMORY")
+        // A checkpoint costs two syncs: one for 16 MiB of log is cheaper than one for 4, and a start still reads it at once.
+        .pragma("wal_autocheckpoint", "4000")
+        .pragma("journal_size_limit", "67108864")
+        .disable_statement_logging();
+    full_sync(options)
+}
+
+/// Plain fsync leaves the bytes in the drive's cache here.
+#[cfg(target_os = "macos")]
+fn full_sync(options: SqliteConnectOptions) -> SqliteConnectOptions {
+    options.pragma("fullfsync", "1").pragma("checkpoint_fullfsync", "1")
+}
+
+#[cfg(not(target_os = "macos"))]
+fn full_sync(options: SqliteConnectOptions) -> SqliteConnectOptions {
+    options
+}
+
+async fn check_version(pool: &SqlitePool) -> Result<(), OpenError> {
+    let found: String = sqlx::query_scalar("SELECT sqlite_version()").fetch_one(pool).await?;
+    if parse_version(&found).is_some_and(|version| version >= SQLITE_MIN) {
+        Ok(())
+    } else {
+        Err(OpenError::OldSqlite { found })
+    }
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
+    let mut parts = text.split('.').map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next()??, parts.next()??))
+}
+
+async fn check_pages(pool: &SqlitePool, path: &Path) -> Result<(), OpenError> {
+    tracing::info!(path = %path.display(), "the farm did not stop in good order: checking the database");
+    let found: Vec<String> = sqlx::query_scalar("PRAGMA quick_check(10)").fetch_all(pool).await?;
+    match found.as_slice() {
+        [only] if only == "ok" => Ok(()),
+        _ => Err(OpenError::Damaged { path: path.to_owned(), found: found.join("; ") }),
+    }
+}
+
+fn migrator() -> Migrator {
+    let migration = |(version, name, text): &(i64, &'static str, &'static str)| {
+        Migration::new(*version, (*name).into(), MigrationType::Simple, text.into_sql_str(), false)
+    };
+    Migrator::with_migrations(MIGRATIONS.iter().map(migration).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_compare_by_their_numbers() {
+        for (text, fine) in [("3.51.3", true), ("3.51.2", false), ("3.9.99", false), ("3.100.0", true), ("4", false)] {
+            assert_eq!(parse_version(text).is_some_and(|version| version >= SQLITE_MIN), fine, "{text}");
+        }
+    }
+}
