@@ -1,9 +1,10 @@
 //! What the tests are made of: a farm of real processes, an observer with its own clock, a proxy that cuts connections, and
-//! a source of log bytes that anybody can compute again.
+//! a source of log bytes that anybody can compute again, and a Postgres of the run's own.
 
 pub mod bench;
 pub mod farm;
 pub mod noise;
 pub mod observe;
+pub mod pg;
 pub mod process;
 pub mod proxy;

@@ -68,6 +68,12 @@ fn code(db: &dyn DatabaseError) -> Code {
     }
 }
 
+/// What SQLite says of a file that is no good database.
+pub(super) fn damage(error: &sqlx::Error) -> Option<String> {
+    let db = error.as_database_error()?;
+    matches!(code(db), Code::Sqlite(SQLITE_CORRUPT | SQLITE_NOTADB)).then(|| db.message().to_owned())
+}
+
 /// An error before the commit was asked for: nothing has happened.
 pub(super) fn of(error: sqlx::Error) -> StoreError {
     let text = error.to_string();
@@ -112,5 +118,98 @@ pub(super) async fn within<T>(
     match tokio::time::timeout(Duration::from_millis(limit_ms), work).await {
         Ok(result) => result,
         Err(_) => Err(late(format!("no answer within {limit_ms} ms"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+    use std::error::Error;
+    use std::fmt;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Says(&'static str);
+
+    impl fmt::Display for Says {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("said")
+        }
+    }
+    impl Error for Says {}
+    impl DatabaseError for Says {
+        fn message(&self) -> &str {
+            "said"
+        }
+        fn code(&self) -> Option<Cow<'_, str>> {
+            Some(self.0.into())
+        }
+        fn as_error(&self) -> &(dyn Error + Send + Sync + 'static) {
+            self
+        }
+        fn as_error_mut(&mut self) -> &mut (dyn Error + Send + Sync + 'static) {
+            self
+        }
+        fn into_error(self: Box<Self>) -> Box<dyn Error + Send + Sync + 'static> {
+            self
+        }
+        fn kind(&self) -> ErrorKind {
+            ErrorKind::Other
+        }
+    }
+
+    fn error(code: &'static str) -> sqlx::Error {
+        sqlx::Error::Database(Box::new(Says(code)))
+    }
+
+    fn word(error: &StoreError) -> &'static str {
+        match error {
+            StoreError::Unavailable(_) => "unavailable",
+            StoreError::Unknown(_) => "unknown",
+            StoreError::Full(_) => "full",
+            StoreError::Corrupt { .. } => "corrupt",
+        }
+    }
+
+    #[test]
+    fn each_code_has_its_meaning_before_and_during_the_commit() {
+        for (code, before, during) in [
+            // SQLite: busy, I/O (write, fsync), corrupt, full, not a database.
+            ("5", "unavailable", "unavailable"),
+            ("778", "unavailable", "unknown"),
+            ("1034", "unavailable", "unknown"),
+            ("11", "corrupt", "corrupt"),
+            ("13", "full", "full"),
+            ("26", "corrupt", "corrupt"),
+            // Postgres: deadlock, disk full, damaged page, connection lost, shut down, completion unknown.
+            ("40P01", "unavailable", "unavailable"),
+            ("53100", "full", "full"),
+            ("XX001", "corrupt", "corrupt"),
+            ("08006", "unavailable", "unknown"),
+            ("57P01", "unavailable", "unknown"),
+            ("40003", "unavailable", "unknown"),
+        ] {
+            assert_eq!(word(&of(error(code))), before, "{code}");
+            assert_eq!(word(&of_commit(error(code))), during, "{code} during the commit");
+        }
+        assert_eq!(word(&of_commit(sqlx::Error::WorkerCrashed)), "unknown");
+        assert_eq!(word(&of(sqlx::Error::PoolTimedOut)), "unavailable");
+    }
+
+    #[test]
+    fn a_refused_row_concerns_its_group_alone() {
+        for code in ["19", "275", "18", "22021", "23514"] {
+            assert!(matches!(Fault::from(error(code)), Fault::Refused(_)), "{code}");
+        }
+        for code in ["13", "5", "53100", "40P01"] {
+            assert!(matches!(Fault::from(error(code)), Fault::Store(_)), "{code}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_silent_database_is_not_waited_for() {
+        let late = within(5, StoreError::Unknown, std::future::pending::<Result<(), _>>()).await;
+        assert!(matches!(late, Err(StoreError::Unknown(_))), "{late:?}");
     }
 }

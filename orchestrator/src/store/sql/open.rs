@@ -11,8 +11,8 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{ConnectOptions, SqlSafeStr};
 
-use super::SqlStore;
 use super::conn::Db;
+use super::{SqlStore, fault};
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -45,6 +45,13 @@ const PREPARED: usize = 256;
 impl SqlStore {
     /// Opens the file, or makes it. The caller holds the directory's `DataLock`.
     pub async fn open_sqlite(path: &Path) -> Result<Self, OpenError> {
+        Self::open_file(path).await.map_err(|error| match damage(&error) {
+            Some(found) => OpenError::Damaged { path: path.to_owned(), found },
+            None => error,
+        })
+    }
+
+    async fn open_file(path: &Path) -> Result<Self, OpenError> {
         let mut marker = path.as_os_str().to_owned();
         marker.push(".open");
         let marker = PathBuf::from(marker);
@@ -166,6 +173,20 @@ async fn check_pages(pool: &SqlitePool, path: &Path) -> Result<(), OpenError> {
         [only] if only == "ok" => Ok(()),
         _ => Err(OpenError::Damaged { path: path.to_owned(), found: found.join("; ") }),
     }
+}
+
+/// Some damage is met before it is looked for.
+fn damage(error: &OpenError) -> Option<String> {
+    let error = match error {
+        OpenError::Db(error) | OpenError::Migrate(MigrateError::Execute(error)) => error,
+        OpenError::Migrate(_)
+        | OpenError::OldSqlite { .. }
+        | OpenError::Damaged { .. }
+        | OpenError::TransactionPooler
+        | OpenError::Url(_)
+        | OpenError::Io { .. } => return None,
+    };
+    fault::damage(error)
 }
 
 fn migrator() -> Migrator {

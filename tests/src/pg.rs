@@ -1,0 +1,125 @@
+//! S: a Postgres of the test run's own: no port, no disk syncs, gone with the process that started it.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use orchestrator::store::sql::SqlStore;
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use tokio::sync::OnceCell;
+
+static SERVER: OnceCell<Server> = OnceCell::const_new();
+
+struct Server {
+    dir: PathBuf,
+    /// The server ends when this one's stdin does: also when the test process is killed.
+    _keeper: Child,
+    made: AtomicU32,
+}
+
+const MISSING: &str = "PostgreSQL's server programs are missing: install the package `postgresql` \
+    (Debian: apt-get install postgresql; macOS: brew install postgresql@17), or set PGBIN to their directory";
+
+/// Sets up, starts, says `ready`, waits for the end of stdin, takes down. As root the server runs as `postgres`.
+const KEEPER: &str = r#"
+set -eu
+trap '' INT
+d=$1; bin=$2; as=
+if [ "$(id -u)" = 0 ]; then
+    chown postgres "$d"
+    as="setpriv --reuid=postgres --regid=postgres --init-groups"
+fi
+cd "$d"
+run() { $as "$@" </dev/null >"$d/talk" 2>&1 || { cat "$d/talk"; rm -rf "$d"; exit 1; }; }
+run "$bin/initdb" -D "$d/data" -U postgres -A trust --no-sync -E UTF8 --locale=C
+run "$bin/pg_ctl" -D "$d/data" -w -t 60 -l "$d/server" start -o "-c listen_addresses='' -c unix_socket_directories=$d \
+    -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=300"
+echo ready
+cat >/dev/null || true
+run "$bin/pg_ctl" -D "$d/data" -m immediate -w stop
+rm -rf "$d"
+"#;
+
+/// The address of a new database with the farm's schema.
+pub async fn database() -> String {
+    let server = server().await;
+    let name = format!("t_{}", server.made.fetch_add(1, Ordering::Relaxed));
+    server.admin(&format!("CREATE DATABASE {name} TEMPLATE farm")).await.expect("copy the template");
+    server.url(&name)
+}
+
+/// The address of a new database with nothing in it.
+pub async fn empty_database() -> String {
+    let server = server().await;
+    let name = format!("e_{}", server.made.fetch_add(1, Ordering::Relaxed));
+    server.admin(&format!("CREATE DATABASE {name}")).await.expect("make a database");
+    server.url(&name)
+}
+
+async fn server() -> &'static Server {
+    SERVER
+        .get_or_init(|| async {
+            let server = start();
+            // Sorts as people's databases do, not by bytes: what depends on the order of letters must show here.
+            let icu = "CREATE DATABASE farm TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en-US'";
+            if server.admin(icu).await.is_err() {
+                server.admin("CREATE DATABASE farm").await.expect("make the template");
+            }
+            let store = SqlStore::open_postgres(&server.url("farm")).await.expect("open the template");
+            store.close().await;
+            server
+        })
+        .await
+}
+
+fn start() -> Server {
+    let bin = programs().unwrap_or_else(|| panic!("{MISSING}"));
+    // A socket's path must be short.
+    let dir = tempfile::Builder::new().prefix("alloy-pg").tempdir_in("/tmp").expect("make a directory").keep();
+    let mut keeper = Command::new("sh")
+        .args(["-c", KEEPER, "sh"])
+        .args([&dir, &bin])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start sh");
+    let mut said = String::new();
+    let mut out = BufReader::new(keeper.stdout.take().expect("a pipe"));
+    while out.read_line(&mut said).expect("read from sh") > 0 {
+        if said.ends_with("ready\n") {
+            return Server { dir, _keeper: keeper, made: AtomicU32::new(0) };
+        }
+    }
+    panic!("Postgres did not start: {said}");
+}
+
+fn programs() -> Option<PathBuf> {
+    let mut places: Vec<PathBuf> = std::env::var_os("PGBIN").map(PathBuf::from).into_iter().collect();
+    if let Ok(out) = Command::new("pg_config").arg("--bindir").output() {
+        places.push(PathBuf::from(String::from_utf8_lossy(&out.stdout).trim()));
+    }
+    for root in ["/usr/lib/postgresql", "/opt/homebrew/opt", "/usr/local/opt"] {
+        let versions = std::fs::read_dir(root).into_iter().flatten().flatten();
+        let mut found: Vec<PathBuf> = versions.map(|entry| entry.path().join("bin")).collect();
+        found.sort();
+        places.extend(found.into_iter().rev());
+    }
+    places.into_iter().find(|bin: &PathBuf| is_file(&bin.join("initdb")) && is_file(&bin.join("pg_ctl")))
+}
+
+fn is_file(path: &Path) -> bool {
+    path.is_file()
+}
+
+impl Server {
+    fn url(&self, database: &str) -> String {
+        format!("postgres://postgres@localhost/{database}?host={}", self.dir.display())
+    }
+
+    async fn admin(&self, text: &str) -> Result<(), sqlx::Error> {
+        let mut conn = PgConnection::connect(&self.url("postgres")).await?;
+        conn.execute(AssertSqlSafe(text.to_owned())).await?;
+        conn.close().await
+    }
+}
