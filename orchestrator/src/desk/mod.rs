@@ -545,3 +545,5 @@ fn fence(from: From) -> Guard {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walk;
