@@ -109,6 +109,8 @@ mod tests {
             "worker ls",
             #[cfg(feature = "farm")]
             "worker join http://farm:3000 alloy_join_x --name shed",
+            #[cfg(feature = "farm")]
+            "worker run --provider host --slots 3 --label site=attic",
             "worker drain shed --wait --note disk",
             "worker resume shed",
             "login http://farm:3000 --with-token",

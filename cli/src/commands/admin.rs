@@ -19,6 +19,8 @@ pub(crate) enum WorkerVerb {
     Invite(InviteArgs),
     #[cfg(feature = "farm")]
     Join(crate::farm::here::JoinArgs),
+    #[cfg(feature = "farm")]
+    Run(Box<crate::farm::here::RunArgs>),
     #[command(visible_alias = "ls")]
     List,
     Drain(DrainArgs),
@@ -97,6 +99,8 @@ pub(crate) async fn worker(app: &App, verb: &WorkerVerb) -> Result<i32, Failure>
         WorkerVerb::Invite(args) => invite(app, &app.farm()?, args).await,
         #[cfg(feature = "farm")]
         WorkerVerb::Join(args) => crate::farm::here::join(app, args).await,
+        #[cfg(feature = "farm")]
+        WorkerVerb::Run(args) => crate::farm::here::run(app, args).await,
         WorkerVerb::List => list(app, &app.farm()?).await,
         WorkerVerb::Drain(args) => drain(app, &app.farm()?, args).await,
         WorkerVerb::Resume(args) => resume(app, &app.farm()?, args).await,

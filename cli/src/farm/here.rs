@@ -71,6 +71,33 @@ fn join_failure(error: JoinError, url: &str) -> Failure {
     }
 }
 
+/// Run this machine's worker until a signal stops it
+#[derive(Debug, clap::Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    flags: worker::config::Flags,
+}
+
+pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
+    if app.globals.url.is_some() || app.globals.context.is_some() || app.globals.local {
+        return Err(Failure::usage("a worker goes to the farm that it joined")
+            .hint("alloy worker join URL TOKEN   joins another; ORCHESTRATOR_URL names the same farm's new address"));
+    }
+    let code = worker::program::run(&args.flags, own_binary()?).await;
+    Ok(if code == ExitCode::SUCCESS {
+        exit::OK
+    } else if code == ExitCode::from(2) {
+        exit::USAGE
+    } else {
+        exit::ERROR
+    })
+}
+
+/// The binary that knows the guard's subcommand: this one.
+pub(crate) fn own_binary() -> Result<PathBuf, Failure> {
+    std::env::current_exe().map_err(|error| Failure::io("the path of this program", &error))
+}
+
 /// A worker inside this process starts this same binary as the guard of its commands.
 pub(crate) fn guard() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
