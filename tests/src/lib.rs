@@ -1,4 +1,4 @@
-//! What the tests are made of: a farm of real processes, an observer with its own clock, a proxy that cuts connections, and
+//! What the tests are made of: a farm of real processes, an observer with its own clock, a proxy that cuts connections,
 //! a source of log bytes that anybody can compute again, and a Postgres of the run's own.
 
 pub mod bench;

@@ -91,7 +91,8 @@ fn start() -> Server {
             return Server { dir, _keeper: keeper, made: AtomicU32::new(0) };
         }
     }
-    panic!("Postgres did not start: {said}");
+    let ended = keeper.wait();
+    panic!("Postgres did not start ({ended:?}): {said}");
 }
 
 fn programs() -> Option<PathBuf> {
