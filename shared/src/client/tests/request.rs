@@ -156,6 +156,7 @@ async fn waiting_may_take_long_as_long_as_the_farm_shows_life() {
     let client = bench.client(&format!("http://{}", listener.local_addr().unwrap()));
     let farm = async {
         let (mut socket, _) = listener.accept().await.unwrap();
+        hear(&mut socket).await.unwrap();
         let view = serde_json::to_vec(&view(StateWord::Succeeded)).unwrap();
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", 30 + view.len());
         socket.write_all(head.as_bytes()).await.unwrap();
