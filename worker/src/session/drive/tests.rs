@@ -118,13 +118,12 @@ where
 struct Far {
     link: Link,
     log: Vec<u8>,
-    ack_logs: bool,
 }
 
 impl Farm {
     /// Takes the next dial and opens the session.
     async fn open(&mut self) -> (Far, Hello) {
-        let mut far = Far { link: self.far.recv().await.unwrap(), log: Vec::new(), ack_logs: true };
+        let mut far = Far { link: self.far.recv().await.unwrap(), log: Vec::new() };
         far.say(ToWorker::Challenge { nonce: "nonce".into() }).await;
         let Some(ToOrchestrator::Hello(hello)) = far.hear().await else { panic!("no hello") };
         far.say(ToWorker::Welcome(Welcome {
@@ -177,14 +176,7 @@ impl Far {
     async fn hear(&mut self) -> Option<ToOrchestrator> {
         loop {
             match self.link.rx.recv().await? {
-                Frame::Binary(bytes) => {
-                    let chunk = LogChunk::decode(&bytes).unwrap();
-                    assert_eq!((chunk.handle, chunk.offset), (5, self.log.len() as u64), "no byte is skipped");
-                    self.log.extend_from_slice(&chunk.bytes);
-                    if self.ack_logs {
-                        self.say(ToWorker::LogAck { attempt: AT, durable: self.log.len() as u64 }).await;
-                    }
-                }
+                Frame::Binary(bytes) => self.take_log(&bytes).await,
                 Frame::Text(text) => match ToOrchestrator::decode(&text).unwrap() {
                     ToOrchestrator::Heartbeat(beat) => {
                         self.say(ToWorker::HeartbeatAck { n: beat.n, orders: vec![] }).await;
@@ -193,6 +185,13 @@ impl Far {
                 },
             }
         }
+    }
+
+    async fn take_log(&mut self, frame: &Bytes) {
+        let chunk = LogChunk::decode(frame).unwrap();
+        assert_eq!((chunk.handle, chunk.offset), (5, self.log.len() as u64), "no byte is skipped");
+        self.log.extend_from_slice(&chunk.bytes);
+        self.say(ToWorker::LogAck { attempt: AT, durable: self.log.len() as u64 }).await;
     }
 
     async fn hear_report(&mut self) -> (u64, Report) {
@@ -251,13 +250,20 @@ async fn a_job_runs_through_the_session() {
 #[tokio::test]
 async fn a_heartbeat_overtakes_log_that_waits() {
     let mut farm = farm(Spool::memory(), vec![], |hands, mut stop| async move {
-        hands.log(vec![b'x'; 1 << 20]).await;
+        hands.log(vec![b'x'; 8 << 20]).await;
         stop.recv().await;
         hands.end(End::because(EndReason::WorkerDrained, "")).await;
     });
     let (mut far, _) = farm.open().await;
-    far.ack_logs = false;
     far.assign().await;
+    far.hear_report().await;
+    // The window opens so far that more log is ready to go than the link takes.
+    while far.log.len() < 2 << 20 {
+        match far.link.rx.recv().await.unwrap() {
+            Frame::Binary(bytes) => far.take_log(&bytes).await,
+            Frame::Text(_) => {}
+        }
+    }
     while far.link.rx.len() < QUEUE {
         tokio::task::yield_now().await;
     }
@@ -266,20 +272,21 @@ async fn a_heartbeat_overtakes_log_that_waits() {
     while farm.hands.inputs.capacity() < farm.hands.inputs.max_capacity() {
         tokio::task::yield_now().await;
     }
-    let mut queued = Vec::new();
-    for _ in 0..QUEUE + 1 {
-        queued.push(far.link.rx.recv().await.unwrap());
+    let mut frames = Vec::new();
+    for _ in 0..2 * QUEUE {
+        frames.push(far.link.rx.recv().await.unwrap());
     }
-    let Frame::Text(text) = &queued[QUEUE] else { panic!("a log frame went first") };
-    let message = ToOrchestrator::decode(text).unwrap();
-    let fresh = |beat: &wire::session::Heartbeat| beat.slots == slots;
-    // The acceptance may have been recorded in between; nothing but control frames comes before the heartbeat.
-    let is_control = match &message {
-        ToOrchestrator::Heartbeat(beat) => fresh(beat),
-        ToOrchestrator::Report { seq, .. } => *seq == 1,
-        other => panic!("{other:?}"),
+    let beat = |frame: &Frame| match frame {
+        Frame::Text(text) => match ToOrchestrator::decode(text).unwrap() {
+            ToOrchestrator::Heartbeat(beat) => beat.slots == slots,
+            _ => false,
+        },
+        Frame::Binary(_) => false,
     };
-    assert!(is_control, "{message:?}");
+    let at = frames.iter().position(beat).expect("the heartbeat");
+    let overtaken = frames[QUEUE..at].iter().all(|frame| matches!(frame, Frame::Text(_)));
+    assert!(at >= QUEUE && overtaken, "it is behind what had left, and before all log that had not");
+    assert!(matches!(frames.last(), Some(Frame::Binary(_))), "more log was waiting");
     drop(far);
     farm.far.close();
     farm.life.hard.cancel();
