@@ -129,6 +129,14 @@ impl Depot<'_> {
     /// Takes a pack. Its frames are checked one by one as they arrive and stored as they came.
     pub async fn pack(&self, body: Body) -> Result<PackStored, OpError> {
         let mut body = bounded(body, limits::PACK_MAX);
+        let stored = self.frames(&mut body).await;
+        if stored.is_err() {
+            drain(&mut body).await;
+        }
+        stored
+    }
+
+    async fn frames(&self, body: &mut Body) -> Result<PackStored, OpError> {
         let mut reader = PackReader::default();
         let mut shelf = Shelf::new(*self);
         let mut stored = PackStored { blobs: 0, bytes: 0 };
@@ -190,17 +198,12 @@ impl Depot<'_> {
         Ok(digest)
     }
 
-    /// Hands an upload to its reader. A reader that is gone has refused it; then some more is taken and dropped.
+    /// Hands an upload to its reader. A reader that is gone has refused it.
     async fn feed(&self, mut body: Body, parts: mpsc::Sender<Bytes>) -> Result<(), OpError> {
-        let mut dropped = 0;
         while let Some(part) = body.next().await {
-            let part = part.map_err(BlobError::Body)?;
-            let len = part.len() as u64;
-            if parts.send(part).await.is_err() {
-                dropped += len;
-                if dropped > limits::UPLOAD_DRAIN {
-                    break;
-                }
+            if parts.send(part.map_err(BlobError::Body)?).await.is_err() {
+                drain(&mut body).await;
+                break;
             }
         }
         Ok(())
@@ -338,6 +341,17 @@ fn bounded(body: Body, most: u64) -> Body {
         Ok(part)
     };
     body.map(check).boxed()
+}
+
+/// Takes some more of a refused upload and drops it.
+async fn drain(body: &mut Body) {
+    let mut dropped = 0;
+    while let Some(Ok(part)) = body.next().await {
+        dropped += part.len() as u64;
+        if dropped > limits::UPLOAD_DRAIN {
+            return;
+        }
+    }
 }
 
 fn without_head(body: Body, mut skip: u64) -> Body {

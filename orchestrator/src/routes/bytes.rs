@@ -13,7 +13,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use serde::Deserialize;
 
 use super::extract::{Developer, JsonBody, PathOf, QueryOf, Viewer, header_text, parameter};
@@ -28,6 +28,9 @@ use crate::ops::archive::Format;
 use crate::ops::upload::Depot;
 use crate::ops::{OpError, job as jobs};
 use crate::store::{Artifact, Job, Scope};
+
+#[cfg(test)]
+mod tests;
 
 /// Log bytes in one read.
 const READ: u32 = 1 << 20;
@@ -248,8 +251,10 @@ pub async fn job_log(
     let at = log_of(&job, asked.attempt)?;
     let mut response = if follow {
         let chunks = feed::follow_log(app.clone(), scope, at, asked.offset);
-        let chunks = stream::unfold(chunks, |mut chunks| async { Some((chunks.recv().await?, chunks)) });
-        let body = Body::from_stream(chunks.map(Ok::<_, std::convert::Infallible>));
+        let chunks = stream::unfold(chunks, |mut chunks| async { Some((Ok(chunks.recv().await?), chunks)) });
+        // Cut off rather than ended: the follower comes back for the rest.
+        let stop = app.stopping.clone().cancelled_owned().map(|()| Err(std::io::Error::other("the farm is stopping")));
+        let body = Body::from_stream(stream_until(chunks, stop));
         ([(own::OFFSET, asked.offset.to_string())], body).into_response()
     } else {
         stored_log(&app, at, asked.offset, &headers).await?
@@ -260,6 +265,22 @@ pub async fn job_log(
     add.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     add.insert(own::ATTEMPT, at.attempt.into());
     Ok(response)
+}
+
+/// The items until `stop` is ready, whose answer is then the last one.
+fn stream_until<T: Send + 'static>(
+    items: impl futures_util::Stream<Item = T> + Send + 'static,
+    stop: impl Future<Output = T> + Send + 'static,
+) -> impl futures_util::Stream<Item = T> + Send {
+    let start = Some((items.boxed(), stop.boxed()));
+    stream::unfold(start, |state| async {
+        let (mut items, mut stop) = state?;
+        tokio::select! {
+            biased;
+            item = items.next() => Some((item?, Some((items, stop)))),
+            last = &mut stop => Some((last, None)),
+        }
+    })
 }
 
 /// The attempt whose log is meant. A job that still waits has the log of its first attempt to come.
