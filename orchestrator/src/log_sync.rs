@@ -59,12 +59,8 @@ async fn run(
         }
         let whose = std::mem::take(&mut *writers.lock().unwrap_or_else(PoisonError::into_inner));
         let done = match logs.sync().await {
-            Ok(durable) => {
-                for (attempt, len) in durable {
-                    if let Some(worker) = whose.get(&attempt) {
-                        hub.durable(*worker, attempt, len);
-                    }
-                }
+            Ok(_) => {
+                tell(&logs, &hub, whose).await;
                 true
             }
             Err(error) => {
@@ -75,6 +71,16 @@ async fn run(
         };
         for wait in waiting {
             let _ = wait.send(done);
+        }
+    }
+}
+
+/// A worker that sent bytes which were durable before is told too: it waits for that to forget them.
+async fn tell(logs: &Logs, hub: &Hub, whose: BTreeMap<AttemptRef, WorkerId>) {
+    for (attempt, worker) in whose {
+        match logs.durable(&attempt).await {
+            Ok(len) => hub.durable(worker, attempt, len),
+            Err(error) => error!(%attempt, %error, "how much of the log is durable cannot be read"),
         }
     }
 }

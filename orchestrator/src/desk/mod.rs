@@ -545,5 +545,3 @@ fn fence(from: From) -> Guard {
 
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod walk;

@@ -4,6 +4,8 @@ use alloy_shared::wire::job::{End, JobSpec, Phase, StateWord};
 
 use super::*;
 
+mod walk;
+
 const EPOCH: i64 = 1;
 
 fn worker(n: u128) -> WorkerId {

@@ -244,7 +244,15 @@ async fn check_log(app: &App, at: AttemptRef, log_len: u64) -> Result<(), Settle
     if have < log_len {
         return Err(Settled::Missing { log_len: have, artifacts: Vec::new() });
     }
-    if app.log_sync.flush().await { Ok(()) } else { Err(Settled::Failed) }
+    if !app.log_sync.flush().await {
+        return Err(Settled::Failed);
+    }
+    // A log whose sync failed has fallen back to what is durable: the rest must come again.
+    match app.logs.durable(&at).await {
+        Ok(durable) if durable >= log_len => Ok(()),
+        Ok(durable) => Err(Settled::Missing { log_len: durable, artifacts: Vec::new() }),
+        Err(_) => Err(Settled::Failed),
+    }
 }
 
 fn shorten(mut text: String) -> String {

@@ -98,7 +98,7 @@ pub enum Effect {
         offset: u64,
         bytes: Bytes,
     },
-    /// Find out how long the stored log is.
+    /// Find out how much of the stored log is durable: what lies below is what a worker may forget.
     Measure {
         attempt: AttemptRef,
     },

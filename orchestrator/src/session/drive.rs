@@ -124,7 +124,7 @@ impl Session {
             Effect::Assign { job, handle } => self.assign(*job, handle).await,
             Effect::Append { attempt, offset, bytes } => self.append(attempt, offset, bytes).await,
             Effect::Measure { attempt } => {
-                let len = self.app.logs.len(&attempt).await.unwrap_or(0);
+                let len = self.app.logs.durable(&attempt).await.unwrap_or(0);
                 self.settling.push(Box::pin(std::future::ready(Input::Measured { attempt, len })));
             }
             Effect::Settle { attempt, seq, report } => self.settle(attempt, seq, report),

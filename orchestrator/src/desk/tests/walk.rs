@@ -10,7 +10,7 @@ use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::job::{End, JobSpec, Phase};
 use futures_util::FutureExt;
 
-use super::*;
+use super::super::*;
 use crate::store::mem::MemStore;
 use crate::store::write::{Enrol, OpenSession};
 use crate::store::{Scope, Store, TokenRow, Worker};
