@@ -3,12 +3,23 @@
 //! A request comes in through [`routes`], which knows who is calling ([`auth`]) and answers with problems ([`error`]).
 //! It reads through [`store`] and changes things through [`ops`]; jobs change at the [`desk`] alone, which applies
 //! [`job`], admits by [`admit`] and chooses by [`pick`], and whose loop ([`desk_loop`]) commits. What moved is told to
-//! the workers' sessions by [`hub`] and to followers by [`wake`].
+//! the workers' sessions ([`session`]) by [`hub`] and to followers ([`feed`]) by [`wake`]. Log bytes lie in [`logs`], which
+//! [`log_sync`] makes durable; all other bytes lie in [`blobs`], many small ones in one [`pack`].
 
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use alloy_shared::env::Env;
+use alloy_shared::env::{Env, Mono, Now};
 use alloy_shared::limits::Limits;
+use alloy_shared::runtime::{Lifecycle, SystemEnv, random_bytes};
+use alloy_shared::secret::{Secret, Token};
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use futures_util::future::BoxFuture;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -22,12 +33,13 @@ pub mod error;
 pub mod feed;
 pub mod hub;
 pub mod job;
-pub mod listen;
+mod listen;
 pub mod log_sync;
 pub mod logs;
 pub mod ops;
 pub mod pack;
 pub mod pick;
+pub mod program;
 pub mod routes;
 pub mod session;
 pub mod store;
@@ -36,11 +48,13 @@ pub mod wake;
 
 use auth::{Auth, Grants};
 use blobs::Blobs;
+use config::Config;
 use desk_loop::Door;
 use hub::Hub;
 use log_sync::LogSync;
 use logs::Logs;
-use store::Store;
+use store::sql::{DataLock, SqlStore};
+use store::{Group, Store, StoreError, Write};
 use wake::Wake;
 
 /// The name under which the store keeps the farm's own secret.
@@ -53,8 +67,8 @@ pub struct App {
     pub hub: Arc<Hub>,
     pub wake: Arc<Wake>,
     pub logs: Arc<Logs>,
-    pub blobs: Arc<Blobs>,
     pub log_sync: LogSync,
+    pub blobs: Arc<Blobs>,
     pub env: Arc<dyn Env>,
     pub limits: Limits,
     pub auth: Auth,
@@ -70,3 +84,186 @@ pub struct App {
     /// The sessions of workers; the stop waits for their goodbyes.
     pub sessions: TaskTracker,
 }
+
+/// A running orchestrator. It stops with the [`Lifecycle`] that it was given.
+pub struct Served {
+    pub addr: SocketAddr,
+    pub base_url: String,
+    /// Holds an admin's token from the first start on, readable by the owner alone.
+    pub admin_token_file: PathBuf,
+    pub app: Arc<App>,
+}
+
+/// Why it does not start. The text is for people.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("{0}")]
+    Config(String),
+    /// Another orchestrator has the data directory.
+    #[error(transparent)]
+    Lock(#[from] store::sql::LockError),
+    #[error(transparent)]
+    Open(#[from] store::sql::OpenError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{what}: {why}")]
+    Start { what: String, why: String },
+}
+
+fn start_error(what: impl Into<String>, why: impl std::fmt::Display) -> ServeError {
+    ServeError::Start { what: what.into(), why: why.to_string() }
+}
+
+/// Starts an orchestrator: lock, open, restore, listen. When it returns, requests are answered.
+pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Result<Served, ServeError> {
+    config.check().map_err(ServeError::Config)?;
+    let dir = config.farm_dir();
+    let lock = DataLock::acquire(&dir)?;
+    let sql = Arc::new(SqlStore::open_sqlite(&dir.join("alloy.db")).await?);
+    let listener =
+        TcpListener::bind(config.listen).await.map_err(|error| start_error(config.listen.to_string(), error))?;
+    let addr = listener.local_addr().map_err(|error| start_error("the listening socket", error))?;
+
+    let background = life.hard.child_token();
+    let system = env;
+    let env: Arc<dyn Env> = Arc::new(TaskEnv { system: system.clone(), until: background.clone() });
+    let app = Arc::new(assemble(&config, addr, sql.clone(), env.clone(), life.soft.clone()).await?);
+    let admin_token_file = dir.join("admin.token");
+    let made = ops::access::first_token(&app, async |token| write_private(&admin_token_file, token)).await;
+    if made.map_err(|error| start_error("the first token", error))? {
+        tracing::info!("a new admin token is in {}", admin_token_file.display());
+    }
+
+    env.spawn("sweep", Box::pin(session::drive::sweep(app.clone())));
+    let stop = Stop { life, background, sql, _lock: lock };
+    system.spawn("http", Box::pin(run(app.clone(), listener, stop)));
+    tracing::info!("listening on http://{addr}, data in {}", dir.display());
+    Ok(Served { addr, base_url: app.base_url.clone(), admin_token_file, app })
+}
+
+/// What is let go of at the end, in this order.
+struct Stop {
+    life: Lifecycle,
+    background: CancellationToken,
+    sql: Arc<SqlStore>,
+    _lock: DataLock,
+}
+
+/// Answers requests until the soft stop, then ends in order: workers are told to come back, open requests end, log bytes
+/// become durable, the tasks behind them end, the database closes.
+async fn run(app: Arc<App>, listener: TcpListener, stop: Stop) {
+    let grace_ms = app.limits.stop_ms / 2;
+    let router = routes::router(app.clone());
+    let connections = TaskTracker::new();
+    let listening = listen::serve(listener, router, connections.clone(), app.stopping.clone(), grace_ms);
+    let goodbyes = async {
+        app.stopping.cancelled().await;
+        app.hub.stop();
+        app.sessions.close();
+        tokio::time::timeout(Duration::from_millis(grace_ms), app.sessions.wait()).await.is_ok()
+    };
+    tokio::select! {
+        biased;
+        () = stop.life.hard.cancelled() => {}
+        ((), said) = async { tokio::join!(listening, goodbyes) } => {
+            if !said {
+                tracing::warn!("sessions of workers did not end in time and are cut");
+            }
+        }
+    }
+    if !app.log_sync.flush().await {
+        tracing::warn!("the last log bytes are perhaps not on the disk; their workers still have them");
+    }
+    stop.background.cancel();
+    stop.sql.close().await;
+}
+
+async fn assemble(
+    config: &Config,
+    addr: SocketAddr,
+    store: Arc<dyn Store>,
+    env: Arc<dyn Env>,
+    stopping: CancellationToken,
+) -> Result<App, ServeError> {
+    let dir = config.farm_dir();
+    let limits = config.limits.clone();
+    let now = env.now();
+    let hub = Arc::new(Hub::new(limits.clone(), now.mono));
+    let wake = Arc::new(Wake::default());
+    let logs = Logs::open(dir.join("logs")).map_err(|error| start_error("the log directory", error))?;
+    let logs = Arc::new(logs);
+    let blobs = Blobs::open(dir.join("blobs"), now.wall).await;
+    let blobs = Arc::new(blobs.map_err(|error| start_error("the blob directory", error))?);
+    let secret = farm_secret(&*store).await?;
+    let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limits.clone()).await?;
+    Ok(App {
+        log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
+        auth: Auth::new(env.clone()),
+        grants: Grants::new(&secret),
+        base_url: config.url(addr),
+        behind_proxy: config.behind_proxy,
+        random: random_bytes,
+        sessions: TaskTracker::new(),
+        store,
+        desk,
+        hub,
+        wake,
+        logs,
+        blobs,
+        env,
+        limits,
+        stopping,
+    })
+}
+
+/// The secret under which grants are made; the first start throws it.
+async fn farm_secret(store: &dyn Store) -> Result<Secret<[u8; 32]>, ServeError> {
+    let fresh = BASE64.encode(random_bytes::<32>());
+    // The first value stays, so this changes nothing from the second start on.
+    store.commit(&[Group(vec![Write::AddMeta { name: FARM_SECRET, value: fresh }])]).await?;
+    let kept = store.meta(FARM_SECRET).await?.unwrap_or_default();
+    let bytes = BASE64.decode(kept).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+    bytes.map(Secret::new).ok_or_else(|| start_error("the farm's secret", "it is damaged; restore the database"))
+}
+
+/// Writes a token where only the owner reads it: whole or not at all.
+fn write_private(path: &Path, token: &Token) -> std::io::Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let new = path.with_extension("new");
+    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
+    writeln!(file, "{}", token.expose())?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)
+}
+
+/// The system, with tasks that end when their orchestrator does.
+struct TaskEnv {
+    system: Arc<SystemEnv>,
+    until: CancellationToken,
+}
+
+#[async_trait]
+impl Env for TaskEnv {
+    fn now(&self) -> Now {
+        self.system.now()
+    }
+    async fn sleep_until(&self, at: Mono) {
+        self.system.sleep_until(at).await;
+    }
+    fn spawn(&self, name: &'static str, task: BoxFuture<'static, ()>) {
+        let until = self.until.clone();
+        let task = async move {
+            // `None`: it was dropped, which is how a task without an end of its own ends.
+            let _ = until.run_until_cancelled(task).await;
+        };
+        self.system.spawn(name, Box::pin(task));
+    }
+    fn dice(&self) -> u64 {
+        self.system.dice()
+    }
+}
+
+#[cfg(test)]
+mod tests;

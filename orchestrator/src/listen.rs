@@ -32,7 +32,7 @@ use crate::routes::extract::Peer;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until `stop`, then lets open requests end for `grace_ms`.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     tracker: TaskTracker,

@@ -1,0 +1,73 @@
+//! S: the program around [`crate::serve`]: reads the world's configuration, shows it or starts with it.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use alloy_shared::config::{File, Setting};
+use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry};
+
+use crate::config::{Cli, Config, ConfigVerb, Flags, Verb, default_file};
+
+const USAGE: u8 = 2;
+
+/// Runs until a signal; the exit code of the process.
+pub async fn run(cli: Cli) -> ExitCode {
+    let (config, settings) = match load(&cli.flags) {
+        Ok(loaded) => loaded,
+        Err(problems) => {
+            problems.iter().for_each(|problem| eprintln!("orchestrator: {problem}"));
+            return ExitCode::from(USAGE);
+        }
+    };
+    match cli.verb {
+        Some(Verb::Config { verb: ConfigVerb::Show { origin } }) => {
+            print!("{}", shown(&settings, origin));
+            ExitCode::SUCCESS
+        }
+        None => serve(config).await,
+    }
+}
+
+async fn serve(config: Config) -> ExitCode {
+    let life = Lifecycle::new();
+    let ready = telemetry(config.log_format, "info")
+        .and_then(|()| life.install_signals().map_err(|error| format!("signals cannot be caught: {error}")));
+    if let Err(why) = ready {
+        eprintln!("orchestrator: {why}");
+        return ExitCode::FAILURE;
+    }
+    let stop_ms = config.limits.stop_ms;
+    let env = Arc::new(SystemEnv::new(life.clone()));
+    match crate::serve(config, env, life.clone()).await {
+        Ok(_served) => life.wait(stop_ms).await,
+        Err(error) => {
+            eprintln!("orchestrator: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(flags: &Flags) -> Result<(Config, Vec<Setting>), Vec<String>> {
+    let variables: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    let path = flags.config.clone().or_else(|| default_file(&variables));
+    let file = match path.as_ref().map(|path| (path, std::fs::read_to_string(path))) {
+        Some((path, Ok(text))) => Some(File { path: path.display().to_string(), text }),
+        // Only a file that was asked for must be there.
+        Some((_, Err(error))) if error.kind() == ErrorKind::NotFound && flags.config.is_none() => None,
+        Some((path, Err(error))) => return Err(vec![format!("{}: {error}", path.display())]),
+        None => None,
+    };
+    Config::resolve(flags, &variables, file).map_err(|problems| problems.iter().map(ToString::to_string).collect())
+}
+
+fn shown(settings: &[Setting], origin: bool) -> String {
+    let line = |set: &Setting| match origin {
+        true => format!("{} = {:?}  # {}\n", set.name, set.value, set.origin),
+        false => format!("{} = {:?}\n", set.name, set.value),
+    };
+    settings.iter().map(line).collect()
+}
