@@ -375,7 +375,9 @@ pub(crate) fn verdict(job: &JobView) -> Verdict {
 }
 
 fn why(job: &JobView) -> String {
-    if let Some(message) = job.message.as_ref().filter(|message| !message.is_empty()) {
+    // A message that only repeats the word before it says nothing.
+    let repeats = |message: &str| job.outcome.is_some_and(|outcome| outcome.as_str() == message);
+    if let Some(message) = job.message.as_ref().filter(|message| !message.is_empty() && !repeats(message)) {
         return message.clone();
     }
     match (job.reason, job.signal, job.exit_code) {
@@ -486,6 +488,7 @@ pub(crate) mod tests {
             (failed(None, Some(9)), "✗", "failed: the command was killed by signal 9"),
             (End::because(Reason::RunTimeout, ""), "⏱", "timed out: the command ran longer than it may"),
             (End::because(Reason::UserCanceled, ""), "⊘", "canceled: by a user"),
+            (End::because(Reason::UserCanceled, "canceled"), "⊘", "canceled: by a user"),
             (End::because(Reason::QueueExpired, ""), "!", "expired: no worker had a slot in time"),
             (End::because(Reason::WorkerLost, "m1 went silent"), "!", "not run to its end: m1 went silent"),
         ] {

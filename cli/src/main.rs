@@ -90,6 +90,8 @@ mod tests {
             "run --local -c true --json",
             "--json run -c true --detach",
             "-C sub run -c true",
+            #[cfg(feature = "farm")]
+            "up --listen 127.0.0.1:4000",
             "attach",
             "attach abc123",
             "logs -f",

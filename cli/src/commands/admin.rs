@@ -6,6 +6,7 @@ use alloy_shared::id::{Labels, TokenId, WorkerId};
 use alloy_shared::wire::farm::{DrainRequest, InviteRequest, Role, TokenRequest, TokenView, WorkerState, WorkerView};
 
 use crate::context::{App, Farm, JobArg};
+use crate::farm::Hosted;
 use crate::follow::Signals;
 use crate::output::talk::Tone;
 use crate::output::{Failure, Fault, ago, exit, plural, print, print_json, stdout_is_terminal, table};
@@ -96,14 +97,14 @@ fn role(text: &str) -> Result<Role, String> {
 
 pub(crate) async fn worker(app: &App, verb: &WorkerVerb) -> Result<i32, Failure> {
     match verb {
-        WorkerVerb::Invite(args) => invite(app, &app.farm()?, args).await,
+        WorkerVerb::Invite(args) => invite(app, Hosted::open_to_read(app).await?.farm(), args).await,
         #[cfg(feature = "farm")]
         WorkerVerb::Join(args) => crate::farm::here::join(app, args).await,
         #[cfg(feature = "farm")]
         WorkerVerb::Run(args) => crate::farm::here::run(app, args).await,
-        WorkerVerb::List => list(app, &app.farm()?).await,
-        WorkerVerb::Drain(args) => drain(app, &app.farm()?, args).await,
-        WorkerVerb::Resume(args) => resume(app, &app.farm()?, args).await,
+        WorkerVerb::List => list(app, Hosted::open_to_read(app).await?.farm()).await,
+        WorkerVerb::Drain(args) => drain(app, Hosted::open_to_read(app).await?.farm(), args).await,
+        WorkerVerb::Resume(args) => resume(app, Hosted::open_to_read(app).await?.farm(), args).await,
     }
 }
 
@@ -229,7 +230,8 @@ fn pick(workers: Vec<WorkerView>, text: &str) -> Result<WorkerView, Failure> {
 }
 
 pub(crate) async fn token(app: &App, verb: &TokenVerb) -> Result<i32, Failure> {
-    let farm = app.farm()?;
+    let hosted = Hosted::open_to_read(app).await?;
+    let farm = hosted.farm();
     let fail = |error| Failure::of(error, &farm.url);
     match verb {
         TokenVerb::Create(args) => {

@@ -14,6 +14,8 @@ use crate::source;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     Run(Box<run::RunArgs>),
+    #[cfg(feature = "farm")]
+    Up(crate::farm::up::UpArgs),
     Attach(jobs::AttachArgs),
     Logs(jobs::LogsArgs),
     #[command(visible_aliases = ["ls", "jobs", "ps"])]
@@ -61,6 +63,8 @@ impl Command {
     pub(crate) async fn perform(&self, app: &App) -> Result<i32, Failure> {
         match self {
             Self::Run(args) => run::run(app, args).await,
+            #[cfg(feature = "farm")]
+            Self::Up(args) => crate::farm::up::up(app, args).await,
             Self::Attach(args) => jobs::attach(app, args).await,
             Self::Logs(args) => jobs::logs(app, args).await,
             Self::List(args) => jobs::list(app, args).await,

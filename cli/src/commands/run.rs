@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use alloy_shared::id::Labels;
+use alloy_shared::id::{JobId, Labels};
 use alloy_shared::limits;
 use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
 use serde::Serialize;
@@ -16,6 +16,9 @@ use crate::farm::Hosted;
 use crate::follow::{Ending, Follower, OnInterrupt, Signals};
 use crate::output::{Failure, Fault, Sink, exit, job_exit, plural, print, print_json, size};
 use crate::source::{self, Scan, git, upload};
+
+/// Farms on this machine that may end under a command before it becomes the host itself.
+const LOCAL_TRIES: u32 = 5;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -87,10 +90,24 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
         return Err(Failure::usage("--detach needs a farm that outlives this command")
             .hint("alloy up          starts one; then run without --local"));
     }
-    let hosted = signals.unless_told(Hosted::open(app)).await??;
-    let outcome = run_on(app, args, spec, &hosted, &mut signals).await;
-    hosted.close(app, &mut signals).await;
-    outcome
+    let mut tries = 0;
+    loop {
+        let hosted = signals.unless_told(Hosted::open(app)).await??;
+        let mut job = None;
+        let outcome = run_on(app, args, spec.clone(), &hosted, &mut signals, &mut job).await;
+        if let (Some(job), Err(failure)) = (job, &outcome)
+            && failure.fault == Fault::Pipe
+        {
+            hosted.abandon(app, job).await;
+        }
+        let unreachable = outcome.as_ref().is_err_and(|failure| failure.fault == Fault::Unreachable);
+        let again = job.is_none() && unreachable && hosted.may_vanish(app);
+        hosted.close(app, &mut signals).await;
+        tries += 1;
+        if !again || tries == LOCAL_TRIES {
+            return outcome;
+        }
+    }
 }
 
 async fn run_on(
@@ -99,6 +116,7 @@ async fn run_on(
     mut spec: JobSpec,
     hosted: &Hosted,
     signals: &mut Signals,
+    submitted: &mut Option<JobId>,
 ) -> Result<i32, Failure> {
     let farm = hosted.farm();
     let (scan, git) = signals
@@ -111,7 +129,9 @@ async fn run_on(
     } else {
         Some(signals.unless_told(send_tree(app, farm, &scan)).await??)
     };
+    signals.unless_told(hosted.ready(app)).await??;
     let job = submit(app, farm, &SubmitJob { spec, source }, signals).await?;
+    *submitted = Some(job.id);
     app.remember(farm, job.id);
     app.talk.headline(&job.id.to_string(), &job.url);
     if args.detach {

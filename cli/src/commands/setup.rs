@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::Cli;
 use crate::context::{App, ConfigFile, Context, Farm, check_token, check_url};
+use crate::farm::Hosted;
 use crate::output::talk::Tone;
 use crate::output::{Failure, Fault, exit, print, print_json, size, stdout_is_terminal, table};
 
@@ -284,8 +285,8 @@ impl Finding {
 
 pub(crate) async fn doctor(app: &App) -> Result<i32, Failure> {
     let mut findings = Vec::new();
-    match app.farm() {
-        Ok(farm) => examine_farm(app, &farm, &mut findings).await,
+    match Hosted::open_to_read(app).await {
+        Ok(hosted) => examine_farm(app, hosted.farm(), &mut findings).await,
         Err(failure) => findings.push(Finding::bad("configuration", failure)),
     }
     findings.push(Finding::of("state", probe_dir(&app.places.state)));

@@ -48,6 +48,28 @@ impl DataDir {
         self.0.join("farm")
     }
 
+    #[cfg(feature = "farm")]
+    pub(crate) fn root(&self) -> &Path {
+        &self.0
+    }
+
+    #[cfg(feature = "farm")]
+    pub(crate) fn worker(&self) -> PathBuf {
+        self.0.join("worker")
+    }
+
+    #[cfg(feature = "farm")]
+    pub(crate) fn write_note(&self, note: &Note) -> Result<(), Failure> {
+        let text = serde_json::to_vec(note).map_err(|error| Failure::error(format!("{NOTE}: {error}")))?;
+        crate::context::write_private(&self.farm().join(NOTE), &text)
+    }
+
+    /// A note that stays is harmless: it is believed only while its process holds the lock.
+    #[cfg(feature = "farm")]
+    pub(crate) fn remove_note(&self) {
+        let _ = fs::remove_file(self.farm().join(NOTE));
+    }
+
     /// Looks, and leaves the lock as it was.
     pub(crate) fn lock(&self) -> Result<Lock, Failure> {
         let path = self.farm().join(LOCK);

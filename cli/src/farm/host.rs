@@ -1,0 +1,271 @@
+//! S: a farm inside this process: the same orchestrator on a loopback port, and a worker that enrols itself by the normal
+//! call. Nothing of it is special but that both live and end with a command.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use alloy_shared::client::JobQuery;
+use alloy_shared::env::Env as _;
+use alloy_shared::limits::PAGE_MAX;
+use alloy_shared::runtime::{Lifecycle, LogFormat, SystemEnv, telemetry};
+use alloy_shared::secret::Secret;
+use alloy_shared::wire::PROTOCOL;
+use alloy_shared::wire::farm::{InviteRequest, WorkerState, WorkerView};
+use alloy_shared::wire::job::{JobView, StateWord};
+use orchestrator::ServeError;
+use orchestrator::store::sql::LockError;
+use worker::Daemon;
+use worker::host::{HostError, Identity};
+
+use super::data::{DataDir, Note};
+use super::here::own_binary;
+use crate::context::{App, Farm};
+use crate::follow::Signals;
+use crate::output::{Failure, plural};
+
+/// The worker says hello after this time, or something is wrong with it.
+const READY_MS: u64 = 30_000;
+const LOOK_AGAIN_MS: u64 = 10;
+const JOBS_LOOK_MS: u64 = 100;
+/// A wait that is over this soon is not worth a line.
+const QUIET_MS: u64 = 1_000;
+/// An orderly end. What is not over then is cut: every part of the farm heals from a crash.
+const STOP_MS: u64 = 10_000;
+const LIVE: [StateWord; 4] = [StateWord::Queued, StateWord::Assigned, StateWord::Running, StateWord::Canceling];
+
+/// What a host is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Jobs are looked at.
+    Read,
+    /// Jobs run.
+    Work,
+    /// For others, until a signal: at the address that the configuration names.
+    Up { listen: Option<SocketAddr> },
+}
+
+pub(crate) enum Start {
+    Running(Box<Host>),
+    /// Somebody else was faster.
+    Taken,
+}
+
+/// A running farm.
+pub(crate) struct Host {
+    pub(crate) farm: Farm,
+    /// Under which address people see it.
+    pub(crate) base_url: String,
+    pub(crate) token: Secret<String>,
+    data: DataDir,
+    orchestrator: Lifecycle,
+    worker: Option<LocalWorker>,
+}
+
+struct LocalWorker {
+    id: alloy_shared::id::WorkerId,
+    life: Lifecycle,
+    /// Why it stopped by itself.
+    fault: Arc<Mutex<Option<String>>>,
+}
+
+pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start, Failure> {
+    telemetry(LogFormat::Compact, "error").map_err(Failure::usage)?;
+    let config = orchestrator_config(data, wish)?;
+    let life = Lifecycle::new();
+    let env = Arc::new(SystemEnv::new(life.clone()));
+    let served = match orchestrator::serve(config, env, life.clone()).await {
+        Ok(served) => served,
+        Err(ServeError::Lock(LockError::Taken { .. })) => return Ok(Start::Taken),
+        Err(error) => return Err(Failure::error(format!("the farm does not start: {error}"))),
+    };
+    let url = format!("http://{}", served.addr);
+    let opened = data.token().and_then(|token| Ok((app.farm_at(url.clone(), Some(token.clone()))?, token)));
+    let (mut farm, token) = match opened {
+        Ok(opened) => opened,
+        Err(failure) => {
+            stop(life, STOP_MS).await;
+            return Err(failure);
+        }
+    };
+    farm.name = super::LOCAL.into();
+    let mut host =
+        Host { farm, base_url: served.base_url, token, data: data.clone(), orchestrator: life, worker: None };
+    match host.finish_start(app, url, wish).await {
+        Ok(()) => Ok(Start::Running(Box::new(host))),
+        Err(failure) => {
+            host.stop(false).await;
+            Err(failure)
+        }
+    }
+}
+
+/// The user's variables count here as they do for the daemon of its own; where it listens is this command's business.
+fn orchestrator_config(data: &DataDir, wish: Wish) -> Result<orchestrator::config::Config, Failure> {
+    let mut variables = variables();
+    let mut flags = orchestrator::config::Flags {
+        data_dir: Some(data.root().display().to_string()),
+        ..orchestrator::config::Flags::default()
+    };
+    match wish {
+        Wish::Up { listen } => flags.listen = listen.map(|addr| addr.to_string()),
+        Wish::Read | Wish::Work => {
+            flags.listen = Some("127.0.0.1:0".into());
+            variables.retain(|name, _| name != "BASE_URL" && name != "ALLOY_BEHIND_PROXY");
+        }
+    }
+    let resolved = orchestrator::config::Config::resolve(&flags, &variables, None);
+    resolved.map(|(config, _)| config).map_err(|problems| problems_failure(&problems))
+}
+
+fn worker_config(url: String, dir: &Path) -> Result<worker::config::Config, Failure> {
+    let mut variables = variables();
+    variables.retain(|name, _| name != "ORCHESTRATOR_URL");
+    let embedded = worker::config::Config::embedded(url, dir.to_owned());
+    let flags = worker::config::Flags {
+        state_dir: Some(dir.display().to_string()),
+        provider: Some(embedded.provider.to_string()),
+        ..worker::config::Flags::default()
+    };
+    let resolved = worker::config::Config::resolve(&flags, &variables, None);
+    let (config, _) = resolved.map_err(|problems| problems_failure(&problems))?;
+    Ok(worker::config::Config { url: embedded.url, ..config })
+}
+
+fn problems_failure(problems: &[alloy_shared::config::Problem]) -> Failure {
+    let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    Failure::usage(lines.join("; "))
+}
+
+fn variables() -> BTreeMap<String, String> {
+    // A variable that is no text is none of ours.
+    std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect()
+}
+
+impl Host {
+    async fn finish_start(&mut self, app: &App, url: String, wish: Wish) -> Result<(), Failure> {
+        if wish == Wish::Read {
+            // Without a note nobody joins: this farm is gone in a moment, and has no worker.
+            return Ok(());
+        }
+        self.worker = Some(self.start_worker(app, &url).await?);
+        self.data.write_note(&Note {
+            url,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol_min: *PROTOCOL.start(),
+            protocol_max: *PROTOCOL.end(),
+        })
+    }
+
+    async fn start_worker(&self, app: &App, url: &str) -> Result<LocalWorker, Failure> {
+        let dir = self.data.worker();
+        let id = self.enrol(app, url, &dir).await?;
+        let daemon = Daemon::open(worker_config(url.to_owned(), &dir)?)
+            .map_err(|error| Failure::error(format!("the worker does not start: {error}")))?;
+        let life = Lifecycle::new();
+        let env = Arc::new(SystemEnv::new(life.clone()));
+        let fault = Arc::new(Mutex::new(None));
+        let (system, ending, noted, guard, talk) =
+            (env.clone(), life.clone(), fault.clone(), own_binary()?, app.talk.clone());
+        let task = async move {
+            if let Err(error) = worker::serve(daemon, system, &ending, guard).await {
+                talk.warn(&format!("the worker stopped: {error}"));
+                *noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            }
+        };
+        env.spawn("worker", Box::pin(task));
+        Ok(LocalWorker { id, life, fault })
+    }
+
+    /// Enrols the worker of this machine once. A farm that was made anew does not know the old one.
+    async fn enrol(&self, app: &App, url: &str, dir: &Path) -> Result<alloy_shared::id::WorkerId, Failure> {
+        let fail = |error| Failure::of(error, url);
+        match Identity::load(dir) {
+            Ok(identity) => {
+                let known = self.farm.client.workers().await.map_err(fail)?;
+                if known.workers.iter().any(|worker| worker.id == identity.worker) {
+                    return Ok(identity.worker);
+                }
+            }
+            Err(HostError::NotJoined { .. }) => {}
+            Err(error) => return Err(Failure::error(error.to_string())),
+        }
+        let invite = self.farm.client.invite(&InviteRequest::default()).await.map_err(fail)?;
+        let joined = worker::join(dir, url, invite.token.expose(), None, app.env.clone()).await;
+        joined
+            .map(|identity| identity.worker)
+            .map_err(|error| Failure::error(format!("the worker cannot join: {error}")))
+    }
+
+    /// Waits until the worker has said hello: a job that names one of its labels would be refused before.
+    pub(crate) async fn ready(&self, app: &App) -> Result<Option<WorkerView>, Failure> {
+        let Some(local) = &self.worker else { return Ok(None) };
+        let until = app.env.now().mono + READY_MS;
+        loop {
+            let list = self.farm.client.workers().await.map_err(|error| Failure::of(error, &self.farm.url))?;
+            let here = list.workers.into_iter().find(|worker| worker.id == local.id);
+            if let Some(worker) = here.filter(|w| matches!(w.state, WorkerState::Ready | WorkerState::Busy)) {
+                return Ok(Some(worker));
+            }
+            if let Some(why) = local.fault.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+                return Err(Failure::error(format!("the worker of this machine does not run: {why}")));
+            }
+            if app.env.now().mono >= until {
+                return Err(Failure::error("the worker of this machine does not come up")
+                    .hint("ALLOY_LOG=info shows what it does"));
+            }
+            app.env.sleep_until(app.env.now().mono + LOOK_AGAIN_MS).await;
+        }
+    }
+
+    /// Waits for the jobs that still run here: others may have sent them. A signal ends the wait.
+    pub(crate) async fn wait_for_jobs(&self, app: &App, signals: &mut Signals) -> bool {
+        let mut said = 0;
+        let quiet_until = app.env.now().mono + QUIET_MS;
+        loop {
+            let look = async {
+                let jobs = self.live_jobs().await;
+                if !jobs.is_empty() {
+                    app.env.sleep_until(app.env.now().mono + JOBS_LOOK_MS).await;
+                }
+                jobs
+            };
+            let Ok(jobs) = signals.unless_told(look).await else { return false };
+            if jobs.is_empty() {
+                return true;
+            }
+            if jobs.len() != said && app.env.now().mono >= quiet_until {
+                said = jobs.len();
+                let first = jobs.first().map_or(String::new(), |job| job.id.to_string());
+                let more = if said > 1 { ", …" } else { "" };
+                app.talk.say(&format!(
+                    "{} still in the farm of this process ({first}{more}): waiting for it to end  (Ctrl-C stops at once)",
+                    plural(said as u64, "job")
+                ));
+            }
+        }
+    }
+
+    /// What cannot be asked is not waited for.
+    async fn live_jobs(&self) -> Vec<JobView> {
+        let query = JobQuery { limit: Some(PAGE_MAX), cursor: None, state: LIVE.to_vec(), mine: false };
+        self.farm.client.jobs(&query).await.map(|page| page.jobs).unwrap_or_default()
+    }
+
+    /// Ends the worker, then the orchestrator that hears its last words.
+    pub(crate) async fn stop(self, at_once: bool) {
+        self.data.remove_note();
+        if let Some(worker) = self.worker {
+            stop(worker.life, if at_once { 0 } else { STOP_MS }).await;
+        }
+        stop(self.orchestrator, STOP_MS).await;
+    }
+}
+
+async fn stop(life: Lifecycle, grace_ms: u64) {
+    life.soft.cancel();
+    // Its exit code is that of a daemon; this command has its own.
+    let _ = life.wait(grace_ms).await;
+}
