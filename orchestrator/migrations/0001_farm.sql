@@ -97,7 +97,7 @@ CREATE TABLE idempotency (
     body TEXT NOT NULL CHECK (length(body) = 64),
     job_id TEXT NOT NULL,
     created_at_ms BIGINT NOT NULL,
-    PRIMARY KEY (caller, key, org_id)
+    PRIMARY KEY (key, caller, org_id)
 );
 
 CREATE TABLE workers (

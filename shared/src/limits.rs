@@ -194,8 +194,8 @@ pub const HELD_MAX: usize = 256;
 pub const DESK_QUEUE: usize = 8_192;
 /// Groups in one commit.
 pub const COMMIT_GROUPS_MAX: usize = 2_048;
-/// Groups that are written by one set of statements; a miss among them repeats these alone.
-pub const COMMIT_TOGETHER_MAX: usize = 64;
+/// Groups that are written by one set of statements.
+pub const COMMIT_TOGETHER_MAX: usize = 512;
 /// Connections that read a SQLite file, and all connections to a Postgres.
 pub const STORE_READERS: u32 = 4;
 pub const STORE_CONNECTIONS: u32 = 16;

@@ -1,5 +1,5 @@
 //! S: a commit's groups in their order. Neighbours that change one job each, and different ones, are written together,
-//! statement by statement; whatever is rare or goes wrong is written group by group, each in a savepoint.
+//! statement by statement. Misses are rare, so the first try takes no savepoints; a second one finds who missed.
 
 use std::collections::HashSet;
 
@@ -16,41 +16,67 @@ super::statements! {
     RELEASE = "RELEASE SAVEPOINT alloy";
 }
 
-/// Returns what each group did, and whether the transaction is worth keeping.
-pub(super) async fn run(conn: &mut Conn<'_>, groups: &[Group]) -> Result<(Committed, bool), StoreError> {
+/// Writes all groups, or returns nothing as soon as one of them misses; what was done by then is for the caller to undo.
+/// Only a single group's miss is an answer.
+pub(super) async fn try_all(conn: &mut Conn<'_>, groups: &[Group]) -> Result<Option<Committed>, StoreError> {
     let mut done = Vec::with_capacity(groups.len());
-    if let [group] = groups {
-        // The transaction is its savepoint.
-        let result = alone(conn, group).await?;
-        let keep = result.is_ok();
-        return Ok((Committed { groups: vec![result] }, keep));
-    }
     let mut rest = groups;
     while !rest.is_empty() {
         let (now, later) = rest.split_at(alike(rest).max(1));
         rest = later;
-        let together = now.len() > 1 && {
-            run_plain(conn, SAVEPOINT).await?;
-            let writes: Vec<&Write> = now.iter().flat_map(|group| &group.0).collect();
-            let all = match job::write(conn, &writes).await {
-                Ok(all) => all,
-                Err(Fault::Refused(_)) => false,
-                Err(Fault::Store(error)) => return Err(error),
-            };
-            if !all {
-                run_plain(conn, ROLLBACK).await?;
-            }
-            run_plain(conn, RELEASE).await?;
-            all
-        };
-        for group in now {
-            done.push(match together {
-                true => Ok(group.0.iter().map(number).collect()),
-                false => in_savepoint(conn, group).await?,
-            });
+        match now {
+            [group] => done.push(alone(conn, group).await?),
+            _ if together(conn, now).await? => done.extend(now.iter().map(numbers)),
+            _ => return Ok(None),
+        }
+        if groups.len() > 1 && done.last().is_some_and(Result::is_err) {
+            return Ok(None);
         }
     }
-    Ok((Committed { groups: done }, true))
+    Ok(Some(Committed { groups: done }))
+}
+
+/// Writes every group that does not miss. What fails together is halved until the one that failed is alone.
+pub(super) async fn each(conn: &mut Conn<'_>, groups: &[Group]) -> Result<Committed, StoreError> {
+    let mut done = Vec::with_capacity(groups.len());
+    let mut todo = vec![groups];
+    while let Some(part) = todo.pop() {
+        let (now, later) = part.split_at(alike(part).max(1).min(part.len()));
+        if !later.is_empty() {
+            todo.push(later);
+        }
+        let Some(first) = now.first() else { continue };
+        run_plain(conn, SAVEPOINT).await?;
+        let (result, whole) = match now.len() {
+            1 => (vec![alone(conn, first).await?], true),
+            _ if together(conn, now).await? => (now.iter().map(numbers).collect(), true),
+            _ => (Vec::new(), false),
+        };
+        if !whole || result.iter().any(Result::is_err) {
+            run_plain(conn, ROLLBACK).await?;
+        }
+        run_plain(conn, RELEASE).await?;
+        if !whole {
+            let (front, back) = now.split_at(now.len() / 2);
+            todo.extend([back, front]);
+        }
+        done.extend(result);
+    }
+    Ok(Committed { groups: done })
+}
+
+/// Returns whether every one of these different jobs' groups hit.
+async fn together(conn: &mut Conn<'_>, groups: &[Group]) -> Result<bool, StoreError> {
+    let writes: Vec<&Write> = groups.iter().flat_map(|group| &group.0).collect();
+    match job::write(conn, &writes).await {
+        Ok(all) => Ok(all),
+        Err(Fault::Refused(_)) => Ok(false),
+        Err(Fault::Store(error)) => Err(error),
+    }
+}
+
+fn numbers(group: &Group) -> Result<Vec<i64>, Miss> {
+    Ok(group.0.iter().map(number).collect())
 }
 
 /// How many groups from the front may be written together: in any order they would do the same.
@@ -68,16 +94,6 @@ fn alike(groups: &[Group]) -> usize {
         _ => false,
     });
     differing.count()
-}
-
-async fn in_savepoint(conn: &mut Conn<'_>, group: &Group) -> Result<Result<Vec<i64>, Miss>, StoreError> {
-    run_plain(conn, SAVEPOINT).await?;
-    let result = alone(conn, group).await?;
-    if result.is_err() {
-        run_plain(conn, ROLLBACK).await?;
-    }
-    run_plain(conn, RELEASE).await?;
-    Ok(result)
 }
 
 /// Writes one group up to its first miss. What it wrote until then is for the caller to undo.

@@ -13,13 +13,15 @@ super::statements! {
     BLOBS = "WITH asked (digest, kind, org_id) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS TEXT), CAST($3 AS TEXT))) \
         SELECT blobs.digest, blobs.kind, blobs.org_id, blobs.size_bytes, blobs.object, blobs.frame_at, blobs.stored_bytes, \
         blobs.zstd, blobs.frame_bytes, blobs.raw_at, blobs.created_at_ms FROM asked JOIN blobs \
-        ON blobs.digest = asked.digest AND blobs.kind = asked.kind AND (blobs.org_id = asked.org_id OR asked.org_id IS NULL)";
+        ON blobs.digest = CAST(asked.digest AS TEXT) AND blobs.kind = CAST(asked.kind AS TEXT) \
+        AND (blobs.org_id = asked.org_id OR asked.org_id IS NULL)";
     INSERT_META = "INSERT INTO meta (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
     META = "SELECT name, value FROM meta WHERE name = $1";
 }
 
 static INSERTS_WIDE: Wide = Wide::new(INSERT_BLOB, 11);
 static BLOBS_WIDE: Wide = Wide::new(BLOBS, 3);
+pub(super) static WIDE: [&Wide; 2] = [&INSERTS_WIDE, &BLOBS_WIDE];
 
 /// Blobs that are known already stay as they are.
 pub(super) async fn add(conn: &mut Conn<'_>, blobs: &[Blob]) -> Result<bool, Fault> {
@@ -37,7 +39,7 @@ pub(super) async fn add(conn: &mut Conn<'_>, blobs: &[Blob]) -> Result<bool, Fau
         };
         args = args.int(blob.created_at.0);
     }
-    conn.run_wide(&INSERTS_WIDE, args).await?;
+    conn.run_wide(WIDE[0], args).await?;
     Ok(true)
 }
 
@@ -66,7 +68,7 @@ impl SqlStore {
         for digest in digests {
             args = args.text(digest).text(kind_word(kind)).maybe_text(scope.filter());
         }
-        let rows = self.rows_wide(&BLOBS_WIDE, args).await?;
+        let rows = self.rows_wide(WIDE[1], args).await?;
         let mut found: Vec<Blob> = rows.iter().map(|row| blob(row, kind)).collect::<Result<_, _>>()?;
         found.sort_by_key(|blob| (blob.digest, blob.org));
         found.dedup();

@@ -200,7 +200,7 @@ where
 }
 
 /// How many rows one statement may carry. A batch is cut into the largest that fit.
-const WIDTHS: [usize; 4] = [64, 16, 4, 1];
+const WIDTHS: [usize; 5] = [256, 64, 16, 4, 1];
 
 /// A text with one row of parameters, `VALUES ($1, …)`, and the same text for more rows.
 #[derive(Debug)]
@@ -213,7 +213,7 @@ pub(super) struct Wide {
 
 impl Wide {
     pub(super) const fn new(text: &'static str, columns: usize) -> Self {
-        Self { text, columns, sqlite: [const { OnceLock::new() }; 4], postgres: [const { OnceLock::new() }; 4] }
+        Self { text, columns, sqlite: [const { OnceLock::new() }; _], postgres: [const { OnceLock::new() }; _] }
     }
 
     fn split(&self, rows: Args, sqlite: bool) -> impl Iterator<Item = (&'static str, Args)> {
@@ -348,9 +348,32 @@ mod tests {
     #[test]
     fn a_batch_is_cut_into_the_largest_widths() {
         let wide = Wide::new("INSERT INTO t (a, b) VALUES ($1, $2)", 2);
-        let rows = Args((0..2 * 151).map(|n| Arg::Int(Some(n))).collect());
+        let rows = Args((0..2 * 407).map(|n| Arg::Int(Some(n))).collect());
         let sizes: Vec<usize> = wide.split(rows, true).map(|(_, args)| args.0.len() / 2).collect();
-        assert_eq!(sizes, [64, 64, 16, 4, 1, 1, 1]);
+        assert_eq!(sizes, [256, 64, 64, 16, 4, 1, 1, 1]);
+    }
+
+    /// SQLite chooses anew for each width, and with many rows on one side it may choose to walk through the other.
+    #[tokio::test]
+    async fn every_width_searches_by_an_index() {
+        use super::super::{SqlStore, blob, job};
+        let wides = [&job::WIDE[..], &blob::WIDE[..]].concat();
+        let sources = [include_str!("job.rs"), include_str!("blob.rs"), include_str!("farm.rs")];
+        let made: usize = sources.iter().map(|source| source.matches("Wide::new(").count()).sum();
+        assert_eq!(wides.len(), made, "a wide text is not in WIDE");
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqlStore::open_sqlite(&dir.path().join("farm.db")).await.unwrap();
+        let Db::Sqlite { read, .. } = &store.db else { unreachable!() };
+        for (wide, width) in wides.iter().flat_map(|wide| WIDTHS.map(|width| (wide, width))) {
+            let text = format!("EXPLAIN QUERY PLAN {}", widened(wide.text, wide.columns, width, true));
+            for row in sqlx::query(sqlx::AssertSqlSafe(text)).fetch_all(read).await.unwrap() {
+                let step: String = row.get("detail");
+                let given = ["new", "closed", "asked", "CONSTANT", "256", "64", "16", "4"];
+                let scans =
+                    step.strip_prefix("SCAN ").is_some_and(|what| !given.iter().any(|one| what.starts_with(one)));
+                assert!(!scans && !step.contains("AUTOMATIC"), "{width} rows: {step}: {}", wide.text);
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,8 @@ super::statements! {
     INSERT_JOB = "INSERT INTO jobs (id, id_tail, org_id, version, state, phase, reason, attempt, worker_id, finished_at_ms, \
         state_json, events, spec, source, created_at_ms, created_by) \
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16) ON CONFLICT (id) DO NOTHING";
-    // The only text that changes a job.
+    // The only text that changes a job. The cast lets SQLite look for jobs by id alone: with many rows it would else
+    // rather walk through all jobs.
     ADVANCE_JOB = "WITH new (id, version, state, phase, reason, attempt, worker_id, finished_at_ms, state_json, events, \
         held_attempt, held_by, held_epoch) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS BIGINT), CAST($3 AS TEXT), \
         CAST($4 AS TEXT), CAST($5 AS TEXT), CAST($6 AS BIGINT), CAST($7 AS TEXT), CAST($8 AS BIGINT), CAST($9 AS TEXT), \
@@ -28,7 +29,7 @@ super::statements! {
         UPDATE jobs SET version = new.version, state = new.state, phase = new.phase, reason = new.reason, \
         attempt = new.attempt, worker_id = new.worker_id, finished_at_ms = new.finished_at_ms, \
         state_json = new.state_json, events = new.events FROM new \
-        WHERE jobs.id = new.id AND jobs.version = new.version - 1 \
+        WHERE jobs.id = CAST(new.id AS TEXT) AND jobs.version = new.version - 1 \
         AND (new.held_by IS NULL OR jobs.worker_id = new.held_by) \
         AND (new.held_attempt IS NULL OR (jobs.attempt = new.held_attempt AND EXISTS \
         (SELECT 1 FROM workers WHERE workers.id = new.held_by AND workers.epoch = new.held_epoch)))";
@@ -42,7 +43,8 @@ super::statements! {
     CLOSE_ATTEMPT = "WITH closed (job_id, attempt, worker_id, teardown_ms, log_len) AS (VALUES (CAST($1 AS TEXT), \
         CAST($2 AS BIGINT), CAST($3 AS TEXT), CAST($4 AS BIGINT), CAST($5 AS BIGINT))) \
         UPDATE attempts SET teardown_ms = closed.teardown_ms, log_len = closed.log_len FROM closed \
-        WHERE attempts.job_id = closed.job_id AND attempts.attempt = closed.attempt AND attempts.worker_id = closed.worker_id";
+        WHERE attempts.job_id = CAST(closed.job_id AS TEXT) AND attempts.attempt = CAST(closed.attempt AS BIGINT) \
+        AND attempts.worker_id = CAST(closed.worker_id AS TEXT)";
     INSERT_EVENT = "INSERT INTO events (job_id, seq, org_id, at_ms, attempt, kind, state, phase, reason, worker_id, message, \
         artifact) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)";
     // A path that is reported again is the same file.
@@ -81,6 +83,9 @@ static ATTEMPTS_WIDE: Wide = Wide::new(PUT_ATTEMPT, 12);
 static CLOSES_WIDE: Wide = Wide::new(CLOSE_ATTEMPT, 5);
 static EVENTS_WIDE: Wide = Wide::new(INSERT_EVENT, 12);
 static ARTIFACTS_WIDE: Wide = Wide::new(INSERT_ARTIFACT, 8);
+/// In the order in which they are sent: what is guarded, then the books.
+pub(super) static WIDE: [&Wide; 7] =
+    [&KEYS_WIDE, &JOBS_WIDE, &ADVANCES_WIDE, &CLOSES_WIDE, &ATTEMPTS_WIDE, &EVENTS_WIDE, &ARTIFACTS_WIDE];
 
 /// The rows of several writes, table by table.
 #[derive(Default)]
@@ -134,21 +139,15 @@ pub(super) async fn insert(conn: &mut Conn<'_>, insert: &InsertJob) -> Result<Op
 
 impl Rows {
     async fn write(self, conn: &mut Conn<'_>) -> Result<bool, Fault> {
+        let [keys, jobs, advances, closes, books @ ..] = &WIDE;
         let mut touched = 0;
-        for (wide, args) in [
-            (&KEYS_WIDE, self.keys),
-            (&JOBS_WIDE, self.jobs),
-            (&ADVANCES_WIDE, self.advances),
-            (&CLOSES_WIDE, self.closes),
-        ] {
+        for (wide, args) in [(keys, self.keys), (jobs, self.jobs), (advances, self.advances), (closes, self.closes)] {
             touched += conn.run_wide(wide, args).await?;
         }
         if touched != self.guarded {
             return Ok(false);
         }
-        for (wide, args) in
-            [(&ATTEMPTS_WIDE, self.attempts), (&EVENTS_WIDE, self.events), (&ARTIFACTS_WIDE, self.artifacts)]
-        {
+        for (wide, args) in books.iter().zip([self.attempts, self.events, self.artifacts]) {
             conn.run_wide(wide, args).await?;
         }
         Ok(true)

@@ -58,7 +58,15 @@ impl SqlStore {
     }
 
     async fn commit_now(&self, groups: &[Group]) -> Result<Committed, StoreError> {
-        tx!(&self.db, |conn| batch::run(&mut conn, groups).await?)
+        let tried: Result<_, StoreError> = tx!(&self.db, |conn| {
+            let done = batch::try_all(&mut conn, groups).await?;
+            let keep = done.as_ref().is_some_and(|done| done.groups.iter().all(Result::is_ok));
+            (done, keep)
+        });
+        match tried? {
+            Some(done) => Ok(done),
+            None => tx!(&self.db, |conn| (batch::each(&mut conn, groups).await?, true)),
+        }
     }
 }
 
