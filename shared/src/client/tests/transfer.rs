@@ -152,6 +152,7 @@ async fn an_upload_that_stalls_is_given_up_but_a_slow_source_is_not() {
     let total = 1 << 30;
     let grant = grant();
     let upload = client.put_attempt_artifact(&AT, &grant, &digest, 0, total, body);
+    let was_slow = std::cell::Cell::new(false);
     let feeder = async {
         let (mut socket, _) = listener.accept().await.unwrap();
         let mut head = [0; 1];
@@ -163,6 +164,7 @@ async fn an_upload_that_stalls_is_given_up_but_a_slow_source_is_not() {
         while !seen.ends_with(b"first") {
             socket.read_buf(&mut seen).await.unwrap();
         }
+        was_slow.set(true);
         // Nobody reads any more: the buffers of the kernel fill up, and then nothing moves.
         let zeros = Bytes::from(vec![0; 8 << 20]);
         bench.pass(1_000, async { while tx.send(zeros.clone()).await.is_ok() {} }).await;
@@ -172,5 +174,6 @@ async fn an_upload_that_stalls_is_given_up_but_a_slow_source_is_not() {
         result = upload => result,
         () = feeder => panic!("the body was dropped before the upload was given up"),
     };
+    assert!(was_slow.get(), "given up while the source was waited for");
     assert!(result.unwrap_err().to_string().ends_with("nothing moved for 120 s"));
 }
