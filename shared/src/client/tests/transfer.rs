@@ -159,6 +159,8 @@ async fn an_upload_that_stalls_is_given_up_but_a_slow_source_is_not() {
         // The request is on its way and its body waits for the source: time alone does not end it.
         socket.read_exact(&mut head).await.unwrap();
         bench.advance(1_000_000);
+        // Lets the upload look at its clock before there is anything to send.
+        tokio::task::yield_now().await;
         tx.send(Bytes::from_static(b"first")).await.unwrap();
         let mut seen = Vec::new();
         while !seen.ends_with(b"first") {
