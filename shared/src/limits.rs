@@ -131,8 +131,6 @@ pub const JSON_ANSWER_MAX: usize = 64 << 20;
 pub const PROBLEM_MAX: usize = 64 << 10;
 /// One line of the feed. The last one holds the whole job.
 pub const FEED_LINE_MAX: usize = 8 << 20;
-/// A feed says something, if only an empty line, this often.
-pub const FEED_KEEPALIVE_MS: u64 = 10_000;
 /// A frame on the worker's socket.
 pub const FRAME_MAX: usize = 1 << 20;
 /// WebSocket buffers per connection: default ones cost 131 KiB an idle worker, these cost 6.

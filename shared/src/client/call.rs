@@ -19,8 +19,8 @@ use crate::wire::Problem;
 const ANSWER_MS: u64 = 30_000;
 /// A body gets more time: a line this slow still counts as working.
 const SLOW_LINE_BYTES_PER_MS: u64 = 16;
-/// Between two bytes of a stream. Three keep-alives of the feed fit in.
-const IDLE_MS: u64 = 3 * limits::FEED_KEEPALIVE_MS;
+/// Between two bytes of a stream. Three signs of life fit in.
+const IDLE_MS: u64 = 3 * limits::KEEP_ALIVE_MS;
 /// How long a plain request is tried.
 const QUICK_BUDGET_MS: u64 = 10_000;
 const QUICK_TRIES: u32 = 8;
