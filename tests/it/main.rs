@@ -1,4 +1,10 @@
 //! The one integration binary. Names of tests are sentences about what a user sees.
 
+mod access;
+mod cli;
+mod follow;
+mod job;
+mod prose;
 mod store;
 mod tidy;
+mod wire;

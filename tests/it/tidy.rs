@@ -1,6 +1,6 @@
 //! The house rules as tests: kinds of code, who may use whom, sizes, links, what stands at the top.
 
-mod scan;
+pub(crate) mod scan;
 
 use std::collections::BTreeSet;
 use std::fs;

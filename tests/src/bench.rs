@@ -1,6 +1,7 @@
 //! Alloy and its peers, measured side by side in one run: A-B-A-B, with the machine's floors recorded in every round. A round
 //! in which a floor moved by more than twice is thrown away and repeated. A peer that is not there is "not measured".
 
+pub mod desk;
 pub mod floors;
 pub mod idle;
 pub mod path;
@@ -44,6 +45,9 @@ pub async fn run(options: &Options) -> Result<Report> {
     if wants("log") {
         report.rows.push(log(options, &mut report.floors).await?);
     }
+    if wants("desk") {
+        report.rows.push(desk::row(options, &mut report.floors).await?);
+    }
     if wants("submit") {
         report.rows.push(submit(options).await?);
     }
@@ -54,26 +58,33 @@ pub async fn run(options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-/// Calls `round` until there are enough that the floors held still in.
+/// Calls `round` until there are enough in which the floors held still, and notes in the rows how many were repeated. The
+/// samples of a round in which a floor moved are taken back.
 async fn rounds(
     options: &Options,
     floors: &mut Vec<Floors>,
-    mut round: impl AsyncFnMut() -> Result<()>,
-) -> Result<usize> {
+    rows: &mut [Row],
+    mut round: impl AsyncFnMut(&mut [Row]) -> Result<()>,
+) -> Result<()> {
     let (mut kept, mut repeats) = (0, 0);
     while kept < options.rounds {
+        let marks: Vec<_> = rows.iter().map(Row::mark).collect();
         let before = floors::measure()?;
-        round().await?;
+        round(rows).await?;
         let after = floors::measure()?;
         let moved = before.moved(&after);
         floors.extend([before, after]);
         if moved && repeats < REPEATS_MAX {
             repeats += 1;
-            continue;
+            rows.iter_mut().zip(marks).for_each(|(row, mark)| row.rewind(&mark));
+        } else {
+            kept += 1;
         }
-        kept += 1;
     }
-    Ok(repeats)
+    for row in rows.iter_mut().filter(|_| repeats > 0) {
+        row.note = format!("{}; {repeats} rounds repeated because a floor moved", row.note);
+    }
+    Ok(())
 }
 
 /// Submit to the first byte of output of `echo hi`, and the wall time of `alloy run -c true`.
@@ -84,29 +95,31 @@ async fn hello(options: &Options, floors: &mut Vec<Floors>) -> Result<Vec<Row>> 
     let tries = if options.quick { 5 } else { 40 };
     let api = farm.api();
     let mut first = Row::new("submit → first output of `echo hi`", "ms", Better::Lower, "at most 1/5 of srun");
+    first.note = "one worker, one client, over HTTP".into();
     let mut run = Row::new("`alloy run -c true`, wall time", "ms", Better::Lower, "under 60 ms");
+    run.note = "an empty tree, the process from its start to its end".into();
+    let mut rows = [first, run];
     path::hello(&api).await?;
-    let repeats = rounds(options, floors, async || {
+    rounds(options, floors, &mut rows, async |rows| {
         let mut ours = Vec::new();
         let mut cli = Vec::new();
         for _ in 0..tries {
             ours.push(path::hello(&api).await?);
         }
-        first.ours(ours);
-        first.peer("srun (slurm)", timed(tries, slurm.as_ref().map(peers::Slurm::hello))?);
-        first.peer("tsp (task-spooler)", timed(tries, spooler.as_ref().map(peers::Spooler::hello))?);
+        rows[0].ours(ours);
+        rows[0].peer("srun (slurm)", timed(tries, slurm.as_ref().map(peers::Slurm::hello))?);
+        rows[0].peer("tsp (task-spooler)", timed(tries, spooler.as_ref().map(peers::Spooler::hello))?);
         for _ in 0..tries {
             let started = now();
             let out = crate::farm::output(farm.alloy(&["run", "-c", "true"])).await?;
             cli.push(ms(started));
             anyhow::ensure!(out.status.success(), "alloy run: {}", String::from_utf8_lossy(&out.stderr));
         }
-        run.ours(cli);
+        rows[1].ours(cli);
         Ok(())
     })
     .await?;
-    first.note = format!("one worker, one client, {repeats} rounds repeated");
-    Ok(vec![first, run])
+    Ok(rows.into())
 }
 
 /// Runs a peer's command until its first byte of output, so often.
@@ -125,21 +138,16 @@ async fn log(options: &Options, floors: &mut Vec<Floors>) -> Result<Row> {
     let api = farm.api();
     let mut row =
         Row::new("log of 1 GiB to one follower", "MB/s", Better::Higher, "at least 0.3 of the pipe, faster than ssh");
+    row.note = format!("{bytes} bytes, page cache warm");
     let rate = |seconds: f64| bytes as f64 / 1e6 / seconds;
-    let repeats = rounds(options, floors, async || {
-        row.ours(vec![rate(path::log(&api, &file, bytes).await?)]);
-        row.peer("raw pipe", Some(vec![rate(peers::drain(peers::cat(&file), bytes)?)]));
-        row.peer(
-            "ssh localhost cat",
-            match &ssh {
-                Some(ssh) => Some(vec![rate(peers::drain(ssh.cat(&file), bytes)?)]),
-                None => None,
-            },
-        );
+    rounds(options, floors, std::slice::from_mut(&mut row), async |rows| {
+        rows[0].ours(vec![rate(path::log(&api, &file, bytes).await?)]);
+        rows[0].peer("raw pipe", Some(vec![rate(peers::drain(peers::cat(&file), bytes)?)]));
+        let over_ssh = ssh.as_ref().map(|ssh| peers::drain(ssh.cat(&file), bytes)).transpose()?;
+        rows[0].peer("ssh localhost cat", over_ssh.map(|seconds| vec![rate(seconds)]));
         Ok(())
     })
     .await?;
-    row.note = format!("{bytes} bytes, page cache warm, sums compared, {repeats} rounds repeated");
     Ok(row)
 }
 

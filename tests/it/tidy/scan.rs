@@ -26,7 +26,8 @@ impl File {
 
     pub(crate) fn new(path: String, text: String) -> File {
         let code = blank(&text);
-        let tests_at = code.find("#[cfg(test)]\nmod ").unwrap_or(code.len());
+        let inline = |at: &usize| code[*at..].lines().nth(1).is_some_and(|line| line.trim_end().ends_with('{'));
+        let tests_at = code.match_indices("#[cfg(test)]\nmod ").map(|(at, _)| at).find(inline).unwrap_or(code.len());
         File { path, text, code, tests_at }
     }
 
@@ -55,6 +56,18 @@ impl File {
         let first = self.text.lines().next()?.strip_prefix("//! ")?;
         let (kind, rest) = first.split_once(": ")?;
         (matches!(kind, "D" | "P" | "S" | "T") && !rest.is_empty()).then(|| kind.chars().next()).flatten()
+    }
+
+    /// Modules that this file declares for tests only, as paths without their ending.
+    fn test_modules(&self) -> Vec<String> {
+        let (dir, name) = self.path.rsplit_once('/').unwrap();
+        let dir = match name {
+            "mod.rs" | "lib.rs" | "main.rs" => dir.to_owned(),
+            _ => format!("{dir}/{}", name.trim_end_matches(".rs")),
+        };
+        let declared = self.code.split("#[cfg(test)]\n").skip(1).filter_map(|rest| rest.lines().next());
+        let names = declared.filter_map(|line| line.split("mod ").nth(1)?.strip_suffix(';'));
+        names.map(|name| format!("{dir}/{name}")).collect()
     }
 
     /// `path:line` of the first occurrence of a token sequence in the product part.
@@ -135,19 +148,18 @@ pub(crate) fn product_files() -> Vec<File> {
     let root = root();
     let dirs = ["shared/src", "orchestrator/src", "worker/src", "cli/src"];
     let paths = dirs.iter().flat_map(|dir| files_below(&root.join(dir), ".rs"));
-    paths.filter(|path| !is_test_file(path)).map(|path| File::read(&root, &path)).collect()
+    let files: Vec<File> = paths.map(|path| File::read(&root, &path)).collect();
+    let tests: Vec<String> = files.iter().flat_map(File::test_modules).collect();
+    let is_test = |file: &File| {
+        tests.iter().any(|test| file.path == format!("{test}.rs") || file.path.starts_with(&format!("{test}/")))
+    };
+    files.into_iter().filter(|file| !is_test(file)).collect()
 }
 
 pub(crate) fn all_files() -> Vec<File> {
     let root = root();
     let dirs = ["shared", "orchestrator", "worker", "cli", "tests"];
     dirs.iter().flat_map(|dir| files_below(&root.join(dir), ".rs")).map(|path| File::read(&root, &path)).collect()
-}
-
-/// `tests.rs` and what lies below `tests/` in a crate's `src` is compiled for tests only.
-fn is_test_file(path: &Path) -> bool {
-    path.ends_with("tests.rs")
-        || path.iter().skip_while(|part| *part != "src").any(|part| part == "tests" || part == "testing")
 }
 
 /// Replaces comments and the insides of string and char literals by spaces, newlines kept.

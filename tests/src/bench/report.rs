@@ -45,6 +45,22 @@ impl Row {
         }
     }
 
+    /// How many samples there are, ours and each peer's.
+    pub fn mark(&self) -> (usize, BTreeMap<String, usize>) {
+        let peers = self.peers.iter().map(|(name, samples)| (name.clone(), samples.as_ref().map_or(0, Vec::len)));
+        (self.ours.len(), peers.collect())
+    }
+
+    /// Takes back what was sampled since the mark.
+    pub fn rewind(&mut self, (ours, peers): &(usize, BTreeMap<String, usize>)) {
+        self.ours.truncate(*ours);
+        for (name, samples) in &mut self.peers {
+            if let Some(samples) = samples {
+                samples.truncate(peers.get(name).copied().unwrap_or(0));
+            }
+        }
+    }
+
     /// How often better than this peer, by medians.
     pub fn ratio(&self, peer: &[f64]) -> f64 {
         let (ours, theirs) = (quantile(&self.ours, 0.5), quantile(peer, 0.5));

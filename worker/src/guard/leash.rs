@@ -20,6 +20,9 @@ use tokio_util::sync::CancellationToken;
 use super::{Launch, Order, SUBCOMMAND, Word};
 use crate::provider::{ExecInput, ExecOutput, Exit, Signal, VmError, VmFault};
 
+#[cfg(test)]
+mod tests;
+
 /// A chunk's buffer is replaced when it has less room than this.
 const ROOM_MIN: usize = 8 << 10;
 /// A guard whose leash is cut has this long to end. After that it goes on killing alone, and the VM counts as not destroyed.
@@ -135,9 +138,24 @@ impl Leash {
                 }
             };
             if tell(&mut self.stdin, &order).await.is_err() {
-                return;
+                return self.hear_out(told).await;
             }
         }
+    }
+
+    /// Takes what a guard that has ended said before: a deaf guard is not a silent one.
+    async fn hear_out(&mut self, told: &mut Told) {
+        let words = async {
+            while let Ok(Some(line)) = self.words.next_line().await {
+                match serde_json::from_str(&line) {
+                    Ok(Word::Started { pid }) => told.pid = Some(pid),
+                    Ok(Word::Exited(exit)) => told.exit = Some(exit),
+                    Err(_) => return,
+                }
+            }
+        };
+        // Its pipe ends with it. One that only stopped listening is ended by the caller.
+        let _late = tokio::time::timeout(GUARD_END, words).await;
     }
 }
 

@@ -1,0 +1,91 @@
+//! Ctrl-C in a real terminal: tmux.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use alloy_tests::farm::{Farm, Setup, bin_dir};
+use alloy_tests::observe::until;
+use anyhow::{Context as _, Result, ensure};
+
+/// A terminal of its own on a server of its own.
+struct Terminal {
+    socket: PathBuf,
+}
+
+impl Terminal {
+    /// Runs `alloy ARGS` in it; the shell then writes the exit code.
+    fn start(farm: &Farm, args: &str) -> Result<Terminal> {
+        let terminal = Terminal { socket: farm.dir().join("tmux") };
+        let alloy = bin_dir().join("alloy");
+        let line = format!(
+            "cd {home}; export HOME={home} ORCHESTRATOR_URL={url} ALLOY_TOKEN={token}; unset XDG_STATE_HOME; \
+             {alloy} {args}; echo exit=$?; cat",
+            home = farm.dir().join("home").display(),
+            url = farm.url(),
+            token = farm.token(),
+            alloy = alloy.display(),
+        );
+        terminal.tmux(&["new-session", "-d", "-x", "120", "-y", "40", &line])?;
+        Ok(terminal)
+    }
+
+    fn tmux(&self, args: &[&str]) -> Result<String> {
+        let out = Command::new("tmux").arg("-S").arg(&self.socket).args(args).output().context("tmux")?;
+        ensure!(out.status.success(), "tmux {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    async fn shows(&self, text: &str) -> Result<String> {
+        let screen = until(&format!("the terminal shows `{text}`"), async || {
+            let screen = self.tmux(&["capture-pane", "-p", "-S", "-"])?;
+            ensure!(screen.contains(text), "{screen}");
+            Ok(Some(screen))
+        })
+        .await;
+        Ok(screen)
+    }
+
+    fn ctrl_c(&self) -> Result<()> {
+        self.tmux(&["send-keys", "C-c"]).map(|_| ())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // Fails only if the server has ended by itself.
+        let _ = self.tmux(&["kill-server"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_ctrl_c_cancels_and_waits_for_the_end() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    let terminal =
+        Terminal::start(&farm, "run -c 'trap \"echo ending; exit 0\" TERM; echo up; while :; do sleep 0.1; done'")?;
+    terminal.shows("up").await?;
+    terminal.ctrl_c()?;
+    let screen = terminal.shows("exit=130").await?;
+    assert!(screen.contains("anceled"), "{screen}");
+    let jobs = farm.api().get("/v1/jobs").await?;
+    assert_eq!(jobs["jobs"][0]["state"], "canceled", "the end was waited for: {screen}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_second_ctrl_c_detaches_and_tells_the_job() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    // It takes its time to end.
+    let command = "trap : TERM; echo up; i=0; while [ $i -lt 40 ]; do sleep 0.1; i=$((i+1)); done";
+    let terminal = Terminal::start(&farm, &format!("run -c '{command}'"))?;
+    terminal.shows("up").await?;
+    terminal.ctrl_c()?;
+    terminal.shows("Ctrl-C again").await?;
+    terminal.ctrl_c()?;
+    let screen = terminal.shows("exit=").await?;
+    let jobs = farm.api().get("/v1/jobs").await?;
+    let id = jobs["jobs"][0]["id"].as_str().context("a job")?;
+    assert!(screen.contains("detach") && screen.contains(&id[id.len() - 6..]), "{screen}");
+    assert_eq!(jobs["jobs"][0]["state"], "canceling", "it goes on without us: {screen}");
+    farm.api().end(id).await;
+    Ok(())
+}
