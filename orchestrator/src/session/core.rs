@@ -135,12 +135,25 @@ struct Track {
     log_len: u64,
     /// Reports that wait for the one that is being settled.
     waiting: VecDeque<(u64, Report)>,
-    settling: bool,
+    settling: Option<Settling>,
     /// The assignment was sent when this heartbeat was the newest acknowledged one.
     assigned_after: Option<u64>,
     /// Its result is durable.
     finished: bool,
     continued: bool,
+}
+
+/// The report whose fate is being decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Settling {
+    Step,
+    Result,
+}
+
+impl Settling {
+    fn of(report: &Report) -> Self {
+        if matches!(report, Report::Result(_)) { Self::Result } else { Self::Step }
+    }
 }
 
 enum Phase {
@@ -360,7 +373,7 @@ impl Core {
                 say: Say::NotHeld,
                 log_len: 0,
                 waiting: VecDeque::new(),
-                settling: false,
+                settling: None,
                 assigned_after: None,
                 finished: false,
                 continued: false,
@@ -509,23 +522,24 @@ impl Core {
         if matches!(report, Report::Result(_)) {
             track.say = Say::ResultPending;
         }
-        if track.settling {
+        if track.settling.is_some() {
             if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 {
                 return self.hang_up("more reports at once than an attempt can have", out);
             }
             track.waiting.push_back((seq, report));
         } else {
-            track.settling = true;
+            track.settling = Some(Settling::of(&report));
             out.push(Effect::Settle { attempt, seq, report });
         }
     }
 
     fn settled(&mut self, attempt: AttemptRef, seq: u64, result: Settled, out: &mut Vec<Effect>) {
         let Some(track) = self.tracks.get_mut(&attempt) else { return };
-        track.settling = false;
+        let settling = track.settling.take();
         match result {
             Settled::Applied => {
-                if track.say == Say::ResultPending && track.waiting.is_empty() {
+                // What a heartbeat said does not count here: it may know of a result that has not arrived.
+                if settling == Some(Settling::Result) {
                     track.finished = true;
                     out.push(Effect::Send(ToWorker::Order { order: Order::ResultAck { attempt } }));
                 } else {
@@ -552,7 +566,7 @@ impl Core {
         if let Some(track) = self.tracks.get_mut(&attempt)
             && let Some((seq, report)) = track.waiting.pop_front()
         {
-            track.settling = true;
+            track.settling = Some(Settling::of(&report));
             out.push(Effect::Settle { attempt, seq, report });
         }
     }

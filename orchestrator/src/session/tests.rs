@@ -254,3 +254,16 @@ fn silence_and_strangers_end_the_session() {
     );
     assert_eq!(orders(&effects), ["hang up: a hello that cannot be served"]);
 }
+
+#[test]
+fn a_heartbeat_that_overtakes_the_result_does_not_acknowledge_it() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(Input::Job(job(10, 1, running())), at(0));
+    core.handle(report(10, 1, Report::Accepted), at(1));
+    core.handle(beat(1, 0, vec![held(10, HeldState::ResultPending)]), at(1));
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 1, result: Settled::Applied }, at(2));
+    assert!(matches!(effects.as_slice(), [Effect::Send(ToWorker::EventAck { seq: 1, .. })]), "{effects:?}");
+    core.handle(report(10, 2, result()), at(3));
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 2, result: Settled::Applied }, at(4));
+    assert_eq!(orders(&effects), ["result ack"]);
+}
