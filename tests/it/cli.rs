@@ -186,7 +186,8 @@ async fn the_exit_codes_are_those_of_the_table() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_farm_out_of_reach_is_125_from_run_and_7_elsewhere_with_a_hint() -> Result<()> {
     let alone = Alone::new()?;
-    for (args, code) in [(&["run", "-c", "true"][..], 125), (&["list"], 7), (&["doctor"], 7), (&["worker", "list"], 7)]
+    for (args, code) in
+        [(&["run", "-c", "true"][..], 125), (&["list"], 7), (&["token", "list"], 7), (&["worker", "list"], 7)]
     {
         let mut command = alone.alloy(args);
         // A port that nobody listens on: it was free a moment ago and is the discard service's.

@@ -136,9 +136,13 @@ async fn log(options: &Options, floors: &mut Vec<Floors>) -> Result<Row> {
     path::fill(&file, bytes)?;
     let ssh = peers::Ssh::start(&farm.scratch("ssh")?)?;
     let api = farm.api();
-    let mut row =
-        Row::new("log of 1 GiB to one follower", "MB/s", Better::Higher, "at least 0.3 of the pipe, faster than ssh");
-    row.note = format!("{bytes} bytes, page cache warm");
+    let mut row = Row::new(
+        &format!("log of {} MiB to one follower", bytes >> 20),
+        "MB/s",
+        Better::Higher,
+        "at least 0.3 of the pipe, faster than ssh",
+    );
+    row.note = "page cache warm".into();
     let rate = |seconds: f64| bytes as f64 / 1e6 / seconds;
     rounds(options, floors, std::slice::from_mut(&mut row), async |rows| {
         rows[0].ours(vec![rate(path::log(&api, &file, bytes).await?)]);

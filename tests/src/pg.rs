@@ -77,11 +77,14 @@ fn start() -> Server {
     let bin = programs().unwrap_or_else(|| panic!("{MISSING}"));
     // A socket's path must be short.
     let dir = tempfile::Builder::new().prefix("alloy-pg").tempdir_in("/tmp").expect("make a directory").keep();
+    // It outlives this process by a moment: what it says then goes where nobody waits for its end.
+    let complaints = std::fs::File::create(dir.join("keeper")).expect("make a file");
     let mut keeper = Command::new("sh")
         .args(["-c", KEEPER, "sh"])
         .args([&dir, &bin])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
+        .stderr(complaints)
         .spawn()
         .expect("start sh");
     let mut said = String::new();

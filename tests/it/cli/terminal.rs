@@ -80,12 +80,16 @@ async fn the_second_ctrl_c_detaches_and_tells_the_job() -> Result<()> {
     terminal.shows("up").await?;
     terminal.ctrl_c()?;
     terminal.shows("Ctrl-C again").await?;
+    let jobs = until("the farm knows of the cancel", async || {
+        let jobs = farm.api().get("/v1/jobs").await?;
+        Ok((jobs["jobs"][0]["state"] == "canceling").then_some(jobs))
+    })
+    .await;
     terminal.ctrl_c()?;
     let screen = terminal.shows("exit=").await?;
-    let jobs = farm.api().get("/v1/jobs").await?;
     let id = jobs["jobs"][0]["id"].as_str().context("a job")?;
     assert!(screen.contains("detach") && screen.contains(&id[id.len() - 6..]), "{screen}");
-    assert_eq!(jobs["jobs"][0]["state"], "canceling", "it goes on without us: {screen}");
+    assert_eq!(farm.api().job(id).await?["state"], "canceling", "it goes on without us: {screen}");
     farm.api().end(id).await;
     Ok(())
 }
