@@ -409,16 +409,14 @@ impl Core {
             .map(|(attempt, _)| *attempt)
             .collect();
         let mut orders = Vec::new();
-        let all: Vec<AttemptRef> = self.attempts().collect();
-        for attempt in all {
+        for attempt in self.attempts() {
             orders.extend(self.order(attempt, heard.contains(&attempt) || !self.tracks.contains_key(&attempt), out));
         }
         orders
     }
 
     fn orders(&mut self, whole_truth: bool, out: &mut Vec<Effect>) -> Vec<Order> {
-        let all: Vec<AttemptRef> = self.attempts().collect();
-        all.into_iter().filter_map(|attempt| self.order(attempt, whole_truth, out)).collect()
+        self.attempts().filter_map(|attempt| self.order(attempt, whole_truth, out)).collect()
     }
 
     /// Every attempt that one of the two sides knows.
