@@ -157,13 +157,13 @@ pub(crate) fn choose(
     file: &ConfigFile,
 ) -> Result<Choice, Failure> {
     let plain = |url: &str, origin: &str| {
-        let url = check_url(url).map_err(|why| Failure::usage(format!("{origin}: `{url}` {why}")))?;
+        let url = check_url(url).map_err(|why| Failure::usage(format!("{origin}: `{}` {why}", without_user(url))))?;
         Ok(Choice { url, origin: origin.to_owned(), context: None })
     };
     let named = |name: &str, origin: &str| match file.contexts.get(name) {
         Some(context) => {
             let url = check_url(&context.url)
-                .map_err(|why| Failure::error(format!("context `{name}`: `{}` {why}", context.url)))?;
+                .map_err(|why| Failure::error(format!("context `{name}`: `{}` {why}", without_user(&context.url))))?;
             Ok(Choice { url, origin: origin.to_owned(), context: Some(name.to_owned()) })
         }
         None => Err(Failure::usage(format!("{origin}: there is no context `{name}`")).hint("alloy context ls")),
@@ -185,6 +185,15 @@ pub(crate) fn choose(
     match &file.current {
         Some(name) => named(name, "config.toml"),
         None => plain(DEFAULT_URL, "default"),
+    }
+}
+
+/// A URL as it may be shown: what stands before an `@` may be a password.
+pub(crate) fn without_user(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").map_or(("", url), |(_, rest)| url.split_at(url.len() - rest.len()));
+    match rest.rsplit_once('@') {
+        Some((_, host)) => format!("{scheme}…@{host}"),
+        None => url.to_owned(),
     }
 }
 
@@ -478,6 +487,18 @@ mod tests {
         for url in ["", "farm", "ftp://x", "http://", "http://:80", "http://u:p@x", "http://x?y=1", "http://x y"] {
             assert!(check_url(url).is_err(), "{url}");
         }
+    }
+
+    #[test]
+    fn a_password_in_a_url_is_not_shown() {
+        for url in ["http://me:hush@farm:1", "me:hush@farm:1", "https://me:hu/sh@x@farm:1/p"] {
+            let shown = without_user(url);
+            assert!(shown.contains("…@farm:1") && !shown.contains("hu"), "{shown}");
+            let globals = Globals { url: Some(url.to_owned()), ..Globals::default() };
+            let failure = choose(&globals, &vars(&[]), &ConfigFile::default());
+            assert!(failure.is_ok() || !failure.unwrap_err().message.contains("hu"), "{url}");
+        }
+        assert_eq!(without_user("http://farm:1/p"), "http://farm:1/p");
     }
 
     #[test]

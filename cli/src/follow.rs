@@ -12,7 +12,7 @@ use alloy_shared::wire::job::{
 use bytes::Bytes;
 use indicatif::ProgressBar;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::context::{App, Farm};
 use crate::output::talk::Tone;
@@ -32,12 +32,17 @@ pub(crate) enum Told {
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     pub(crate) fn install() -> Result<Self, Failure> {
         let listen = |kind| signal(kind).map_err(|error| Failure::io("signals", &error));
-        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
     }
 
     /// Waits for the next wish. May be dropped while it waits.
@@ -46,6 +51,8 @@ impl Signals {
             biased;
             Some(()) = self.interrupt.recv() => Told::Interrupt,
             Some(()) = self.terminate.recv() => Told::Terminate,
+            // The terminal is gone: whoever typed the command cannot say what to do with the job.
+            Some(()) = self.hangup.recv() => Told::Terminate,
             else => pending().await,
         }
     }
@@ -96,6 +103,8 @@ pub(crate) struct Follower<'a> {
     arrivals: Option<mpsc::Sender<ArtifactView>>,
     /// Bytes that standard output has not taken yet.
     unwritten: Option<Bytes>,
+    /// What comes is thrown away.
+    mute: bool,
     log: LogPlace,
     cancel: Answer<JobView>,
     canceled_by_us: bool,
@@ -115,6 +124,7 @@ impl<'a> Follower<'a> {
             on_interrupt,
             arrivals: None,
             unwritten: None,
+            mute: false,
             log: LogPlace::default(),
             cancel: None,
             canceled_by_us: false,
@@ -133,9 +143,12 @@ impl<'a> Follower<'a> {
     }
 
     /// Follows to the end, or until told to let go. When it returns, standard output has every byte.
-    pub(crate) async fn run(mut self, signals: &mut Signals, sink: Sink) -> Result<Ending, Failure> {
+    pub(crate) async fn run(mut self, signals: &mut Signals, mut sink: Sink) -> Result<Ending, Failure> {
         let mut feed = self.farm.client.feed(self.id, FeedCursor::default());
         let ending = loop {
+            if self.mute {
+                self.unwritten = None;
+            }
             if self.unwritten.is_none()
                 && let Some(job) = self.ended.take()
             {
@@ -148,7 +161,7 @@ impl<'a> Follower<'a> {
                 result = answer(&mut self.cancel) => self.canceled(result),
                 result = answer(&mut self.look) => self.looked(result),
                 outcome = sink.write(bytes.clone().unwrap_or_default()), if bytes.is_some() => {
-                    outcome?;
+                    self.written(outcome)?;
                     self.unwritten = None;
                 }
                 item = feed.recv(), if bytes.is_none() => self.item(item)?,
@@ -156,10 +169,27 @@ impl<'a> Follower<'a> {
         };
         self.stop_waiting();
         match ending {
+            Ending::Ended(_) if self.mute => Ok(ending),
             Ending::Detached => Ok(ending),
             Ending::Ended(_) => {
                 signals.unless_told(sink.finish()).await??;
                 Ok(ending)
+            }
+        }
+    }
+
+    /// A job that is being canceled is waited for even if its last words reach nobody: the terminal may be gone.
+    fn written(&mut self, outcome: Result<(), Failure>) -> Result<(), Failure> {
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(_) if self.canceled_by_us => {
+                self.mute = true;
+                Ok(())
+            }
+            Err(failure) if failure.fault == Fault::Pipe => Err(failure),
+            Err(failure) => {
+                Err(failure
+                    .hint(format!("alloy attach {0}   follows the job again; alloy cancel {0} ends it", self.id)))
             }
         }
     }
@@ -173,13 +203,29 @@ impl<'a> Follower<'a> {
         }
         if !self.canceled_by_us {
             self.canceled_by_us = true;
+            self.cancel();
             self.stop_waiting();
             let again = if told == Told::Interrupt { "  (Ctrl-C again to detach)" } else { "" };
             self.app.talk.say(&format!("Canceling {}…{again}", self.id));
-            let (client, id) = (self.farm.client.clone(), self.id);
-            self.cancel = Some(Box::pin(async move { client.cancel(id).await }));
         }
         false
+    }
+
+    /// Starts the cancel in a task of its own: a terminal that stands still must not hold it up.
+    fn cancel(&mut self) {
+        let (client, id) = (self.farm.client.clone(), self.id);
+        let (tx, rx) = oneshot::channel();
+        let work = async move {
+            // Nobody waits for the answer when the follower let go.
+            let _ = tx.send(client.cancel(id).await);
+        };
+        self.app.env.spawn("cancel", Box::pin(work));
+        self.cancel = Some(Box::pin(async move {
+            match rx.await {
+                Ok(result) => result,
+                Err(_) => Err(ClientError::Protocol("the cancel ended early".into())),
+            }
+        }));
     }
 
     fn canceled(&mut self, result: Result<JobView, ClientError>) {
@@ -365,6 +411,7 @@ pub(crate) fn verdict(job: &JobView) -> Verdict {
         Outcome::Succeeded => (Tone::Good, "✓", "succeeded".to_owned()),
         Outcome::Failed => (Tone::Bad, "✗", format!("failed: {why}")),
         Outcome::TimedOut => (Tone::Bad, "⏱", format!("timed out: {why}")),
+        Outcome::Canceled if why.starts_with("canceled") => (Tone::Note, "⊘", why),
         Outcome::Canceled => (Tone::Note, "⊘", format!("canceled: {why}")),
         Outcome::Expired => (Tone::Bad, "!", format!("expired: {why}")),
         Outcome::Errored => (Tone::Bad, "!", format!("not run to its end: {why}")),
@@ -489,6 +536,7 @@ pub(crate) mod tests {
             (End::because(Reason::RunTimeout, ""), "⏱", "timed out: the command ran longer than it may"),
             (End::because(Reason::UserCanceled, ""), "⊘", "canceled: by a user"),
             (End::because(Reason::UserCanceled, "canceled"), "⊘", "canceled: by a user"),
+            (End::because(Reason::UserCanceled, "canceled while it waited"), "⊘", "canceled while it waited"),
             (End::because(Reason::QueueExpired, ""), "!", "expired: no worker had a slot in time"),
             (End::because(Reason::WorkerLost, "m1 went silent"), "!", "not run to its end: m1 went silent"),
         ] {

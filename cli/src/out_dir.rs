@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use alloy_shared::id::Digest;
 use alloy_shared::wire::job::ArtifactView;
@@ -81,7 +82,7 @@ impl OutDir {
         let mode = if artifact.mode & 0o111 == 0 { 0o644 } else { 0o755 };
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mode = Mode::from_bits_truncate(mode);
-        // What a killed process left under this name is its half of the same file.
+        // What a killed process of the same number left under this name is half of some file.
         let _ = unlinkat(&dir, temp.as_str(), UnlinkatFlags::NoRemoveDir);
         let file = openat(&dir, temp.as_str(), flags, mode).map_err(|error| OutError::io(&artifact.path, error))?;
         let expected = artifact.clone();
@@ -190,9 +191,11 @@ fn climbs_after_descending(target: &str) -> bool {
     })
 }
 
+/// No two files on their way in share a name, however alike the names that they will get.
 fn temp_name(name: &str) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
     let short: String = name.chars().take(40).collect();
-    format!(".{short}.{}.alloy-part", std::process::id())
+    format!(".{short}.{}-{}.alloy-part", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A file on its way in. Dropped unfinished, it leaves nothing.
@@ -244,7 +247,7 @@ impl Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if !self.done {
-            // If even this fails, a hidden part file is left behind; the next try removes it.
+            // If even this fails, a hidden part file is left behind.
             let _ = unlinkat(self.dir.as_fd(), self.temp.as_str(), UnlinkatFlags::NoRemoveDir);
         }
     }
@@ -303,6 +306,24 @@ mod tests {
         file.finish().unwrap();
         assert_eq!(fs::read(dir.path().join("tool")).unwrap(), b"new");
         assert_eq!(fs::metadata(dir.path().join("tool")).unwrap().permissions().mode() & 0o7777, 0o755);
+    }
+
+    #[test]
+    fn files_that_arrive_at_once_do_not_meet() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = OutDir::at(dir.path()).unwrap();
+        let name = |n: u32| format!("{}{n}", "long".repeat(20));
+        let bytes = |n: u32| format!("content {n}").into_bytes();
+        let mut open: Vec<Incoming> = (0..3).map(|n| out.create(&view(&name(n), &bytes(n))).unwrap()).collect();
+        for (n, file) in (0..).zip(&mut open) {
+            file.write(&bytes(n)).unwrap();
+        }
+        for file in open {
+            file.finish().unwrap();
+        }
+        for n in 0..3 {
+            assert_eq!(fs::read(dir.path().join(name(n))).unwrap(), bytes(n));
+        }
     }
 
     #[test]

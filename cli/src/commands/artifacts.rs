@@ -140,7 +140,7 @@ async fn to_stdout(app: &App, farm: &Farm, job: &JobView, artifact: &ArtifactVie
     if artifact.link.is_some() {
         return Err(Failure::usage(format!("`{}` is a link: it has no bytes", artifact.path)));
     }
-    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
+    let mut sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
     let mut hasher = sha2::Sha256::new();
     let mut bytes = farm.client.download(job.id, &artifact.path, 0);
     while let Some(piece) = bytes.recv().await {

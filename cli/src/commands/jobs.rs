@@ -110,9 +110,9 @@ pub(crate) async fn logs(app: &App, args: &LogsArgs) -> Result<i32, Failure> {
         };
         return Err(Failure::new(Fault::NotFound, why));
     }
-    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
+    let mut sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
     let query = LogQuery { attempt: Some(attempt), offset: 0, follow: args.follow };
-    match signals.unless_told(copy_log(app, farm, &job, query, &sink)).await {
+    match signals.unless_told(copy_log(app, farm, &job, query, &mut sink)).await {
         Ok(outcome) => outcome?,
         Err(failure) => {
             if args.follow {
@@ -126,7 +126,7 @@ pub(crate) async fn logs(app: &App, args: &LogsArgs) -> Result<i32, Failure> {
     Ok(exit::OK)
 }
 
-async fn copy_log(app: &App, farm: &Farm, job: &JobView, query: LogQuery, sink: &Sink) -> Result<(), Failure> {
+async fn copy_log(app: &App, farm: &Farm, job: &JobView, query: LogQuery, sink: &mut Sink) -> Result<(), Failure> {
     let attempt = query.attempt.unwrap_or(job.attempt);
     let mut offset = query.offset;
     let mut bytes = farm.client.log(job.id, query);

@@ -325,7 +325,7 @@ fn spec(args: &RunArgs, var: &dyn Fn(&str) -> Option<String>) -> Result<JobSpec,
             }
         };
         if key.is_empty() {
-            return Err(Failure::usage(format!("--env {pair}: the name is empty")));
+            return Err(Failure::usage("--env: the name is empty"));
         }
         env.insert(key.to_owned(), value);
     }
@@ -443,6 +443,8 @@ mod tests {
         ] {
             assert_eq!(spec(&parse(line), &|_| None).unwrap_err().fault, Fault::Usage, "{line:?}");
         }
+        let failure = spec(&parse(&["-c", "x", "--env", "=hush"]), &|_| None).unwrap_err();
+        assert!(!failure.message.contains("hush"), "{failure:?}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use clap::CommandFactory as _;
 use serde::Serialize;
 
 use crate::Cli;
-use crate::context::{App, ConfigFile, Context, Farm, check_token, check_url};
+use crate::context::{App, ConfigFile, Context, Farm, check_token, check_url, without_user};
 use crate::farm::Hosted;
 use crate::output::talk::Tone;
 use crate::output::{Failure, Fault, exit, print, print_json, size, stdout_is_terminal, table};
@@ -66,7 +66,7 @@ pub(crate) struct CompletionsArgs {
 
 pub(crate) async fn login(app: &App, args: &LoginArgs) -> Result<i32, Failure> {
     let url = match &args.farm {
-        Some(url) => check_url(url).map_err(|why| Failure::usage(format!("`{url}` {why}")))?,
+        Some(url) => check_url(url).map_err(|why| Failure::usage(format!("`{}` {why}", without_user(url))))?,
         None => app.choice()?.url,
     };
     if let Some(name) = &args.name {

@@ -1,12 +1,12 @@
 //! S: this machine as a worker: the same functions that the binary `worker` calls.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use worker::JoinError;
 
-use crate::context::{App, check_url};
+use crate::context::{App, check_url, without_user};
 use crate::output::talk::Tone;
 use crate::output::{Failure, Fault, exit, print_json};
 
@@ -39,7 +39,7 @@ impl Place {
 }
 
 pub(crate) async fn join(app: &App, args: &JoinArgs) -> Result<i32, Failure> {
-    let url = check_url(&args.farm).map_err(|why| Failure::usage(format!("`{}` {why}", args.farm)))?;
+    let url = check_url(&args.farm).map_err(|why| Failure::usage(format!("`{}` {why}", without_user(&args.farm))))?;
     let dir = args.place.dir(app);
     let identity = worker::join(&dir, &url, &args.token, args.name.as_deref(), app.env.clone())
         .await
@@ -50,8 +50,14 @@ pub(crate) async fn join(app: &App, args: &JoinArgs) -> Result<i32, Failure> {
         }))?;
     }
     app.talk.verdict(Tone::Good, "✓", &format!("{} ({}) belongs to {url}", identity.name, identity.worker), None);
-    app.talk.hint("alloy worker run   starts it");
+    app.talk.hint(&format!("{}   starts it", run_line(args.place.state_dir.is_some().then_some(dir.as_path()))));
     Ok(exit::OK)
+}
+
+/// What starts the worker that was joined: a directory of its own must be named again.
+fn run_line(state_dir: Option<&Path>) -> String {
+    let Some(dir) = state_dir else { return "alloy worker run".into() };
+    format!("alloy worker run --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
 }
 
 fn join_failure(error: JoinError, url: &str) -> Failure {
@@ -103,4 +109,16 @@ pub(crate) fn guard() -> Option<ExitCode> {
     let mut args = std::env::args_os().skip(1);
     let first: OsString = args.next()?;
     (first == worker::guard::SUBCOMMAND).then(|| worker::guard::main(args))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_that_starts_a_worker_names_its_directory() {
+        assert_eq!(run_line(None), "alloy worker run");
+        let line = run_line(Some(Path::new("/tmp/second one's")));
+        assert_eq!(line, r"alloy worker run --state-dir '/tmp/second one'\''s'");
+    }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use alloy_shared::client::JobQuery;
 use alloy_shared::env::Env as _;
@@ -71,7 +71,9 @@ struct LocalWorker {
 }
 
 pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start, Failure> {
-    telemetry(LogFormat::Compact, "error").map_err(Failure::usage)?;
+    // A command may become the host a second time, after somebody else's farm ended under it.
+    static LOGGING: OnceLock<Result<(), String>> = OnceLock::new();
+    LOGGING.get_or_init(|| telemetry(LogFormat::Compact, "error")).clone().map_err(Failure::usage)?;
     let config = orchestrator_config(data, wish)?;
     let life = Lifecycle::new();
     let env = Arc::new(SystemEnv::new(life.clone()));

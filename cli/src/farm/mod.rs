@@ -159,7 +159,10 @@ impl Hosted {
     /// Nobody reads the job's output. A farm of its own goes on with it; one in this process would live for nobody.
     pub(crate) async fn abandon(&self, app: &App, job: JobId) {
         match self {
-            Self::Guest(_) => {}
+            Self::Guest(_) => {
+                app.talk.say(&format!("Nobody reads standard output any more; {job} goes on."));
+                app.talk.hint(&format!("alloy attach {job}   follows it again; alloy cancel {job} ends it"));
+            }
             #[cfg(feature = "farm")]
             Self::Host(host) => {
                 if let Err(error) = host.farm.client.cancel(job).await {

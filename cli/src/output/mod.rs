@@ -314,16 +314,22 @@ pub(crate) fn stdout_is_terminal() -> bool {
 /// being heard. A terminal gets them cleaned, everything else gets them as they are.
 pub(crate) struct Sink {
     queue: mpsc::Sender<Bytes>,
-    done: oneshot::Receiver<std::io::Result<()>>,
+    /// None when its report was read.
+    done: Option<oneshot::Receiver<std::io::Result<()>>>,
 }
 
 impl Sink {
     pub(crate) fn stdout(talk: &talk::Talk) -> std::io::Result<Self> {
-        let bars = talk.bars();
-        let cleaner = stdout_is_terminal().then(Sanitizer::default);
+        let terminal = stdout_is_terminal();
+        let cleaner = terminal.then(Sanitizer::default);
+        // A bar and a line share the terminal. A pipe may stand still, and nobody else may wait for it then.
+        let bars = terminal.then(|| talk.bars());
         // Past the standard library's buffer, which looks for line ends and writes twice for each chunk.
         let mut stdout = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
-        Self::start(cleaner, move |bytes| bars.suspend(|| stdout.write_all(bytes)))
+        Self::start(cleaner, move |bytes| match &bars {
+            Some(bars) if stdout.is_terminal() => bars.suspend(|| stdout.write_all(bytes)),
+            Some(_) | None => stdout.write_all(bytes),
+        })
     }
 
     fn start(
@@ -336,24 +342,35 @@ impl Sink {
             // Nobody waits for the report any more when the process is about to exit.
             let _ = report.send(pump(rx, cleaner, write));
         })?;
-        Ok(Self { queue, done })
+        Ok(Self { queue, done: Some(done) })
     }
 
-    /// Hands bytes over; an error means that nobody reads any more.
-    pub(crate) async fn write(&self, bytes: Bytes) -> Result<(), Failure> {
-        self.queue.send(bytes).await.map_err(|_| Failure::pipe())
+    /// Hands bytes over; an error means that earlier ones could not be written.
+    pub(crate) async fn write(&mut self, bytes: Bytes) -> Result<(), Failure> {
+        match self.queue.send(bytes).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.report().await.err().unwrap_or_else(Failure::pipe)),
+        }
     }
 
-    pub(crate) async fn write_json<T: Serialize>(&self, value: &T) -> Result<(), Failure> {
+    pub(crate) async fn write_json<T: Serialize>(&mut self, value: &T) -> Result<(), Failure> {
         let mut line = serde_json::to_vec(value).map_err(|e| Failure::error(format!("JSON: {e}")))?;
         line.push(b'\n');
         self.write(line.into()).await
     }
 
     /// Returns when every byte is written.
-    pub(crate) async fn finish(self) -> Result<(), Failure> {
-        drop(self.queue);
-        match self.done.await {
+    pub(crate) async fn finish(mut self) -> Result<(), Failure> {
+        let (closed, _) = mpsc::channel(1);
+        drop(std::mem::replace(&mut self.queue, closed));
+        self.report().await
+    }
+
+    async fn report(&mut self) -> Result<(), Failure> {
+        let Some(done) = &mut self.done else { return Err(Failure::pipe()) };
+        let outcome = done.await;
+        self.done = None;
+        match outcome {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(Failure::io("standard output", &error)),
             Err(_) => Err(Failure::error("the thread that writes standard output died")),
@@ -459,7 +476,7 @@ mod tests {
     #[tokio::test]
     async fn a_sink_delivers_every_byte_and_reports_a_reader_that_left() {
         let (tx, rx) = std::sync::mpsc::channel();
-        let sink = Sink::start(None, move |bytes| tx.send(bytes.to_vec()).map_err(std::io::Error::other)).unwrap();
+        let mut sink = Sink::start(None, move |bytes| tx.send(bytes.to_vec()).map_err(std::io::Error::other)).unwrap();
         for part in [&b"\x1b[2J"[..], b"raw", b"\xff"] {
             sink.write(Bytes::from_static(part)).await.unwrap();
         }
@@ -467,8 +484,18 @@ mod tests {
         assert_eq!(rx.iter().flatten().collect::<Vec<u8>>(), b"\x1b[2Jraw\xff");
 
         let gone = || std::io::Error::from(std::io::ErrorKind::BrokenPipe);
-        let sink = Sink::start(None, move |_| Err(gone())).unwrap();
+        let mut sink = Sink::start(None, move |_| Err(gone())).unwrap();
         while sink.write(Bytes::from_static(b"x")).await.is_ok() {}
         assert_eq!(sink.finish().await.unwrap_err().fault, Fault::Pipe);
+
+        let full = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let mut sink = Sink::start(None, move |_| Err(full())).unwrap();
+        let failure = loop {
+            if let Err(failure) = sink.write(Bytes::from_static(b"x")).await {
+                break failure;
+            }
+        };
+        assert_eq!(failure.fault, Fault::Error);
+        assert!(failure.message.contains("standard output: "), "{failure:?}");
     }
 }

@@ -174,6 +174,10 @@ impl Talk {
     }
 
     fn write(&self, line: &str) {
+        if self.live && !std::io::stderr().is_terminal() {
+            // It hung up. The bars take a failure to draw for a bug.
+            self.bars.set_draw_target(ProgressDrawTarget::hidden());
+        }
         self.bars.suspend(|| {
             // A closed standard error must not end the command.
             let _ = writeln!(anstream::stderr().lock(), "{line}");

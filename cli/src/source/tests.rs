@@ -62,6 +62,34 @@ fn rules_above_the_root_count_within_a_repository_only() {
     assert_eq!(below(&tree), 1);
     fs::create_dir(tree.path(".git")).unwrap();
     assert_eq!(below(&tree), 0);
+    let warnings = scan(&tree.path("app"), false).unwrap().warnings;
+    assert!(warnings.iter().any(|warning| warning.contains("nothing is sent")), "{warnings:?}");
+}
+
+#[test]
+fn rules_above_a_repository_do_not_count_and_those_between_its_top_and_the_root_do() {
+    let tree = Tree::new(&[
+        (".gitignore", "*\n"),
+        ("repo/.git/config", "1"),
+        ("repo/.gitignore", "/apps/one/gen/\n*.log\n"),
+        ("repo/apps/.gitignore", "!keep.log\n/one/local\n"),
+        ("repo/apps/one/main.c", "1"),
+        ("repo/apps/one/a.log", "1"),
+        ("repo/apps/one/keep.log", "1"),
+        ("repo/apps/one/local", "1"),
+        ("repo/apps/one/gen/x", "1"),
+        ("repo/apps/one/deep/gen/x", "1"),
+        ("repo/apps/two/main.c", "1"),
+        ("repo/top.c", "1"),
+    ]);
+    let names = |dir: &str| -> Vec<String> {
+        let scan = scan(&tree.path(dir), false).unwrap();
+        assert_eq!(scan.warnings, [""; 0]);
+        scan.manifest.entries().iter().map(|entry| entry.path.clone()).collect()
+    };
+    assert_eq!(names("repo/apps/one"), ["deep/gen/x", "keep.log", "main.c"]);
+    assert_eq!(names("repo/apps/two"), ["main.c"]);
+    assert_eq!(names("repo").len(), 7);
 }
 
 #[test]

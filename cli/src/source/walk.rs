@@ -5,6 +5,7 @@ use std::fs::{self, File, Metadata};
 use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use alloy_shared::id::{Digest, printable};
@@ -67,22 +68,34 @@ pub(super) struct Walked {
 }
 
 pub(super) fn walk(root: &Path) -> Result<Walked, Failure> {
-    let mut builder = WalkBuilder::new(root);
+    // Rules from above the root count within one repository only: a stray ~/.gitignore must not empty a tree. So the walk
+    // starts at the repository's top and goes down to the root, past everything else.
+    let top = root.ancestors().find(|dir| dir.join(".git").exists()).unwrap_or(root);
+    let mut builder = WalkBuilder::new(top);
+    let below = root.to_owned();
     builder
         .hidden(false)
         .ignore(false)
         .git_global(false)
         .require_git(false)
-        // Rules from above the root count within one repository only: a stray ~/.gitignore must not empty a tree.
-        .parents(inside_repository(root))
+        .parents(false)
         .add_custom_ignore_filename(".alloyignore")
-        .filter_entry(|entry| {
-            entry.depth() == 0 || !LEFT_OUT.iter().any(|name| entry.file_name().as_encoded_bytes() == name.as_bytes())
+        .filter_entry(move |entry| {
+            let left_out = || LEFT_OUT.iter().any(|name| entry.file_name().as_encoded_bytes() == name.as_bytes());
+            below.starts_with(entry.path()) || (entry.path().starts_with(&below) && !left_out())
         });
     let all = Mutex::new(Walked::default());
     let outputs = own_outputs();
-    builder.build_parallel().visit(&mut Visitors { root, outputs: &outputs, all: &all });
-    let walked = all.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let reached = AtomicBool::new(false);
+    builder.build_parallel().visit(&mut Visitors { root, outputs: &outputs, all: &all, reached: &reached });
+    let mut walked = all.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if !reached.into_inner() {
+        walked.warnings.push(format!(
+            "nothing is sent: an ignore rule of the repository {} leaves out {}",
+            top.display(),
+            root.display()
+        ));
+    }
     if walked.found.len() > limits::MANIFEST_ENTRIES_MAX {
         return Err(Failure::error(format!(
             "{} has more than {} files; is it the directory you meant?",
@@ -112,10 +125,6 @@ pub(super) fn changed(path: &str, how: &str) -> Failure {
         .hint("run it again when nothing writes there, or list the file in .alloyignore")
 }
 
-fn inside_repository(root: &Path) -> bool {
-    root.ancestors().any(|dir| dir.join(".git").exists())
-}
-
 /// Files that this process's own output goes to: `alloy run … >build.log` must not send, or wait for, build.log.
 fn own_outputs() -> HashSet<(u64, u64)> {
     let mut out = HashSet::new();
@@ -133,6 +142,8 @@ struct Visitors<'a> {
     root: &'a Path,
     outputs: &'a HashSet<(u64, u64)>,
     all: &'a Mutex<Walked>,
+    /// Whether no rule kept the walk from the root itself.
+    reached: &'a AtomicBool,
 }
 
 impl<'a> ParallelVisitorBuilder<'a> for Visitors<'a> {
@@ -141,6 +152,7 @@ impl<'a> ParallelVisitorBuilder<'a> for Visitors<'a> {
             root: self.root,
             outputs: self.outputs,
             all: self.all,
+            reached: self.reached,
             own: Walked::default(),
             buffer: vec![0; READ_BUFFER],
         })
@@ -152,6 +164,7 @@ struct Visitor<'a> {
     root: &'a Path,
     outputs: &'a HashSet<(u64, u64)>,
     all: &'a Mutex<Walked>,
+    reached: &'a AtomicBool,
     own: Walked,
     buffer: Vec<u8>,
 }
@@ -169,10 +182,13 @@ impl Drop for Visitor<'_> {
 impl ParallelVisitor for Visitor<'_> {
     fn visit(&mut self, entry: Result<DirEntry, ignore::Error>) -> WalkState {
         match entry {
-            Ok(entry) if entry.depth() == 0 => {}
             Ok(entry) => {
                 if let Some(error) = entry.error() {
                     self.own.warnings.push(format!("an ignore rule was not understood: {error}"));
+                }
+                if self.root.starts_with(entry.path()) {
+                    self.reached.fetch_or(entry.path() == self.root, Ordering::Relaxed);
+                    return WalkState::Continue;
                 }
                 let name = entry.path().strip_prefix(self.root).unwrap_or(entry.path());
                 match self.look(&entry, name) {
