@@ -12,7 +12,7 @@ use tracing::{error, warn};
 
 use crate::desk::{Answer, Desk, Effect, Request, Ticket};
 use crate::hub::Hub;
-use crate::store::{Attempt, Job, Scope, Store, StoreError};
+use crate::store::{Attempt, Committed, Group, Job, Scope, Store, StoreError};
 use crate::wake::Wake;
 
 /// A request, and who waits for its answer.
@@ -30,7 +30,7 @@ impl Door {
     pub async fn ask(&self, request: impl FnOnce(Ticket) -> Request) -> Answer {
         let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
         let (answer, waiting) = oneshot::channel();
-        let gone = || Answer::Failed("the orchestrator is stopping".to_owned());
+        let gone = || Answer::Failed(StoreError::Unavailable("the orchestrator is stopping".to_owned()));
         if self.tx.send((request(ticket), Some((ticket, answer)))).await.is_err() {
             return gone();
         }
@@ -53,7 +53,7 @@ pub async fn spawn(
     env: Arc<dyn Env>,
     limits: Limits,
 ) -> Result<Door, StoreError> {
-    let mut desk = Desk::new(limits);
+    let mut desk = Desk::new(limits, env.now().wall);
     let mut after = None;
     loop {
         let jobs = store.live(after, limits::PAGE_MAX).await?;
@@ -93,20 +93,47 @@ struct Loop {
 
 impl Loop {
     async fn run(mut self) {
+        let mut failures = 0;
         while let Some(requests) = self.gather().await {
             let groups = self.desk.decide(requests, self.env.now());
-            let done = if groups.is_empty() {
-                Ok(crate::store::Committed { groups: Vec::new() })
-            } else {
-                self.store.commit(&groups).await.map_err(|error| {
-                    error!(groups = groups.len(), %error, "the store did not commit");
-                    error.to_string()
-                })
-            };
-            for effect in self.desk.committed(done) {
+            let (done, repeated) = self.commit(&groups).await;
+            let failed = done.is_err();
+            for effect in self.desk.committed(done, repeated) {
                 self.perform(effect).await;
             }
+            failures = if failed { failures + 1 } else { 0 };
+            // What is overdue stays so while nothing can be written: without a pause the loop would spin.
+            if failed {
+                self.pause(failures).await;
+            }
         }
+    }
+
+    /// One commit. One whose fate is unknown is repeated until it is known; true: it was.
+    async fn commit(&self, groups: &[Group]) -> (Result<Committed, StoreError>, bool) {
+        if groups.is_empty() {
+            return (Ok(Committed { groups: Vec::new() }), false);
+        }
+        let mut tries = 0;
+        loop {
+            match self.store.commit(groups).await {
+                Ok(done) => return (Ok(done), tries > 0),
+                Err(error) if tries > 0 || matches!(error, StoreError::Unknown(_)) => {
+                    warn!(groups = groups.len(), %error, "the fate of a commit is unknown; repeating it");
+                    tries += 1;
+                    self.pause(tries).await;
+                }
+                Err(error) => {
+                    error!(groups = groups.len(), %error, "the store did not commit");
+                    return (Err(error), false);
+                }
+            }
+        }
+    }
+
+    async fn pause(&self, tries: u32) {
+        let delay = backoff(tries, 50, 2_000, self.env.dice());
+        self.env.sleep_until(self.env.now().mono + delay).await;
     }
 
     /// Everything that was asked by now; waits for the first. `None`: all doors are gone.
@@ -160,13 +187,17 @@ impl Loop {
                 Err(error) => Err(error),
             };
             match loaded {
-                Ok(Some(loaded)) => return self.desk.restore(vec![loaded]),
+                Ok(Some((job, attempt))) => {
+                    // Whoever was to hear of a change may have missed it.
+                    self.wake.moved(id);
+                    self.hub.moved(&job, None);
+                    return self.desk.restore(vec![(job, attempt)]);
+                }
                 Ok(None) => return,
                 Err(error) => {
                     warn!(job.id = %id, %error, "cannot reload job; trying again");
-                    let delay = backoff(tries, 50, 2_000, self.env.dice());
                     tries += 1;
-                    self.env.sleep_until(self.env.now().mono + delay).await;
+                    self.pause(tries).await;
                 }
             }
         }

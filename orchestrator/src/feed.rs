@@ -150,6 +150,7 @@ impl Follower {
             if chunks.is_empty() {
                 return Ok(());
             }
+            let chunks = joined(chunks);
             let mut moved = false;
             for chunk in pieces(chunks) {
                 let text = whole_text(&chunk);
@@ -271,6 +272,14 @@ fn pieces(chunks: Vec<Bytes>) -> impl Iterator<Item = Bytes> {
         parts.push(chunk);
         parts
     })
+}
+
+/// A character may be cut between two stored chunks: a first chunk too short to show that is joined to the next ones.
+fn joined(chunks: Vec<Bytes>) -> Vec<Bytes> {
+    match chunks.first() {
+        Some(first) if first.len() < 4 && chunks.len() > 1 => vec![Bytes::from(chunks.concat())],
+        Some(_) | None => chunks,
+    }
 }
 
 /// How many leading bytes are whole UTF-8, if only the last character is cut; 0 if the bytes are no text at all.

@@ -40,13 +40,14 @@ pub struct LiveWorker {
 
 struct Entry {
     seen: Mono,
+    /// The newest session's, whether it still lives or not.
+    epoch: i64,
     session: Option<Session>,
     slots: Vec<SlotView>,
     draining: bool,
 }
 
 struct Session {
-    epoch: i64,
     mailbox: mpsc::Sender<Mail>,
 }
 
@@ -76,12 +77,14 @@ impl Hub {
         let mut state = self.state();
         let entry = state.workers.entry(worker).or_insert_with(|| Entry {
             seen: now,
+            epoch,
             session: None,
             slots: Vec::new(),
             draining: false,
         });
         entry.seen = now;
-        if let Some(old) = entry.session.replace(Session { epoch, mailbox }) {
+        entry.epoch = epoch;
+        if let Some(old) = entry.session.replace(Session { mailbox }) {
             // A full mailbox belongs to a session that is about to be cut anyway.
             let _ = old.mailbox.try_send(Mail::Superseded);
         }
@@ -92,7 +95,7 @@ impl Hub {
     pub fn close(&self, worker: WorkerId, epoch: i64) -> bool {
         let mut state = self.state();
         match state.workers.get_mut(&worker) {
-            Some(entry) if entry.session.as_ref().is_some_and(|session| session.epoch == epoch) => {
+            Some(entry) if entry.epoch == epoch => {
                 entry.session = None;
                 true
             }

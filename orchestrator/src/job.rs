@@ -299,7 +299,10 @@ fn canceling(
     match (event, then) {
         (Event::Accepted { .. } | Event::Phase { .. } | Event::Artifact { .. }, _) => stay(then),
         // The command may have ended before the order reached it; then its own end is the truth.
-        (Event::Finished { end, .. }, _) if is_own_end(end) => Ok(done(tries, end.clone(), now)),
+        (Event::Finished { end, .. }, Then::End(_)) if is_own_end(end) => Ok(done(tries, end.clone(), now)),
+        (Event::Finished { end, .. }, Then::Requeue(_)) if is_own_end(end) => {
+            Ok(finished(tries, lease, end, now, rules))
+        }
         (Event::Finished { .. } | Event::Lost { .. } | Event::Refused { .. }, Then::End(reason)) => {
             Ok(done(tries, canceled_end(reason, event), now))
         }

@@ -2,7 +2,7 @@
 //! even when nothing was said.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::env::Env;
 use alloy_shared::id::JobId;
@@ -15,9 +15,11 @@ struct Moves {
     log: u64,
 }
 
+type Jobs = Mutex<HashMap<JobId, watch::Sender<Moves>>>;
+
 #[derive(Default)]
 pub struct Wake {
-    jobs: Mutex<HashMap<JobId, watch::Sender<Moves>>>,
+    jobs: Arc<Jobs>,
 }
 
 impl Wake {
@@ -29,7 +31,7 @@ impl Wake {
     pub fn job(&self, id: JobId) -> Listener {
         let mut moves = self.jobs().entry(id).or_insert_with(|| watch::channel(Moves::default()).0).subscribe();
         let seen = *moves.borrow_and_update();
-        Listener { moves, seen }
+        Listener { jobs: self.jobs.clone(), id, moves, seen }
     }
 
     /// The job has a new event.
@@ -43,11 +45,7 @@ impl Wake {
     }
 
     fn tell(&self, id: JobId, count: impl FnOnce(&mut Moves)) {
-        let mut jobs = self.jobs();
-        let Some(sender) = jobs.get(&id) else { return };
-        if sender.receiver_count() == 0 {
-            jobs.remove(&id);
-        } else {
+        if let Some(sender) = self.jobs().get(&id) {
             sender.send_modify(count);
         }
     }
@@ -59,6 +57,8 @@ impl Wake {
 }
 
 pub struct Listener {
+    jobs: Arc<Jobs>,
+    id: JobId,
     moves: watch::Receiver<Moves>,
     seen: Moves,
 }
@@ -77,5 +77,31 @@ impl Listener {
             }
             () = env.sleep_until(floor) => true,
         }
+    }
+}
+
+impl Drop for Listener {
+    /// The last one to leave takes the job's entry along.
+    fn drop(&mut self) {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        if jobs.get(&self.id).is_some_and(|sender| sender.receiver_count() <= 1) {
+            jobs.remove(&self.id);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_is_remembered_who_does_not_listen() {
+        let (wake, id) = (Wake::default(), JobId::from_raw(1));
+        let (first, second) = (wake.job(id), wake.job(id));
+        assert_eq!(wake.audience(id), 2);
+        drop(first);
+        assert_eq!(wake.audience(id), 1);
+        drop(second);
+        assert!(wake.jobs().is_empty());
     }
 }

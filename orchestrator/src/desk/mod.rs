@@ -20,7 +20,7 @@ use crate::admit::admit;
 use crate::job::{self, Event, Refused, Rules, Step};
 use crate::pick::{self, Room, Waiting, WhyNot};
 use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
-use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, Write};
+use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
 
 /// Ties an answer to its question.
 pub type Ticket = u64;
@@ -131,7 +131,7 @@ pub enum Answer {
     Holders(BTreeSet<WorkerId>),
     Why(Option<WhyNot>),
     /// The store did not commit; nothing happened.
-    Failed(String),
+    Failed(StoreError),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -167,6 +167,8 @@ enum Draft {
 
 pub struct Desk {
     limits: Limits,
+    /// Leased jobs are not overdue before this: their workers had no time to come back.
+    patient_until: Ms,
     live: BTreeMap<JobId, Live>,
     /// Waiting jobs, oldest first.
     queue: BTreeSet<(Ms, JobId)>,
@@ -181,8 +183,9 @@ pub struct Desk {
 }
 
 impl Desk {
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits, started: Ms) -> Self {
         Self {
+            patient_until: started.plus(limits.startup_grace_ms),
             limits,
             live: BTreeMap::new(),
             queue: BTreeSet::new(),
@@ -372,7 +375,13 @@ impl Desk {
     }
 
     fn due(&mut self, now: Ms) {
-        let due: Vec<JobId> = self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, id)| *id).collect();
+        let due: Vec<JobId> = self
+            .deadlines
+            .iter()
+            .take_while(|(at, _)| *at <= now)
+            .take(limits::COMMIT_GROUPS_MAX)
+            .map(|(_, id)| *id)
+            .collect();
         for id in due {
             self.change(None, id, &Event::DeadlinePassed, Guard::Version, None, now);
         }
@@ -422,23 +431,26 @@ impl Desk {
         matches!(live.job.state.step, Step::Queued { .. }).then(|| pick::why_not(&live.required, &self.rooms()))
     }
 
-    /// Takes what the store did and returns what follows. An error means that nothing was written.
-    pub fn committed(&mut self, done: Result<Committed, String>) -> Vec<Effect> {
+    /// Takes what the store did and returns what follows. An error means that nothing was written; `repeated`, that an
+    /// earlier try of the same commit may have been.
+    pub fn committed(&mut self, done: Result<Committed, StoreError>, repeated: bool) -> Vec<Effect> {
         let drafts = std::mem::take(&mut self.drafts);
         let answers = std::mem::take(&mut self.answers);
         self.fresh.clear();
         let mut effects = Vec::with_capacity(drafts.len() * 2 + answers.len());
         let mut suspect = BTreeSet::new();
-        let results = match done {
-            Ok(committed) => {
-                committed.groups.into_iter().map(|group| group.map(|_| ()).map_err(Missed::Group)).collect()
-            }
-            Err(why) => drafts.iter().map(|_| Err(Missed::All(why.clone()))).collect::<Vec<_>>(),
+        let failed = done.is_err();
+        let results: Vec<Result<(), Missed>> = match done {
+            Ok(done) => done.groups.into_iter().map(|group| group.map(|_| ()).map_err(Missed::Group)).collect(),
+            Err(error) => drafts.iter().map(|_| Err(Missed::All(error.clone()))).collect(),
         };
-        let failed = matches!(results.first(), Some(Err(Missed::All(_))));
         for (draft, result) in drafts.into_iter().zip(results) {
             match result {
                 Ok(()) => self.done(draft, &mut effects),
+                Err(missed) if repeated && missed.is_own(&draft) => {
+                    suspect.extend(draft.job());
+                    self.done(draft, &mut effects);
+                }
                 Err(missed) => self.missed(draft, missed, &mut suspect, &mut effects),
             }
         }
@@ -472,10 +484,10 @@ impl Desk {
 
     fn missed(&mut self, draft: Draft, missed: Missed, suspect: &mut BTreeSet<JobId>, effects: &mut Vec<Effect>) {
         let answer = match missed {
-            Missed::All(why) => Answer::Failed(why),
+            Missed::All(error) => Answer::Failed(error),
             Missed::Group(Miss::Stale) => Answer::Stale,
             Missed::Group(Miss::Exists { job, body }) => Answer::Exists { job, body },
-            Missed::Group(Miss::Corrupt(why)) => Answer::Failed(why),
+            Missed::Group(Miss::Corrupt(why)) => Answer::Failed(StoreError::Unavailable(why)),
         };
         let (job, ticket) = match draft {
             Draft::Insert { ticket, insert } => {
@@ -495,10 +507,16 @@ impl Desk {
         }
     }
 
+    fn due_at(&self, live: &Live) -> Option<Ms> {
+        let deadline = live.job.state.deadline(&live.rules)?;
+        let leased = live.job.state.lease().is_some();
+        Some(if leased { deadline.max(self.patient_until) } else { deadline })
+    }
+
     fn put(&mut self, live: Live) {
         let id = live.job.id;
         self.remove(&id);
-        if let Some(at) = live.job.state.deadline(&live.rules) {
+        if let Some(at) = self.due_at(&live) {
             self.deadlines.insert((at, id));
         }
         if matches!(live.job.state.step, Step::Queued { .. }) {
@@ -512,7 +530,7 @@ impl Desk {
 
     fn remove(&mut self, id: &JobId) {
         let Some(live) = self.live.remove(id) else { return };
-        if let Some(at) = live.job.state.deadline(&live.rules) {
+        if let Some(at) = self.due_at(&live) {
             self.deadlines.remove(&(at, *id));
         }
         self.queue.remove(&(live.job.created_at, *id));
@@ -525,11 +543,30 @@ impl Desk {
 }
 
 enum Missed {
-    All(String),
+    All(StoreError),
     Group(Miss),
 }
 
+impl Missed {
+    /// True when an insert met the job that its own first try had inserted.
+    fn is_own(&self, draft: &Draft) -> bool {
+        match (self, draft) {
+            (Self::Group(Miss::Stale), Draft::Insert { .. }) => true,
+            (Self::Group(Miss::Exists { job, .. }), Draft::Insert { insert, .. }) => *job == insert.job.id,
+            (Self::All(_) | Self::Group(_), _) => false,
+        }
+    }
+}
+
 impl Draft {
+    fn job(&self) -> Option<JobId> {
+        match self {
+            Self::Insert { insert, .. } => Some(insert.job.id),
+            Self::Advance { advance, .. } => Some(advance.next.id),
+            Self::Close { .. } => None,
+        }
+    }
+
     fn group(&self) -> Group {
         Group(vec![match self {
             Self::Insert { insert, .. } => Write::InsertJob(insert.clone()),

@@ -51,7 +51,7 @@ fn report(ticket: Ticket, job: u128, from: u128, seq: u64, event: Event) -> Requ
 fn turn(desk: &mut Desk, now: i64, requests: Vec<Request>) -> (Vec<Group>, Vec<Effect>) {
     let groups = desk.decide(requests, at(now));
     let done = Committed { groups: groups.iter().map(|_| Ok(vec![1])).collect() };
-    let effects = desk.committed(Ok(done));
+    let effects = desk.committed(Ok(done), false);
     (groups, effects)
 }
 
@@ -79,7 +79,7 @@ const FREE: (SlotState, Option<AttemptRef>) = (SlotState::Warm, None);
 
 #[test]
 fn with_a_free_slot_a_job_is_born_assigned_in_one_group() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE])]);
     let (groups, effects) = turn(&mut desk, 5, vec![submit(1, 10), submit(2, 11)]);
     let [Write::InsertJob(first)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
@@ -92,7 +92,7 @@ fn with_a_free_slot_a_job_is_born_assigned_in_one_group() {
 
 #[test]
 fn the_versions_of_a_job_that_was_born_assigned_go_on_from_one() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let (groups, _) = turn(&mut desk, 7, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 })]);
     let [Write::Advance(accepted)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
@@ -103,7 +103,7 @@ fn the_versions_of_a_job_that_was_born_assigned_go_on_from_one() {
 
 #[test]
 fn a_report_is_applied_once_and_in_order() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let accepted = || Event::Accepted { attempt: 1 };
     let (_, effects) = turn(
@@ -126,7 +126,7 @@ fn a_report_is_applied_once_and_in_order() {
 
 #[test]
 fn a_slot_counts_as_taken_until_the_worker_says_that_it_is_clean() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     let attempt = AttemptRef { job: id(10), attempt: 1 };
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     turn(&mut desk, 1, vec![offer(1, &[(SlotState::Claimed, Some(attempt))])]);
@@ -142,7 +142,7 @@ fn a_slot_counts_as_taken_until_the_worker_says_that_it_is_clean() {
 
 #[test]
 fn a_quarantined_slot_is_no_slot() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     let offer = offer(1, &[(SlotState::Quarantined, None), FREE]);
     let (_, effects) = turn(&mut desk, 0, vec![offer, submit(1, 10), submit(2, 11)]);
     assert_eq!(moved(&effects), [(10, StateWord::Assigned), (11, StateWord::Queued)]);
@@ -150,7 +150,7 @@ fn a_quarantined_slot_is_no_slot() {
 
 #[test]
 fn a_silent_worker_loses_its_jobs_to_another_one() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     turn(&mut desk, 1, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), offer(2, &[FREE])]);
     let (groups, effects) = turn(&mut desk, 2, vec![Request::Silent(worker(1))]);
@@ -162,17 +162,21 @@ fn a_silent_worker_loses_its_jobs_to_another_one() {
 
 #[test]
 fn when_nothing_was_committed_nothing_is_answered_as_done_and_all_is_loaded_again() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let reports =
         vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), report(3, 10, 1, 1, Event::Accepted { attempt: 1 })];
     let groups = desk.decide([reports, vec![submit(4, 11)]].concat_requests(), at(1));
     assert_eq!(groups.len(), 2);
-    let effects = desk.committed(Err("disk".into()));
+    let effects = desk.committed(Err(StoreError::Full("disk".into())), false);
     let answers = answers(&effects);
     assert_eq!(
         answers,
-        [(2, &Answer::Failed("disk".into())), (4, &Answer::Failed("disk".into())), (3, &Answer::Stale)]
+        [
+            (2, &Answer::Failed(StoreError::Full("disk".into()))),
+            (4, &Answer::Failed(StoreError::Full("disk".into()))),
+            (3, &Answer::Stale)
+        ]
     );
     assert!(effects.contains(&Effect::Reload(id(10))) && !effects.contains(&Effect::Reload(id(11))));
     assert_eq!(desk.live_count(), 0);
@@ -189,12 +193,12 @@ impl ConcatRequests for [Vec<Request>; 2] {
 
 #[test]
 fn a_known_key_gives_its_job_and_frees_the_slot_again() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE])]);
     let groups = desk.decide(vec![submit(1, 10)], at(1));
     assert_eq!(groups.len(), 1);
     let body = Digest::of(b"x");
-    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Exists { job: id(5), body })] }));
+    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Exists { job: id(5), body })] }), false);
     assert_eq!(answers(&effects), [(1, &Answer::Exists { job: id(5), body })]);
     let (_, effects) = turn(&mut desk, 2, vec![submit(2, 11)]);
     assert_eq!(moved(&effects), [(11, StateWord::Assigned)]);
@@ -203,7 +207,7 @@ fn a_known_key_gives_its_job_and_frees_the_slot_again() {
 #[test]
 fn a_deadline_wakes_the_desk_and_ends_the_wait() {
     let limits = Limits::default();
-    let mut desk = Desk::new(limits.clone());
+    let mut desk = Desk::new(limits.clone(), Ms(0));
     turn(&mut desk, 0, vec![submit(1, 10)]);
     let due = desk.next_wake().unwrap();
     assert_eq!(due, Ms(limits.queue_timeout_ms as i64));
@@ -214,7 +218,7 @@ fn a_deadline_wakes_the_desk_and_ends_the_wait() {
 
 #[test]
 fn phases_and_cancel_are_told_as_events() {
-    let mut desk = Desk::new(Limits::default());
+    let mut desk = Desk::new(Limits::default(), Ms(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let phase = Event::Phase { attempt: 1, phase: Phase::Executing };
     let cancel = Request::Cancel { ticket: 4, job: id(10), reason: Reason::UserCanceled };
@@ -236,4 +240,28 @@ fn phases_and_cancel_are_told_as_events() {
         })
         .collect();
     assert_eq!(kinds, [vec!["accepted"], vec!["phase"], vec![], vec!["cancel_requested"]]);
+}
+
+#[test]
+fn a_commit_of_unknown_fate_is_not_a_second_job() {
+    let mut desk = Desk::new(Limits::default(), Ms(0));
+    desk.decide(vec![submit(1, 10)], at(1));
+    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale)] }), true);
+    assert!(matches!(answers(&effects)[..], [(1, Answer::Job(_))]), "{effects:?}");
+    assert!(effects.contains(&Effect::Reload(id(10))) && desk.live_count() == 1);
+}
+
+#[test]
+fn after_a_start_a_leased_job_is_not_overdue_before_its_worker_could_come_back() {
+    let limits = Limits::default();
+    let grace = limits.startup_grace_ms as i64;
+    let mut first = Desk::new(limits.clone(), Ms(0));
+    turn(&mut first, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let live = first.live[&id(10)].clone();
+    let started = 10_000_000;
+    let mut desk = Desk::new(limits, Ms(started));
+    desk.restore(vec![(live.job, live.attempt)]);
+    assert_eq!(desk.next_wake(), Some(Ms(started + grace)));
+    assert_eq!(moved(&turn(&mut desk, started + 1, vec![]).1), []);
+    assert_eq!(moved(&turn(&mut desk, started + grace, vec![]).1), [(10, StateWord::Canceling)]);
 }

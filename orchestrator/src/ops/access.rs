@@ -17,11 +17,19 @@ use super::OpError;
 use crate::App;
 use crate::auth::Principal;
 use crate::store::write::{Enrol, OpenSession};
-use crate::store::{Group, Job, Miss, Scope, TokenRow, Worker, Write};
+use crate::store::{Group, Miss, Scope, TokenRow, Worker, Write};
 
 const NAME_MAX: usize = 63;
 /// Ten years: longer is a mistake of units.
 const TOKEN_TTL_MAX_S: u64 = 10 * 365 * 86_400;
+
+/// A session as the books have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opened {
+    pub epoch: i64,
+    /// The worker's.
+    pub name: String,
+}
 
 /// Why a worker's session does not come about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,7 +151,7 @@ fn void(message: impl Into<String>) -> OpError {
 
 /// Opens a worker's session: its key must have signed this connection's nonce, and the versions must meet.
 /// Gives the epoch, the worker and the jobs that are leased to it.
-pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<(i64, Worker, Vec<Job>), Reject> {
+pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<Opened, Reject> {
     if hello.protocol_max < *PROTOCOL.start() || hello.protocol_min > *PROTOCOL.end() {
         return Err(reject(
             ErrorCode::UnsupportedProtocol,
@@ -175,15 +183,13 @@ pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<(i64,
         version: printable(&hello.version),
         at: app.env.now().wall,
     };
-    let done = app.store.commit(&[Group(vec![Write::OpenSession(Box::new(open.clone()))])]).await.map_err(away)?;
+    let done = app.store.commit(&[Group(vec![Write::OpenSession(Box::new(open))])]).await.map_err(away)?;
     let epoch = match done.groups.first() {
         Some(Ok(numbers)) => numbers.first().copied(),
         Some(Err(_)) | None => None,
     };
     let epoch = epoch.ok_or_else(|| reject(ErrorCode::Unauthenticated, "this worker was revoked"))?;
-    let held = app.store.held(&worker.id).await.map_err(away)?;
-    let worker = Worker { epoch, boot: open.boot, host_labels: open.labels, version: open.version, ..worker };
-    Ok((epoch, worker, held))
+    Ok(Opened { epoch, name: worker.name })
 }
 
 fn reject(code: ErrorCode, message: impl Into<String>) -> Reject {

@@ -128,7 +128,7 @@ fn already_done(job: Job) -> Result<Job, OpError> {
 
 fn unavailable(answer: &Answer) -> OpError {
     let why = match answer {
-        Answer::Failed(why) => why.clone(),
+        Answer::Failed(error) => return OpError::Store(error.clone()),
         other => format!("the desk answered {other:?}"),
     };
     warn!(why, "an operation did not come about");
@@ -151,8 +151,8 @@ pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled 
             Answer::Refused(_) | Answer::NotLive => return in_the_books(app, from, seq).await,
             // The picture was not true and has been loaded again: decide once more.
             Answer::Stale => {}
-            Answer::Failed(why) => {
-                warn!(attempt = %from.at, why, "a report was not settled");
+            Answer::Failed(error) => {
+                warn!(attempt = %from.at, %error, "a report was not settled");
                 return Settled::Failed;
             }
             Answer::Exists { .. }
@@ -193,7 +193,8 @@ async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, N
         Report::Result(report) => {
             let ResultReport { end, timings, log_len, .. } = *report;
             check_log(app, from.at, log_len).await?;
-            let end = End { message: shorten(end.message), ..end };
+            let signal = end.signal.filter(|signal| (1..=64).contains(signal));
+            let end = End { message: shorten(end.message), signal, ..end };
             Ok((Event::Finished { attempt, end }, News { timings, ..News::default() }))
         }
     }
@@ -220,8 +221,9 @@ async fn check_artifact(app: &App, at: AttemptRef, report: ArtifactReport) -> Re
         let log_len = app.logs.len(&at).await.unwrap_or(0);
         return Err(Settled::Missing { log_len, artifacts: vec![report.sha256] });
     }
-    if let Err(error) = check_path(&report.path) {
-        warn!(attempt = %at, %error, "a worker reported an artifact under an impossible path");
+    let target = report.link.as_deref().unwrap_or("");
+    if check_path(&report.path).is_err() || target.len() > limits::PATH_MAX || report.size > i64::MAX as u64 {
+        warn!(attempt = %at, "a worker reported an artifact that cannot be: {}", printable(&report.path));
         return Err(Settled::Fenced);
     }
     Ok(Artifact {
@@ -267,8 +269,8 @@ fn shorten(mut text: String) -> String {
 /// The worker does not have an attempt that the books say it has.
 pub async fn not_held(app: &App, from: From, reason: Reason, message: String) {
     let answer = app.desk.ask(|ticket| Request::NotHeld { ticket, from, reason, message }).await;
-    if let Answer::Failed(why) = answer {
-        warn!(attempt = %from.at, why, "a lost attempt was not settled; the next heartbeat tries again");
+    if let Answer::Failed(error) = answer {
+        warn!(attempt = %from.at, %error, "a lost attempt was not settled; the next heartbeat tries again");
     }
 }
 
@@ -276,10 +278,17 @@ pub async fn not_held(app: &App, from: From, reason: Reason, message: String) {
 pub async fn close(app: &App, from: From, teardown_ms: u64, log_len: u64) {
     let close = CloseAttempt { at: from.at, worker: from.worker, teardown_ms, log_len };
     match app.desk.ask(|ticket| Request::Close { ticket, close }).await {
-        Answer::Done => match app.logs.seal(&from.at).await {
-            Ok(_) => {}
-            Err(error) => warn!(attempt = %from.at, %error, "the log was not sealed"),
-        },
+        Answer::Done => {
+            // A log that is shorter than its worker says stays open for the rest.
+            let sealed = match app.logs.len(&from.at).await {
+                Ok(len) if len >= log_len => app.logs.seal(&from.at).await.map(drop),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = sealed {
+                warn!(attempt = %from.at, %error, "the log was not sealed");
+            }
+        }
         other => warn!(attempt = %from.at, ?other, "an attempt's books were not closed"),
     }
 }

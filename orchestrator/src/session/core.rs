@@ -28,6 +28,7 @@ pub enum Input {
     Refused {
         code: ErrorCode,
         message: String,
+        retry_after_ms: Option<u64>,
     },
     /// A job changed that is or was this worker's.
     Job(Job),
@@ -40,7 +41,7 @@ pub enum Input {
     /// Bytes were appended to the stored log, or belong further back.
     Appended {
         attempt: AttemptRef,
-        result: Result<u64, Gap>,
+        result: Result<u64, NotStored>,
     },
     Durable {
         attempt: AttemptRef,
@@ -63,9 +64,15 @@ pub enum Input {
     Tick,
 }
 
+/// Why log bytes were not appended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Gap {
-    pub have: u64,
+pub enum NotStored {
+    /// They belong further back: so many are stored.
+    Gap { have: u64 },
+    /// The disk is full or failing: the worker keeps them and sends them again.
+    Later,
+    /// This log takes no more.
+    Never,
 }
 
 /// What became of a report.
@@ -141,6 +148,8 @@ struct Track {
     /// Its result is durable.
     finished: bool,
     continued: bool,
+    /// The log could not be stored: bytes are dropped until the next heartbeat asks for them again.
+    stuck: bool,
 }
 
 /// The report whose fate is being decided.
@@ -178,7 +187,8 @@ pub struct Core {
     labels: Labels,
     slots: Vec<SlotView>,
     worker_draining: bool,
-    operator_draining: bool,
+    /// What the operator last said in this session.
+    operator_draining: Option<bool>,
 }
 
 impl Core {
@@ -197,8 +207,14 @@ impl Core {
             labels: Labels::default(),
             slots: Vec::new(),
             worker_draining: false,
-            operator_draining: false,
+            operator_draining: None,
         }
+    }
+
+    /// How many attempts it keeps in mind.
+    #[cfg(test)]
+    pub fn known(&self) -> usize {
+        self.tracks.len() + self.handles.len() + self.jobs.len()
     }
 
     /// When the session must be looked at although nothing arrived.
@@ -222,8 +238,8 @@ impl Core {
                 self.heard_log(chunk, &mut out);
             }
             Input::Opened { epoch, jobs, draining } => self.opened(epoch, jobs, draining, &mut out),
-            Input::Refused { code, message } => {
-                out.push(Effect::Send(ToWorker::Reject { code, message, retry_after_ms: None }));
+            Input::Refused { code, message, retry_after_ms } => {
+                out.push(Effect::Send(ToWorker::Reject { code, message, retry_after_ms }));
                 self.hang_up("refused", &mut out);
             }
             Input::Job(job) => self.job(job, &mut out),
@@ -236,9 +252,11 @@ impl Core {
                 self.hang_up("superseded by a newer session", &mut out);
             }
             Input::Drain { on } => {
-                self.operator_draining = on;
-                out.push(Effect::Send(ToWorker::Drain { on }));
-                self.offer(&mut out);
+                self.operator_draining = Some(on);
+                if matches!(self.phase, Phase::Open) {
+                    out.push(Effect::Send(ToWorker::Drain { on }));
+                    self.offer(&mut out);
+                }
             }
             Input::Stop { after_ms } => {
                 out.push(Effect::Send(ToWorker::Reconnect { after_ms }));
@@ -328,7 +346,8 @@ impl Core {
         self.labels = hello.labels;
         self.slots = hello.slots;
         self.worker_draining = hello.draining;
-        self.operator_draining = draining;
+        let draining = self.operator_draining.unwrap_or(draining);
+        self.operator_draining = Some(draining);
         out.push(Effect::Send(ToWorker::Welcome(Welcome {
             protocol: hello.protocol_max.min(*PROTOCOL.end()),
             epoch,
@@ -338,7 +357,12 @@ impl Core {
             draining,
         })));
         out.push(Effect::Seen);
-        self.jobs = jobs.into_iter().map(|job| (job.id, job)).collect();
+        for job in jobs {
+            // News that came while the session was being opened is newer than this list.
+            if self.jobs.get(&job.id).is_none_or(|known| known.version < job.version) {
+                self.jobs.insert(job.id, job);
+            }
+        }
         self.say(hello.held);
         // A hello is the whole truth about what the worker has.
         let orders = self.orders(true, out);
@@ -350,7 +374,7 @@ impl Core {
         for track in self.tracks.values_mut() {
             track.say = Say::NotHeld;
         }
-        for held in held.into_iter().take(limits::HELD_MAX) {
+        for held in held {
             let track = self.track(held.attempt);
             track.log_len = held.log_len;
             track.say = match held.state {
@@ -377,6 +401,7 @@ impl Core {
                 assigned_after: None,
                 finished: false,
                 continued: false,
+                stuck: false,
             }
         })
     }
@@ -389,15 +414,37 @@ impl Core {
     }
 
     fn heartbeat(&mut self, n: u64, heard: u64, held: Vec<Held>, out: &mut Vec<Effect>) {
-        if self.slots.len() > limits::SLOTS_MAX {
-            return self.hang_up("more slots than a worker has", out);
+        if self.slots.len() > limits::SLOTS_MAX || held.len() > limits::HELD_MAX {
+            return self.hang_up("more slots or attempts than a worker has", out);
         }
         self.say(held);
         let orders = self.orders_at(heard, out);
         self.acked = n;
+        self.unstick(out);
+        self.prune();
         out.push(Effect::Seen);
         out.push(Effect::Send(ToWorker::HeartbeatAck { n, orders }));
         self.offer(out);
+    }
+
+    /// Logs that could not be stored are tried again, one heartbeat apart.
+    fn unstick(&mut self, out: &mut Vec<Effect>) {
+        for (attempt, track) in self.tracks.iter_mut().filter(|(_, track)| track.stuck) {
+            track.stuck = false;
+            out.push(Effect::Measure { attempt: *attempt });
+        }
+    }
+
+    /// Forgets what neither side has any more.
+    fn prune(&mut self) {
+        let leased: std::collections::BTreeSet<AttemptRef> =
+            self.jobs.values().filter(|job| self.leases(job)).map(Job::attempt).collect();
+        let idle = |at: &AttemptRef, track: &Track| {
+            track.say == Say::NotHeld && track.settling.is_none() && !leased.contains(at)
+        };
+        self.tracks.retain(|at, track| !idle(at, track));
+        self.handles.retain(|_, at| self.tracks.contains_key(at));
+        self.jobs.retain(|id, job| leased.contains(&job.attempt()) || self.tracks.keys().any(|at| at.job == *id));
     }
 
     fn orders_at(&mut self, heard_ack: u64, out: &mut Vec<Effect>) -> Vec<Order> {
@@ -458,6 +505,8 @@ impl Core {
                 out.extend(self.start_continuing(attempt));
                 Some(Order::Cancel { attempt, grace_ms: self.limits.cancel_grace_ms })
             }
+            // The answer to the report that is being decided says what becomes of the attempt.
+            Want::Fence if track.settling.is_some() => None,
             Want::Fence => Some(Order::Fence { attempt }),
             Want::SettleLost => {
                 let message = "the worker does not have it any more".to_owned();
@@ -571,6 +620,7 @@ impl Core {
 
     fn heard_log(&mut self, chunk: LogChunk, out: &mut Vec<Effect>) {
         match self.handles.get(&chunk.handle) {
+            Some(attempt) if self.tracks.get(attempt).is_some_and(|track| track.stuck) => {}
             Some(attempt) => out.push(Effect::Append { attempt: *attempt, offset: chunk.offset, bytes: chunk.bytes }),
             // The attempt was closed while the chunk travelled.
             None if chunk.handle < self.next_handle => {}
@@ -578,14 +628,16 @@ impl Core {
         }
     }
 
-    fn appended(&mut self, attempt: AttemptRef, result: Result<u64, Gap>, out: &mut Vec<Effect>) {
+    fn appended(&mut self, attempt: AttemptRef, result: Result<u64, NotStored>, out: &mut Vec<Effect>) {
         let Some(track) = self.tracks.get_mut(&attempt) else { return };
         match result {
             Ok(len) => track.log_len = len,
-            Err(Gap { have }) => {
+            Err(NotStored::Gap { have }) => {
                 track.log_len = have;
                 self.continue_from(attempt, have, out);
             }
+            Err(NotStored::Later) => track.stuck = true,
+            Err(NotStored::Never) => out.push(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } })),
         }
     }
 
@@ -593,7 +645,7 @@ impl Core {
         out.push(Effect::Offer {
             labels: self.labels.clone(),
             slots: self.slots.clone(),
-            draining: self.worker_draining || self.operator_draining,
+            draining: self.worker_draining || self.operator_draining == Some(true),
         });
     }
 }

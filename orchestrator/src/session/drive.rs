@@ -1,5 +1,6 @@
 //! P: runs a session's core over a link and performs its effects.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono};
@@ -16,13 +17,13 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::core::{Core, Effect, Gap, Input};
+use super::core::{Core, Effect, Input, NotStored};
 use crate::App;
 use crate::desk::{From, Offer, Request};
 use crate::hub::Mail;
 use crate::logs::LogError;
 use crate::ops;
-use crate::store::{Group, Job, Write};
+use crate::store::{Group, Job, Scope, StoreError, Write};
 
 /// Serves one connection of a worker until it is over.
 pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
@@ -40,6 +41,7 @@ pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
         name: String::new(),
         given_labels: Labels::default(),
         over: false,
+        own: BTreeSet::new(),
     };
     session.run(rx).await;
     session.close().await;
@@ -61,6 +63,8 @@ struct Session {
     name: String,
     given_labels: Labels,
     over: bool,
+    /// Attempts that the books know as this worker's: no other's log is touched.
+    own: BTreeSet<AttemptRef>,
 }
 
 impl Session {
@@ -124,8 +128,10 @@ impl Session {
             Effect::Assign { job, handle } => self.assign(*job, handle).await,
             Effect::Append { attempt, offset, bytes } => self.append(attempt, offset, bytes).await,
             Effect::Measure { attempt } => {
-                let len = self.app.logs.durable(&attempt).await.unwrap_or(0);
-                self.settling.push(Box::pin(std::future::ready(Input::Measured { attempt, len })));
+                if self.owns(attempt).await {
+                    let len = self.app.logs.durable(&attempt).await.unwrap_or(0);
+                    self.later(Input::Measured { attempt, len });
+                }
             }
             Effect::Settle { attempt, seq, report } => self.settle(attempt, seq, report),
             Effect::NotHeld { attempt, message } => {
@@ -135,7 +141,10 @@ impl Session {
             }
             Effect::Close { attempt, teardown_ms, log_len } => {
                 if let Some(from) = self.from(attempt) {
-                    ops::job::close(&self.app, from, teardown_ms, log_len).await;
+                    // Sealing reads the whole log: the session goes on meanwhile.
+                    let app = self.app.clone();
+                    let close = async move { ops::job::close(&app, from, teardown_ms, log_len).await };
+                    self.app.env.spawn("close", Box::pin(close));
                 }
             }
             Effect::Offer { labels, slots, draining } => self.offer(labels, slots, draining).await,
@@ -148,17 +157,50 @@ impl Session {
     }
 
     async fn open(&mut self, hello: Hello) {
-        match ops::access::open_session(&self.app, &hello, &self.nonce).await {
-            Ok((epoch, worker, jobs)) => {
-                let mail = self.app.hub.open(self.worker, epoch, self.app.env.now().mono);
-                info!(worker.id = %self.worker, epoch, "worker {} connected", worker.name);
-                self.open = Some(Open { epoch, mail });
+        let opened = match ops::access::open_session(&self.app, &hello, &self.nonce).await {
+            Ok(opened) => opened,
+            Err(ops::access::Reject { code, message, retry_after_ms }) => {
+                return self.later(Input::Refused { code, message, retry_after_ms });
+            }
+        };
+        let epoch = opened.epoch;
+        // Subscribe before you look: what changes from here on comes by mail.
+        let mail = self.app.hub.open(self.worker, epoch, self.app.env.now().mono);
+        self.open = Some(Open { epoch, mail });
+        info!(worker.id = %self.worker, epoch, "worker {} connected", opened.name);
+        let (scope, store) = (Scope::farm(), &self.app.store);
+        let read =
+            async { Ok::<_, StoreError>((store.worker(&scope, &self.worker).await?, store.held(&self.worker).await?)) };
+        match read.await {
+            Ok((Some(worker), jobs)) => {
                 self.name = worker.name;
                 self.given_labels = worker.labels;
-                let draining = worker.draining;
-                self.later(Input::Opened { epoch, jobs, draining });
+                self.own.extend(jobs.iter().map(Job::attempt));
+                self.later(Input::Opened { epoch, jobs, draining: worker.draining });
             }
-            Err(reject) => self.later(Input::Refused { code: reject.code, message: reject.message }),
+            Ok((None, _)) => self.over = true,
+            Err(error) => {
+                warn!(worker.id = %self.worker, %error, "what worker {} holds cannot be read", self.worker);
+                self.over = true;
+            }
+        }
+    }
+
+    /// True if the books say that this attempt is or was this worker's.
+    async fn owns(&mut self, attempt: AttemptRef) -> bool {
+        if self.own.contains(&attempt) {
+            return true;
+        }
+        match self.app.store.attempt(&Scope::farm(), &attempt).await {
+            Ok(Some(row)) if row.worker == self.worker => {
+                self.own.insert(attempt);
+                true
+            }
+            Ok(_) => false,
+            Err(error) => {
+                warn!(%attempt, %error, "whose attempt it is cannot be read");
+                false
+            }
         }
     }
 
@@ -173,6 +215,7 @@ impl Session {
 
     async fn assign(&mut self, job: Job, handle: u32) {
         let attempt = job.attempt();
+        self.own.insert(attempt);
         let limits = &self.app.limits;
         let timeout_ms = job.spec.timeout_ms.unwrap_or(limits.job_timeout_ms).min(limits.job_timeout_max_ms);
         let assignment = Assignment {
@@ -190,17 +233,24 @@ impl Session {
     }
 
     async fn append(&mut self, attempt: AttemptRef, offset: u64, bytes: Bytes) {
+        if !self.owns(attempt).await {
+            warn!(%attempt, worker.id = %self.worker, "worker {} sent log bytes of an attempt that is not its own", self.worker);
+            self.over = true;
+            return;
+        }
         let result = match self.app.logs.append(&attempt, offset, bytes).await {
             Ok(len) => {
                 self.app.log_sync.dirty(attempt, self.worker);
                 self.app.wake.logged(attempt.job);
                 Ok(len)
             }
-            Err(LogError::Gap { have }) => Err(Gap { have }),
+            Err(LogError::Gap { have }) => Err(NotStored::Gap { have }),
             Err(error) => {
                 warn!(%attempt, %error, "log bytes of {attempt} were not stored; the worker keeps them");
-                self.over = true;
-                return;
+                Err(match error {
+                    LogError::Sealed | LogError::TooLong | LogError::Damaged { .. } => NotStored::Never,
+                    LogError::Full | LogError::Io { .. } | LogError::Gap { .. } => NotStored::Later,
+                })
             }
         };
         self.later(Input::Appended { attempt, result });

@@ -10,7 +10,7 @@ use alloy_shared::wire::session::{
 };
 use bytes::Bytes;
 
-use super::core::{Core, Effect, Gap, Input, Settled};
+use super::core::{Core, Effect, Input, NotStored, Settled};
 use crate::job::{Lease, State, Step, Then, Tries};
 use crate::store::Job;
 
@@ -226,7 +226,7 @@ fn a_gap_in_the_log_is_answered_with_the_place_to_go_on_from() {
     let [Effect::Assign { handle, .. }] = effects.as_slice() else { panic!("{effects:?}") };
     let chunk = LogChunk { handle: *handle, offset: 9, bytes: Bytes::from_static(b"x") };
     assert!(matches!(core.handle(Input::HeardLog(chunk), at(1)).as_slice(), [Effect::Append { offset: 9, .. }]));
-    let effects = core.handle(Input::Appended { attempt: attempt(10), result: Err(Gap { have: 3 }) }, at(1));
+    let effects = core.handle(Input::Appended { attempt: attempt(10), result: Err(NotStored::Gap { have: 3 }) }, at(1));
     assert_eq!(orders(&effects), ["continue 3"]);
     let stranger = LogChunk { handle: 99, offset: 0, bytes: Bytes::new() };
     assert_eq!(orders(&core.handle(Input::HeardLog(stranger), at(1))), ["hang up: a log chunk of an unknown attempt"]);
@@ -266,4 +266,51 @@ fn a_heartbeat_that_overtakes_the_result_does_not_acknowledge_it() {
     core.handle(report(10, 2, result()), at(3));
     let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 2, result: Settled::Applied }, at(4));
     assert_eq!(orders(&effects), ["result ack"]);
+}
+
+#[test]
+fn a_job_that_ends_before_its_report_was_answered_is_not_fenced() {
+    let (mut core, _) = open(vec![], vec![]);
+    core.handle(Input::Job(job(10, 1, running())), at(0));
+    core.handle(report(10, 1, result()), at(1));
+    assert_eq!(orders(&core.handle(Input::Job(job(10, 2, done())), at(2))), Vec::<String>::new());
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 1, result: Settled::Applied }, at(2));
+    assert_eq!(orders(&effects), ["result ack"]);
+}
+
+#[test]
+fn news_that_came_while_the_session_was_opened_wins() {
+    let mut core = Core::new(ME, "nonce".into(), Limits::default(), at(0));
+    core.handle(Input::Tick, at(0));
+    core.handle(Input::Heard(hello(vec![held(10, HeldState::Running)])), at(0));
+    let canceling = Step::Canceling { lease: lease(ME), since: Ms(0), then: Then::End(Reason::UserCanceled) };
+    core.handle(Input::Job(job(10, 3, canceling)), at(0));
+    assert_eq!(core.handle(Input::Drain { on: true }, at(0)), []);
+    let jobs = vec![job(10, 2, running())];
+    let effects = core.handle(Input::Opened { epoch: 7, jobs, draining: false }, at(0));
+    assert_eq!(orders(&effects), ["measure", "cancel"]);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Offer { draining: true, .. })), "{effects:?}");
+}
+
+#[test]
+fn a_log_that_cannot_be_stored_is_asked_for_again_with_the_next_heartbeat() {
+    let (mut core, _) = open(vec![], vec![]);
+    let effects = core.handle(Input::Job(job(10, 1, assigned())), at(0));
+    let [Effect::Assign { handle, .. }] = effects.as_slice() else { panic!("{effects:?}") };
+    let handle = *handle;
+    let chunk = || Input::HeardLog(LogChunk { handle, offset: 0, bytes: Bytes::from_static(b"x") });
+    assert!(matches!(core.handle(chunk(), at(1)).as_slice(), [Effect::Append { .. }]));
+    core.handle(Input::Appended { attempt: attempt(10), result: Err(NotStored::Later) }, at(1));
+    assert_eq!(core.handle(chunk(), at(1)), [], "dropped until then");
+    assert_eq!(orders(&core.handle(beat(2, 1, vec![held(10, HeldState::Running)]), at(2))), ["measure"]);
+}
+
+#[test]
+fn what_neither_side_has_is_forgotten() {
+    let (mut core, _) = open(vec![], vec![]);
+    for n in 0..1_000 {
+        core.handle(beat(n, n, vec![held(u128::from(n) + 1, HeldState::Running)]), at(1));
+    }
+    core.handle(beat(1_000, 1_000, vec![]), at(1));
+    assert_eq!(core.known(), 0);
 }

@@ -85,7 +85,7 @@ impl World {
         Self {
             dice: seed,
             now: Ms(1_000),
-            desk: Desk::new(Limits::default()),
+            desk: Desk::new(Limits::default(), Ms(0)),
             store,
             epochs: (1..=WORKERS).map(|n| (WorkerId::from_raw(n), 0)).collect(),
             runs: BTreeMap::new(),
@@ -203,12 +203,16 @@ impl World {
         let requests: Vec<Request> = (0..count).map(|_| self.request()).collect();
         let now = Now { wall: self.now, mono: Mono(self.now.0 as u64) };
         let groups = self.desk.decide(requests, now);
-        let done = if self.roll(10) == 0 {
-            Err("the store is away".to_owned())
-        } else {
-            Ok(at_once(self.store.commit(&groups)).unwrap())
+        let (done, repeated) = match self.roll(12) {
+            0 => (Err(StoreError::Unavailable("away".into())), false),
+            // It was committed, nobody heard of it, and it is tried again.
+            1 => {
+                at_once(self.store.commit(&groups)).unwrap();
+                (Ok(at_once(self.store.commit(&groups)).unwrap()), true)
+            }
+            _ => (Ok(at_once(self.store.commit(&groups)).unwrap()), false),
         };
-        for effect in self.desk.committed(done) {
+        for effect in self.desk.committed(done, repeated) {
             match effect {
                 Effect::Moved { job, .. } => self.moved(&job),
                 Effect::Reload(id) => self.reload(&id),
@@ -237,6 +241,16 @@ impl World {
     fn reload(&mut self, id: &JobId) {
         let job = at_once(self.store.job(&Scope::farm(), id)).unwrap().unwrap();
         let attempt = at_once(self.store.attempt(&Scope::farm(), &job.attempt())).unwrap();
+        self.accepted.insert(job.id);
+        if job.state.is_done() {
+            self.ended.entry(job.id).or_insert(job.version);
+        }
+        self.runs.retain(|(_, at), _| at.job != job.id || (!job.state.is_done() && at.attempt == job.state.tries.made));
+        for (run, seq) in &mut self.runs {
+            if run.1 == job.attempt() {
+                *seq = (*seq).max(attempt.as_ref().map_or(0, |attempt| attempt.seq));
+            }
+        }
         self.desk.restore(vec![(job, attempt)]);
     }
 
