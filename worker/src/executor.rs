@@ -4,11 +4,12 @@
 //! that is fenced says nothing more, because it is not ours any more.
 
 use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use alloy_shared::env::{Env, Mono};
-use alloy_shared::id::AttemptRef;
+use alloy_shared::env::{Env, Mono, Ms, backoff};
+use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits::Limits;
 use alloy_shared::wire::job::{Blame, End, Phase, Reason, Timings};
 use alloy_shared::wire::session::{Assignment, Report, ResultReport};
@@ -23,6 +24,10 @@ use crate::sources::{SourceError, Sources};
 use crate::spool::Spool;
 use crate::upstream::{Grant, TransferError, Upstream};
 use crate::vm_pool::{Claimed, VmPool};
+
+/// Between two tries to fetch sources.
+const STAGE_PAUSE_MS: u64 = 500;
+const STAGE_PAUSE_CAP_MS: u64 = 10_000;
 
 /// What executors stand on.
 pub struct Ctx {
@@ -119,9 +124,8 @@ impl Attempt {
         let now = ctx.env.now();
         let deadline = now.mono + ctx.limits.stage_source_ms;
         let stage = async {
-            let stage = ctx.sources.stage(source, &claimed.inbox, ctx.upstream.as_ref(), &self.grant, now.wall);
-            let tar = stage.await.map_err(|error| source_ended(&error))?;
-            claimed.guest.unpack(tar, "").await.map_err(|error| vm_ended(&error))
+            let tar = staged(&ctx, source, &claimed.inbox, &self.grant, now.wall).await;
+            claimed.guest.unpack(tar.map_err(|error| source_ended(&error))?, "").await.map_err(|error| vm_ended(&error))
         };
         let late = || End::because(Reason::InternalError, "sources were not staged in time");
         let staged = or_stop(&mut self.stop, by(&ctx.env, deadline, stage)).await;
@@ -157,15 +161,7 @@ impl Attempt {
                     // The grace that runs is the one that counts.
                     (Stop::Cancel { .. }, Some(_)) => {}
                 },
-                output = exec.output.recv() => match output {
-                    Some(ExecOutput::Bytes(bytes)) => {
-                        let len = self.ctx.spool.append(self.at, bytes).await.map_err(|error| spool_ended(&error))?;
-                        self.tell(Input::Spooled { attempt: self.at, len }).await?;
-                    }
-                    Some(ExecOutput::Exit(exit)) => return Ok(ended_by(exit, stopping)),
-                    Some(ExecOutput::Lost(error)) => return Err(vm_ended(&error)),
-                    None => return Err(vm_ended(&VmError::farm(VmFault::Lost, "the command's channel closed"))),
-                },
+                // Before the output: a command that never pauses must not outrun its own end.
                 () = self.ctx.env.sleep_until(wake) => match &mut stopping {
                     None => {
                         wake = self.ctx.env.now().mono + self.assignment.cancel_grace_ms;
@@ -180,6 +176,15 @@ impl Attempt {
                         wake = self.ctx.env.now().mono + self.ctx.limits.kill_budget_ms;
                         stopping.kill(&exec).await;
                     }
+                },
+                output = exec.output.recv() => match output {
+                    Some(ExecOutput::Bytes(bytes)) => {
+                        let len = self.ctx.spool.append(self.at, bytes).await.map_err(|error| spool_ended(&error))?;
+                        self.tell(Input::Spooled { attempt: self.at, len }).await?;
+                    }
+                    Some(ExecOutput::Exit(exit)) => return Ok(ended_by(exit, stopping)),
+                    Some(ExecOutput::Lost(error)) => return Err(vm_ended(&error)),
+                    None => return Err(vm_ended(&VmError::farm(VmFault::Lost, "the command's channel closed"))),
                 },
             }
         }
@@ -359,6 +364,23 @@ async fn or_stop_again<T>(
                 Stop::Kill(KillReason::Fenced | KillReason::LeaseLost) => return Err(Ended::Silent),
             },
             done = &mut work => return Ok(done),
+        }
+    }
+}
+
+/// Stages a source. A transfer that breaks off is taken up again where it stopped, for as long as the caller waits: the
+/// farm may be restarting.
+async fn staged(ctx: &Ctx, source: Digest, inbox: &Path, grant: &Grant, now: Ms) -> Result<&'static str, SourceError> {
+    let mut tries = 0;
+    loop {
+        match ctx.sources.stage(source, inbox, ctx.upstream.as_ref(), grant, now).await {
+            Err(SourceError::Transfer(error @ TransferError::Broken(_))) => {
+                let pause_ms = backoff(tries, STAGE_PAUSE_MS, STAGE_PAUSE_CAP_MS, ctx.env.dice());
+                tracing::warn!(attempt = %grant.attempt, %error, "sources did not come; trying again");
+                tries = tries.saturating_add(1);
+                ctx.env.sleep_until(ctx.env.now().mono + pause_ms).await;
+            }
+            done => return done,
         }
     }
 }

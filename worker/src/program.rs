@@ -69,11 +69,17 @@ pub async fn enrol(verb: &Join) -> ExitCode {
     match join(&state_dir, &verb.url, &verb.token, verb.name.as_deref(), env).await {
         Ok(identity) => {
             eprintln!("{} is a worker of {} now.", identity.name, identity.url);
-            eprintln!("Start it: worker run --state-dir {}", state_dir.display());
+            eprintln!("Start it: {}", start_line(&state_dir));
             ExitCode::SUCCESS
         }
         Err(error) => complain(&error.to_string(), ExitCode::FAILURE),
     }
+}
+
+/// What starts a worker with this state directory from anywhere. The host is the one provider that is in this build.
+fn start_line(state_dir: &Path) -> String {
+    let dir = std::path::absolute(state_dir).unwrap_or_else(|_| state_dir.to_owned());
+    format!("worker run --provider host --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
 }
 
 fn variables() -> BTreeMap<String, String> {
@@ -113,4 +119,18 @@ fn complain(what: &str, code: ExitCode) -> ExitCode {
         eprintln!("worker: {line}");
     }
     code
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_that_starts_a_worker_is_one_that_works() {
+        let line = start_line(Path::new("it's here"));
+        let cwd = std::env::current_dir().unwrap();
+        assert_eq!(line, format!(r"worker run --provider host --state-dir '{}/it'\''s here'", cwd.display()));
+        let (_, dir) = line.split_once("--state-dir ").unwrap();
+        assert!(dir.starts_with("'/"), "{dir}: only an absolute one is taken");
+    }
 }

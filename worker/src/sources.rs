@@ -19,6 +19,8 @@ use crate::upstream::{Grant, TransferError, Upstream};
 
 /// The archive's name in the inbox.
 pub const SOURCE_TAR: &str = "source.tar";
+/// What GNU tar calls an entry that holds a long link's target. Readers look at its type.
+const LONG_LINK: &str = "@LongLink";
 /// Digests in one request.
 const BATCH: usize = 4_096;
 /// One for the manifest, one for its blobs, and some for blobs that neighbours evict between the look and the use.
@@ -216,10 +218,15 @@ impl Disk {
             for entry in std::fs::read_dir(shard.path()).into_iter().flatten().flatten() {
                 let digest = entry.file_name().to_str().and_then(|name| name.parse::<Digest>().ok());
                 match (digest, entry.metadata()) {
-                    (Some(digest), Ok(meta)) => found.push((meta.modified().ok(), meta.len(), digest)),
-                    // A half-written file of a daemon that died.
-                    (None, _) => std::fs::remove_file(entry.path())?,
-                    (Some(_), Err(_)) => {}
+                    (Some(digest), Ok(meta)) if meta.is_file() => {
+                        found.push((meta.modified().ok(), meta.len(), digest));
+                    }
+                    // A half-written file of a daemon that died, or something that nobody here made.
+                    (None | Some(_), _) => {
+                        if let Err(error) = std::fs::remove_file(entry.path()) {
+                            tracing::warn!(path = %entry.path().display(), %error, "this is no blob and stays in the cache");
+                        }
+                    }
                 }
             }
         }
@@ -315,7 +322,7 @@ impl Disk {
                 }
                 EntryKind::Symlink => {
                     header.set_entry_type(tar::EntryType::Symlink);
-                    archive.append_link(&mut header, &entry.path, entry.target.as_deref().unwrap_or(""))?;
+                    append_link(&mut archive, &mut header, &entry.path, entry.target.as_deref().unwrap_or(""))?;
                 }
             }
         }
@@ -331,6 +338,28 @@ impl Disk {
             self.index.lock().unwrap_or_else(PoisonError::into_inner).forget(&digest);
         }
     }
+}
+
+/// Appends a link with exactly this target. The library's own way would clean it up like a path.
+fn append_link(
+    archive: &mut tar::Builder<impl Write>,
+    header: &mut tar::Header,
+    path: &str,
+    target: &str,
+) -> std::io::Result<()> {
+    if target.len() <= header.as_old().linkname.len() {
+        header.set_link_name_literal(target)?;
+    } else {
+        // GNU's form for a long one: an entry before this one whose body is the target.
+        let mut long = tar::Header::new_gnu();
+        long.set_path(LONG_LINK)?;
+        long.set_entry_type(tar::EntryType::GNULongLink);
+        long.set_mode(0o644);
+        long.set_size(target.len() as u64 + 1);
+        long.set_cksum();
+        archive.append(&long, target.as_bytes().chain(&b"\0"[..]))?;
+    }
+    archive.append_data(header, path, std::io::empty())
 }
 
 /// The bytes of one file, blob after blob, never more than its size.

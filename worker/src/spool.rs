@@ -280,4 +280,4 @@ impl Cap {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

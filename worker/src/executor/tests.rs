@@ -1,7 +1,9 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use alloy_shared::env::Now;
 use alloy_shared::id::{DEFAULT_ORG, Digest, JobId};
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::job::JobSpec;
@@ -9,11 +11,12 @@ use alloy_shared::wire::session::Link;
 use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 
 use super::*;
-use crate::provider::ImageRef;
 use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
+use crate::provider::{ArtifactRule, Guest, GuestFile, ImageRef};
 use crate::spool::SpoolFile;
 use crate::upstream::{Blobs, DialError};
 use crate::vm_pool::PoolSetup;
@@ -26,6 +29,8 @@ struct Farm {
     blobs: HashMap<Digest, Bytes>,
     taken: Mutex<HashMap<Digest, Vec<u8>>>,
     refuses: bool,
+    /// Questions for a manifest that break off.
+    cuts: AtomicU32,
 }
 
 #[async_trait]
@@ -34,6 +39,10 @@ impl Upstream for Farm {
         Err(DialError::Unreachable("not here".into()))
     }
     async fn manifest(&self, _: &Grant) -> Result<Bytes, TransferError> {
+        let one_less = |cuts: u32| cuts.checked_sub(1);
+        if self.cuts.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).is_ok() {
+            return Err(TransferError::Broken("the farm restarts".into()));
+        }
         let manifest = self.blobs.values().find(|bytes| Manifest::decode(bytes).is_ok());
         manifest.cloned().ok_or_else(|| TransferError::Refused("no manifest".into()))
     }
@@ -192,7 +201,7 @@ async fn a_job_goes_through_all_its_stages() {
     };
     let manifest = Manifest::new(vec![entry]).unwrap();
     let blobs = [(manifest.digest(), manifest.encode().into()), (Digest::of(body), Bytes::from_static(body))].into();
-    let mut rig = Rig::new(Farm { blobs, ..Farm::default() }).await;
+    let mut rig = Rig::new(Farm { blobs, cuts: AtomicU32::new(1), ..Farm::default() }).await;
     let source = Some(manifest.digest());
     let spec = with_artifacts("echo $ALLOY_WORKER $ALLOY_JOB_ATTEMPT; . ./run.sh", &["=out.txt", "link", "nothing"]);
     let story = rig.run(Assignment { source, ..spec }, None).await;
@@ -304,4 +313,85 @@ async fn a_cancel_before_the_command_starts_nothing() {
     }
     assert_eq!((end(&story), story.log.as_str()), ((Some(Reason::UserCanceled), None), ""));
     assert_eq!(story.phases, [Phase::Preparing]);
+}
+
+/// A clock that goes on whenever somebody looks.
+struct Looked(AtomicU64);
+
+#[async_trait]
+impl Env for Looked {
+    fn now(&self) -> Now {
+        Now { wall: Ms(0), mono: Mono(self.0.fetch_add(1, Ordering::Relaxed)) }
+    }
+    async fn sleep_until(&self, at: Mono) {
+        if self.0.load(Ordering::Relaxed) < at.0 {
+            std::future::pending::<()>().await;
+        }
+    }
+    fn spawn(&self, _: &'static str, _: BoxFuture<'static, ()>) {}
+    fn dice(&self) -> u64 {
+        0
+    }
+}
+
+/// A guest whose only command has its whole output ready.
+struct Chatty;
+
+#[async_trait]
+impl Guest for Chatty {
+    fn workspace(&self) -> &str {
+        "/work"
+    }
+    async fn unpack(&self, _: &str, _: &str) -> Result<(), VmError> {
+        Ok(())
+    }
+    async fn exec(&self, _: &Command) -> Result<Exec, VmError> {
+        let (input, mut orders) = mpsc::channel(4);
+        let (bytes, output) = mpsc::channel(65);
+        for _ in 0..64 {
+            bytes.try_send(ExecOutput::Bytes(Bytes::from_static(b"more"))).unwrap();
+        }
+        bytes.try_send(ExecOutput::Exit(Exit::Code(0))).unwrap();
+        tokio::task::spawn_blocking(move || while orders.blocking_recv().is_some() {});
+        Ok(Exec { input, output })
+    }
+    async fn read(&self, _: &str, _: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
+        Ok(mpsc::channel(1).1)
+    }
+    async fn list(&self, _: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
+        Ok(Vec::new())
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_never_pauses_meets_its_time_out() {
+    let rig = Rig::new(Farm::default()).await;
+    let mut claimed = rig.ctx.pool.claim(AT, None, NetworkPolicy::Default).await.unwrap();
+    claimed.guest = Arc::new(Chatty);
+    let assignment = Assignment { timeout_ms: 1, ..assignment("") };
+    rig.ctx.spool.begin(&assignment).await.unwrap();
+    let ctx = Ctx {
+        env: Arc::new(Looked(AtomicU64::new(0))),
+        limits: rig.ctx.limits.clone(),
+        pool: Arc::clone(&rig.ctx.pool),
+        spool: Arc::clone(&rig.ctx.spool),
+        sources: Arc::clone(&rig.ctx.sources),
+        upstream: Arc::clone(&rig.ctx.upstream),
+        inputs: rig.ctx.inputs.clone(),
+        worker_name: "mini".into(),
+    };
+    let mut attempt = Attempt {
+        ctx: Arc::new(ctx),
+        at: AT,
+        grant: Grant { attempt: AT, token: assignment.grant.clone() },
+        assignment,
+        stop: mpsc::channel(1).1,
+        timings: Timings::default(),
+        claimed: Some(claimed),
+        end: None,
+        artifacts: AtomicU32::new(0),
+    };
+    attempt.exec().await.unwrap();
+    assert_eq!(attempt.end.take().unwrap().reason, Some(Reason::RunTimeout), "its output did not outrun the clock");
+    attempt.teardown().await;
 }

@@ -83,8 +83,13 @@ impl Leash {
     pub async fn run(mut self, launch: Launch, mut wires: Wires) {
         let mut told = Told::default();
         let order = Order::Run(launch);
-        wires.fence.mark_changed();
-        if tell(&mut self.stdin, &order).await.is_ok() {
+        // The fence goes first: a daemon that dies between the two leaves no command without one.
+        let fence = *wires.fence.borrow_and_update();
+        let fenced = match fence {
+            Mono(u64::MAX) => Ok(()),
+            at => tell(&mut self.stdin, &Order::Fence { within_ms: at.since(wires.env.now().mono) }).await,
+        };
+        if fenced.is_ok() && tell(&mut self.stdin, &order).await.is_ok() {
             self.follow(&mut wires, &mut told).await;
         }
         let Self { mut child, stdin, log, record, words } = self;

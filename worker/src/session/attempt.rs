@@ -29,6 +29,8 @@ pub(super) struct Attempt {
     log: Log,
     result: Option<Ended>,
     fenced: bool,
+    /// It was killed because the lease ran out.
+    lost_its_lease: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +105,7 @@ impl Attempt {
             log: Log::new(0, now),
             result: None,
             fenced: false,
+            lost_its_lease: false,
         }
     }
 
@@ -130,6 +133,7 @@ impl Attempt {
             log: Log::new(held.log_len, Mono(0)),
             result,
             fenced: false,
+            lost_its_lease: false,
         }
     }
 
@@ -153,6 +157,10 @@ impl Attempt {
         self.result.is_some()
     }
 
+    pub(super) fn lost_its_lease(&self) -> bool {
+        self.lost_its_lease
+    }
+
     pub(super) fn log_len(&self) -> u64 {
         self.log.spooled
     }
@@ -173,6 +181,7 @@ impl Attempt {
         match &mut self.stage {
             Stage::Running(now) if *now < degree => {
                 *now = degree;
+                self.lost_its_lease = how == Stop::Kill(KillReason::LeaseLost);
                 Some(Effect::Stop { attempt: self.at, how })
             }
             Stage::Running(_) | Stage::Closed { .. } | Stage::Lost => None,

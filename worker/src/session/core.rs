@@ -188,7 +188,7 @@ impl Core {
             Input::Spooled { len, .. } => attempt.spooled(len),
             Input::Closed { teardown_ms, .. } => {
                 if attempt.is_running() && !attempt.has_result() {
-                    out.extend(attempt.report(vanished(attempt.log_len())));
+                    out.extend(attempt.report(vanished(attempt)));
                 }
                 attempt.closed(teardown_ms);
             }
@@ -490,11 +490,16 @@ fn refuse(attempt: AttemptRef, message: String) -> Effect {
 }
 
 /// The result of an executor that ended without one.
-fn vanished(log_len: u64) -> Report {
+fn vanished(attempt: &Attempt) -> Report {
+    let end = if attempt.lost_its_lease() {
+        End::because(EndReason::WorkerLost, "the worker did not reach the farm in time and killed the job")
+    } else {
+        End::because(EndReason::InternalError, "the worker's executor ended without a result")
+    };
     Report::Result(Box::new(ResultReport {
-        end: End::because(EndReason::InternalError, "the worker's executor ended without a result"),
+        end,
         timings: Default::default(),
-        log_len,
+        log_len: attempt.log_len(),
         artifacts: 0,
         facts: BTreeMap::new(),
     }))

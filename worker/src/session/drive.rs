@@ -94,6 +94,8 @@ struct Session {
     stage: Stage,
     /// While it stops, acknowledgements of what is on disk anyway are awaited until then.
     linger: Option<Mono>,
+    /// Cancelled when the session is over: uploads for it end.
+    over: CancellationToken,
 }
 
 enum Event {
@@ -120,9 +122,13 @@ pub async fn drive(core: Core, seams: Seams, door: Inputs, mut inputs: mpsc::Rec
         records: Records::default(),
         stage: Stage::Serving,
         linger: None,
+        over: CancellationToken::new(),
     };
+    let _ends_uploads = session.over.clone().drop_guard();
     loop {
         if let Some(over) = session.step(&mut inputs).await {
+            // Nobody renews a lease or takes a report any more: what still runs must not.
+            session.kill_all();
             if session.core.is_up() {
                 session.send(&ToOrchestrator::Goodbye { reason: over.to_string() });
                 session.pump().await.ok();
@@ -386,9 +392,14 @@ impl Session {
 
     fn upload(&self, attempt: AttemptRef, artifacts: Vec<Digest>) {
         let (spool, upstream) = (self.seams.spool.clone(), self.seams.upstream.clone());
-        let inputs = self.inputs.clone();
+        let (inputs, over) = (self.inputs.clone(), self.over.clone());
         let task = async move {
-            let complete = upload(&spool, &*upstream, attempt, &artifacts).await.inspect_err(|error| {
+            let complete = tokio::select! {
+                biased;
+                () = over.cancelled() => return,
+                complete = upload(&spool, &*upstream, attempt, &artifacts) => complete,
+            };
+            let complete = complete.inspect_err(|error| {
                 tracing::warn!(%attempt, %error, "an artifact that the farm misses cannot be sent");
             });
             inputs.send(Input::Uploaded { attempt, complete: complete.is_ok() }).await.ok();
@@ -438,10 +449,14 @@ impl Session {
 
     async fn stop_hard(&mut self, over: Over) -> Result<(), Over> {
         self.end(over);
+        self.kill_all();
+        self.feed(Input::Drain).await
+    }
+
+    fn kill_all(&self) {
         for executor in self.stops.values() {
             executor.try_send(Stop::Kill(KillReason::Shutdown)).ok();
         }
-        self.feed(Input::Drain).await
     }
 
     fn end(&mut self, over: Over) {

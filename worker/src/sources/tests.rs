@@ -127,6 +127,38 @@ async fn a_tree_becomes_one_archive_and_the_second_time_nothing_is_fetched() {
 }
 
 #[tokio::test]
+async fn targets_of_links_are_kept_to_the_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let long = format!("{}./x/", "up/../".repeat(20));
+    let deep = format!("{}/link", "directory".repeat(20));
+    let exact = "y".repeat(100);
+    let targets =
+        [("a", "./b"), ("c", "d//e/"), ("f", "/"), ("g", long.as_str()), (deep.as_str(), long.as_str()), ("h", &exact)];
+    let links = targets.map(|(path, to)| entry(path, EntryKind::Symlink, &[], Some(to)));
+    let (farm, source) = farm(links.into(), &[]);
+    let sources = Sources::open(&dir.path().join("cache"), 1 << 20).unwrap();
+    stage(&sources, source, dir.path(), &farm).await.unwrap();
+    let found = read(&dir.path().join(SOURCE_TAR));
+    let expected: BTreeMap<String, String> =
+        targets.map(|(path, to)| (path.to_owned(), format!("Symlink 644  -> {to}"))).into();
+    assert_eq!(found, expected);
+}
+
+#[tokio::test]
+async fn strangers_in_the_cache_do_not_stop_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = Digest::of(b"x").to_string();
+    for stray in ["ab/stray/deep", "ab/half.part", &format!("{}/{name}/deep", &name[..2])] {
+        let path = dir.path().join(stray);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "x").unwrap();
+    }
+    let sources = Sources::open(dir.path(), 1 << 20).unwrap();
+    assert!(!sources.has(&Digest::of(b"x")), "a directory is no blob");
+    assert!(!dir.path().join("ab/half.part").exists());
+}
+
+#[tokio::test]
 async fn a_damaged_blob_in_the_cache_is_fetched_again() {
     let dir = tempfile::tempdir().unwrap();
     let (farm, source) = tree();

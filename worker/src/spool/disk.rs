@@ -40,6 +40,8 @@ struct Entry {
     journal_len: Mutex<u64>,
     /// The directory entries themselves are on disk.
     rooted: AtomicBool,
+    /// A sync has failed.
+    suspect: AtomicBool,
     /// Names unfinished artifacts.
     counter: AtomicU64,
 }
@@ -53,7 +55,9 @@ impl Disk {
             let found = found?;
             let name = found.file_name().to_string_lossy().into_owned();
             if name.starts_with(GONE) {
-                fs::remove_dir_all(found.path())?;
+                if let Err(error) = fs::remove_dir_all(found.path()) {
+                    tracing::warn!(name, %error, "a record that is done cannot be removed; the next start tries again");
+                }
                 continue;
             }
             if name.starts_with(ASIDE) {
@@ -144,7 +148,7 @@ impl Disk {
     pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
         let entry = self.entry(at)?;
         let len = entry.log_len.load(Ordering::Acquire);
-        blocking(move || entry.log.sync_data()).await?;
+        blocking(move || entry.durable(|| entry.log.sync_data())).await?;
         Ok(len)
     }
 
@@ -171,16 +175,18 @@ impl Disk {
         }
         let root = self.root.clone();
         blocking(move || {
-            if is_end {
-                entry.log.sync_data()?;
-            }
-            entry.journal.sync_data()?;
-            if is_end || !entry.rooted.load(Ordering::Acquire) {
-                sync_dir(&entry.dir)?;
-                sync_dir(&root)?;
-                entry.rooted.store(true, Ordering::Release);
-            }
-            Ok(())
+            entry.durable(|| {
+                if is_end {
+                    entry.log.sync_data()?;
+                }
+                entry.journal.sync_data()?;
+                if is_end || !entry.rooted.load(Ordering::Acquire) {
+                    sync_dir(&entry.dir)?;
+                    sync_dir(&root)?;
+                    entry.rooted.store(true, Ordering::Release);
+                }
+                Ok(())
+            })
         })
         .await
     }
@@ -231,6 +237,18 @@ impl Entry {
         self.log_len.store(cap.len, Ordering::Release);
         Ok(())
     }
+
+    /// Runs a sync. One that failed may have dropped the very pages that it was for, and the next would succeed without
+    /// them: no later one is believed, and its error is never one that asks for another try.
+    fn durable(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        if self.suspect.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier sync failed"));
+        }
+        sync().map_err(|error| {
+            self.suspect.store(true, Ordering::Release);
+            unsynced(error)
+        })
+    }
 }
 
 /// An artifact that is being written.
@@ -265,9 +283,9 @@ impl Stashing {
         let Self { file, temp, dir, hasher, len } = self;
         let digest = Digest::from_hasher(hasher);
         blocking(move || {
-            file.sync_all()?;
+            file.sync_all().map_err(unsynced)?;
             fs::rename(&temp.0, dir.join(digest.to_string()))?;
-            sync_dir(&dir)
+            sync_dir(&dir).map_err(unsynced)
         })
         .await?;
         Ok((digest, len))
@@ -305,6 +323,7 @@ fn fresh(dir: PathBuf, assignment: &Assignment) -> io::Result<Entry> {
         journal,
         journal_len: Mutex::new(line.len() as u64),
         rooted: AtomicBool::new(false),
+        suspect: AtomicBool::new(false),
         counter: AtomicU64::new(0),
         dir,
     })
@@ -340,6 +359,7 @@ fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
         journal,
         journal_len: Mutex::new(read.good as u64),
         rooted: AtomicBool::new(false),
+        suspect: AtomicBool::new(false),
         counter: AtomicU64::new(0),
         dir,
     };
@@ -377,6 +397,11 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
+/// Hides the kind: that the disk is full excuses a write and no sync.
+fn unsynced(error: io::Error) -> io::Error {
+    io::Error::other(error)
+}
+
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
@@ -387,4 +412,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sync_that_failed_is_final() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = reopen(AttemptRef { job: alloy_shared::id::JobId::from_raw(1), attempt: 1 }, dir.path().into());
+        let (entry, _) = entry.unwrap();
+        entry.durable(|| entry.log.sync_data()).unwrap();
+        let error = entry.durable(|| Err(io::ErrorKind::StorageFull.into())).unwrap_err();
+        assert!(!is_full(&error), "nobody may try it again: {error}");
+        assert!(entry.durable(|| entry.log.sync_data()).is_err(), "the next one says nothing about the lost pages");
+    }
 }

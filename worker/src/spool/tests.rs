@@ -9,7 +9,7 @@ use super::*;
 
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(77), attempt: 3 };
 
-fn assignment() -> Assignment {
+pub(crate) fn assignment() -> Assignment {
     Assignment {
         attempt: AT,
         handle: 1,
@@ -191,6 +191,14 @@ async fn damage_costs_one_attempt_and_never_the_start() {
     })
     .await;
     assert_eq!(held, one(HeldState::Lost, 0, 0));
+}
+
+#[tokio::test]
+async fn leftovers_that_cannot_be_removed_do_not_stop_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    // A file, where only directories are removed.
+    std::fs::write(dir.path().join(".gone-x"), "?").unwrap();
+    assert_eq!(Spool::open(dir.path()).unwrap().1, []);
 }
 
 #[tokio::test]

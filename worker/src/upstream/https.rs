@@ -29,8 +29,8 @@ const LINK_QUEUE: usize = 4;
 const BLOB_QUEUE: usize = 4;
 /// What is still queued when a session ends may leave within this time.
 const LINGER_MS: u64 = 1_000;
-/// Tries in a row without any progress before an upload is given up.
-const PUT_TRIES: u32 = 6;
+/// An upload without any progress is given up after this, the time that collecting has. Whoever waits may give up earlier.
+const PUT_BUDGET_MS: u64 = 10 * 60_000;
 const PUT_PAUSE_MS: u64 = 200;
 const PUT_PAUSE_CAP_MS: u64 = 10_000;
 
@@ -107,29 +107,33 @@ impl Upstream for Https {
     async fn put(&self, grant: &Grant, file: &SpoolFile) -> Result<Digest, TransferError> {
         let (at, token, digest) = (&grant.attempt, &grant.token, file.digest());
         let total = file.size().map_err(|error| TransferError::Spool(error.to_string()))?;
-        let (mut tries, mut best) = (0, 0);
+        let (mut tries, mut best, mut moved_at) = (0u32, 0, self.env.now().mono);
         loop {
-            let have = self.client.attempt_artifact_len(at, token, &digest).await.map_err(transfer_error)?;
-            if have == total && total > 0 {
-                return Ok(digest);
-            }
-            if have > total {
-                return Err(TransferError::Refused(format!("it has {have} bytes of {digest}, which has {total}")));
-            }
-            if have > best {
-                (tries, best) = (0, have);
-            }
-            let body = file.open(have).map_err(|error| TransferError::Spool(error.to_string()))?;
-            let error = match self.client.put_attempt_artifact(at, token, &digest, have, total, body).await {
-                Ok(()) => return Ok(digest),
+            // An orchestrator that restarts answers neither the question nor the upload.
+            let error = match self.client.attempt_artifact_len(at, token, &digest).await {
+                Ok(have) if have == total && total > 0 => return Ok(digest),
+                Ok(have) if have > total => {
+                    return Err(TransferError::Refused(format!("it has {have} bytes of {digest}, which has {total}")));
+                }
+                Ok(have) => {
+                    if have > best {
+                        (tries, best, moved_at) = (0, have, self.env.now().mono);
+                    }
+                    let body = file.open(have).map_err(|error| TransferError::Spool(error.to_string()))?;
+                    match self.client.put_attempt_artifact(at, token, &digest, have, total, body).await {
+                        Ok(()) => return Ok(digest),
+                        Err(error) => error,
+                    }
+                }
                 Err(error) => error,
             };
-            tries += 1;
-            if !may_retry(&error) || tries >= PUT_TRIES {
+            let now = self.env.now().mono;
+            if !may_retry(&error) || now.since(moved_at) >= PUT_BUDGET_MS {
                 return Err(transfer_error(error));
             }
+            tries = tries.saturating_add(1);
             let pause_ms = backoff(tries, PUT_PAUSE_MS, PUT_PAUSE_CAP_MS, self.env.dice());
-            self.env.sleep_until(self.env.now().mono + pause_ms).await;
+            self.env.sleep_until(now + pause_ms).await;
         }
     }
 }

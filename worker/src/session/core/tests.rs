@@ -258,6 +258,13 @@ fn at_the_end_of_the_lease_everything_is_killed_once() {
     bench.link();
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [], "it was killed already");
     assert!(forgets(&bench.give(Input::Closed { attempt: AT, teardown_ms: 5 })));
+
+    let mut bench = Bench::running();
+    bench.give(Input::Unlinked);
+    bench.wait(FENCE);
+    let effects = bench.give(Input::Closed { attempt: AT, teardown_ms: 5 });
+    let [Effect::Record { report: Report::Result(result), .. }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(result.end.reason, Some(EndReason::WorkerLost), "it says why it was killed");
 }
 
 #[test]

@@ -346,6 +346,23 @@ async fn a_hard_stop_gives_jobs_back_and_an_identity_used_twice_ends_the_daemon(
 }
 
 #[tokio::test]
+async fn a_spool_that_fails_ends_the_daemon_and_what_runs() {
+    let (told, mut tells) = mpsc::channel(1);
+    let mut farm = farm(Spool::memory(), vec![], move |hands, mut stop| {
+        let told = told.clone();
+        async move {
+            hands.spool.remove(AT).await.unwrap();
+            hands.report(phase()).await;
+            told.send(stop.recv().await).await.unwrap();
+        }
+    });
+    let (mut far, _) = farm.open().await;
+    far.assign().await;
+    assert_eq!(tells.recv().await, Some(Some(Stop::Kill(KillReason::Shutdown))));
+    assert!(matches!(farm.stopped().await, Over::Spool(_)));
+}
+
+#[tokio::test]
 async fn an_executor_that_vanishes_is_a_fault_of_the_farm() {
     let mut farm = farm(Spool::memory(), vec![], |_, _| async {});
     let (mut far, _) = farm.open().await;

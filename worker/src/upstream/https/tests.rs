@@ -1,11 +1,20 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use alloy_shared::env::{Mono, Ms, Now};
+use alloy_shared::id::{AttemptRef, JobId};
 use alloy_shared::runtime::{Lifecycle, SystemEnv};
+use alloy_shared::secret::Secret;
 use futures_util::TryStreamExt as _;
+use futures_util::future::BoxFuture;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::accept_hdr_async;
 use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
 use tokio_tungstenite::tungstenite::http::StatusCode;
 
 use super::*;
+use crate::spool::Spool;
+use crate::spool::tests::assignment;
 
 const WORKER: WorkerId = WorkerId::from_raw(8);
 
@@ -92,4 +101,57 @@ async fn a_refusal_is_told_from_an_absence() {
     assert!(error.to_string().contains("401") || error.to_string().contains("who are you?"), "{error}");
     drop(listener);
     assert!(matches!(https.dial().await.unwrap_err(), DialError::Unreachable(_)));
+}
+
+/// Pauses pass at once; deadlines never come.
+#[derive(Default)]
+struct Hasty(AtomicU64);
+
+#[async_trait]
+impl Env for Hasty {
+    fn now(&self) -> Now {
+        Now { wall: Ms(0), mono: Mono(self.0.load(Ordering::Relaxed)) }
+    }
+    async fn sleep_until(&self, at: Mono) {
+        if at.since(self.now().mono) > PUT_PAUSE_CAP_MS {
+            std::future::pending::<()>().await;
+        }
+        self.0.fetch_max(at.0, Ordering::Relaxed);
+    }
+    fn spawn(&self, _: &'static str, task: BoxFuture<'static, ()>) {
+        SystemEnv::detached().spawn("task", task);
+    }
+    fn dice(&self) -> u64 {
+        7
+    }
+}
+
+#[tokio::test]
+async fn an_upload_outlives_a_restart_of_the_farm() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let https = Https::new(&url, WORKER, Arc::new(Hasty::default())).unwrap();
+    let spool = Spool::memory();
+    let assignment = assignment();
+    let at = assignment.attempt;
+    spool.begin(&assignment).await.unwrap();
+    let mut stash = spool.stash(at).await.unwrap();
+    stash.write(Bytes::from_static(b"artifact")).await.unwrap();
+    let (digest, _) = stash.finish().await.unwrap();
+    let farm = async {
+        // More cuts than one question survives by itself.
+        for _ in 0..20 {
+            drop(listener.accept().await.unwrap());
+        }
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut heard = vec![0; 4];
+        stream.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, b"HEAD");
+        stream.write_all(b"HTTP/1.1 200 OK\r\nalloy-offset: 8\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+        stream
+    };
+    let grant = Grant { attempt: AttemptRef { job: JobId::from_raw(1), attempt: 1 }, token: Secret::new("g".into()) };
+    let file = spool.stashed(at, &digest);
+    let (put, _stream) = tokio::join!(https.put(&grant, &file), farm);
+    assert_eq!(put.unwrap(), digest);
 }
