@@ -235,7 +235,8 @@ fn write_private(path: &Path, token: &Token) -> std::io::Result<()> {
     file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))?;
     writeln!(file, "{}", token.expose())?;
     file.sync_all()?;
-    std::fs::rename(&new, path)
+    std::fs::rename(&new, path)?;
+    blobs::sync_dir(path.parent().unwrap_or(Path::new(".")))
 }
 
 /// The system, with tasks that end when their orchestrator does.

@@ -35,6 +35,11 @@ struct Log {
     used: AtomicU64,
     loaded: AtomicBool,
     dirty: AtomicBool,
+    /// What the disk has is not known: of no use until a restart.
+    broken: AtomicBool,
+    /// Held while the disk is asked: a fault is told to one caller only, who must settle it before the next one asks.
+    /// Taken before `pen`.
+    disk: Mutex<()>,
     pen: Mutex<Pen>,
     view: Mutex<View>,
 }
@@ -92,6 +97,7 @@ impl Files {
             open.entry(*at).or_insert_with(|| Arc::new(Log::new(*at, path))).clone()
         };
         log.used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        log.check()?;
         if log.loaded.load(Ordering::Acquire) {
             return Ok(log);
         }
@@ -101,6 +107,7 @@ impl Files {
     pub(super) async fn append(&self, at: &AttemptRef, offset: u64, bytes: Bytes) -> Result<u64, LogError> {
         let log = self.log(at).await?;
         let mut pen = lock(&log.pen);
+        log.check()?;
         if pen.sealed {
             return Err(LogError::Sealed);
         }
@@ -191,9 +198,10 @@ impl Files {
     }
 }
 
-/// Closes the log that was used longest ago. One that is in use or not yet synced stays.
+/// Closes the log that was used longest ago. One that is in use, not yet synced or broken stays.
 fn close_oldest(open: &mut HashMap<AttemptRef, Arc<Log>>) {
-    let idle = open.values().filter(|log| Arc::strong_count(log) == 1 && !log.dirty.load(Ordering::Acquire));
+    let busy = |log: &Log| log.dirty.load(Ordering::Acquire) || log.broken.load(Ordering::Acquire);
+    let idle = open.values().filter(|log| Arc::strong_count(log) == 1 && !busy(log));
     if let Some(at) = idle.min_by_key(|log| log.used.load(Ordering::Relaxed)).map(|log| log.at) {
         open.remove(&at);
     }
@@ -223,8 +231,17 @@ impl Log {
             used: AtomicU64::new(0),
             loaded: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
+            broken: AtomicBool::new(false),
+            disk: Mutex::default(),
             pen: Mutex::default(),
             view: Mutex::default(),
+        }
+    }
+
+    fn check(&self) -> Result<(), LogError> {
+        match self.broken.load(Ordering::Acquire) {
+            true => Err(fault("use a log")(io::Error::other("what the disk has of it is unknown until a restart"))),
+            false => Ok(()),
         }
     }
 
@@ -246,8 +263,14 @@ impl Log {
             Ok(file) => {
                 pen.len = file.metadata().map_err(fault("look at a log"))?.len();
                 if seal.is_none() {
-                    // Bytes of a process that died may still be on their way to the disk.
-                    file.sync_data().map_err(fault("sync a log"))?;
+                    // Bytes and the name of a file of a process that died may still be on their way to the disk.
+                    let places = self.path.ancestors().skip(1).take(2);
+                    let synced = file.sync_data().and_then(|()| places.into_iter().try_for_each(sync_dir));
+                    synced.map_err(|error| {
+                        // The disk tells of a fault once: the next try would succeed, whatever was lost.
+                        self.broken.store(true, Ordering::Release);
+                        fault("sync a log")(error)
+                    })?;
                 }
                 pen.file = Some(Arc::new(file));
             }
@@ -265,66 +288,110 @@ impl Log {
         Ok(())
     }
 
-    /// Returns the durable length. After a failed sync nobody knows which of the bytes since the last one the disk has,
-    /// so they count as never written: the worker still holds them and sends them again.
+    /// Returns the durable length.
     fn sync(&self) -> Option<u64> {
-        let (file, len, fresh) = {
-            let pen = lock(&self.pen);
-            (pen.file.clone()?, pen.len, pen.fresh)
-        };
-        let dir = self.path.parent().filter(|_| fresh);
-        let done = file.sync_data().and_then(|()| dir.map_or(Ok(()), sync_dir));
-        let mut pen = lock(&self.pen);
-        match done {
-            Ok(()) => {
-                pen.durable = pen.durable.max(len);
-                pen.fresh = false;
-                Some(pen.durable)
-            }
+        match self.settle() {
+            Ok(durable) => Some(durable),
             Err(error) => {
                 tracing::error!(job.id = %self.at.job, attempt.no = self.at.attempt, %error, "a log did not reach the disk");
-                pen.len = pen.durable;
-                let mut view = lock(&self.view);
-                *view = View { file: view.file.take(), len: pen.len, ..View::default() };
                 None
             }
         }
     }
 
-    fn seal(&self, root: &Path) -> Result<Digest, LogError> {
+    /// Makes durable what was appended before the call. After a failed sync nobody knows which of the bytes since the
+    /// last one the disk has, so they count as never written: the worker still holds them and sends them again.
+    fn settle(&self) -> io::Result<u64> {
+        let _turn = lock(&self.disk);
+        let (file, len, fresh) = {
+            let pen = lock(&self.pen);
+            let Some(file) = pen.file.clone().filter(|_| pen.durable < pen.len) else { return Ok(pen.durable) };
+            (file, pen.len, pen.fresh)
+        };
+        let dir = self.path.parent().filter(|_| fresh);
+        let done = file.sync_data().and_then(|()| dir.map_or(Ok(()), sync_dir));
         let mut pen = lock(&self.pen);
-        if let Some(seal) = &lock(&self.view).seal {
-            return Ok(seal.sha256);
+        let Err(error) = done else {
+            pen.durable = pen.durable.max(len);
+            pen.fresh = false;
+            return Ok(pen.durable);
+        };
+        // The file's length is what a restart believes.
+        if let Err(error) = file.set_len(pen.durable).and_then(|()| file.sync_all()) {
+            tracing::error!(job.id = %self.at.job, attempt.no = self.at.attempt, %error, "a log is out of use until a restart");
+            self.broken.store(true, Ordering::Release);
         }
-        let done = (|| {
-            let file = match &pen.file {
-                Some(file) => file.clone(),
-                None => Arc::new(create(root, &self.path)?),
-            };
-            // After a failed sync the file may be longer than the log.
-            file.set_len(pen.len)?;
-            file.sync_all()?;
-            let mut sums = Sums::default();
-            while sums.so_far() < pen.len {
-                let len = (pen.len - sums.so_far()).min(BLOCK) as usize;
-                sums.update(&read_at(&file, sums.so_far(), len)?);
-            }
-            let seal = sums.seal();
-            let temp = self.path.with_extension("seal.new");
-            let text = File::create(&temp)?;
-            text.write_all_at(&seal.encode(), 0)?;
-            text.sync_all()?;
-            fs::rename(&temp, self.seal_path())?;
-            sync_dir(self.path.parent().unwrap_or(root))?;
-            Ok((file, seal))
-        })();
-        let (file, seal) = done.map_err(fault("seal a log"))?;
-        let sha256 = seal.sha256;
-        (pen.sealed, pen.durable) = (true, pen.len);
-        self.dirty.store(false, Ordering::Release);
-        *lock(&self.view) = View { file: Some(file), len: pen.len, seal: Some(Arc::new(seal)), ..View::default() };
-        Ok(sha256)
+        pen.len = pen.durable;
+        let mut view = lock(&self.view);
+        *view = View { file: view.file.take(), len: pen.len, ..View::default() };
+        Err(error)
     }
+
+    /// The whole log goes to the disk and through the hash while appends and readers go on; what came meanwhile follows.
+    fn seal(&self, root: &Path) -> Result<Digest, LogError> {
+        let failed = fault("seal a log");
+        let mut sums = Sums::default();
+        loop {
+            self.settle().map_err(&failed)?;
+            let (file, len) = {
+                let mut pen = lock(&self.pen);
+                self.check()?;
+                if let Some(seal) = &lock(&self.view).seal {
+                    return Ok(seal.sha256);
+                }
+                let file = match &pen.file {
+                    Some(file) => file.clone(),
+                    None => {
+                        let file = Arc::new(create(root, &self.path).map_err(&failed)?);
+                        pen.fresh = true;
+                        pen.file.insert(file).clone()
+                    }
+                };
+                (file, pen.len)
+            };
+            hash(&mut sums, &file, len).map_err(&failed)?;
+            let mut pen = lock(&self.pen);
+            self.check()?;
+            if let Some(seal) = &lock(&self.view).seal {
+                return Ok(seal.sha256);
+            }
+            if pen.len < sums.so_far() {
+                // A failed sync took some of it back.
+                sums = Sums::default();
+            } else if (pen.len, pen.durable) == (sums.so_far(), pen.len) {
+                let seal = sums.seal();
+                self.write_seal(root, &file, &seal).map_err(&failed)?;
+                let sha256 = seal.sha256;
+                pen.sealed = true;
+                self.dirty.store(false, Ordering::Release);
+                *lock(&self.view) =
+                    View { file: Some(file), len: pen.len, seal: Some(Arc::new(seal)), ..View::default() };
+                return Ok(sha256);
+            }
+        }
+    }
+
+    fn write_seal(&self, root: &Path, file: &File, seal: &Seal) -> io::Result<()> {
+        // An append that failed half-way leaves the file longer than the log.
+        if file.metadata()?.len() != seal.len {
+            file.set_len(seal.len)?;
+            file.sync_all()?;
+        }
+        let temp = self.path.with_extension("seal.new");
+        let text = File::create(&temp)?;
+        text.write_all_at(&seal.encode(), 0)?;
+        text.sync_all()?;
+        fs::rename(&temp, self.seal_path())?;
+        sync_dir(self.path.parent().unwrap_or(root))
+    }
+}
+
+fn hash(sums: &mut Sums, file: &File, to: u64) -> io::Result<()> {
+    while sums.so_far() < to {
+        let len = (to - sums.so_far()).min(BLOCK) as usize;
+        sums.update(&read_at(file, sums.so_far(), len)?);
+    }
+    Ok(())
 }
 
 impl View {
@@ -361,5 +428,32 @@ impl View {
             }
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::id::JobId;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_log_whose_file_cannot_be_put_right_is_out_of_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::open(dir.path().to_owned(), 0).unwrap();
+        let at = AttemptRef { job: JobId::from_raw(1), attempt: 1 };
+        files.append(&at, 0, Bytes::from_static(b"kept")).await.unwrap();
+        files.sync().await.unwrap();
+        files.append(&at, 4, Bytes::from_static(b"lost")).await.unwrap();
+        let log = files.log(&at).await.unwrap();
+        // A file that can neither be synced nor cut.
+        lock(&log.pen).file = Some(Arc::new(OpenOptions::new().write(true).open("/dev/null").unwrap()));
+        drop(log);
+        assert!(files.sync().await.unwrap().is_empty());
+        assert!(files.read(&at, 0, 10).await.is_err());
+        assert!(files.append(&at, 4, Bytes::from_static(b"lost")).await.is_err());
+        assert!(files.durable(&at).await.is_err() && files.seal(&at).await.is_err());
+        close_oldest(&mut lock(&files.open));
+        assert_eq!(files.open_count(), 1);
     }
 }

@@ -175,3 +175,45 @@ async fn a_log_has_an_end_and_a_full_disk_is_named() {
     assert!(matches!(long, Err(LogError::TooLong)));
     assert!(news(MAX, MAX - 1, &Bytes::from_static(b"x")).unwrap().is_empty());
 }
+
+#[tokio::test]
+async fn bytes_whose_sync_failed_are_gone_from_the_file_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let (logs, at) = (files(&dir), at(3, 1));
+    logs.append(&at, 0, Bytes::from_static(b"perhaps lost")).await.unwrap();
+    let (home, away) = (dir.path().join(at.job.to_string()), dir.path().join("away"));
+    // A directory that is not there cannot be synced.
+    std::fs::rename(&home, &away).unwrap();
+    assert!(logs.sync().await.unwrap().is_empty());
+    std::fs::rename(&away, &home).unwrap();
+    assert_eq!(logs.len(&at).await.unwrap(), 0);
+    assert_eq!(files(&dir).durable(&at).await.unwrap(), 0);
+    logs.append(&at, 0, Bytes::from_static(b"again")).await.unwrap();
+    assert_eq!(logs.sync().await.unwrap(), [(at, 5)]);
+    assert_eq!(logs.seal(&at).await.unwrap(), Digest::of(b"again"));
+}
+
+#[tokio::test]
+async fn appends_during_a_seal_are_in_it_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (logs, at) = (files(&dir), at(4, 1));
+    let chunk = Bytes::from(vec![7; 64 << 10]);
+    for n in 0..64 {
+        logs.append(&at, n * chunk.len() as u64, chunk.clone()).await.unwrap();
+    }
+    let more = async {
+        loop {
+            let have = logs.len(&at).await.unwrap();
+            match logs.append(&at, have, Bytes::from_static(b"x")).await {
+                Ok(len) if len < 5 << 20 => tokio::task::yield_now().await,
+                Ok(_) | Err(LogError::Sealed) => return,
+                Err(other) => panic!("{other}"),
+            }
+        }
+    };
+    let (digest, again, ()) = tokio::join!(logs.seal(&at), logs.seal(&at), more);
+    let stored = gather(&logs, &at, 0, 1 << 20).await;
+    assert_eq!(digest.unwrap(), Digest::of(&stored));
+    assert_eq!(again.unwrap(), Digest::of(&stored));
+    assert_eq!(gather(&files(&dir), &at, 0, 1 << 20).await, stored);
+}
