@@ -169,6 +169,8 @@ pub const ARCHIVE_READERS: usize = 16;
 pub const ARCHIVE_HEADER_MAX: u64 = 1 << 20;
 /// Digests in one question to the store.
 pub const DIGESTS_PER_READ: usize = 4_096;
+/// Rows of one upload in one commit: the next one lets others' writes in between.
+pub const BLOBS_PER_COMMIT: usize = DIGESTS_PER_READ;
 /// After a refusal so many more bytes of the upload are taken and dropped, because many clients read no answer before
 /// they have sent everything.
 pub const UPLOAD_DRAIN: u64 = 16 << 20;

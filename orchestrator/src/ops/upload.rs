@@ -193,6 +193,7 @@ impl Depot<'_> {
         };
         let (digest, text) = self.blobs.compute(encode).await;
         let mut rows = shelf.finish().await?;
+        // Last: a source is known only when all of its blobs are.
         rows.push(self.put_manifest(digest, text).await?);
         self.register(rows).await?;
         Ok(digest)
@@ -315,17 +316,18 @@ impl Depot<'_> {
         Blob { org: self.org, digest, kind, size, place, created_at: self.env.now().wall }
     }
 
-    /// One commit. What became of it may be unknown; then the objects stay, and sending again is harmless.
+    /// In commits that do not hold up the farm's other writes, in the rows' order. What became of one may be unknown;
+    /// then the objects stay, and sending again is harmless.
     async fn register(&self, rows: Vec<Blob>) -> Result<(), OpError> {
-        if rows.is_empty() {
-            return Ok(());
+        for some in rows.chunks(limits::BLOBS_PER_COMMIT) {
+            let Committed { groups } = self.store.commit(&[Group(vec![Write::AddBlobs(some.to_vec())])]).await?;
+            match groups.into_iter().next() {
+                Some(Ok(_)) => {}
+                Some(Err(miss)) => return Err(not_registered(format!("{miss:?}"))),
+                None => return Err(not_registered("the store did not answer".to_owned())),
+            }
         }
-        let Committed { groups } = self.store.commit(&[Group(vec![Write::AddBlobs(rows)])]).await?;
-        match groups.into_iter().next() {
-            Some(Ok(_)) => Ok(()),
-            Some(Err(miss)) => Err(not_registered(format!("{miss:?}"))),
-            None => Err(not_registered("the store did not answer".to_owned())),
-        }
+        Ok(())
     }
 }
 

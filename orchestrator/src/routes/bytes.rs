@@ -27,7 +27,7 @@ use crate::logs::Logs;
 use crate::ops::archive::Format;
 use crate::ops::upload::Depot;
 use crate::ops::{OpError, job as jobs};
-use crate::store::{Artifact, Job, Scope};
+use crate::store::{Job, Scope};
 
 #[cfg(test)]
 mod tests;
@@ -351,7 +351,7 @@ fn unsatisfiable(total: u64) -> Response {
     response
 }
 
-/// What the newest attempt that left something has left.
+/// What the newest attempt has left.
 #[utoipa::path(
     get, path = path::JOB_ARTIFACTS, tag = "jobs", params(("id" = String, Path,)),
     responses((status = 200, body = ArtifactList))
@@ -362,15 +362,9 @@ pub async fn list_artifacts(
     PathOf(id): PathOf<String>,
 ) -> Result<Json<ArtifactList>, Fault> {
     let job = jobs::resolve(&app, &who.scope(), &id).await?;
-    let artifacts = newest(&app, &who.scope(), &job).await?.into_iter().map(feed::artifact_view).collect();
-    Ok(Json(ArtifactList { artifacts }))
-}
-
-async fn newest(app: &App, scope: &Scope, job: &Job) -> Result<Vec<Artifact>, Fault> {
-    let mut all = app.store.artifacts(scope, &job.id).await?;
-    let newest = all.iter().map(|artifact| artifact.at.attempt).max();
-    all.retain(|artifact| Some(artifact.at.attempt) == newest);
-    Ok(all)
+    let mut all = app.store.artifacts(&who.scope(), &job.id).await?;
+    all.retain(|artifact| artifact.at == job.attempt());
+    Ok(Json(ArtifactList { artifacts: all.into_iter().map(feed::artifact_view).collect() }))
 }
 
 #[derive(Debug, Deserialize)]
@@ -392,9 +386,8 @@ pub async fn get_artifact(
 ) -> Result<Response, Fault> {
     let JobArtifact { id, path: name } = place;
     let job = jobs::resolve(&app, &who.scope(), &id).await?;
-    let all = newest(&app, &who.scope(), &job).await?;
-    let artifact =
-        all.into_iter().find(|artifact| artifact.path == name).ok_or_else(|| OpError::not_found("artifact"))?;
+    let artifact = app.store.artifact(&who.scope(), &job.attempt(), &name).await?;
+    let artifact = artifact.ok_or_else(|| OpError::not_found("artifact"))?;
     if let Some(target) = &artifact.link {
         let message = format!("`{}` is a link to `{}` and has no bytes", showable(&name), showable(target));
         return Err(Fault::new(ErrorCode::NotFound, message));

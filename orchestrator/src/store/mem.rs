@@ -280,6 +280,11 @@ impl Store for MemStore {
         Ok(all.take_while(|file| file.at.job == *job).filter(|file| scope.sees(file.org)).cloned().collect())
     }
 
+    async fn artifact(&self, scope: &Scope, at: &AttemptRef, path: &str) -> Result<Option<Artifact>, StoreError> {
+        let found = self.tables().artifacts.get(&(*at, path.to_owned())).cloned();
+        Ok(found.filter(|file| scope.sees(file.org)))
+    }
+
     async fn worker(&self, scope: &Scope, id: &WorkerId) -> Result<Option<Worker>, StoreError> {
         Ok(self.tables().workers.get(id).filter(|worker| scope.sees(worker.org)).cloned())
     }

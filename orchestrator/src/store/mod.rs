@@ -211,6 +211,7 @@ pub trait Store: Send + Sync {
     async fn events(&self, scope: &Scope, job: &JobId, after: u64, limit: u32) -> Result<Vec<JobEventRow>, StoreError>;
     /// Of all attempts, by (attempt, path).
     async fn artifacts(&self, scope: &Scope, job: &JobId) -> Result<Vec<Artifact>, StoreError>;
+    async fn artifact(&self, scope: &Scope, at: &AttemptRef, path: &str) -> Result<Option<Artifact>, StoreError>;
     async fn worker(&self, scope: &Scope, id: &WorkerId) -> Result<Option<Worker>, StoreError>;
     async fn worker_by_key(&self, public_key: &[u8; 32]) -> Result<Option<Worker>, StoreError>;
     /// By name, then id.

@@ -1,7 +1,7 @@
 //! T: what each kind of write does and when it misses, on all three stores.
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{Digest, Labels};
+use alloy_shared::id::{AttemptRef, Digest, Labels};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::job::{End, EventKind, Reason};
 use orchestrator::store::write::{Advance, CloseAttempt, InsertJob, OpenSession, SetWorker};
@@ -137,6 +137,13 @@ async fn an_artifact_is_registered_once_and_needs_its_attempt() {
         assert_eq!(store.job(&Scope::farm(), &job.id).await.unwrap(), Some(job.clone()), "nothing of it stays");
         assert_eq!(put(store, with(files(&["b", "B", "a", "b"]), books)).await, Ok(2));
         let listed = store.artifacts(&Scope::farm(), &job.id).await.unwrap();
+        for file in &listed {
+            let found = async |scope, at, path| store.artifact(&scope, &at, path).await.unwrap();
+            assert_eq!(found(Scope::org(file.org), file.at, &file.path).await.as_ref(), Some(file));
+            let later = AttemptRef { attempt: file.at.attempt + 1, ..file.at };
+            assert_eq!(found(Scope::farm(), later, "no such file").await, None);
+            assert_eq!(found(Scope::org(given::OTHER_ORG), file.at, &file.path).await, None);
+        }
         assert_eq!(listed, files(&["B", "a", "b"]), "by bytes, each once");
     })
     .await;

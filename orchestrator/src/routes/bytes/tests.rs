@@ -18,7 +18,7 @@ use crate::job::{Lease, State as JobState, Step, Tries};
 use crate::log_sync::LogSync;
 use crate::store::mem::MemStore;
 use crate::store::write::InsertJob;
-use crate::store::{Attempt, Group, Store, TokenRow, Write};
+use crate::store::{Artifact, Attempt, Group, Store, TokenRow, Write};
 use crate::wake::Wake;
 
 struct World {
@@ -164,14 +164,7 @@ impl World {
 
     /// Puts an artifact as the worker would, and into the job's books.
     async fn artifact(&self, path: &str, bytes: &'static [u8], link: Option<&str>) -> Digest {
-        let digest = Digest::of(bytes);
-        let place = path::attempt_artifact(&self.at, &digest);
-        let answer =
-            self.send(&self.grant(), Method::PUT, &place, &[("content-length", &bytes.len().to_string())], bytes).await;
-        assert_eq!(answer.status, 201, "{:?}", answer.body);
-        let mut job = self.app.store.job(&Scope::farm(), &self.at.job).await.unwrap().unwrap();
-        job.version += 1;
-        let artifact = Artifact {
+        let artifact = |digest| Artifact {
             at: self.at,
             org: DEFAULT_ORG,
             path: path.to_owned(),
@@ -180,17 +173,42 @@ impl World {
             mode: 0o644,
             link: link.map(str::to_owned),
         };
+        let digest = Digest::of(bytes);
+        let place = path::attempt_artifact(&self.at, &digest);
+        let answer =
+            self.send(&self.grant(), Method::PUT, &place, &[("content-length", &bytes.len().to_string())], bytes).await;
+        assert_eq!(answer.status, 201, "{:?}", answer.body);
+        self.advance(0, vec![artifact(digest)]).await;
+        digest
+    }
+
+    /// Puts files and new attempts into the job's books.
+    async fn advance(&self, attempts: u32, artifacts: Vec<Artifact>) {
+        let mut job = self.app.store.job(&Scope::farm(), &self.at.job).await.unwrap().unwrap();
+        job.version += 1;
+        job.state.tries.made += attempts;
         let advance = crate::store::write::Advance {
             next: job,
             guard: crate::store::Guard::Version,
             attempt: None,
             events: Vec::new(),
-            artifacts: vec![artifact],
+            artifacts,
         };
         let group = Group(vec![Write::Advance(Box::new(advance))]);
         self.app.store.commit(&[group]).await.unwrap().groups[0].clone().unwrap();
-        digest
     }
+}
+
+#[tokio::test]
+async fn a_retried_job_does_not_show_what_an_earlier_attempt_left() {
+    let world = world().await;
+    world.artifact("app", b"of the lost attempt", None).await;
+    let list = format!("{}/artifacts", path::job(world.at.job));
+    let shown = async || serde_json::from_slice::<ArtifactList>(&world.get(&list, &[]).await.body).unwrap().artifacts;
+    assert_eq!(shown().await.len(), 1);
+    world.advance(1, Vec::new()).await;
+    assert!(shown().await.is_empty());
+    assert_eq!(world.get(&path::job_artifact(world.at.job, "app"), &[]).await.status, 404);
 }
 
 #[tokio::test]

@@ -74,6 +74,8 @@ super::statements! {
         WHERE job_id = $1 AND seq > $3 AND (org_id = $2 OR $2 IS NULL) ORDER BY seq LIMIT $4";
     ARTIFACTS = "SELECT job_id, attempt, path, org_id, size_bytes, sha256, mode, link FROM artifacts \
         WHERE job_id = $1 AND (org_id = $2 OR $2 IS NULL)";
+    ARTIFACT = "SELECT job_id, attempt, path, org_id, size_bytes, sha256, mode, link FROM artifacts \
+        WHERE job_id = $1 AND attempt = $3 AND path = $4 AND (org_id = $2 OR $2 IS NULL)";
 }
 
 static KEYS_WIDE: Wide = Wide::new(INSERT_KEY, 6);
@@ -333,6 +335,16 @@ impl SqlStore {
         // Sorted here: a database sorts paths by the rules of its language.
         found.sort_by(|a, b| (a.at.attempt, &a.path).cmp(&(b.at.attempt, &b.path)));
         Ok(found)
+    }
+
+    pub(super) async fn read_artifact(
+        &self,
+        scope: &Scope,
+        at: &AttemptRef,
+        path: &str,
+    ) -> Result<Option<Artifact>, StoreError> {
+        let args = Args::new().text(at.job).maybe_text(scope.filter()).int(at.attempt.into()).text(path);
+        self.rows(ARTIFACT, args).await?.first().map(artifact).transpose()
     }
 }
 

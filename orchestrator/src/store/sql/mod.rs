@@ -106,6 +106,9 @@ impl Store for SqlStore {
     async fn artifacts(&self, scope: &Scope, job: &JobId) -> Result<Vec<Artifact>, StoreError> {
         self.read_artifacts(scope, job).await
     }
+    async fn artifact(&self, scope: &Scope, at: &AttemptRef, path: &str) -> Result<Option<Artifact>, StoreError> {
+        self.read_artifact(scope, at, path).await
+    }
     async fn worker(&self, scope: &Scope, id: &WorkerId) -> Result<Option<Worker>, StoreError> {
         self.read_worker(scope, id).await
     }
