@@ -180,6 +180,8 @@ pub const ENV_COUNT_MAX: usize = 256;
 pub const ENV_BYTES_MAX: usize = 128 << 10;
 pub const ARTIFACT_RULES_MAX: usize = 64;
 pub const ARTIFACTS_MAX: usize = 10_000;
+/// Entries of a workspace that are looked at to find a job's artifacts.
+pub const WORKSPACE_ENTRIES_MAX: usize = 1_000_000;
 pub const ARTIFACT_BYTES_MAX: u64 = 16 << 30;
 pub const RETRIES_MAX: u32 = 10;
 pub const IDEMPOTENCY_KEY_MAX: usize = 128;

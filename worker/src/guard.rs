@@ -4,7 +4,7 @@
 //! ends, or when the fence deadline passes that the daemon last sent, it kills all that it started. On Linux it is a
 //! subreaper: a process that forks twice and opens a session of its own is still its descendant, and the guard ends
 //! only when it has none. Its standard error is the command's log, its standard output tells the daemon how the command
-//! ended. It uses no runtime: threads that block and one channel.
+//! ended. It runs no tasks: threads that block and one channel.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -17,10 +17,11 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
 use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::provider::Exit;
 
@@ -32,6 +33,10 @@ mod tree;
 /// The hidden subcommand that every binary with a worker inside passes to [`main`].
 pub const SUBCOMMAND: &str = "__guard";
 
+/// The variable by which every process of a VM is known: the VM's directory. The farm sets it and takes none of this
+/// prefix from a job, whose HOME, say, could be the user's own.
+pub const MARK: &str = "ALLOY_VM_DIR";
+
 /// Between two looks at what is still alive, while killing.
 const KILL_ROUND: Duration = Duration::from_millis(10);
 /// A kill that has not worked for a second will not be hurried.
@@ -42,9 +47,10 @@ const KILL_ROUND_SLOW: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
     pub argv: Vec<String>,
-    /// The whole environment.
+    /// The whole environment, but for [`MARK`].
     pub env: Vec<(String, String)>,
     pub dir: String,
+    pub vm_dir: String,
 }
 
 /// From the daemon, a line each.
@@ -97,8 +103,7 @@ enum Event {
 }
 
 fn watch(record: &Path) -> std::io::Result<()> {
-    // A service manager that stops the whole group must not stop the one process that cleans up.
-    stop_signals().thread_block()?;
+    outlive_stop_signals()?;
     // Away from the terminal of `alloy run --local`: neither Ctrl-C nor /dev/tty reaches the job. Fails only for a leader.
     let _leader_already = setsid();
     tree::adopt_orphans()?;
@@ -132,22 +137,21 @@ fn watch(record: &Path) -> std::io::Result<()> {
         tree::signal(&tree::descendants(Some(Pid::this()), Some(pid)), Signal::SIGKILL);
         return Err(error);
     }
-    let home = launch.env.iter().find(|(key, _)| key == "HOME").map_or("", |(_, home)| home.as_str());
-    guard(&Tree { pid, home }, fence, &rx, &mut out);
+    guard(&Tree { pid, vm_dir: &launch.vm_dir }, fence, &rx, &mut out);
     Ok(())
 }
 
 /// A command with all that it started.
 struct Tree<'a> {
     pid: Pid,
-    home: &'a str,
+    vm_dir: &'a str,
 }
 
 impl Tree<'_> {
     fn members(&self) -> Vec<Pid> {
         let mut members = tree::descendants(Some(Pid::this()), Some(self.pid));
         if !tree::children_are_all() {
-            members.extend(tree::inside(self.home).into_iter().filter(|pid| *pid != Pid::this()));
+            members.extend(tree::inside(self.vm_dir).into_iter().filter(|pid| *pid != Pid::this()));
         }
         members
     }
@@ -202,8 +206,17 @@ fn guard(tree: &Tree<'_>, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>
     }
 }
 
-fn stop_signals() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT].into_iter().collect()
+/// Gives the signals that stop a process handlers that do nothing: a service manager that stops the whole group must not
+/// stop the one process that cleans up. Handlers, unlike a mask, end at the start of another program: the command hears
+/// them all, and none that came before can wait for the moment of its start.
+fn outlive_stop_signals() -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let _inside = runtime.enter();
+    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup(), SignalKind::quit()] {
+        // The handler stays when its listener goes.
+        drop(signal(kind)?);
+    }
+    Ok(())
 }
 
 /// Starts the command in a process group of its own, with the log as its output and nothing as its input.
@@ -219,14 +232,12 @@ fn start(launch: &Launch) -> Result<Pid, (i32, String)> {
         .args(launch.argv.iter().skip(1))
         .env_clear()
         .envs(launch.env.iter().map(|(key, value)| (key, value)))
+        .env(MARK, &launch.vm_dir)
         .current_dir(&launch.dir)
         .stdin(Stdio::null())
         .stdout(Stdio::from(log))
         .process_group(0);
-    // A child inherits the mask of the thread that makes it, and must be able to hear that it is to stop.
-    let _unblocked = stop_signals().thread_unblock();
     let child = command.spawn();
-    let _blocked = stop_signals().thread_block();
     child.map(|child| Pid::from_raw(child.id() as i32)).map_err(|error| failed(name, &error))
 }
 
@@ -313,13 +324,13 @@ fn clock() -> Instant {
     Instant::now()
 }
 
-/// Kills what the records' guards and commands left, and every process whose HOME is `home`. Returns false if something
-/// is still alive after `budget`.
-pub fn sweep(records: &[PathBuf], home: &str, budget: Duration) -> bool {
+/// Kills what the records' guards and commands left, and every process that carries the mark of `vm_dir`. Returns false if
+/// something is still alive after `budget`.
+pub fn sweep(records: &[PathBuf], vm_dir: &str, budget: Duration) -> bool {
     let named: Vec<(String, Pid, String)> = records.iter().flat_map(|record| read_record(record)).collect();
     let end = clock() + budget;
     loop {
-        let mut left = tree::inside(home);
+        let mut left = tree::inside(vm_dir);
         for (what, pid, start) in &named {
             let alive = tree::started_at(*pid).is_some_and(|at| at == *start);
             match what.as_str() {
@@ -332,7 +343,7 @@ pub fn sweep(records: &[PathBuf], home: &str, budget: Duration) -> bool {
                     left.extend(below);
                 }
                 // Its number names the group as long as anything is in it.
-                "command" if alive || tree::group_lives(*pid) && same_group(*pid, home) => {
+                "command" if alive || tree::group_lives(*pid) && same_group(*pid, vm_dir) => {
                     left.extend(tree::descendants(None, Some(*pid)));
                 }
                 _ => {}
@@ -351,9 +362,9 @@ pub fn sweep(records: &[PathBuf], home: &str, budget: Duration) -> bool {
 
 /// A group whose leader is gone could be a stranger's with the same number: on this host only members that live in our
 /// directory prove that it is not.
-fn same_group(group: Pid, home: &str) -> bool {
+fn same_group(group: Pid, vm_dir: &str) -> bool {
     let members = tree::descendants(None, Some(group));
-    tree::inside(home).iter().any(|pid| members.contains(pid))
+    tree::inside(vm_dir).iter().any(|pid| members.contains(pid))
 }
 
 fn read_record(record: &Path) -> Vec<(String, Pid, String)> {

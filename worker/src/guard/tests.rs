@@ -92,3 +92,17 @@ fn a_process_is_known_by_its_start_and_an_impostor_is_not_killed() {
     assert!(!is_alive(pid));
     sleeper.wait().unwrap();
 }
+
+#[test]
+fn only_the_mark_makes_a_process_the_vms() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().to_str().unwrap();
+    let start = |key: &str| Command::new("sleep").arg("60").env(key, place).spawn().unwrap();
+    let (mut users, mut jobs) = (start("HOME"), start(MARK));
+    assert!(sweep(&[], place, Duration::from_secs(20)));
+    let pid = |child: &std::process::Child| Pid::from_raw(child.id() as i32);
+    assert_eq!((is_alive(pid(&users)), is_alive(pid(&jobs))), (true, false));
+    users.kill().unwrap();
+    users.wait().unwrap();
+    jobs.wait().unwrap();
+}

@@ -82,9 +82,9 @@ mod platform {
         stat(pid.as_raw())?.split(' ').nth(19).map(str::to_owned)
     }
 
-    /// Finds processes whose HOME is this directory, however far they went from their parents.
-    pub(in super::super) fn inside(home: &str) -> Vec<Pid> {
-        let wanted = format!("HOME={home}");
+    /// Finds processes that carry the mark of this VM, however far they went from their parents.
+    pub(in super::super) fn inside(vm_dir: &str) -> Vec<Pid> {
+        let wanted = format!("{}={vm_dir}", super::super::MARK);
         pids()
             .filter(|pid| {
                 let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -145,9 +145,9 @@ mod platform {
         (!state.starts_with('Z')).then(|| start.split_whitespace().collect::<Vec<_>>().join("_"))
     }
 
-    /// Finds processes whose HOME is this directory, as far as their environment is shown.
-    pub(in super::super) fn inside(home: &str) -> Vec<Pid> {
-        let wanted = format!(" HOME={home} ");
+    /// Finds processes that carry the mark of this VM, as far as their environment is shown.
+    pub(in super::super) fn inside(vm_dir: &str) -> Vec<Pid> {
+        let wanted = format!(" {}={vm_dir} ", super::super::MARK);
         let list = ps(&["-axEww", "-o", "pid=,stat=,command="]).unwrap_or_default();
         list.lines()
             .filter_map(|line| {

@@ -141,12 +141,12 @@ impl VmProvider for Host {
             guest.end().await;
         }
         let dir = vm_dir(&self.setup.state_dir, vm);
-        let home = format!("{}/home", self.dir(vm));
+        let mark = self.dir(vm);
         let name = vm.clone();
         blocking(move || {
             let records = files::records(&dir);
             // A guard that ended by itself has left no record and nothing alive.
-            if !records.is_empty() && !guard::sweep(&records, &home, KILL_BUDGET) {
+            if !records.is_empty() && !guard::sweep(&records, &mark, KILL_BUDGET) {
                 return Err(VmError::farm(VmFault::Destroy, format!("processes of {name} do not die")));
             }
             files::remove(&dir).map_err(|error| VmError::io(VmFault::Destroy, "remove the VM's directory", &error))
@@ -208,7 +208,7 @@ impl HostGuest {
             "" => self.workspace.clone(),
             below => format!("{}/{below}", self.workspace),
         };
-        Launch { argv, env: env.into_iter().collect(), dir }
+        Launch { argv, env: env.into_iter().collect(), dir, vm_dir: self.dir.display().to_string() }
     }
 }
 

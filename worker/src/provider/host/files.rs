@@ -127,7 +127,12 @@ fn make_dir(dir: &Path) -> std::io::Result<()> {
 
 /// Lists what the rules take, without following a link anywhere.
 pub(super) fn list(root: &Path, rules: &Matcher) -> Result<Vec<GuestFile>, VmError> {
-    let mut found = Found::default();
+    list_up_to(root, rules, limits::WORKSPACE_ENTRIES_MAX)
+}
+
+/// Like [`list`], looking at `most` entries at most.
+pub(super) fn list_up_to(root: &Path, rules: &Matcher, most: usize) -> Result<Vec<GuestFile>, VmError> {
+    let mut found = Found { most, ..Found::default() };
     for base in rules.bases() {
         // A base is plain text; on the way there a link is no directory either.
         if real_dirs(root, &base) {
@@ -143,6 +148,9 @@ pub(super) fn list(root: &Path, rules: &Matcher) -> Result<Vec<GuestFile>, VmErr
 struct Found {
     files: Vec<GuestFile>,
     bytes: u64,
+    /// Entries that were looked at, and how many may be.
+    seen: usize,
+    most: usize,
 }
 
 /// True when all above `path` are directories.
@@ -155,40 +163,52 @@ fn real_dirs(root: &Path, path: &str) -> bool {
     })
 }
 
-/// Looks at `start` and all below it. A stack of its own: a stranger decides how deep directories go.
+/// Looks at `start` and all below it. A stack of its own: a stranger decides how deep directories go. It holds names of
+/// directories only.
 fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result<(), VmError> {
-    let mut todo = vec![start.to_owned()];
+    let mut todo: Vec<String> = look(root, start.to_owned(), rules, found)?.into_iter().collect();
     while let Some(path) = todo.pop() {
-        let full = root.join(&path);
-        let Ok(meta) = std::fs::symlink_metadata(&full) else { continue };
-        if !path.is_empty() && rules.excludes(&path) {
-            continue;
-        }
-        if meta.is_dir() {
-            let entries =
-                std::fs::read_dir(&full).map_err(|error| VmError::io(VmFault::File, &printable(&path), &error))?;
-            for entry in entries {
-                let entry = entry.map_err(|error| VmError::io(VmFault::File, &printable(&path), &error))?;
-                match entry.file_name().to_str() {
-                    Some(name) if path.is_empty() => todo.push(name.to_owned()),
-                    Some(name) => todo.push(format!("{path}/{name}")),
-                    None => {
-                        let name = format!("{path}/{}", entry.file_name().to_string_lossy());
-                        let name = name.trim_start_matches('/');
-                        if rules.takes(name) {
-                            return Err(VmError::user(
-                                VmFault::File,
-                                format!("{}: the name is not UTF-8", printable(name)),
-                            ));
-                        }
+        let failed = |error: std::io::Error| VmError::io(VmFault::File, &printable(&path), &error);
+        for entry in std::fs::read_dir(root.join(&path)).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            found.seen += 1;
+            if found.seen > found.most {
+                let why = format!("the artifact rules lead to more than {} entries; name narrower ones", found.most);
+                return Err(VmError::user(VmFault::File, why));
+            }
+            match entry.file_name().to_str() {
+                Some(name) if path.is_empty() => todo.extend(look(root, name.to_owned(), rules, found)?),
+                Some(name) => todo.extend(look(root, format!("{path}/{name}"), rules, found)?),
+                None => {
+                    let name = format!("{path}/{}", entry.file_name().to_string_lossy());
+                    let name = name.trim_start_matches('/');
+                    if rules.takes(name) {
+                        return Err(VmError::user(
+                            VmFault::File,
+                            format!("{}: the name is not UTF-8", printable(name)),
+                        ));
                     }
                 }
             }
-        } else if rules.takes(&path) {
-            take(&full, path, &meta, found)?;
         }
     }
     Ok(())
+}
+
+/// Takes one entry if the rules do. Returns the path of a directory, which is to be looked into.
+fn look(root: &Path, path: String, rules: &Matcher, found: &mut Found) -> Result<Option<String>, VmError> {
+    let full = root.join(&path);
+    let Ok(meta) = std::fs::symlink_metadata(&full) else { return Ok(None) };
+    if !path.is_empty() && rules.excludes(&path) {
+        return Ok(None);
+    }
+    if meta.is_dir() {
+        return Ok(Some(path));
+    }
+    if rules.takes(&path) {
+        take(&full, path, &meta, found)?;
+    }
+    Ok(None)
 }
 
 fn take(full: &Path, path: String, meta: &std::fs::Metadata, found: &mut Found) -> Result<(), VmError> {

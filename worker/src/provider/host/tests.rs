@@ -126,7 +126,8 @@ async fn commands_end_as_a_shell_would_say() {
 async fn a_command_finds_exactly_the_environment_it_was_given() {
     let fixture = Fixture::new();
     let (vm, guest) = fixture.guest().await;
-    let env = BTreeMap::from([("A".to_owned(), "b c\nd".to_owned()), ("USER".to_owned(), "else".to_owned())]);
+    let env = [("A", "b c\nd"), ("USER", "else"), ("ALLOY_VM_DIR", "/")];
+    let env: BTreeMap<_, _> = env.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
     let (log, _) = run(&guest, &Command { env, ..argv(&["/usr/bin/env", "-0"]) }).await;
     let dir = vm_dir(fixture.dir.path(), &vm);
     let dir = dir.display();
@@ -134,6 +135,7 @@ async fn a_command_finds_exactly_the_environment_it_was_given() {
     found.sort();
     let expected = [
         "A=b c\nd".to_owned(),
+        format!("ALLOY_VM_DIR={dir}"),
         format!("HOME={dir}/home"),
         "PATH=/usr/local/bin:/usr/bin:/bin".to_owned(),
         format!("TMPDIR={dir}/tmp"),
@@ -427,4 +429,21 @@ async fn a_read_stays_inside_and_within_its_limit() {
     for outside in ["l/f", "lf", "p", "q", "d", "../home", "/etc/passwd", "nothing", "d/f/x"] {
         assert!(read(outside, 100).await.is_err(), "{outside}");
     }
+}
+
+#[test]
+fn a_workspace_with_too_many_entries_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a/1", "a/2", "b/3"] {
+        let path = dir.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, "x").unwrap();
+    }
+    let list = |texts: &[&str], most| {
+        files::list_up_to(dir.path(), &crate::artifacts::Matcher::new(&rules(texts)).unwrap(), most)
+    };
+    assert_eq!(list(&["**/*"], 5).unwrap().len(), 3);
+    let error = list(&["**/*"], 4).unwrap_err();
+    assert!(error.tail.contains("more than 4 entries"), "{error}");
+    assert_eq!(list(&["**/*", "!a"], 4).unwrap().len(), 1, "what is excluded is not looked into");
 }
