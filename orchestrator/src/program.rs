@@ -6,7 +6,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use alloy_shared::config::{File, Setting};
+use alloy_shared::limits;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::config::{Cli, Config, ConfigVerb, Flags, Verb, default_file};
 
@@ -38,6 +41,7 @@ async fn serve(config: Config) -> ExitCode {
         eprintln!("orchestrator: {why}");
         return ExitCode::FAILURE;
     }
+    raise_open_files();
     let stop_ms = config.limits.stop_ms;
     let env = Arc::new(SystemEnv::new(life.clone()));
     match crate::serve(config, env, life.clone()).await {
@@ -46,6 +50,22 @@ async fn serve(config: Config) -> ExitCode {
             eprintln!("orchestrator: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Systems start a program with few open files, often 256 or 1,024, and let it ask for more.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        let most = hard.min(limits::OPEN_FILES).max(soft);
+        if soft < most {
+            setrlimit(Resource::RLIMIT_NOFILE, most, hard)?;
+        }
+        Ok(most)
+    });
+    match raised {
+        Ok(have) if have >= limits::OPEN_FILES => {}
+        Ok(have) => tracing::warn!("{have} files may be open; a busy farm needs {}", limits::OPEN_FILES),
+        Err(error) => tracing::warn!(%error, "cannot ask for the {} open files of a busy farm", limits::OPEN_FILES),
     }
 }
 

@@ -169,6 +169,8 @@ pub const ARCHIVE_READERS: usize = 16;
 pub const ARCHIVE_HEADER_MAX: u64 = 1 << 20;
 /// Digests in one question to the store.
 pub const DIGESTS_PER_READ: usize = 4_096;
+/// Manifests that are taken at once: each lies in memory, up to `MANIFEST_BYTES_MAX`.
+pub const MANIFESTS_AT_ONCE: usize = 16;
 /// Rows of one upload in one commit: the next one lets others' writes in between.
 pub const BLOBS_PER_COMMIT: usize = DIGESTS_PER_READ;
 /// After a refusal so many more bytes of the upload are taken and dropped, because many clients read no answer before
@@ -222,6 +224,8 @@ pub const GUESSES_PER_MINUTE: f64 = 10.0;
 pub const THROTTLE_KEYS_MAX: usize = 10_000;
 /// Connections to the orchestrator; the next one waits.
 pub const CONNECTIONS_MAX: usize = 16_384;
+/// Files that the orchestrator has open in full use: connections, logs, and the rest.
+pub const OPEN_FILES: u64 = CONNECTIONS_MAX as u64 + LOG_FILES_OPEN as u64 + 2_048;
 /// A request's head arrives within this, its body never pauses longer, and an answer of JSON is ready within that.
 pub const HEAD_READ_MS: u64 = 10_000;
 pub const BODY_IDLE_MS: u64 = 30_000;

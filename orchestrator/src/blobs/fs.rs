@@ -21,8 +21,8 @@ use crate::sums::{BLOCK, FOOTER, Seal, Sums};
 
 /// An upload that nobody went on with for a day is swept at the next start.
 const PARTIAL_AGE_MS: i64 = 24 * 3600 * 1000;
-/// Unfinished uploads whose running hash is remembered; others are hashed again at their end.
-const PARTIALS_MAX: usize = 1_024;
+/// Unfinished uploads that nobody sends whose file stays open and whose running hash is remembered; others are hashed again at their end.
+const PARTIALS_MAX: usize = 64;
 /// Blocks read ahead of a client.
 const READ_AHEAD: usize = 2;
 

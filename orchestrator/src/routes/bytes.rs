@@ -15,8 +15,9 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use serde::Deserialize;
+use tokio::sync::Semaphore;
 
-use super::extract::{Developer, JsonBody, PathOf, QueryOf, Viewer, header_text, parameter};
+use super::extract::{Developer, JsonBody, PathOf, QueryOf, Viewer, header_text, parameter, whole};
 use super::range::{self, Asked};
 use crate::App;
 use crate::auth::AttemptGrant;
@@ -32,6 +33,8 @@ use crate::store::{Job, Scope};
 #[cfg(test)]
 mod tests;
 
+/// Each lies in memory, whole.
+static MANIFESTS: Semaphore = Semaphore::const_new(limits::MANIFESTS_AT_ONCE);
 /// Log bytes in one read.
 const READ: u32 = 1 << 20;
 /// Nothing that a build made may act in this origin.
@@ -67,10 +70,11 @@ pub async fn put_source(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<SourceStatus>, Fault> {
-    let body = axum::body::to_bytes(body, limits::MANIFEST_BYTES_MAX).await.map_err(|_| {
-        let message = format!("the manifest broke off, or has more than {} bytes", limits::MANIFEST_BYTES_MAX);
-        Fault::new(ErrorCode::TooLarge, message)
+    let _room = MANIFESTS.try_acquire().map_err(|_| {
+        let message = format!("the farm takes {} manifests already", limits::MANIFESTS_AT_ONCE);
+        Fault::new(ErrorCode::TooManyRequests, message).retry_after(1)
     })?;
+    let body = whole(body, limits::MANIFEST_BYTES_MAX).await?;
     let manifest = match header_text(&headers, "content-encoding") {
         None | Some("identity") => body,
         Some("zstd") => app.blobs.compute(move || unzstd(&body)).await?,

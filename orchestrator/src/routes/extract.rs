@@ -6,11 +6,13 @@ use std::sync::Arc;
 use alloy_shared::id::WorkerId;
 use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::farm::Role;
+use axum::body::Body;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
 use serde::de::DeserializeOwned;
 
 use crate::auth::{AttemptGrant, Denied, Principal};
@@ -137,6 +139,20 @@ impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for JsonOrNot
         }
         Ok(Self(parse(&bytes)?))
     }
+}
+
+/// All of a body that may have so many bytes.
+pub async fn whole(body: Body, max: usize) -> Result<Bytes, Fault> {
+    let mut parts = body.into_data_stream();
+    let mut whole = BytesMut::new();
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|_| Fault::new(ErrorCode::InvalidBody, "the body broke off"))?;
+        if whole.len() + part.len() > max {
+            return Err(Fault::new(ErrorCode::TooLarge, format!("the body has more than {max} bytes")));
+        }
+        whole.extend_from_slice(&part);
+    }
+    Ok(whole.freeze())
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

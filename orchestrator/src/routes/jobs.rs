@@ -19,7 +19,7 @@ use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::extract::{Developer, PathOf, QueryOf, Viewer, header_text, parameter, parse};
+use super::extract::{Developer, PathOf, QueryOf, Viewer, header_text, parameter, parse, whole};
 use crate::App;
 use crate::error::{Fault, showable};
 use crate::feed;
@@ -62,8 +62,7 @@ pub async fn submit(
     };
     let submit = match Media::of(&parts.headers)? {
         Media::Json => {
-            let body = axum::body::to_bytes(body, limits::JSON_BODY_MAX as usize).await;
-            let bytes = body.map_err(|_| Fault::new(ErrorCode::TooLarge, "the body is too large, or broke off"))?;
+            let bytes = whole(body, limits::JSON_BODY_MAX as usize).await?;
             parse(&bytes)?
         }
         Media::Tar(format) => {

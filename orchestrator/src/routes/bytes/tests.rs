@@ -403,3 +403,17 @@ async fn an_artifact_is_always_a_download() {
     }
     assert_eq!(world.send(&world.stranger, Method::GET, &url, &[], Body::empty()).await.status, 404);
 }
+
+#[tokio::test]
+async fn a_body_that_breaks_off_is_not_called_too_large() {
+    let world = world().await;
+    let broken = || Body::from_stream(stream::iter([Ok(Bytes::from_static(b"{")), Err(std::io::Error::other("cut"))]));
+    let url = path::source(&Digest::of(b"x"));
+    let cut = world.send(&world.token, Method::PUT, &url, &[], broken()).await;
+    assert_eq!((cut.status, cut.code().as_str()), (400, "invalid_body"));
+    let json = [("content-type", "application/json")];
+    let cut = world.send(&world.token, Method::POST, path::JOBS, &json, broken()).await;
+    assert_eq!((cut.status, cut.code().as_str()), (400, "invalid_body"));
+    let long = vec![b' '; limits::JSON_BODY_MAX as usize + 1];
+    assert_eq!(world.send(&world.token, Method::POST, path::JOBS, &json, long).await.code(), "too_large");
+}
