@@ -17,7 +17,7 @@ use crate::App;
 use crate::auth::Principal;
 use crate::desk::{Answer, By, From, News, Request};
 use crate::job::{Event, Refused};
-use crate::session::core::Settled;
+use crate::session::io::Settled;
 use crate::store::write::{CloseAttempt, IdempotencyKey};
 use crate::store::{Artifact, Attempt, BlobKind, Job, Scope};
 

@@ -17,7 +17,8 @@ use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::core::{Core, Effect, Input, NotStored};
+use super::core::Core;
+use super::io::{Effect, Input, NotStored};
 use crate::App;
 use crate::desk::{From, Offer, Request};
 use crate::hub::Mail;

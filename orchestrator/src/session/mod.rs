@@ -2,6 +2,7 @@
 
 pub mod core;
 pub mod drive;
+pub mod io;
 pub mod reconcile;
 
 #[cfg(test)]

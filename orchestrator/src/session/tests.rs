@@ -10,7 +10,8 @@ use alloy_shared::wire::session::{
 };
 use bytes::Bytes;
 
-use super::core::{Core, Effect, Input, NotStored, Settled};
+use super::core::Core;
+use super::io::{Effect, Input, NotStored, Settled};
 use crate::job::{Lease, State, Step, Then, Tries};
 use crate::store::Job;
 
