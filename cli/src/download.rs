@@ -1,6 +1,6 @@
 //! S: brings artifacts to the disk, several at a time, as they become ready.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -35,8 +35,9 @@ pub(crate) struct Report {
     /// Path and size.
     pub(crate) saved: HashMap<String, u64>,
     /// Left out on purpose: it would have written outside.
-    pub(crate) unsafe_ones: Vec<String>,
-    pub(crate) failed: Vec<Failure>,
+    pub(crate) unsafe_ones: BTreeMap<String, String>,
+    /// By path; what concerns no single artifact stands under the empty one.
+    pub(crate) failed: BTreeMap<String, Failure>,
     pub(crate) dir: Option<PathBuf>,
 }
 
@@ -58,21 +59,25 @@ impl Downloader {
         loop {
             tokio::select! {
                 biased;
-                Some((artifact, outcome)) = running.next(), if !running.is_empty() => report.note(&artifact, outcome),
+                Some((artifact, outcome)) = running.next(), if !running.is_empty() => {
+                    report.note(&mut known, &artifact, outcome);
+                }
                 next = arrivals.recv(), if running.len() < AT_ONCE => {
                     let Some(artifact) = next else { break };
+                    let here = known.get(&artifact.path) == Some(&artifact) && report.saved.contains_key(&artifact.path);
+                    if !here && known.contains_key(&artifact.path) {
+                        while let Some((artifact, outcome)) = running.next().await {
+                            report.note(&mut known, &artifact, outcome);
+                        }
+                    }
                     if known.get(&artifact.path) == Some(&artifact) {
                         continue;
                     }
-                    if known.insert(artifact.path.clone(), artifact.clone()).is_some() {
-                        while let Some((artifact, outcome)) = running.next().await {
-                            report.note(&artifact, outcome);
-                        }
-                    }
+                    known.insert(artifact.path.clone(), artifact.clone());
                     let dir = match out.clone().map_or_else(|| self.open(), Ok) {
                         Ok(dir) => dir,
                         Err(error) => {
-                            report.failed.push(Failure::error(error.to_string()));
+                            report.failed.insert(String::new(), Failure::error(error.to_string()));
                             break;
                         }
                     };
@@ -83,7 +88,7 @@ impl Downloader {
             }
         }
         while let Some((artifact, outcome)) = running.next().await {
-            report.note(&artifact, outcome);
+            report.note(&mut known, &artifact, outcome);
         }
         report
     }
@@ -135,16 +140,33 @@ enum Trouble {
 }
 
 impl Report {
-    fn note(&mut self, artifact: &ArtifactView, outcome: Result<(), Trouble>) {
+    /// The last outcome of a path counts. What failed is forgotten, so that it is tried again when it is announced again.
+    fn note(
+        &mut self,
+        known: &mut HashMap<String, ArtifactView>,
+        artifact: &ArtifactView,
+        outcome: Result<(), Trouble>,
+    ) {
+        let path = artifact.path.clone();
+        self.saved.remove(&path);
+        self.unsafe_ones.remove(&path);
+        self.failed.remove(&path);
+        if outcome.is_err() {
+            known.remove(&path);
+        }
         match outcome {
             Ok(()) => {
-                self.saved.insert(artifact.path.clone(), artifact.size_bytes);
+                self.saved.insert(path, artifact.size_bytes);
             }
-            Err(Trouble::Out(OutError::Unsafe(why))) => self.unsafe_ones.push(why),
+            Err(Trouble::Out(OutError::Unsafe(why))) => {
+                self.unsafe_ones.insert(path, why);
+            }
             Err(Trouble::Out(error @ (OutError::Damaged(_) | OutError::Io { .. }))) => {
-                self.failed.push(Failure::error(error.to_string()));
+                self.failed.insert(path, Failure::error(error.to_string()));
             }
-            Err(Trouble::Farm(failure)) => self.failed.push(failure),
+            Err(Trouble::Farm(failure)) => {
+                self.failed.insert(path, failure);
+            }
         }
     }
 
@@ -154,6 +176,9 @@ impl Report {
 
     /// Removes what is no artifact of the job after all: an attempt that was lost had announced it.
     pub(crate) fn remove_all_but(&mut self, listed: &[ArtifactView]) {
+        let counts = |path: &String| path.is_empty() || listed.iter().any(|artifact| artifact.path == *path);
+        self.unsafe_ones.retain(|path, _| counts(path));
+        self.failed.retain(|path, _| counts(path));
         let Some(out) = self.dir.as_ref().and_then(|dir| OutDir::at(dir).ok()) else { return };
         let strays: Vec<String> =
             self.saved.keys().filter(|path| !listed.iter().any(|a| a.path == **path)).cloned().collect();
@@ -178,12 +203,20 @@ mod tests {
     #[test]
     fn trouble_with_one_artifact_is_told_apart() {
         let mut report = Report::default();
-        report.note(&view("a"), Ok(()));
-        report.note(&view("b"), Err(Trouble::Out(OutError::Unsafe("`b` leaves".into()))));
-        report.note(&view("c"), Err(Trouble::Out(OutError::Damaged("`c` is damaged".into()))));
+        let mut known: HashMap<String, ArtifactView> = ["a", "b", "c"].map(|p| (p.to_owned(), view(p))).into();
+        let damaged = || Err(Trouble::Out(OutError::Damaged("it is damaged".into())));
+        report.note(&mut known, &view("a"), Ok(()));
+        report.note(&mut known, &view("b"), Err(Trouble::Out(OutError::Unsafe("`b` leaves".into()))));
+        report.note(&mut known, &view("c"), damaged());
         assert_eq!((report.saved.len(), report.bytes()), (1, 3));
-        assert_eq!(report.unsafe_ones, ["`b` leaves"]);
+        assert_eq!(report.unsafe_ones["b"], "`b` leaves");
         assert_eq!(report.failed.len(), 1);
+        assert_eq!(known.keys().collect::<Vec<_>>(), ["a"], "what failed is tried again");
+        // A later outcome takes an earlier one's place, and a path that is no artifact after all spoils nothing.
+        report.note(&mut known, &view("c"), Ok(()));
+        report.note(&mut known, &view("gone"), damaged());
+        report.remove_all_but(&[view("a"), view("c")]);
+        assert_eq!((report.saved.len(), report.unsafe_ones.len(), report.failed.len()), (2, 0, 0));
     }
 
     #[test]
@@ -192,7 +225,7 @@ mod tests {
         let mut report = Report { dir: Some(dir.path().to_owned()), ..Report::default() };
         for name in ["kept", "stray"] {
             std::fs::write(dir.path().join(name), "abc").unwrap();
-            report.note(&view(name), Ok(()));
+            report.note(&mut HashMap::new(), &view(name), Ok(()));
         }
         report.remove_all_but(&[view("kept")]);
         assert!(dir.path().join("kept").exists() && !dir.path().join("stray").exists());

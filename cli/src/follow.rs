@@ -142,6 +142,12 @@ impl<'a> Follower<'a> {
         self
     }
 
+    /// The wish to stop came before the job had a name.
+    pub(crate) fn already_told(mut self) -> Self {
+        self.told(Told::Interrupt);
+        self
+    }
+
     /// Follows to the end, or until told to let go. When it returns, standard output has every byte.
     pub(crate) async fn run(mut self, signals: &mut Signals, mut sink: Sink) -> Result<Ending, Failure> {
         let mut feed = self.farm.client.feed(self.id, FeedCursor::default());

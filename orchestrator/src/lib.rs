@@ -81,8 +81,18 @@ pub struct App {
     pub random: fn() -> [u8; 32],
     /// Cancelled when nothing new is taken: streams end, sessions say goodbye.
     pub stopping: CancellationToken,
+    /// Requests for new jobs under way. Closed, none is taken any more.
+    pub submits: TaskTracker,
     /// The sessions of workers; the stop waits for their goodbyes.
     pub sessions: TaskTracker,
+}
+
+impl App {
+    /// When it returns, no further job comes into being: what a look at the live jobs shows is all there is.
+    pub async fn take_no_more_jobs(&self) {
+        self.submits.close();
+        self.submits.wait().await;
+    }
 }
 
 /// A running orchestrator. It stops with the [`Lifecycle`] that it was given.
@@ -203,6 +213,7 @@ async fn assemble(
         base_url: config.url(addr),
         behind_proxy: config.behind_proxy,
         random: random_bytes,
+        submits: TaskTracker::new(),
         sessions: TaskTracker::new(),
         store,
         desk,

@@ -96,6 +96,7 @@ async fn app() -> (Arc<App>, Arc<TestEnv>) {
         behind_proxy: false,
         random,
         stopping: CancellationToken::new(),
+        submits: TaskTracker::new(),
         sessions: TaskTracker::new(),
         store,
         hub,

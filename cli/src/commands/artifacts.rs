@@ -104,7 +104,9 @@ async fn get(app: &App, farm: &Farm, args: &GetArgs) -> Result<i32, Failure> {
     if app.talk.json() {
         let saved: Vec<_> =
             report.saved.iter().map(|(path, size)| serde_json::json!({ "path": path, "size_bytes": size })).collect();
-        print_json(&serde_json::json!({ "dir": report.dir, "saved": saved, "not_created": report.unsafe_ones }))?;
+        print_json(
+            &serde_json::json!({ "dir": report.dir, "saved": saved, "not_created": report.unsafe_ones.values().collect::<Vec<_>>() }),
+        )?;
     }
     Ok(if tell_artifacts(app, &report) { exit::OK } else { exit::ERROR })
 }

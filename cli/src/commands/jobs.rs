@@ -71,6 +71,7 @@ pub(crate) async fn attach(app: &App, args: &AttachArgs) -> Result<i32, Failure>
     let hosted = Hosted::open_to_read(app).await?;
     let farm = hosted.farm();
     let job = app.job(farm, args.job.as_deref()).await?;
+    hosted.can_follow(&job)?;
     app.talk.headline(&job.id.to_string(), &job.url);
     let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
     let ending = Follower::new(app, farm, job.id, OnInterrupt::Detach).run(&mut signals, sink).await?;
@@ -97,6 +98,9 @@ pub(crate) async fn logs(app: &App, args: &LogsArgs) -> Result<i32, Failure> {
     let hosted = Hosted::open_to_read(app).await?;
     let farm = hosted.farm();
     let job = app.job(farm, args.job.as_deref()).await?;
+    if args.follow {
+        hosted.can_follow(&job)?;
+    }
     let attempt = args.attempt.unwrap_or(job.attempt);
     if attempt == 0 || attempt > job.attempt {
         if args.attempt.is_none() && args.follow && !job.state.is_terminal() {

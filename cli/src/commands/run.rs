@@ -90,17 +90,19 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
         return Err(Failure::usage("--detach needs a farm that outlives this command")
             .hint("alloy up          starts one; then run without --local"));
     }
+    // One key for all tries: whatever farm of this machine answers, there is one job.
+    let key = format!("{:016x}{:016x}", app.env.dice(), app.env.dice());
     let mut tries = 0;
     loop {
         let hosted = signals.unless_told(Hosted::open(app)).await??;
         let mut job = None;
-        let outcome = run_on(app, args, spec.clone(), &hosted, &mut signals, &mut job).await;
+        let outcome = run_on(app, args, (spec.clone(), &key), &hosted, &mut signals, &mut job).await;
         if let (Some(job), Err(failure)) = (job, &outcome)
             && failure.fault == Fault::Pipe
         {
             hosted.abandon(app, job).await;
         }
-        let unreachable = outcome.as_ref().is_err_and(|failure| failure.fault == Fault::Unreachable);
+        let unreachable = outcome.as_ref().is_err_and(Failure::farm_is_away);
         let again = job.is_none() && unreachable && hosted.may_vanish(app);
         hosted.close(app, &mut signals).await;
         tries += 1;
@@ -113,28 +115,34 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
 async fn run_on(
     app: &App,
     args: &RunArgs,
-    mut spec: JobSpec,
+    (mut spec, key): (JobSpec, &str),
     hosted: &Hosted,
     signals: &mut Signals,
     submitted: &mut Option<JobId>,
 ) -> Result<i32, Failure> {
     let farm = hosted.farm();
-    let (scan, git) = signals
-        .unless_told(async { tokio::join!(read_tree(app, args.allow_secret_files), git::record(&app.dir)) })
+    let (scan, git, ignored) = signals
+        .unless_told(async {
+            let tree = read_tree(app, args.allow_secret_files);
+            tokio::join!(tree, git::record(&app.dir), git::tracked_but_ignored(&app.dir))
+        })
         .await?;
     let scan = scan?;
+    if let Some(warning) = scan.left_out(ignored) {
+        app.talk.warn(&warning);
+    }
     spec.git = git;
     let source = if scan.manifest.entries().is_empty() {
         None
     } else {
-        Some(signals.unless_told(send_tree(app, farm, &scan)).await??)
+        Some(signals.unless_told(send_tree(app, hosted, &scan)).await??)
     };
     signals.unless_told(hosted.ready(app)).await??;
-    let job = submit(app, farm, &SubmitJob { spec, source }, signals).await?;
+    let (job, told) = submit(app, farm, &SubmitJob { spec, source }, key, signals).await?;
     *submitted = Some(job.id);
     app.remember(farm, job.id);
     app.talk.headline(&job.id.to_string(), &job.url);
-    if args.detach {
+    if args.detach && !told {
         if app.talk.json() {
             print_json(&job)?
         } else {
@@ -148,7 +156,18 @@ async fn run_on(
     if let Some(downloads) = &downloads {
         follower = follower.announce(downloads.arrivals.clone());
     }
-    match follower.run(signals, sink).await? {
+    if told {
+        follower = follower.already_told();
+    }
+    let ending = tokio::select! {
+        biased;
+        why = hosted.fault() => {
+            hosted.abandon(app, job.id).await;
+            return Err(Failure::error(format!("the worker of this machine stopped: {why}")));
+        }
+        ending = follower.run(signals, sink) => ending?,
+    };
+    match ending {
         Ending::Detached => {
             hosted.tell_detached(app, job.id);
             Ok(exit::INTERRUPTED)
@@ -185,7 +204,7 @@ async fn finish(
 
 /// Says what arrived; true if nothing went wrong.
 pub(crate) fn tell_artifacts(app: &App, report: &Report) -> bool {
-    for why in &report.unsafe_ones {
+    for why in report.unsafe_ones.values() {
         app.talk.warn(&format!("not created: {why}"));
     }
     if !report.saved.is_empty() {
@@ -193,7 +212,7 @@ pub(crate) fn tell_artifacts(app: &App, report: &Report) -> bool {
         let dir = report.dir.as_ref().map_or(String::new(), |dir| format!("  → {}", shown(app, dir)));
         app.talk.step("Artifacts", &format!("{files}, {}{dir}", size(report.bytes())));
     }
-    for failure in &report.failed {
+    for failure in report.failed.values() {
         app.talk.fail(failure, exit::ERROR);
     }
     if !report.failed.is_empty() {
@@ -223,9 +242,11 @@ async fn read_tree(app: &App, allow_secret_files: bool) -> Result<Arc<Scan>, Fai
     Ok(Arc::new(scan))
 }
 
-async fn send_tree(app: &App, farm: &Farm, scan: &Arc<Scan>) -> Result<alloy_shared::id::Digest, Failure> {
+async fn send_tree(app: &App, hosted: &Hosted, scan: &Arc<Scan>) -> Result<alloy_shared::id::Digest, Failure> {
     let started = app.env.now().mono;
-    let (digest, moved) = upload::upload(&farm.client, &*app.env, scan, &app.talk).await?;
+    // A farm that may vanish does not come back at its address: another one is opened.
+    let patience_ms = if hosted.may_vanish(app) { 0 } else { upload::STALLED_MS };
+    let (digest, moved) = upload::upload(&hosted.farm().client, &*app.env, scan, &app.talk, patience_ms).await?;
     let took = crate::output::duration(app.env.now().mono.since(started));
     if moved.new_bytes > 0 {
         let known = scan.manifest.total_bytes().saturating_sub(moved.new_bytes);
@@ -237,10 +258,16 @@ async fn send_tree(app: &App, farm: &Farm, scan: &Arc<Scan>) -> Result<alloy_sha
     Ok(digest)
 }
 
-/// Submits. The first Ctrl-C waits for the answer, because the job may exist by now; the follower then cancels it.
-async fn submit(app: &App, farm: &Farm, job: &SubmitJob, signals: &mut Signals) -> Result<JobView, Failure> {
-    let key = format!("{:016x}{:016x}", app.env.dice(), app.env.dice());
-    let answer = farm.client.submit(job, &key);
+/// Submits. The first Ctrl-C waits for the answer, because the job may exist by now; true if there was one, and the follower
+/// shall cancel.
+async fn submit(
+    app: &App,
+    farm: &Farm,
+    job: &SubmitJob,
+    key: &str,
+    signals: &mut Signals,
+) -> Result<(JobView, bool), Failure> {
+    let answer = farm.client.submit(job, key);
     tokio::pin!(answer);
     let mut told = false;
     loop {
@@ -255,11 +282,13 @@ async fn submit(app: &App, farm: &Farm, job: &SubmitJob, signals: &mut Signals) 
                 app.talk.say("The job is being submitted; it is canceled as soon as it has a name.  (Ctrl-C again to leave)");
             }
             result = &mut answer => {
-                let job = result.map_err(|error| Failure::of(error, &farm.url))?;
-                if told {
-                    farm.client.cancel(job.id).await.map_err(|error| Failure::of(error, &farm.url))?;
-                }
-                return Ok(job);
+                return match result {
+                    Ok(job) => Ok((job, told)),
+                    // Nobody wants another try.
+                    Err(_) if told => Err(Failure::new(Fault::Interrupted, "interrupted while the job was submitted")
+                        .hint("the farm may have it: alloy list")),
+                    Err(error) => Err(Failure::of(error, &farm.url)),
+                };
             }
         }
     }
@@ -299,12 +328,14 @@ impl Downloads {
         }
         drop(self.arrivals);
         let mut report = self.report.await.unwrap_or_else(|_| Report {
-            failed: vec![Failure::error("the download ended early")],
+            failed: [(String::new(), Failure::error("the download ended early"))].into(),
             ..Report::default()
         });
         match list {
             Ok(list) => report.remove_all_but(&list.artifacts),
-            Err(failure) => report.failed.push(failure),
+            Err(failure) => {
+                report.failed.insert(String::new(), failure);
+            }
         }
         report
     }

@@ -2,9 +2,10 @@
 //! call. Nothing of it is special but that both live and end with a command.
 
 use std::collections::BTreeMap;
+use std::future::pending;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use alloy_shared::client::JobQuery;
 use alloy_shared::env::Env as _;
@@ -16,6 +17,7 @@ use alloy_shared::wire::farm::{InviteRequest, WorkerState, WorkerView};
 use alloy_shared::wire::job::{JobView, StateWord};
 use orchestrator::ServeError;
 use orchestrator::store::sql::LockError;
+use tokio::sync::watch;
 use worker::Daemon;
 use worker::host::{HostError, Identity};
 
@@ -59,6 +61,7 @@ pub(crate) struct Host {
     pub(crate) base_url: String,
     pub(crate) token: Secret<String>,
     data: DataDir,
+    app: Arc<orchestrator::App>,
     orchestrator: Lifecycle,
     worker: Option<LocalWorker>,
 }
@@ -66,8 +69,8 @@ pub(crate) struct Host {
 struct LocalWorker {
     id: alloy_shared::id::WorkerId,
     life: Lifecycle,
-    /// Why it stopped by itself.
-    fault: Arc<Mutex<Option<String>>>,
+    /// Why it stopped by itself; its other end is gone when the worker is.
+    fault: watch::Receiver<Option<String>>,
 }
 
 pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start, Failure> {
@@ -92,8 +95,15 @@ pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start
         }
     };
     farm.name = super::LOCAL.into();
-    let mut host =
-        Host { farm, base_url: served.base_url, token, data: data.clone(), orchestrator: life, worker: None };
+    let mut host = Host {
+        farm,
+        base_url: served.base_url,
+        token,
+        data: data.clone(),
+        app: served.app,
+        orchestrator: life,
+        worker: None,
+    };
     match host.finish_start(app, url, wish).await {
         Ok(()) => Ok(Start::Running(Box::new(host))),
         Err(failure) => {
@@ -168,13 +178,11 @@ impl Host {
             .map_err(|error| Failure::error(format!("the worker does not start: {error}")))?;
         let life = Lifecycle::new();
         let env = Arc::new(SystemEnv::new(life.clone()));
-        let fault = Arc::new(Mutex::new(None));
-        let (system, ending, noted, guard, talk) =
-            (env.clone(), life.clone(), fault.clone(), own_binary()?, app.talk.clone());
+        let (noted, fault) = watch::channel(None);
+        let (system, ending, guard) = (env.clone(), life.clone(), own_binary()?);
         let task = async move {
             if let Err(error) = worker::serve(daemon, system, &ending, guard).await {
-                talk.warn(&format!("the worker stopped: {error}"));
-                *noted.lock().unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+                noted.send_replace(Some(error.to_string()));
             }
         };
         env.spawn("worker", Box::pin(task));
@@ -211,7 +219,7 @@ impl Host {
             if let Some(worker) = here.filter(|w| matches!(w.state, WorkerState::Ready | WorkerState::Busy)) {
                 return Ok(Some(worker));
             }
-            if let Some(why) = local.fault.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            if let Some(why) = local.ended() {
                 return Err(Failure::error(format!("the worker of this machine does not run: {why}")));
             }
             if app.env.now().mono >= until {
@@ -222,9 +230,19 @@ impl Host {
         }
     }
 
-    /// Waits for the jobs that still run here: others may have sent them. A signal ends the wait.
+    /// Returns when the worker has stopped by itself, with the reason.
+    pub(crate) async fn fault(&self) -> String {
+        let Some(local) = &self.worker else { return pending().await };
+        let mut fault = local.fault.clone();
+        // The value is looked at below; that the sender is gone is an answer too.
+        let _ = fault.wait_for(Option::is_some).await;
+        local.ended().unwrap_or_default()
+    }
+
+    /// Waits for the jobs that still run here: others may have sent them. A signal ends the wait, and so does the end of the
+    /// worker. Once there is none, none is taken any more, and only then does the last look count.
     pub(crate) async fn wait_for_jobs(&self, app: &App, signals: &mut Signals) -> bool {
-        let mut said = 0;
+        let (mut said, mut last_look) = (0, false);
         let quiet_until = app.env.now().mono + QUIET_MS;
         loop {
             let look = async {
@@ -236,7 +254,15 @@ impl Host {
             };
             let Ok(jobs) = signals.unless_told(look).await else { return false };
             if jobs.is_empty() {
-                return true;
+                if last_look {
+                    return true;
+                }
+                self.app.take_no_more_jobs().await;
+                last_look = true;
+                continue;
+            }
+            if self.worker.as_ref().is_some_and(|local| local.ended().is_some()) {
+                return false;
             }
             if jobs.len() != said && app.env.now().mono >= quiet_until {
                 said = jobs.len();
@@ -263,6 +289,14 @@ impl Host {
             stop(worker.life, if at_once { 0 } else { STOP_MS }).await;
         }
         stop(self.orchestrator, STOP_MS).await;
+    }
+}
+
+impl LocalWorker {
+    /// Why it does not run any more.
+    fn ended(&self) -> Option<String> {
+        let why = self.fault.borrow().clone();
+        why.or_else(|| self.fault.has_changed().is_err().then(|| "it ended".to_owned()))
     }
 }
 

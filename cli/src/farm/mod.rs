@@ -9,6 +9,7 @@ mod host;
 pub(crate) mod up;
 
 use alloy_shared::id::JobId;
+use alloy_shared::wire::job::JobView;
 
 use crate::context::{App, Farm};
 use crate::follow::{OnInterrupt, Signals};
@@ -123,6 +124,29 @@ impl Hosted {
             Self::Guest(_) => Ok(()),
             #[cfg(feature = "farm")]
             Self::Host(host) => host.ready(app).await.map(drop),
+        }
+    }
+
+    /// Returns when the worker in this process has stopped by itself.
+    pub(crate) async fn fault(&self) -> String {
+        match self {
+            Self::Guest(_) => std::future::pending().await,
+            #[cfg(feature = "farm")]
+            Self::Host(host) => host.fault().await,
+        }
+    }
+
+    /// Refuses to wait for a job in a farm that is only looked at: nothing moves in it.
+    pub(crate) fn can_follow(&self, job: &JobView) -> Result<(), Failure> {
+        match self {
+            Self::Guest(_) => Ok(()),
+            #[cfg(feature = "farm")]
+            Self::Host(_) if job.state.is_terminal() => Ok(()),
+            #[cfg(feature = "farm")]
+            Self::Host(_) => {
+                Err(Failure::error(format!("{} is {}, and no farm runs on this machine", job.id, job.state))
+                    .hint("alloy up          starts one, which goes on with the job"))
+            }
         }
     }
 

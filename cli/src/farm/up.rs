@@ -37,12 +37,20 @@ pub(crate) async fn up(app: &App, args: &UpArgs) -> Result<i32, Failure> {
         }
     };
     let host = signals.unless_told(starting).await??;
-    let outcome = tell_ready(app, &host, app.env.now().mono.since(started), &mut signals).await;
+    let mut outcome = tell_ready(app, &host, app.env.now().mono.since(started), &mut signals).await;
     let at_once = match &outcome {
         Ok(()) => {
-            signals.next().await;
-            app.talk.say("Stopping.");
-            !host.wait_for_jobs(app, &mut signals).await
+            tokio::select! {
+                biased;
+                _ = signals.next() => {
+                    app.talk.say("Stopping.");
+                    !host.wait_for_jobs(app, &mut signals).await
+                }
+                why = host.fault() => {
+                    outcome = Err(Failure::error(format!("the worker of this machine stopped: {why}")));
+                    true
+                }
+            }
         }
         Err(_) => true,
     };

@@ -170,6 +170,11 @@ impl Failure {
         Self { fault: Fault::of(problem.code), message, hint, problem: Some(Box::new(problem)) }
     }
 
+    /// True if nobody answered, or somebody who is about to leave.
+    pub(crate) fn farm_is_away(&self) -> bool {
+        self.fault == Fault::Unreachable || self.problem.as_ref().is_some_and(|p| p.code == ErrorCode::Unavailable)
+    }
+
     /// The lines of standard error, without colours.
     pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let mut lines = vec![("error", sanitize::one_line(&self.message))];

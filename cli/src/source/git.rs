@@ -17,10 +17,24 @@ pub(crate) async fn record(root: &Path) -> Option<GitInfo> {
     tokio::time::timeout(GIT_DEADLINE, ask(root)).await.ok().flatten()
 }
 
+/// Files that git keeps although a rule ignores them. Where the rules leave them out, the farm gets another tree than git has.
+pub(crate) async fn tracked_but_ignored(root: &Path) -> Vec<String> {
+    let list = git(root, &["ls-files", "-ci", "--exclude-standard", "-z", "--", "."]);
+    let Ok(Some(answer)) = tokio::time::timeout(GIT_DEADLINE, list).await else { return Vec::new() };
+    let names = answer.split_inclusive(|byte| *byte == 0).filter_map(|name| name.strip_suffix(b"\0"));
+    names.filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect()
+}
+
 async fn ask(root: &Path) -> Option<GitInfo> {
+    parse(&git(root, &["status", "--porcelain=v2", "--branch", "-z", "--", "."]).await?)
+}
+
+/// The head of what git answers.
+async fn git(root: &Path, args: &[&str]) -> Option<Vec<u8>> {
     let mut child = Command::new("git")
         // A file system monitor is a program that the repository names; a record is no reason to start it.
-        .args(["-c", "core.fsmonitor=false", "status", "--porcelain=v2", "--branch", "-z", "--", "."])
+        .args(["-c", "core.fsmonitor=false"])
+        .args(args)
         .current_dir(root)
         .env("GIT_OPTIONAL_LOCKS", "0")
         .stdin(Stdio::null())
@@ -31,7 +45,7 @@ async fn ask(root: &Path) -> Option<GitInfo> {
         .ok()?;
     let mut answer = Vec::new();
     child.stdout.take()?.take(ANSWER_MAX).read_to_end(&mut answer).await.ok()?;
-    parse(&answer)
+    Some(answer)
 }
 
 /// Reads `git status --porcelain=v2 --branch -z`.
@@ -58,6 +72,22 @@ fn parse(answer: &[u8]) -> Option<GitInfo> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn tracked_files_that_a_rule_ignores_are_found() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(".gitignore"), "*.log\n").unwrap();
+        for name in ["kept.log", "loose.log", "main.c"] {
+            std::fs::write(dir.path().join(name), "1").unwrap();
+        }
+        git(dir.path(), &["init", "-q"]).await.unwrap();
+        git(dir.path(), &["add", "-f", "kept.log", "main.c"]).await.unwrap();
+        assert_eq!(tracked_but_ignored(dir.path()).await, ["kept.log"]);
+        let scan = super::super::scan(dir.path(), false).unwrap();
+        let warning = scan.left_out(vec!["kept.log".into(), "main.c".into()]).unwrap();
+        assert!(warning.contains("kept.log") && !warning.contains("main.c"), "{warning}");
+        assert_eq!(scan.left_out(vec!["main.c".into()]), None);
+    }
 
     #[test]
     fn the_answer_of_git_becomes_a_record() {

@@ -32,6 +32,15 @@ impl Scan {
     pub(crate) fn files(&self) -> u64 {
         self.manifest.entries().iter().filter(|entry| entry.kind != EntryKind::Dir).count() as u64
     }
+
+    /// A warning about those of git's files that are not in the tree.
+    pub(crate) fn left_out(&self, mut tracked: Vec<String>) -> Option<String> {
+        let sent: HashSet<&str> = self.manifest.entries().iter().map(|entry| entry.path.as_str()).collect();
+        tracked.retain(|path| !sent.contains(path.as_str()));
+        (!tracked.is_empty()).then(|| {
+            format!("git keeps these files, but an ignore rule leaves them out of what is sent: {}", named(tracked))
+        })
+    }
 }
 
 /// Reads the whole tree. Blocks: call it from a thread that may.

@@ -18,8 +18,10 @@ use super::{Scan, piece_len, walk};
 use crate::output::Failure;
 use crate::output::talk::Talk;
 
-/// Times that the farm is asked what is missing. One suffices on a good network; a cut upload goes on in the next.
+/// Times that the farm takes all that it misses and then misses more. One suffices.
 const ROUNDS: u32 = 5;
+/// So long an upload goes on trying without getting anywhere: a farm restarts in less.
+pub(crate) const STALLED_MS: u64 = 120_000;
 const ROUND_BASE_MS: u64 = 200;
 const ROUND_CAP_MS: u64 = 5_000;
 /// Frames packed ahead of the network.
@@ -52,35 +54,53 @@ struct Piece {
 
 type Frame = Vec<Piece>;
 
-/// Makes the farm have the whole tree; gives the manifest's digest.
+/// Makes the farm have the whole tree; gives the manifest's digest. A farm that is away is waited for until nothing has
+/// moved for `patience_ms`.
 pub(crate) async fn upload(
     client: &Client,
     env: &dyn Env,
     scan: &Arc<Scan>,
     talk: &Talk,
+    patience_ms: u64,
 ) -> Result<(Digest, Moved), Failure> {
-    let fail = |error| Failure::of(error, client.url());
     let manifest = Bytes::from(scan.manifest.encode());
     let digest = Digest::of(&manifest);
     let mut moved = Moved::default();
-    for round in 0..ROUNDS {
-        let status = client.put_source(&digest, manifest.clone()).await.map_err(fail)?;
-        if status.complete {
-            return Ok((digest, moved));
-        }
-        let packs = plan(scan, &status.missing.into_iter().collect());
-        if packs.is_empty() {
-            return Err(Failure::error("the farm says that the source is incomplete, and that nothing is missing"));
-        }
-        if let Err(error) = send(client, scan, packs, &mut moved, talk).await? {
-            if round + 1 == ROUNDS || !worth_another_try(&error) {
-                return Err(fail(error));
+    let (mut rounds, mut tries) = (0, 0);
+    let mut last_progress = env.now().mono;
+    let mut fewest_missing = usize::MAX;
+    loop {
+        let answer = match client.put_source(&digest, manifest.clone()).await {
+            Ok(status) if status.complete => return Ok((digest, moved)),
+            Ok(status) => {
+                let packs = plan(scan, &status.missing.iter().copied().collect());
+                if packs.is_empty() {
+                    let why = "the farm says that the source is incomplete, and that nothing is missing";
+                    return Err(Failure::error(why));
+                }
+                if status.missing.len() < fewest_missing {
+                    fewest_missing = status.missing.len();
+                    (last_progress, tries) = (env.now().mono, 0);
+                }
+                send(client, scan, packs, &mut moved, talk).await?
             }
-            let wait = backoff(round, ROUND_BASE_MS, ROUND_CAP_MS, env.dice());
-            env.sleep_until(env.now().mono + wait).await;
+            Err(error) => Err(error),
+        };
+        let Err(error) = answer else {
+            rounds += 1;
+            if rounds == ROUNDS {
+                return Err(Failure::error(format!("after {ROUNDS} rounds the farm still misses parts of the source")));
+            }
+            continue;
+        };
+        if !worth_another_try(&error) || env.now().mono.since(last_progress) >= patience_ms {
+            return Err(Failure::of(error, client.url()));
         }
+        tries += 1;
+        talk.warn(&format!("reconnecting… ({tries})  {error}"));
+        let wait = backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice());
+        env.sleep_until(env.now().mono + wait).await;
     }
-    Err(Failure::error(format!("after {ROUNDS} rounds the farm still misses parts of the source")))
 }
 
 fn worth_another_try(error: &ClientError) -> bool {

@@ -28,6 +28,11 @@ pub struct Submitted {
 }
 
 pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<String>) -> Result<Submitted, OpError> {
+    // Taken before the look: whoever closes the door then waits for this one, or this one sees it closed.
+    let _under_way = app.submits.token();
+    if app.submits.is_closed() {
+        return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
+    }
     let key = key.map(|key| idempotency_key(who, key, &body)).transpose()?;
     if let Some(digest) = body.source {
         let known = app.store.blobs(&who.scope(), BlobKind::Manifest, &[digest]).await?;

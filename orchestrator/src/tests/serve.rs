@@ -77,6 +77,18 @@ async fn a_farm_keeps_its_directory_its_token_and_its_jobs() {
 }
 
 #[tokio::test]
+async fn a_farm_that_takes_no_more_jobs_says_so_and_still_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let farm = start(dir.path()).await.unwrap();
+    farm.served.app.take_no_more_jobs().await;
+    let refused = farm.ask("POST", "/v1/jobs", r#"{"spec":{"shell":"true"}}"#).await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("unavailable"), "{refused}");
+    let list = farm.ask("GET", "/v1/jobs", "").await;
+    assert!(list.contains("\"jobs\":[]"), "{list}");
+    farm.stop().await;
+}
+
+#[tokio::test]
 async fn a_stop_ends_a_feed_and_a_wait_that_would_go_on() {
     let dir = tempfile::tempdir().unwrap();
     let farm = start(dir.path()).await.unwrap();

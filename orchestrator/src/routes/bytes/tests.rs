@@ -81,6 +81,7 @@ async fn world() -> World {
         behind_proxy: false,
         random: || [1; 32],
         stopping: CancellationToken::new(),
+        submits: tokio_util::task::TaskTracker::new(),
         sessions: tokio_util::task::TaskTracker::new(),
         limits: Limits::default(),
         blobs: Arc::new(Blobs::memory()),
