@@ -5,11 +5,12 @@ use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use nix::time::{ClockId, clock_gettime};
 use rand::TryRng as _;
 use rand::rngs::SysRng;
 use tokio::signal::unix::{SignalKind, signal};
@@ -124,18 +125,36 @@ fn start(task: impl Future<Output = ()> + Send + 'static) {
     drop(tokio::spawn(task));
 }
 
+/// The clock that goes on while the machine sleeps: a lease does, too.
+#[cfg(target_os = "linux")]
+const CLOCK: ClockId = ClockId::CLOCK_BOOTTIME;
+#[cfg(not(target_os = "linux"))]
+const CLOCK: ClockId = ClockId::CLOCK_MONOTONIC;
+/// Timers stand still while the machine sleeps, so a long wait looks at the clock in between: it is late by this at most.
+const WAIT_SLICE: Duration = Duration::from_secs(10);
+
+/// Monotonic time since some moment of this machine's, sleep included.
+///
+/// # Panics
+/// If the operating system has no such clock.
+pub fn uptime() -> Duration {
+    match clock_gettime(CLOCK) {
+        Ok(time) => time.into(),
+        Err(error) => panic!("the operating system does not tell the time: {error}"),
+    }
+}
+
 /// Time, dice and tasks of this machine.
 #[derive(Debug)]
 pub struct SystemEnv {
     life: Lifecycle,
-    origin: Instant,
+    origin: Duration,
     last_wall: AtomicI64,
 }
 
 impl SystemEnv {
-    #[allow(clippy::disallowed_methods, reason = "the origin of the monotonic clock that everybody takes from here")]
     pub fn new(lifecycle: Lifecycle) -> Self {
-        Self { life: lifecycle, origin: Instant::now(), last_wall: AtomicI64::new(i64::MIN) }
+        Self { life: lifecycle, origin: uptime(), last_wall: AtomicI64::new(i64::MIN) }
     }
 
     /// For a command that has no stop of its own: tasks end with the process.
@@ -159,14 +178,21 @@ impl Env for SystemEnv {
         };
         // The update always gives a value, so this cannot fail.
         let _ = self.last_wall.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
-        let mono = u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mono = u64::try_from(uptime().saturating_sub(self.origin).as_millis()).unwrap_or(u64::MAX);
         Now { wall: Ms(shown), mono: Mono(mono) }
     }
 
     async fn sleep_until(&self, at: Mono) {
-        match self.origin.checked_add(Duration::from_millis(at.0)) {
-            Some(at) => tokio::time::sleep_until(at.into()).await,
-            None => std::future::pending().await,
+        if at == Mono(u64::MAX) {
+            return std::future::pending().await;
+        }
+        let at = self.origin.saturating_add(Duration::from_millis(at.0));
+        loop {
+            let left = at.saturating_sub(uptime());
+            tokio::time::sleep(left.min(WAIT_SLICE)).await;
+            if uptime() >= at {
+                return;
+            }
         }
     }
 

@@ -14,8 +14,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use alloy_shared::runtime::uptime;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -37,6 +38,8 @@ pub const SUBCOMMAND: &str = "__guard";
 /// prefix from a job, whose HOME, say, could be the user's own.
 pub const MARK: &str = "ALLOY_VM_DIR";
 
+/// A wait stands still while the machine sleeps and the fence's clock goes on, so the clock is looked at this often.
+const FENCE_LOOK: Duration = Duration::from_secs(1);
 /// Between two looks at what is still alive, while killing.
 const KILL_ROUND: Duration = Duration::from_millis(10);
 /// A kill that has not worked for a second will not be hurried.
@@ -117,7 +120,7 @@ fn watch(record: &Path) -> std::io::Result<()> {
     let launch = loop {
         match rx.recv() {
             Ok(Event::Order(Order::Run(launch))) => break launch,
-            Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(clock() + Duration::from_millis(within_ms)),
+            Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(uptime() + Duration::from_millis(within_ms)),
             Ok(Event::Order(Order::Term | Order::Kill)) | Ok(Event::Cut) | Err(mpsc::RecvError) => return Ok(()),
             Ok(Event::Ended { .. } | Event::Empty) => {}
         }
@@ -163,13 +166,13 @@ impl Tree<'_> {
 }
 
 /// Waits until the command and all its descendants are gone, and sees to it that they go when they must.
-fn guard(tree: &Tree<'_>, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>, out: &mut impl Write) {
+fn guard(tree: &Tree<'_>, mut fence: Option<Duration>, rx: &mpsc::Receiver<Event>, out: &mut impl Write) {
     let (mut killing, mut stopping, mut childless, mut rounds) = (false, false, false, 0u32);
     loop {
         let wait = match (killing || childless, fence) {
             (true, _) if rounds < KILL_ROUNDS_FAST => KILL_ROUND,
             (true, _) => KILL_ROUND_SLOW,
-            (false, Some(at)) => at.saturating_duration_since(clock()),
+            (false, Some(at)) => at.saturating_sub(uptime()).min(FENCE_LOOK),
             (false, None) => Duration::from_secs(3600),
         };
         match rx.recv_timeout(wait) {
@@ -178,7 +181,7 @@ fn guard(tree: &Tree<'_>, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>
                 tree::signal(&tree.members(), Signal::SIGTERM);
             }
             Ok(Event::Order(Order::Kill) | Event::Cut) => killing = true,
-            Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(clock() + Duration::from_millis(within_ms)),
+            Ok(Event::Order(Order::Fence { within_ms })) => fence = Some(uptime() + Duration::from_millis(within_ms)),
             Ok(Event::Order(Order::Run(_))) => {}
             Ok(Event::Ended { exit, alone }) => {
                 // A daemon that is gone cannot hear it; the rest must still be killed.
@@ -196,7 +199,7 @@ fn guard(tree: &Tree<'_>, mut fence: Option<Instant>, rx: &mpsc::Receiver<Event>
         if childless && tree.is_over() {
             return;
         }
-        killing |= fence.is_some_and(|at| clock() >= at);
+        killing |= fence.is_some_and(|at| uptime() >= at);
         if killing || childless {
             rounds = rounds.saturating_add(1);
         }
@@ -319,16 +322,11 @@ fn note(record: &mut impl Write, what: &str, pid: Pid) -> std::io::Result<()> {
     record.write_all(format!("{what} {pid} {start}\n").as_bytes())
 }
 
-#[expect(clippy::disallowed_methods, reason = "a guard outlives the daemon and its Env: it has a clock of its own")]
-fn clock() -> Instant {
-    Instant::now()
-}
-
 /// Kills what the records' guards and commands left, and every process that carries the mark of `vm_dir`. Returns false if
 /// something is still alive after `budget`.
 pub fn sweep(records: &[PathBuf], vm_dir: &str, budget: Duration) -> bool {
     let named: Vec<(String, Pid, String)> = records.iter().flat_map(|record| read_record(record)).collect();
-    let end = clock() + budget;
+    let end = uptime() + budget;
     loop {
         let mut left = tree::inside(vm_dir);
         for (what, pid, start) in &named {
@@ -352,7 +350,7 @@ pub fn sweep(records: &[PathBuf], vm_dir: &str, budget: Duration) -> bool {
         if left.is_empty() {
             return true;
         }
-        if clock() >= end {
+        if uptime() >= end {
             return false;
         }
         tree::signal(&left, Signal::SIGKILL);
