@@ -115,11 +115,9 @@ impl Follower {
         let artifact = match &row.artifact {
             None => None,
             Some(path) => {
-                let all = self.app.store.artifacts(&self.scope, &self.job).await.map_err(failed)?;
-                all.into_iter()
-                    .find(|a| a.at.attempt == row.attempt && a.path == *path)
-                    .map(artifact_view)
-                    .map(Box::new)
+                let at = AttemptRef { job: self.job, attempt: row.attempt };
+                let known = self.app.store.artifact(&self.scope, &at, path).await.map_err(failed)?;
+                known.map(artifact_view).map(Box::new)
             }
         };
         Ok(JobEvent {
