@@ -1,4 +1,3 @@
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -101,41 +100,6 @@ fn the_whole_table_is_as_committed() {
     }
     let text: String = text.lines().map(|line| format!("{}\n", line.trim_end())).collect();
     golden("src/job/table.txt", &text);
-}
-
-/// The diagram in the docs is drawn from `apply`, so it cannot tell another story.
-#[test]
-fn the_diagram_in_the_docs_is_generated() {
-    let mut arrows = BTreeSet::new();
-    for (_, state) in states() {
-        for (name, event) in events(2) {
-            if let Ok(after) = apply(&state, &event, NOW, &rules())
-                && after.word() != state.word()
-            {
-                arrows.insert((state.word(), after.word(), name));
-            }
-        }
-    }
-    let mut diagram = String::from("```mermaid\nstateDiagram-v2\n    [*] --> queued: submitted\n");
-    for (from, to, _) in &arrows {
-        let line = format!("    {from} --> {to}: ");
-        if !diagram.contains(&line) {
-            let names: Vec<&str> = arrows.iter().filter(|(f, t, _)| f == from && t == to).map(|(_, _, n)| *n).collect();
-            writeln!(diagram, "{line}{}", names.join(" / ")).unwrap();
-        }
-    }
-    diagram.push_str("```\n");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ARCHITECTURE.md");
-    let page = std::fs::read_to_string(&path).unwrap();
-    let (begin, end) = ("<!-- states: generated -->\n", "<!-- /states -->");
-    let (head, rest) = page.split_once(begin).expect("docs/ARCHITECTURE.md has a place for the diagram");
-    let (_, tail) = rest.split_once(end).expect("the place ends");
-    let fresh = format!("{head}{begin}{diagram}{end}{tail}");
-    if std::env::var_os("ALLOY_BLESS").is_some() {
-        std::fs::write(&path, &fresh).unwrap();
-    } else {
-        assert_eq!(page, fresh, "the diagram is old; ALLOY_BLESS=1 draws it anew");
-    }
 }
 
 #[test]
