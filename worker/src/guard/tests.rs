@@ -99,6 +99,11 @@ fn only_the_mark_makes_a_process_the_vms() {
     let place = dir.path().to_str().unwrap();
     let start = |key: &str| Command::new("sleep").arg("60").env(key, place).spawn().unwrap();
     let (mut users, mut jobs) = (start("HOME"), start(MARK));
+    // A process that is just being started shows no environment yet.
+    let environment = format!("/proc/{}/environ", jobs.id());
+    while cfg!(target_os = "linux") && std::fs::read(&environment).unwrap().is_empty() {
+        std::thread::yield_now();
+    }
     assert!(sweep(&[], place, Duration::from_secs(20)));
     let pid = |child: &std::process::Child| Pid::from_raw(child.id() as i32);
     assert_eq!((is_alive(pid(&users)), is_alive(pid(&jobs))), (true, false));
