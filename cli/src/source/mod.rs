@@ -4,6 +4,7 @@
 //! happen silently is an error with a name in it: a secret that travels, a file that cannot, a tree that changes underfoot.
 
 pub(crate) mod git;
+mod secret;
 pub(crate) mod upload;
 mod walk;
 
@@ -94,7 +95,7 @@ fn entries(found: Vec<Found>) -> Vec<Entry> {
 fn refuse_secrets(found: &[Found]) -> Result<(), Failure> {
     let secrets = found.iter().filter(|found| found.kind == EntryKind::File);
     let mut secrets: Vec<String> =
-        secrets.filter(|found| is_secret(&found.path)).map(|found| found.path.clone()).collect();
+        secrets.filter_map(|found| found.secret.map(|why| format!("{} ({why})", found.path))).collect();
     if secrets.is_empty() {
         return Ok(());
     }
@@ -102,19 +103,6 @@ fn refuse_secrets(found: &[Found]) -> Result<(), Failure> {
     let what = if secrets.len() == 1 { "this file looks" } else { "these files look" };
     Err(Failure::error(format!("{what} like a secret and would be sent: {}", named(secrets)))
         .hint("list it in .gitignore or .alloyignore, or send it with --allow-secret-files"))
-}
-
-/// Judges a path by its name: private keys and files of environment variables. Templates of the latter hold no secrets.
-pub(crate) fn is_secret(path: &str) -> bool {
-    let name = path.rsplit('/').next().unwrap_or(path).to_ascii_lowercase();
-    if let Some(rest) = name.strip_prefix(".env") {
-        let template = ["example", "sample", "template", "dist"].iter().any(|word| rest.ends_with(word));
-        return !template && (rest.is_empty() || rest.starts_with(['.', '-', '_']));
-    }
-    if matches!(name.as_str(), "id_rsa" | "id_dsa" | "id_ecdsa" | "id_ed25519") {
-        return true;
-    }
-    [".p12", ".pfx", ".key", ".pem"].iter().any(|end| name.ends_with(end))
 }
 
 /// Pairs of paths that a file system without case would make one.

@@ -15,7 +15,7 @@ use ignore::{DirEntry, ParallelVisitor, ParallelVisitorBuilder, WalkBuilder, Wal
 use nix::fcntl::OFlag;
 use sha2::Digest as _;
 
-use super::{NAMED_MAX, piece_len};
+use super::{NAMED_MAX, piece_len, secret};
 use crate::output::Failure;
 
 const READ_BUFFER: usize = 256 << 10;
@@ -31,6 +31,8 @@ pub(super) struct Found {
     pub(super) size: u64,
     pub(super) chunks: Vec<Digest>,
     pub(super) target: Option<String>,
+    /// What makes it look like a secret.
+    pub(super) secret: Option<&'static str>,
     stamp: Stamp,
 }
 
@@ -209,7 +211,8 @@ impl Visitor<'_> {
         let meta = fs::symlink_metadata(entry.path()).map_err(|error| error.to_string())?;
         let stamp = Stamp::of(&meta);
         let kind = meta.file_type();
-        let found = |kind, mode, size, chunks, target| Found { path, kind, mode, size, chunks, target, stamp };
+        let found =
+            |kind, mode, size, chunks, target| Found { path, kind, mode, size, chunks, target, secret: None, stamp };
         if kind.is_dir() {
             Ok(Some(found(EntryKind::Dir, 0o755, 0, Vec::new(), None)))
         } else if kind.is_symlink() {
@@ -220,9 +223,10 @@ impl Visitor<'_> {
             if self.outputs.contains(&(meta.dev(), meta.ino())) {
                 return Ok(None);
             }
-            let chunks = self.hash(entry.path(), stamp)?;
+            let (chunks, held) = self.hash(entry.path(), stamp)?;
             let mode = if meta.mode() & 0o100 == 0 { 0o644 } else { 0o755 };
-            Ok(Some(found(EntryKind::File, mode, stamp.len, chunks, None)))
+            let found = found(EntryKind::File, mode, stamp.len, chunks, None);
+            Ok(Some(Found { secret: secret::by_name(&found.path).or(held), ..found }))
         } else if kind.is_fifo() {
             Err("is a FIFO".into())
         } else if kind.is_socket() {
@@ -232,18 +236,23 @@ impl Visitor<'_> {
         }
     }
 
-    /// Digests of the file's pieces. What is read must be what the stamp says, before and after.
-    fn hash(&mut self, path: &Path, stamp: Stamp) -> Result<Vec<Digest>, String> {
+    /// Digests of the file's pieces, and what its head holds that must not travel. What is read must be what the stamp says,
+    /// before and after.
+    fn hash(&mut self, path: &Path, stamp: Stamp) -> Result<(Vec<Digest>, Option<&'static str>), String> {
         const CHANGED: &str = "changed while it was read";
         let text = |error: std::io::Error| error.to_string();
         let mut file = open(path).map_err(text)?;
         let piece = piece_len(stamp.len);
         let (mut chunks, mut hasher, mut in_piece, mut total) = (Vec::new(), sha2::Sha256::new(), 0u64, 0u64);
+        let mut held = None;
         loop {
             let room = usize::try_from(piece.saturating_sub(in_piece)).unwrap_or(READ_BUFFER).clamp(1, READ_BUFFER);
             let n = file.read(&mut self.buffer[..room]).map_err(text)?;
             if n == 0 {
                 break;
+            }
+            if total == 0 {
+                held = secret::by_content(path, &self.buffer[..n]);
             }
             total += n as u64;
             in_piece += n as u64;
@@ -263,7 +272,7 @@ impl Visitor<'_> {
         if total != stamp.len || Stamp::of(&after) != stamp {
             return Err(CHANGED.into());
         }
-        Ok(chunks)
+        Ok((chunks, held))
     }
 }
 
