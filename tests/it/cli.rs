@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+mod local;
 mod terminal;
 
 /// `alloy` without any farm, in a home of its own. Checks at the end that no process is left.
@@ -27,6 +28,10 @@ impl Alone {
 
     fn tree(&self) -> std::path::PathBuf {
         self.0.path().join("tree")
+    }
+
+    fn data(&self) -> std::path::PathBuf {
+        self.0.path().join("data")
     }
 
     fn alloy(&self, args: &[&str]) -> Command {

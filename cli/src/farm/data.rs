@@ -53,9 +53,10 @@ impl DataDir {
         &self.0
     }
 
+    /// Of the worker inside this farm. The one that `alloy worker join` made belongs to another farm and keeps its own.
     #[cfg(feature = "farm")]
     pub(crate) fn worker(&self) -> PathBuf {
-        self.0.join("worker")
+        self.farm().join("worker")
     }
 
     #[cfg(feature = "farm")]
