@@ -62,7 +62,7 @@ pub struct FrameRead {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Portion {
-    /// The frame as it is: at least half of it is wanted.
+    /// The frame as it is: at least half of it is wanted. Its other blobs travel with it, and receivers leave them alone.
     Whole,
     /// These blobs of the frame, in a frame of their own.
     Some(Vec<Digest>),
@@ -158,6 +158,19 @@ mod tests {
             for blob in &asked {
                 assert_eq!(got.get(&blob.digest), all.iter().find(|(d, _)| *d == blob.digest).map(|(_, b)| b));
             }
+        }
+    }
+
+    #[test]
+    fn a_frame_of_which_little_is_not_wanted_travels_as_it_is() {
+        let all: Vec<(Digest, Bytes)> = (0..4).map(|i| blob(format!("{i}").repeat(100))).collect();
+        let frame = PackFrame::pack(&all, 3);
+        let bytes = encode(&frame);
+        let index = rows(DEFAULT_ORG, "p", Ms(1), 0, bytes.len() as u32, &frame);
+        for (asked, sent) in [(1, 1), (2, 4), (3, 4), (4, 4)] {
+            let [read] = plan(&index[..asked]).try_into().unwrap();
+            let travels = pick(&read, bytes.clone()).unwrap();
+            assert_eq!(decode(&travels).unwrap().unpack().unwrap(), all[..sent], "{asked} asked");
         }
     }
 

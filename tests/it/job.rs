@@ -2,6 +2,7 @@
 
 mod build;
 mod crash;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -123,14 +123,15 @@ impl Attempt {
         let (ctx, start) = (Arc::clone(&self.ctx), self.mono());
         let now = ctx.env.now();
         let deadline = now.mono + ctx.limits.stage_source_ms;
+        let mut broke_off = None;
         let stage = async {
-            let tar = staged(&ctx, source, &claimed.inbox, &self.grant, now.wall).await;
+            let tar = staged(&ctx, source, &claimed.inbox, &self.grant, now.wall, &mut broke_off).await;
             claimed.guest.unpack(tar.map_err(|error| source_ended(&error))?, "").await.map_err(|error| vm_ended(&error))
         };
-        let late = || End::because(Reason::InternalError, "sources were not staged in time");
         let staged = or_stop(&mut self.stop, by(&ctx.env, deadline, stage)).await;
         self.timings.source_ms = Some(self.mono().since(start));
-        staged?.unwrap_or_else(|_late| Err(Ended::End(late())))
+        let why = broke_off.map(|error| format!(": {error}")).unwrap_or_default();
+        staged?.unwrap_or_else(|_late| Err(internal(&format!("sources were not staged in time{why}"))))
     }
 
     async fn exec(&mut self) -> Result<(), Ended> {
@@ -369,8 +370,15 @@ async fn or_stop_again<T>(
 }
 
 /// Stages a source. A transfer that breaks off is taken up again where it stopped, for as long as the caller waits: the
-/// farm may be restarting.
-async fn staged(ctx: &Ctx, source: Digest, inbox: &Path, grant: &Grant, now: Ms) -> Result<&'static str, SourceError> {
+/// farm may be restarting. The newest of them is told in `broke_off`.
+async fn staged(
+    ctx: &Ctx,
+    source: Digest,
+    inbox: &Path,
+    grant: &Grant,
+    now: Ms,
+    broke_off: &mut Option<TransferError>,
+) -> Result<&'static str, SourceError> {
     let mut tries = 0;
     loop {
         match ctx.sources.stage(source, inbox, ctx.upstream.as_ref(), grant, now).await {
@@ -378,6 +386,7 @@ async fn staged(ctx: &Ctx, source: Digest, inbox: &Path, grant: &Grant, now: Ms)
                 let pause_ms = backoff(tries, STAGE_PAUSE_MS, STAGE_PAUSE_CAP_MS, ctx.env.dice());
                 tracing::warn!(attempt = %grant.attempt, %error, "sources did not come; trying again");
                 tries = tries.saturating_add(1);
+                *broke_off = Some(error);
                 ctx.env.sleep_until(ctx.env.now().mono + pause_ms).await;
             }
             done => return done,
@@ -433,11 +442,9 @@ fn disk_reason(error: &std::io::Error) -> Reason {
 
 fn source_ended(error: &SourceError) -> Ended {
     let reason = match error {
-        // The farm has not got the tree that the job names, or it is no tree.
-        SourceError::Corrupt(_) | SourceError::Transfer(TransferError::Refused(_)) => Reason::SourceError,
-        SourceError::Transfer(TransferError::Fenced(_) | TransferError::Broken(_) | TransferError::Spool(_)) => {
-            Reason::InternalError
-        }
+        SourceError::NoTree(_) => Reason::SourceError,
+        // A job was taken only because the farm had its whole tree: whatever does not arrive is the farm's fault.
+        SourceError::Corrupt(_) | SourceError::Transfer(_) => Reason::InternalError,
         SourceError::Disk(error) => disk_reason(error),
     };
     Ended::End(End::because(reason, error.to_string()))

@@ -28,9 +28,12 @@ const ROUNDS: usize = 5;
 
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The farm's bytes do not make the tree that the job names.
+    /// What arrived is not what its digest says.
     #[error("{0}")]
     Corrupt(String),
+    /// The bytes are the ones that the job names, and they make no tree.
+    #[error("{0}")]
+    NoTree(String),
     #[error("sources could not be fetched: {0}")]
     Transfer(#[from] TransferError),
     #[error("sources could not be staged: {0}")]
@@ -119,10 +122,16 @@ impl Sources {
             let mut blobs = upstream.fetch(grant, &ask).await?;
             while let Some(blob) = blobs.recv().await {
                 let (digest, bytes) = blob?;
-                if Digest::of(&bytes) != digest || !missing.remove(&digest) {
+                // Frames travel whole, with blobs that nobody asked for: mostly older contents of the same files, which are
+                // not worth their room in the cache.
+                if !missing.contains(&digest) {
+                    continue;
+                }
+                if Digest::of(&bytes) != digest {
                     return Err(SourceError::Corrupt(format!("the farm sent other bytes than blob {digest}")));
                 }
                 self.put(digest, bytes).await?;
+                missing.remove(&digest);
             }
             if !missing.is_empty() {
                 let why = format!("{} of {} blobs did not come", missing.len(), ask.len());
@@ -154,7 +163,7 @@ impl Mem {
     fn missing(&self, source: Digest) -> Result<Vec<Digest>, SourceError> {
         let blobs = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(manifest) = blobs.get(&source) else { return Ok(vec![source]) };
-        let manifest = Manifest::decode(manifest).map_err(|error| SourceError::Corrupt(error.to_string()))?;
+        let manifest = Manifest::decode(manifest).map_err(|error| SourceError::NoTree(error.to_string()))?;
         Ok(manifest.blobs().into_iter().filter(|digest| !blobs.contains_key(digest)).collect())
     }
 }
@@ -277,7 +286,7 @@ impl Disk {
     /// Writes the archive if everything is here, else returns what is not.
     fn stage(&self, source: Digest, inbox: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
         let Some(manifest) = self.get(&source) else { return Ok(vec![source]) };
-        let manifest = Manifest::decode(&manifest).map_err(|error| SourceError::Corrupt(error.to_string()))?;
+        let manifest = Manifest::decode(&manifest).map_err(|error| SourceError::NoTree(error.to_string()))?;
         let missing: Vec<Digest> = manifest.blobs().into_iter().filter(|digest| !self.has(digest)).collect();
         if !missing.is_empty() {
             return Ok(missing);
@@ -313,7 +322,7 @@ impl Disk {
                     wrote?;
                     if !content.is_exact() {
                         let why = format!("{}: its blobs do not make its size", entry.path);
-                        return Err(SourceError::Corrupt(why));
+                        return Err(SourceError::NoTree(why));
                     }
                 }
                 EntryKind::Dir => {

@@ -22,8 +22,8 @@ pub trait Upstream: Send + Sync {
     /// The manifest of the attempt's source, unchecked.
     async fn manifest(&self, grant: &Grant) -> Result<Bytes, TransferError>;
 
-    /// A few thousand blobs at most, in any order, each checked against its digest. A channel that closes before all came
-    /// is a broken transfer.
+    /// A few thousand blobs at most, in any order, each checked against its digest. Others may come with them. A channel
+    /// that closes before all came is a broken transfer.
     async fn fetch(&self, grant: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError>;
 
     /// Sends an artifact from wherever an earlier try stopped. It returns once the farm has verified it.

@@ -225,7 +225,7 @@ async fn ends_carry_the_reason_and_the_commands_own_code() {
         (with_artifacts("exit 0", &["=x"]), Some(Reason::ArtifactMissing), Some(0)),
         (with_artifacts("exit 7", &["=x"]), Some(Reason::ScriptFailure), Some(7)),
         (with_artifacts("touch \"$(printf 'b\\377')\"", &["."]), Some(Reason::ArtifactMissing), Some(0)),
-        (Assignment { source: Some(Digest::of(b"absent")), ..assignment("true") }, Some(Reason::SourceError), None),
+        (Assignment { source: Some(Digest::of(b"absent")), ..assignment("true") }, Some(Reason::InternalError), None),
         (Assignment { timeout_ms: 100, ..assignment("exec sleep 600") }, Some(Reason::RunTimeout), None),
         (
             Assignment {
@@ -244,6 +244,22 @@ async fn ends_carry_the_reason_and_the_commands_own_code() {
     let mut image = assignment("true");
     image.spec.image = Some("macos-15".into());
     assert_eq!(end(&rig.run(image, None).await).0, Some(Reason::ConfigError));
+}
+
+#[test]
+fn what_the_farm_sends_wrong_is_never_the_users_fault() {
+    let text = || "why".to_owned();
+    for (error, blame) in [
+        (SourceError::NoTree(text()), Blame::User),
+        (SourceError::Corrupt(text()), Blame::Farm),
+        (SourceError::Transfer(TransferError::Refused(text())), Blame::Farm),
+        (SourceError::Transfer(TransferError::Broken(text())), Blame::Farm),
+        (SourceError::Transfer(TransferError::Fenced(text())), Blame::Farm),
+        (SourceError::Disk(std::io::ErrorKind::StorageFull.into()), Blame::Farm),
+    ] {
+        let Ended::End(end) = source_ended(&error) else { panic!("{error} is told") };
+        assert_eq!(end.blame(), Some(blame), "{error:?}");
+    }
 }
 
 #[tokio::test]

@@ -15,6 +15,8 @@ use crate::upstream::{Blobs, DialError};
 struct Farm {
     blobs: HashMap<Digest, Bytes>,
     asked: Mutex<Vec<Digest>>,
+    /// Sends everything it has, whatever is asked for.
+    whole_frames: bool,
 }
 
 #[async_trait]
@@ -30,8 +32,10 @@ impl Upstream for Farm {
     }
     async fn fetch(&self, _: &Grant, missing: &[Digest]) -> Result<Blobs, TransferError> {
         self.asked.lock().unwrap().extend(missing);
-        let (tx, rx) = mpsc::channel(missing.len());
-        for digest in missing {
+        let all: Vec<Digest> = self.blobs.keys().copied().collect();
+        let sent = if self.whole_frames { &all } else { missing };
+        let (tx, rx) = mpsc::channel(sent.len());
+        for digest in sent {
             if let Some(bytes) = self.blobs.get(digest) {
                 tx.try_send(Ok((*digest, bytes.clone()))).unwrap();
             }
@@ -206,12 +210,25 @@ async fn what_the_farm_does_not_have_or_gets_wrong_is_told_apart() {
             farm(vec![Entry { size: 4, ..entry("f", EntryKind::File, &[b"three"], None) }], &[b"three"]);
         if let Sources::Disk(_) = sources {
             let error = stage(&sources, source, dir.path(), &farm).await.unwrap_err();
-            assert!(matches!(error, SourceError::Corrupt(_)), "{error}");
+            assert!(matches!(error, SourceError::NoTree(_)), "{error}");
         }
         let text = Bytes::from_static(b"no manifest");
         let other = Farm { blobs: [(Digest::of(&text), text.clone())].into(), ..Farm::default() };
         let error = stage(&sources, Digest::of(&text), dir.path(), &other).await.unwrap_err();
-        assert!(matches!(error, SourceError::Corrupt(_)), "{error}");
+        assert!(matches!(error, SourceError::NoTree(_)), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn blobs_that_were_not_asked_for_are_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    for sources in [Sources::open(&dir.path().join("cache"), 1 << 20).unwrap(), Sources::memory()] {
+        let (mut farm, source) = tree();
+        let older = Digest::of(b"an older content");
+        farm.blobs.insert(older, Bytes::from_static(b"an older content"));
+        farm.whole_frames = true;
+        assert_eq!(stage(&sources, source, dir.path(), &farm).await.unwrap(), SOURCE_TAR);
+        assert!(sources.has(&Digest::of(b"one")) && !sources.has(&older));
     }
 }
 
