@@ -1,6 +1,5 @@
 //! What the machine itself costs at this moment: nothing of Alloy's.
 
-use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Stdio};
 
@@ -100,7 +99,7 @@ fn spin() -> f64 {
 #[cfg(target_os = "linux")]
 pub fn rss_kib(pid: i32) -> Result<f64> {
     let mut text = String::new();
-    File::open(format!("/proc/{pid}/status"))?.read_to_string(&mut text)?;
+    std::fs::File::open(format!("/proc/{pid}/status"))?.read_to_string(&mut text)?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }
