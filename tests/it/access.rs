@@ -129,6 +129,46 @@ async fn a_revoked_token_opens_nothing_any_more() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_command_line_makes_lists_and_revokes_a_token() -> Result<()> {
+    let farm = empty_farm().await?;
+    let alloy = async |token: &str, args: &[&str]| {
+        let mut command = farm.alloy(args);
+        command.env("ALLOY_TOKEN", token);
+        let out = alloy_tests::farm::output(command).await?;
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        Ok::<_, anyhow::Error>((out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned(), said))
+    };
+    let (code, made, said) = alloy(farm.token(), &["token", "create", "laptop", "--role", "viewer", "--json"]).await?;
+    assert_eq!(code, Some(0), "{said}");
+    let made: Value = serde_json::from_str(&made).with_context(|| made.clone())?;
+    let (token, id) = (made["token"].as_str().context("a token")?, made["view"]["id"].as_str().context("an id")?);
+    let (code, list, said) = alloy(token, &["worker", "list", "--json"]).await?;
+    assert_eq!(code, Some(0), "the token works: {list} {said}");
+    let (_, list, _) = alloy(farm.token(), &["token", "list"]).await?;
+    let row = list.lines().find(|line| line.contains(id)).context("it is in the list")?;
+    assert!(row.contains("laptop") && !row.contains("revoked"), "{list}");
+
+    // Again changes nothing and says the same.
+    for turn in ["once", "again"] {
+        let (code, view, said) = alloy(farm.token(), &["token", "revoke", id, "--json"]).await?;
+        assert_eq!(code, Some(0), "{turn}: {said}");
+        let view: Value = serde_json::from_str(&view).with_context(|| view.clone())?;
+        let told = (view["id"].as_str(), view["name"].as_str(), view["revoked"].as_bool());
+        assert_eq!(told, (Some(id), Some("laptop"), Some(true)), "{turn}: {view}");
+        let (code, _, said) = alloy(farm.token(), &["token", "revoke", id]).await?;
+        assert!(code == Some(0) && said.contains("laptop") && said.contains("void"), "{turn}: {said}");
+    }
+    let (code, _, said) = alloy(token, &["worker", "list"]).await?;
+    assert!(code == Some(4) && said.contains("revoked"), "{code:?} {said}");
+    let (_, list, _) = alloy(farm.token(), &["token", "list"]).await?;
+    assert!(list.lines().any(|line| line.contains(id) && line.contains("revoked")), "{list}");
+    let (code, _, said) =
+        alloy(farm.token(), &["token", "revoke", &id.replace(|c: char| c.is_ascii_digit(), "0")]).await?;
+    assert!(code == Some(5) && said.contains("token"), "{code:?} {said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_invitation_enrols_one_worker() -> Result<()> {
     let farm = empty_farm().await?;
     let invite = farm.api().post("/v1/workers/invites", &json!({})).await?;

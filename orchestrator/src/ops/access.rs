@@ -248,7 +248,7 @@ pub async fn list_tokens(app: &App, who: &Principal) -> Result<Vec<TokenView>, O
 
 /// Makes a token void at once. Revoking it again changes nothing. The last admin's may go too: the next start of
 /// the orchestrator makes another one for who can read its data directory.
-pub async fn revoke_token(app: &App, who: &Principal, id: TokenId) -> Result<(), OpError> {
+pub async fn revoke_token(app: &App, who: &Principal, id: TokenId) -> Result<TokenView, OpError> {
     let all = app.store.tokens(&who.scope()).await?;
     let row = all.iter().find(|row| row.id == id).ok_or_else(|| OpError::not_found("token"))?;
     if row.revoked_at.is_none() {
@@ -256,7 +256,7 @@ pub async fn revoke_token(app: &App, who: &Principal, id: TokenId) -> Result<(),
         commit_one(app, Write::RevokeToken { org: row.org, id, at }).await?;
     }
     app.auth.forget();
-    Ok(())
+    Ok(TokenView { revoked: true, ..token_view(row) })
 }
 
 fn token_view(row: &TokenRow) -> TokenView {

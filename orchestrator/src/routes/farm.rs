@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use alloy_shared::id::{TokenId, WorkerId};
 use alloy_shared::wire::farm::{
-    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest, WhoAmI,
-    WorkerList, WorkerView,
+    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest,
+    TokenView, WhoAmI, WorkerList, WorkerView,
 };
 use alloy_shared::wire::{ErrorCode, PROTOCOL, path};
 use axum::Json;
@@ -147,13 +147,12 @@ pub async fn list_tokens(State(app): State<Arc<App>>, Admin(who): Admin) -> Resu
     Ok(Json(TokenList { tokens: access::list_tokens(&app, &who).await? }))
 }
 
-/// Makes a token void at once.
-#[utoipa::path(delete, path = path::TOKEN, tag = "tokens", params(("id" = String, Path,)), responses((status = 204)))]
+/// Makes a token void at once. Revoking it again changes nothing and gives the same answer.
+#[utoipa::path(delete, path = path::TOKEN, tag = "tokens", params(("id" = String, Path,)), responses((status = 200, body = TokenView)))]
 pub async fn revoke_token(
     State(app): State<Arc<App>>,
     Admin(who): Admin,
     PathOf(id): PathOf<TokenId>,
-) -> Result<StatusCode, Fault> {
-    access::revoke_token(&app, &who, id).await?;
-    Ok(StatusCode::NO_CONTENT)
+) -> Result<Json<TokenView>, Fault> {
+    Ok(Json(access::revoke_token(&app, &who, id).await?))
 }

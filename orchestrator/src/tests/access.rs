@@ -1,7 +1,7 @@
 use alloy_shared::id::{BootId, DEFAULT_ORG, Labels, OrgId, WorkerId};
 use alloy_shared::secret::{Secret, Token, TokenKind};
 use alloy_shared::wire::ErrorCode;
-use alloy_shared::wire::farm::{DrainRequest, EnrolRequest, InviteRequest, Role, TokenRequest};
+use alloy_shared::wire::farm::{DrainRequest, EnrolRequest, InviteRequest, Role, TokenRequest, TokenView};
 use alloy_shared::wire::session::{Hello, signed_text};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -182,7 +182,8 @@ async fn tokens_are_made_shown_once_and_revoked_within_an_organisation() {
     assert!(access::list_tokens(&app, &stranger).await.unwrap().is_empty());
     assert_eq!(code(access::revoke_token(&app, &stranger, made.view.id).await), ErrorCode::NotFound);
     for _ in 0..2 {
-        access::revoke_token(&app, &who, made.view.id).await.unwrap();
+        let view = access::revoke_token(&app, &who, made.view.id).await.unwrap();
+        assert_eq!(view, TokenView { revoked: true, ..made.view.clone() });
     }
     assert!(access::list_tokens(&app, &who).await.unwrap()[0].revoked);
     for (name, ttl_s) in [("", None), ("x\n", None), ("ok", Some(0)), ("ok", Some(u64::MAX / 1000))] {

@@ -206,7 +206,8 @@ async fn tokens_live_over_http() {
     let who = get(&app, "/v1/whoami", &text).await;
     assert_eq!((who.json()["name"].as_str(), who.json()["role"].as_str()), (Some("bot"), Some("viewer")));
     let gone = ask(&app, request("DELETE", &format!("/v1/tokens/{id}"), &admin).body(Body::empty()).unwrap()).await;
-    assert_eq!(gone.status, 204);
+    assert_eq!(gone.status, 200);
+    assert_eq!((gone.json()["id"].as_str(), gone.json()["revoked"].as_bool()), (Some(id.as_str()), Some(true)));
     assert_eq!(get(&app, "/v1/whoami", &text).await.problem(), "unauthenticated");
 }
 
