@@ -31,6 +31,7 @@ mod access;
 mod auth;
 mod routes;
 mod serve;
+mod submit;
 
 const START: Ms = Ms(1_700_000_000_000);
 

@@ -34,6 +34,12 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
         return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
     }
     let key = key.map(|key| idempotency_key(who, key, &body)).transpose()?;
+    // First of all: what has become of the farm since must not refuse the retry of a submit that succeeded.
+    if let Some(key) = &key
+        && let Some((job, first)) = app.store.keyed(&key.org, &key.caller, &key.key).await?
+    {
+        return submitted_before(app, who, key, &job, &first).await;
+    }
     if let Some(digest) = body.source {
         let known = app.store.blobs(&who.scope(), BlobKind::Manifest, &[digest]).await?;
         if known.is_empty() {
@@ -51,14 +57,8 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
             info!(job.id = %id, "job {id} submitted");
             Ok(Submitted { job: *job, created: true })
         }
-        (Answer::Exists { job, body }, Some(key)) if body == key.body => {
-            let job = app.store.job(&who.scope(), &job).await?.ok_or_else(|| OpError::not_found("job"))?;
-            Ok(Submitted { job, created: false })
-        }
-        (Answer::Exists { .. }, _) => {
-            let why = "this idempotency key was used for another request";
-            Err(OpError::refused(ErrorCode::IdempotencyMismatch, why).hint("use a new key for a new job"))
-        }
+        // Two at once: the other one was faster.
+        (Answer::Exists { job, body }, Some(key)) => submitted_before(app, who, &key, &job, &body).await,
         (Answer::Rejected(errors), _) => Err(OpError::Refused {
             code: ErrorCode::InvalidSpec,
             message: errors
@@ -75,6 +75,22 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
         }
         (other, _) => Err(unavailable(&other)),
     }
+}
+
+/// The answer to a key that is known: its job, if `first`, the body that it came with, is this one's too.
+async fn submitted_before(
+    app: &App,
+    who: &Principal,
+    key: &IdempotencyKey,
+    job: &JobId,
+    first: &Digest,
+) -> Result<Submitted, OpError> {
+    if *first != key.body {
+        let why = "this idempotency key was used for another request";
+        return Err(OpError::refused(ErrorCode::IdempotencyMismatch, why).hint("use a new key for a new job"));
+    }
+    let job = app.store.job(&who.scope(), job).await?.ok_or_else(|| OpError::not_found("job"))?;
+    Ok(Submitted { job, created: false })
 }
 
 fn idempotency_key(who: &Principal, key: String, body: &SubmitJob) -> Result<IdempotencyKey, OpError> {

@@ -230,6 +230,10 @@ impl Store for MemStore {
         Ok(self.tables().jobs.get(id).filter(|job| scope.sees(job.org)).cloned())
     }
 
+    async fn keyed(&self, org: &OrgId, caller: &str, key: &str) -> Result<Option<(JobId, Digest)>, StoreError> {
+        Ok(self.tables().keys.get(&(*org, caller.to_owned(), key.to_owned())).copied())
+    }
+
     async fn jobs_ending(&self, scope: &Scope, suffix: &str) -> Result<Vec<JobId>, StoreError> {
         let tables = self.tables();
         let seen = tables.jobs.values().filter(|job| scope.sees(job.org)).map(|job| job.id);

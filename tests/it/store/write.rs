@@ -1,7 +1,7 @@
 //! T: what each kind of write does and when it misses, on all three stores.
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{AttemptRef, Digest, Labels};
+use alloy_shared::id::{AttemptRef, DEFAULT_ORG, Digest, Labels, OrgId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::job::{End, EventKind, Reason};
 use orchestrator::store::write::{Advance, CloseAttempt, InsertJob, OpenSession, SetWorker};
@@ -40,7 +40,12 @@ async fn a_key_is_used_once_per_caller() {
             assert_eq!(put(store, insert(queued(job_id(id)), Some(key("k", body)))).await, exists);
         }
         assert_eq!(store.job(&Scope::farm(), &job_id(2)).await.unwrap(), None);
+        let known = async |key| store.keyed(&DEFAULT_ORG, "tok_me", key).await.unwrap();
+        assert_eq!(known("k").await, Some((job_id(1), Digest::of(b"one"))));
+        assert_eq!(store.keyed(&OrgId::from_raw(77), "tok_me", "k").await, Ok(None), "another organisation's");
+        assert_eq!(store.keyed(&DEFAULT_ORG, "tok_you", "k").await, Ok(None), "another caller's");
         assert_eq!(put(store, insert(queued(job_id(1)), Some(key("fresh", "one")))).await, Err(Miss::Stale));
+        assert_eq!(known("fresh").await, None);
         let other = orchestrator::store::write::IdempotencyKey { caller: "tok_you".to_owned(), ..key("k", "two") };
         assert_eq!(put(store, insert(queued(job_id(3)), Some(other))).await, Ok(1), "another caller's");
         assert_eq!(

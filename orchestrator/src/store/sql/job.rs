@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use alloy_shared::id::{AttemptRef, JobId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
 use alloy_shared::wire::job::{StateWord, Timings};
 use serde::Serialize;
 
@@ -132,11 +132,16 @@ pub(super) async fn insert(conn: &mut Conn<'_>, insert: &InsertJob) -> Result<Op
     {
         let args = Args::new().text(&key.caller).text(&key.key).text(key.org);
         let Some(row) = conn.first(KEY, args).await? else { return Ok(Some(Miss::Stale)) };
-        let row = Reader::new(&row, "idempotency", "job_id");
-        return Ok(Some(Miss::Exists { job: row.parsed("job_id")?, body: row.parsed("body")? }));
+        let (job, body) = keyed(&row)?;
+        return Ok(Some(Miss::Exists { job, body }));
     }
     let inserted = Rows::default().insert(insert).write(conn).await?;
     Ok(if inserted { None } else { Some(Miss::Stale) })
+}
+
+fn keyed(row: &Row) -> Result<(JobId, Digest), StoreError> {
+    let row = Reader::new(row, "idempotency", "job_id");
+    Ok((row.parsed("job_id")?, row.parsed("body")?))
 }
 
 impl Rows {
@@ -264,6 +269,16 @@ impl SqlStore {
     pub(super) async fn read_job(&self, scope: &Scope, id: &JobId) -> Result<Option<Job>, StoreError> {
         let rows = self.rows(JOB, Args::new().text(id).maybe_text(scope.filter())).await?;
         rows.first().map(job).transpose()
+    }
+
+    pub(super) async fn read_keyed(
+        &self,
+        org: &OrgId,
+        caller: &str,
+        key: &str,
+    ) -> Result<Option<(JobId, Digest)>, StoreError> {
+        let rows = self.rows(KEY, Args::new().text(caller).text(key).text(org)).await?;
+        rows.first().map(keyed).transpose()
     }
 
     pub(super) async fn read_jobs_ending(&self, scope: &Scope, suffix: &str) -> Result<Vec<JobId>, StoreError> {

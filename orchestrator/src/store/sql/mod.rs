@@ -12,7 +12,7 @@ mod job;
 mod lock;
 mod open;
 
-use alloy_shared::id::{AttemptRef, Digest, JobId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
 use alloy_shared::limits;
 use async_trait::async_trait;
 
@@ -81,6 +81,9 @@ impl Store for SqlStore {
 
     async fn job(&self, scope: &Scope, id: &JobId) -> Result<Option<Job>, StoreError> {
         self.read_job(scope, id).await
+    }
+    async fn keyed(&self, org: &OrgId, caller: &str, key: &str) -> Result<Option<(JobId, Digest)>, StoreError> {
+        self.read_keyed(org, caller, key).await
     }
     async fn jobs_ending(&self, scope: &Scope, suffix: &str) -> Result<Vec<JobId>, StoreError> {
         self.read_jobs_ending(scope, suffix).await

@@ -1,0 +1,50 @@
+use alloy_shared::id::{DEFAULT_ORG, Labels, WorkerId};
+use alloy_shared::wire::farm::Role;
+use axum::body::Body;
+
+use super::{Answer, app, ask, request, token, worker, write};
+use crate::App;
+use crate::store::Write;
+use crate::store::write::OpenSession;
+
+async fn submit(app: &std::sync::Arc<App>, token: &str, key: &str, body: &str) -> Answer {
+    let request = request("POST", "/v1/jobs", token).header("content-type", "application/json");
+    ask(app, request.header("idempotency-key", key).body(Body::from(body.to_owned())).unwrap()).await
+}
+
+/// What the host says of itself when it connects.
+async fn connects(app: &App, worker: WorkerId, labels: &[(&str, &str)]) {
+    let mut said = Labels::default();
+    labels.iter().for_each(|(key, value)| said.insert(key, value).unwrap());
+    let open = OpenSession { worker, boot: "boot".into(), labels: said, version: "0".into(), at: app.env.now().wall };
+    write(app, Write::OpenSession(Box::new(open))).await;
+}
+
+#[tokio::test]
+async fn a_known_key_is_answered_whatever_has_become_of_the_farm_since() {
+    let (app, _) = app().await;
+    let token = token(&app, Role::Developer).await;
+    let mini = worker(&app, DEFAULT_ORG, [5; 32]).await.id;
+    connects(&app, mini, &[("xcode", "16.4")]).await;
+    let body = r#"{"spec":{"shell":"true","labels":{"xcode":"16.4"}}}"#;
+    let first = submit(&app, &token, "k1", body).await;
+    assert_eq!(first.status, 201, "{}", first.body);
+
+    connects(&app, mini, &[("xcode", "26.0")]).await;
+    assert_eq!(submit(&app, &token, "k2", body).await.problem(), "no_such_worker");
+    let again = submit(&app, &token, "k1", body).await;
+    assert_eq!((again.status.as_u16(), &again.json()["id"]), (200, &first.json()["id"]), "{}", again.body);
+
+    // Another body is a mismatch first, whatever else is wrong with it.
+    let zeros = "0".repeat(64);
+    for other in [
+        r#"{"spec":{"shell":"false"}}"#.to_owned(),
+        r#"{"spec":{}}"#.to_owned(),
+        format!(r#"{{"spec":{{"shell":"true"}},"source":"{zeros}"}}"#),
+        body.replace("16.4", "1.0"),
+    ] {
+        assert_eq!(submit(&app, &token, "k1", &other).await.problem(), "idempotency_mismatch", "{other}");
+    }
+    let jobs = app.store.live(None, 9).await.unwrap();
+    assert_eq!(jobs.len(), 1, "{jobs:?}");
+}
