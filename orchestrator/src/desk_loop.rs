@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use alloy_shared::env::{Env, Ms, backoff};
+use alloy_shared::env::{Env, Mono, backoff};
 use alloy_shared::id::JobId;
 use alloy_shared::limits::{self, Limits};
 use tokio::sync::{mpsc, oneshot};
@@ -53,7 +53,7 @@ pub async fn spawn(
     env: Arc<dyn Env>,
     limits: Limits,
 ) -> Result<Door, StoreError> {
-    let mut desk = Desk::new(limits, env.now().wall);
+    let mut desk = Desk::new(limits, env.now().mono);
     let mut after = None;
     loop {
         let jobs = store.live(after, limits::PAGE_MAX).await?;
@@ -64,7 +64,7 @@ pub async fn spawn(
             loaded.push(with_attempt(&*store, job).await?);
         }
         // Loading decides nothing that must be written: no offers are known yet, and overdue jobs are found by the loop.
-        desk.restore(loaded);
+        desk.restore(loaded, env.now());
     }
     let (tx, rx) = mpsc::channel(limits::DESK_QUEUE);
     let door = Door { tx, tickets: Arc::new(AtomicU64::new(1)) };
@@ -191,7 +191,7 @@ impl Loop {
                     // Whoever was to hear of a change may have missed it.
                     self.wake.moved(id);
                     self.hub.moved(&job, None);
-                    return self.desk.restore(vec![(job, attempt)]);
+                    return self.desk.restore(vec![(job, attempt)], self.env.now());
                 }
                 Ok(None) => return,
                 Err(error) => {
@@ -204,13 +204,10 @@ impl Loop {
     }
 }
 
-/// Returns at that wall time, or never.
-async fn until(env: &dyn Env, at: Option<Ms>) {
+/// Returns at that time, or never.
+async fn until(env: &dyn Env, at: Option<Mono>) {
     match at {
-        Some(at) => {
-            let now = env.now();
-            env.sleep_until(now.mono + at.since(now.wall)).await;
-        }
+        Some(at) => env.sleep_until(at).await,
         None => std::future::pending().await,
     }
 }

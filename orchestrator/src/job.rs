@@ -62,6 +62,20 @@ pub struct Lease {
     pub assigned_at: Ms,
 }
 
+/// How long a state may last, and from when on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Term {
+    pub from: Ms,
+    pub ms: u64,
+}
+
+impl Term {
+    /// What is left of it by the wall clock. A clock that went back does not make it longer than it is.
+    pub fn left(self, now: Ms) -> u64 {
+        self.from.plus(self.ms).since(now).min(self.ms)
+    }
+}
+
 /// What follows when the worker has let go of a canceled attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -104,6 +118,7 @@ pub enum Event {
     CancelAsked {
         reason: Reason,
     },
+    /// The state has lasted as long as it may, by the desk's monotonic clock: the wall clock may say anything.
     DeadlinePassed,
 }
 
@@ -114,8 +129,6 @@ pub enum Refused {
     Stale,
     /// The job has ended.
     Terminal,
-    /// The deadline lies ahead.
-    TooEarly,
     /// It is so already.
     Already,
     /// Nobody should have sent it in this state.
@@ -182,15 +195,16 @@ impl State {
         matches!(self.step, Step::Done { .. })
     }
 
-    /// When this state has lasted too long. Only `Done` may last.
-    pub fn deadline(&self, rules: &Rules) -> Option<Ms> {
-        match &self.step {
-            Step::Queued { since, .. } => Some(since.plus(rules.queue_ms)),
-            Step::Assigned { lease } => Some(lease.assigned_at.plus(rules.accept_ms)),
-            Step::Running { accepted_at, .. } => Some(accepted_at.plus(rules.run_ms)),
-            Step::Canceling { since, .. } => Some(since.plus(rules.cancel_ms)),
-            Step::Done { .. } => None,
-        }
+    /// Since when it is so, and how long it may stay so. Only `Done` may last.
+    pub fn term(&self, rules: &Rules) -> Option<Term> {
+        let (from, ms) = match &self.step {
+            Step::Queued { since, .. } => (*since, rules.queue_ms),
+            Step::Assigned { lease } => (lease.assigned_at, rules.accept_ms),
+            Step::Running { accepted_at, .. } => (*accepted_at, rules.run_ms),
+            Step::Canceling { since, .. } => (*since, rules.cancel_ms),
+            Step::Done { .. } => return None,
+        };
+        Some(Term { from, ms })
     }
 }
 
@@ -200,9 +214,6 @@ pub fn apply(state: &State, event: &Event, now: Ms, rules: &Rules) -> Result<Sta
         return Err(Refused::Terminal);
     }
     check_fence(state, event)?;
-    if matches!(event, Event::DeadlinePassed) && state.deadline(rules).is_some_and(|at| now < at) {
-        return Err(Refused::TooEarly);
-    }
     let tries = state.tries;
     match &state.step {
         Step::Queued { .. } => queued(tries, event, now),

@@ -9,7 +9,7 @@ mod books;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use alloy_shared::env::{Ms, Now};
+use alloy_shared::env::{Mono, Ms, Now};
 use alloy_shared::id::{AttemptRef, JobId, Labels, OrgId, WorkerId};
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::FieldError;
@@ -17,7 +17,7 @@ use alloy_shared::wire::job::{Reason, SubmitJob, Timings};
 use alloy_shared::wire::session::{SlotState, SlotView};
 
 use crate::admit::admit;
-use crate::job::{self, Event, Refused, Rules, Step};
+use crate::job::{self, Event, Refused, Rules, Step, Term};
 use crate::pick::{self, Room, Waiting, WhyNot};
 use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
 use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
@@ -156,6 +156,15 @@ struct Live {
     attempt: Option<Attempt>,
     rules: Rules,
     required: Labels,
+    due: Option<Due>,
+}
+
+/// When a state's term ends by the monotonic clock. It is set once for each term: a wall clock that is set meanwhile
+/// changes nothing.
+#[derive(Debug, Clone, Copy)]
+struct Due {
+    term: Term,
+    at: Mono,
 }
 
 /// A group that waits for its commit.
@@ -168,24 +177,26 @@ enum Draft {
 pub struct Desk {
     limits: Limits,
     /// Leased jobs are not overdue before this: their workers had no time to come back.
-    patient_until: Ms,
+    patient_until: Mono,
     live: BTreeMap<JobId, Live>,
     /// Waiting jobs, oldest first.
     queue: BTreeSet<(Ms, JobId)>,
-    deadlines: BTreeSet<(Ms, JobId)>,
+    deadlines: BTreeSet<(Mono, JobId)>,
     leased: BTreeMap<WorkerId, BTreeSet<AttemptRef>>,
     offers: BTreeMap<WorkerId, Offer>,
     drafts: Vec<Draft>,
     /// Position among the drafts of jobs that are being inserted.
     fresh: BTreeMap<JobId, usize>,
+    /// Deadlines of the jobs that the drafts change, as they were before: they hold again if the commit misses.
+    before: BTreeMap<JobId, Due>,
     /// Answers that need no write of their own, and the job whose picture they rest on.
     answers: Vec<(Ticket, Option<JobId>, Answer)>,
 }
 
 impl Desk {
-    pub fn new(limits: Limits, started: Ms) -> Self {
+    pub fn new(limits: Limits, started: Mono) -> Self {
         Self {
-            patient_until: started.plus(limits.startup_grace_ms),
+            patient_until: started + limits.startup_grace_ms,
             limits,
             live: BTreeMap::new(),
             queue: BTreeSet::new(),
@@ -194,12 +205,13 @@ impl Desk {
             offers: BTreeMap::new(),
             drafts: Vec::new(),
             fresh: BTreeMap::new(),
+            before: BTreeMap::new(),
             answers: Vec::new(),
         }
     }
 
     /// When something is due although nobody asks.
-    pub fn next_wake(&self) -> Option<Ms> {
+    pub fn next_wake(&self) -> Option<Mono> {
         self.deadlines.first().map(|(at, _)| *at)
     }
 
@@ -208,27 +220,29 @@ impl Desk {
     }
 
     /// Takes the truth from the store, at the start and after a miss.
-    pub fn restore(&mut self, jobs: Vec<(Job, Option<Attempt>)>) {
+    pub fn restore(&mut self, jobs: Vec<(Job, Option<Attempt>)>, now: Now) {
         for (job, attempt) in jobs {
-            self.remove(&job.id);
+            let known = self.before.remove(&job.id);
+            let due = known.or(self.remove(&job.id).and_then(|live| live.due));
             if !job.state.is_done() {
                 let rules = Rules::of(&job.spec, &self.limits);
                 let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
-                self.put(Live { job, attempt, rules, required });
+                self.put(Live { job, attempt, rules, required, due }, now);
             }
         }
     }
 
     pub fn decide(&mut self, requests: Vec<Request>, now: Now) -> Vec<Group> {
+        self.before.clear();
         for request in requests {
-            self.take(request, now.wall);
+            self.take(request, now);
         }
-        self.due(now.wall);
-        self.place(now.wall);
+        self.due(now);
+        self.place(now);
         self.drafts.iter().map(Draft::group).collect()
     }
 
-    fn take(&mut self, request: Request, now: Ms) {
+    fn take(&mut self, request: Request, now: Now) {
         match request {
             Request::Submit { ticket, id, by, body, key } => self.submit(ticket, id, by, &body, key, now),
             Request::Cancel { ticket, job, reason } => {
@@ -258,7 +272,7 @@ impl Desk {
         }
     }
 
-    fn submit(&mut self, ticket: Ticket, id: JobId, by: By, body: &SubmitJob, key: Option<IdempotencyKey>, now: Ms) {
+    fn submit(&mut self, ticket: Ticket, id: JobId, by: By, body: &SubmitJob, key: Option<IdempotencyKey>, now: Now) {
         let required = match admit(&body.spec, &self.limits) {
             Ok(required) => required,
             Err(faults) => return self.answers.push((ticket, None, Answer::Rejected(faults))),
@@ -270,22 +284,22 @@ impl Desk {
             id,
             org: by.org,
             version: 1,
-            state: job::State::new(now),
+            state: job::State::new(now.wall),
             spec: Arc::new(body.spec.clone()),
             source: body.source,
-            created_at: now,
+            created_at: now.wall,
             created_by: by.caller,
             events: 1,
         };
-        let events = vec![books::submitted(&job, now)];
+        let events = vec![books::submitted(&job, now.wall)];
         let rules = Rules::of(&job.spec, &self.limits);
         self.fresh.insert(id, self.drafts.len());
         let insert = Box::new(InsertJob { job: job.clone(), key, attempt: None, events });
         self.drafts.push(Draft::Insert { ticket, insert });
-        self.put(Live { job, attempt: None, rules, required });
+        self.put(Live { job, attempt: None, rules, required, due: None }, now);
     }
 
-    fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, news: News, now: Ms) {
+    fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, news: News, now: Now) {
         let Some(live) = self.live.get(&from.at.job) else {
             return self.answers.push((ticket, None, Answer::NotLive));
         };
@@ -310,7 +324,7 @@ impl Desk {
         event: &Event,
         guard: Guard,
         report: Option<(u64, News)>,
-        now: Ms,
+        now: Now,
     ) {
         let Some(live) = self.live.get(&id) else {
             if let Some(ticket) = ticket {
@@ -318,7 +332,7 @@ impl Desk {
             }
             return;
         };
-        let state = match job::apply(&live.job.state, event, now, &live.rules) {
+        let state = match job::apply(&live.job.state, event, now.wall, &live.rules) {
             Ok(state) => state,
             // Numbered news that changes no state is still written: its number must be remembered.
             Err(Refused::Already | Refused::Impossible) if report.is_some() => live.job.state.clone(),
@@ -330,10 +344,13 @@ impl Desk {
             }
         };
         let mut next = live.clone();
-        let change = books::enter(&mut next, state, event, report, now);
+        if let Some(due) = next.due {
+            self.before.entry(id).or_insert(due);
+        }
+        let change = books::enter(&mut next, state, event, report, now.wall);
         let left = live.job.state.lease().map(|lease| lease.worker).filter(|_| next.job.state.lease().is_none());
         self.draft(ticket, guard, &mut next, change, left);
-        self.put(next);
+        self.put(next, now);
     }
 
     fn draft(
@@ -364,7 +381,7 @@ impl Desk {
         self.drafts.push(Draft::Advance { ticket, advance: Box::new(advance), left });
     }
 
-    fn silent(&mut self, worker: WorkerId, now: Ms) {
+    fn silent(&mut self, worker: WorkerId, now: Now) {
         self.offers.remove(&worker);
         let held: Vec<AttemptRef> = self.leased.get(&worker).into_iter().flatten().copied().collect();
         for at in held {
@@ -374,11 +391,11 @@ impl Desk {
         }
     }
 
-    fn due(&mut self, now: Ms) {
+    fn due(&mut self, now: Now) {
         let due: Vec<JobId> = self
             .deadlines
             .iter()
-            .take_while(|(at, _)| *at <= now)
+            .take_while(|(at, _)| *at <= now.mono)
             .take(limits::COMMIT_GROUPS_MAX)
             .map(|(_, id)| *id)
             .collect();
@@ -387,7 +404,7 @@ impl Desk {
         }
     }
 
-    fn place(&mut self, now: Ms) {
+    fn place(&mut self, now: Now) {
         if self.queue.is_empty() || self.offers.is_empty() {
             return;
         }
@@ -507,17 +524,23 @@ impl Desk {
         }
     }
 
-    fn due_at(&self, live: &Live) -> Option<Ms> {
-        let deadline = live.job.state.deadline(&live.rules)?;
+    /// The deadline of the job's state. One that is set for the same term stays.
+    fn due_at(&self, live: &Live, now: Now) -> Option<Due> {
+        let term = live.job.state.term(&live.rules)?;
+        if let Some(due) = live.due.filter(|due| due.term == term) {
+            return Some(due);
+        }
+        let at = now.mono + term.left(now.wall);
         let leased = live.job.state.lease().is_some();
-        Some(if leased { deadline.max(self.patient_until) } else { deadline })
+        Some(Due { term, at: if leased { at.max(self.patient_until) } else { at } })
     }
 
-    fn put(&mut self, live: Live) {
+    fn put(&mut self, mut live: Live, now: Now) {
         let id = live.job.id;
         self.remove(&id);
-        if let Some(at) = self.due_at(&live) {
-            self.deadlines.insert((at, id));
+        live.due = self.due_at(&live, now);
+        if let Some(due) = live.due {
+            self.deadlines.insert((due.at, id));
         }
         if matches!(live.job.state.step, Step::Queued { .. }) {
             self.queue.insert((live.job.created_at, id));
@@ -528,10 +551,10 @@ impl Desk {
         self.live.insert(id, live);
     }
 
-    fn remove(&mut self, id: &JobId) {
-        let Some(live) = self.live.remove(id) else { return };
-        if let Some(at) = self.due_at(&live) {
-            self.deadlines.remove(&(at, *id));
+    fn remove(&mut self, id: &JobId) -> Option<Live> {
+        let live = self.live.remove(id)?;
+        if let Some(due) = live.due {
+            self.deadlines.remove(&(due.at, *id));
         }
         self.queue.remove(&(live.job.created_at, *id));
         if let Some(lease) = live.job.state.lease()
@@ -539,6 +562,7 @@ impl Desk {
         {
             held.remove(&live.job.attempt());
         }
+        Some(live)
     }
 }
 

@@ -79,7 +79,7 @@ const FREE: (SlotState, Option<AttemptRef>) = (SlotState::Warm, None);
 
 #[test]
 fn with_a_free_slot_a_job_is_born_assigned_in_one_group() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE])]);
     let (groups, effects) = turn(&mut desk, 5, vec![submit(1, 10), submit(2, 11)]);
     let [Write::InsertJob(first)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
@@ -92,7 +92,7 @@ fn with_a_free_slot_a_job_is_born_assigned_in_one_group() {
 
 #[test]
 fn the_versions_of_a_job_that_was_born_assigned_go_on_from_one() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let (groups, _) = turn(&mut desk, 7, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 })]);
     let [Write::Advance(accepted)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
@@ -103,7 +103,7 @@ fn the_versions_of_a_job_that_was_born_assigned_go_on_from_one() {
 
 #[test]
 fn a_report_is_applied_once_and_in_order() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let accepted = || Event::Accepted { attempt: 1 };
     let (_, effects) = turn(
@@ -126,7 +126,7 @@ fn a_report_is_applied_once_and_in_order() {
 
 #[test]
 fn a_slot_counts_as_taken_until_the_worker_says_that_it_is_clean() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     let attempt = AttemptRef { job: id(10), attempt: 1 };
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     turn(&mut desk, 1, vec![offer(1, &[(SlotState::Claimed, Some(attempt))])]);
@@ -142,7 +142,7 @@ fn a_slot_counts_as_taken_until_the_worker_says_that_it_is_clean() {
 
 #[test]
 fn a_quarantined_slot_is_no_slot() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     let offer = offer(1, &[(SlotState::Quarantined, None), FREE]);
     let (_, effects) = turn(&mut desk, 0, vec![offer, submit(1, 10), submit(2, 11)]);
     assert_eq!(moved(&effects), [(10, StateWord::Assigned), (11, StateWord::Queued)]);
@@ -150,7 +150,7 @@ fn a_quarantined_slot_is_no_slot() {
 
 #[test]
 fn a_silent_worker_loses_its_jobs_to_another_one() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     turn(&mut desk, 1, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), offer(2, &[FREE])]);
     let (groups, effects) = turn(&mut desk, 2, vec![Request::Silent(worker(1))]);
@@ -162,7 +162,7 @@ fn a_silent_worker_loses_its_jobs_to_another_one() {
 
 #[test]
 fn when_nothing_was_committed_nothing_is_answered_as_done_and_all_is_loaded_again() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let reports =
         vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), report(3, 10, 1, 1, Event::Accepted { attempt: 1 })];
@@ -193,7 +193,7 @@ impl ConcatRequests for [Vec<Request>; 2] {
 
 #[test]
 fn a_known_key_gives_its_job_and_frees_the_slot_again() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE])]);
     let groups = desk.decide(vec![submit(1, 10)], at(1));
     assert_eq!(groups.len(), 1);
@@ -207,18 +207,18 @@ fn a_known_key_gives_its_job_and_frees_the_slot_again() {
 #[test]
 fn a_deadline_wakes_the_desk_and_ends_the_wait() {
     let limits = Limits::default();
-    let mut desk = Desk::new(limits.clone(), Ms(0));
+    let mut desk = Desk::new(limits.clone(), Mono(0));
     turn(&mut desk, 0, vec![submit(1, 10)]);
     let due = desk.next_wake().unwrap();
-    assert_eq!(due, Ms(limits.queue_timeout_ms as i64));
-    let (_, effects) = turn(&mut desk, due.0, vec![]);
+    assert_eq!(due, Mono(limits.queue_timeout_ms));
+    let (_, effects) = turn(&mut desk, due.0 as i64, vec![]);
     assert_eq!(moved(&effects), [(10, StateWord::Expired)]);
     assert_eq!((desk.next_wake(), desk.live_count()), (None, 0));
 }
 
 #[test]
 fn phases_and_cancel_are_told_as_events() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let phase = Event::Phase { attempt: 1, phase: Phase::Executing };
     let cancel = Request::Cancel { ticket: 4, job: id(10), reason: Reason::UserCanceled };
@@ -244,7 +244,7 @@ fn phases_and_cancel_are_told_as_events() {
 
 #[test]
 fn a_commit_of_unknown_fate_is_not_a_second_job() {
-    let mut desk = Desk::new(Limits::default(), Ms(0));
+    let mut desk = Desk::new(Limits::default(), Mono(0));
     desk.decide(vec![submit(1, 10)], at(1));
     let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale)] }), true);
     assert!(matches!(answers(&effects)[..], [(1, Answer::Job(_))]), "{effects:?}");
@@ -255,13 +255,81 @@ fn a_commit_of_unknown_fate_is_not_a_second_job() {
 fn after_a_start_a_leased_job_is_not_overdue_before_its_worker_could_come_back() {
     let limits = Limits::default();
     let grace = limits.startup_grace_ms as i64;
-    let mut first = Desk::new(limits.clone(), Ms(0));
+    let mut first = Desk::new(limits.clone(), Mono(0));
     turn(&mut first, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
     let live = first.live[&id(10)].clone();
     let started = 10_000_000;
-    let mut desk = Desk::new(limits, Ms(started));
-    desk.restore(vec![(live.job, live.attempt)]);
-    assert_eq!(desk.next_wake(), Some(Ms(started + grace)));
+    let mut desk = Desk::new(limits, Mono(started as u64));
+    desk.restore(vec![(live.job, live.attempt)], at(started));
+    assert_eq!(desk.next_wake(), Some(Mono((started + grace) as u64)));
     assert_eq!(moved(&turn(&mut desk, started + 1, vec![]).1), []);
     assert_eq!(moved(&turn(&mut desk, started + grace, vec![]).1), [(10, StateWord::Canceling)]);
+}
+
+/// The same on a wall clock that differs from the monotonic one.
+fn turn_at(desk: &mut Desk, mono: u64, wall: i64, requests: Vec<Request>) -> Vec<Effect> {
+    let groups = desk.decide(requests, Now { wall: Ms(wall), mono: Mono(mono) });
+    desk.committed(Ok(Committed { groups: groups.iter().map(|_| Ok(vec![1])).collect() }), false)
+}
+
+const DAY: i64 = 86_400_000;
+
+#[test]
+fn a_wall_clock_that_is_set_ends_no_wait_early_and_keeps_none_late() {
+    let limits = Limits::default();
+    let queue = limits.queue_timeout_ms;
+    for (name, set) in [("forward", 400 * DAY), ("back", -400 * DAY), ("not", 0)] {
+        let mut desk = Desk::new(limits.clone(), Mono(0));
+        turn_at(&mut desk, 0, 0, vec![submit(1, 10)]);
+        assert_eq!(moved(&turn_at(&mut desk, 1, set, vec![submit(2, 11)])), [(11, StateWord::Queued)], "{name}");
+        assert_eq!(moved(&turn_at(&mut desk, queue - 1, set, vec![])), [], "{name}");
+        assert_eq!(moved(&turn_at(&mut desk, queue, set, vec![])), [(10, StateWord::Expired)], "{name}");
+        assert_eq!(moved(&turn_at(&mut desk, queue + 1, set, vec![])), [(11, StateWord::Expired)], "{name}");
+        assert_eq!(desk.next_wake(), None, "{name}");
+    }
+}
+
+#[test]
+fn a_running_job_keeps_its_deadline_over_news_a_missed_commit_and_a_clock_that_is_set() {
+    let limits = Limits::default();
+    let run = Rules::of(&JobSpec::default(), &limits).run_ms;
+    for (name, set) in [("forward", 400 * DAY), ("back", -400 * DAY)] {
+        let mut desk = Desk::new(limits.clone(), Mono(0));
+        turn_at(&mut desk, 0, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+        turn_at(&mut desk, 0, 0, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 })]);
+        let truth = desk.live[&id(10)].clone();
+        assert_eq!(desk.next_wake(), Some(Mono(run)), "{name}");
+        let phase = |seq, phase| report(3, 10, 1, seq, Event::Phase { attempt: 1, phase });
+        let end = Event::Finished { attempt: 1, end: End::success() };
+
+        let set_at = Now { wall: Ms(set), mono: Mono(5) };
+        assert_eq!(desk.decide(vec![phase(2, Phase::Executing), report(4, 10, 1, 3, end)], set_at).len(), 2, "{name}");
+        let effects = desk.committed(Err(StoreError::Full("disk".into())), false);
+        assert!(effects.contains(&Effect::Reload(id(10))), "{name}: {effects:?}");
+        desk.restore(vec![(truth.job, truth.attempt)], set_at);
+        assert_eq!(desk.next_wake(), Some(Mono(run)), "{name}: loaded again");
+
+        assert_eq!(moved(&turn_at(&mut desk, 6, set, vec![phase(2, Phase::Executing)])), [(10, StateWord::Running)]);
+        assert_eq!(desk.next_wake(), Some(Mono(run)), "{name}: after news");
+        let cancel = Request::Cancel { ticket: 5, job: id(10), reason: Reason::UserCanceled };
+        turn_at(&mut desk, 7, set, vec![cancel]);
+        let cancel_ms = Rules::of(&JobSpec::default(), &limits).cancel_ms;
+        assert_eq!(desk.next_wake(), Some(Mono(7 + cancel_ms)), "{name}: a new state has a term of its own");
+    }
+}
+
+#[test]
+fn what_is_loaded_has_what_the_wall_clock_left_of_it() {
+    let limits = Limits::default();
+    let (queue, started) = (limits.queue_timeout_ms, Mono(3));
+    let mut first = Desk::new(limits.clone(), Mono(0));
+    turn_at(&mut first, 0, 0, vec![submit(1, 10)]);
+    let job = first.live[&id(10)].job.clone();
+    let rows =
+        [("later", 1_000, queue - 1_000), ("much later", 400 * DAY, 0), ("on a clock set back", -400 * DAY, queue)];
+    for (name, wall, left) in rows {
+        let mut desk = Desk::new(limits.clone(), started);
+        desk.restore(vec![(job.clone(), None)], Now { wall: Ms(wall), mono: started });
+        assert_eq!(desk.next_wake(), Some(started + left), "{name}");
+    }
 }

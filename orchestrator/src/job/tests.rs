@@ -118,11 +118,13 @@ fn news_of_another_attempt_changes_nothing() {
 }
 
 #[test]
-fn a_deadline_counts_only_when_it_has_passed() {
-    for (name, state) in states().into_iter().filter(|(_, state)| !state.is_done()) {
-        let at = state.deadline(&rules()).unwrap_or_else(|| panic!("{name} has a deadline"));
-        assert_eq!(apply(&state, &Event::DeadlinePassed, Ms(at.0 - 1), &rules()), Err(Refused::TooEarly), "{name}");
-        assert!(apply(&state, &Event::DeadlinePassed, at, &rules()).is_ok(), "{name}");
+fn what_is_left_of_a_term_is_never_more_than_all_of_it() {
+    let term = Term { from: Ms(1_000), ms: 500 };
+    for (now, left) in [(1_000, 500), (1_200, 300), (1_500, 0), (9_999, 0), (0, 500), (-5_000, 500)] {
+        assert_eq!(term.left(Ms(now)), left, "at {now}");
+    }
+    for (name, state) in states() {
+        assert_eq!(state.term(&rules()).is_none(), state.is_done(), "{name}");
     }
 }
 
@@ -151,7 +153,7 @@ fn whatever_happens_the_rules_hold() {
             assert!(next.tries.lost <= rules.lost_max && next.tries.failed <= rules.retries);
             assert!(next.tries.made <= 1 + next.tries.lost + next.tries.failed, "every further try has a cause");
             assert_eq!(next.lease().map(|lease| lease.attempt).unwrap_or(next.tries.made), next.tries.made);
-            assert_eq!(next.deadline(&rules).is_none(), next.is_done(), "only the end may last");
+            assert_eq!(next.term(&rules).is_none(), next.is_done(), "only the end may last");
             state = next;
         }
     }

@@ -7,7 +7,7 @@ use alloy_shared::env::Mono;
 use alloy_shared::id::{DEFAULT_ORG, Digest, TokenId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
-use alloy_shared::wire::job::{End, JobSpec, Phase};
+use alloy_shared::wire::job::{End, EventKind, JobSpec, Phase};
 use futures_util::FutureExt;
 
 use super::super::*;
@@ -21,7 +21,8 @@ const STEPS: u32 = 4_000;
 
 struct World {
     dice: u64,
-    now: Ms,
+    /// The wall clock jumps, the other one does not.
+    now: Now,
     desk: Desk,
     store: MemStore,
     /// Each worker's newest session; 0: it never connected.
@@ -32,6 +33,9 @@ struct World {
     accepted: BTreeSet<JobId>,
     ended: BTreeMap<JobId, i64>,
     retries: u64,
+    /// When each event of an attempt was first decided.
+    since: BTreeMap<(AttemptRef, EventKind), Mono>,
+    overdue: u64,
 }
 
 /// The memory store never waits.
@@ -84,8 +88,8 @@ impl World {
         }
         Self {
             dice: seed,
-            now: Ms(1_000),
-            desk: Desk::new(Limits::default(), Ms(0)),
+            now: Now { wall: Ms(1_000), mono: Mono(1_000) },
+            desk: Desk::new(Limits::default(), Mono(0)),
             store,
             epochs: (1..=WORKERS).map(|n| (WorkerId::from_raw(n), 0)).collect(),
             runs: BTreeMap::new(),
@@ -93,6 +97,8 @@ impl World {
             accepted: BTreeSet::new(),
             ended: BTreeMap::new(),
             retries: 0,
+            since: BTreeMap::new(),
+            overdue: 0,
         }
     }
 
@@ -146,7 +152,7 @@ impl World {
                 boot: String::new(),
                 labels: Labels::default(),
                 version: String::new(),
-                at: self.now,
+                at: self.now.wall,
             };
             let done = at_once(self.store.commit(&[Group(vec![Write::OpenSession(Box::new(open))])])).unwrap();
             self.epochs.insert(worker, done.groups[0].as_ref().unwrap()[0]);
@@ -198,11 +204,13 @@ impl World {
     }
 
     fn turn(&mut self) {
-        self.now = self.now.plus(self.roll(20_000));
+        let passed = self.roll(20_000);
+        let set = if self.roll(40) == 0 { self.roll(20) as i64 * 86_400_000 - 10 * 86_400_000 } else { 0 };
+        self.now = Now { wall: Ms(self.now.wall.plus(passed).0 + set), mono: self.now.mono + passed };
         let count = 1 + self.roll(6);
         let requests: Vec<Request> = (0..count).map(|_| self.request()).collect();
-        let now = Now { wall: self.now, mono: Mono(self.now.0 as u64) };
-        let groups = self.desk.decide(requests, now);
+        let groups = self.desk.decide(requests, self.now);
+        self.check_terms(&groups);
         let (done, repeated) = match self.roll(12) {
             0 => (Err(StoreError::Unavailable("away".into())), false),
             // It was committed, nobody heard of it, and it is tried again.
@@ -218,6 +226,29 @@ impl World {
                 Effect::Reload(id) => self.reload(&id),
                 Effect::Answer { .. } => {}
             }
+        }
+    }
+
+    /// Whatever the wall clock says, a term ends when it has lasted.
+    fn check_terms(&mut self, groups: &[Group]) {
+        let rules = Rules::of(&JobSpec::default(), &Limits::default());
+        let events = groups.iter().flat_map(|group| &group.0).flat_map(|write| match write {
+            Write::InsertJob(insert) => insert.events.as_slice(),
+            Write::Advance(advance) => advance.events.as_slice(),
+            _ => &[],
+        });
+        for event in events {
+            let at = AttemptRef { job: event.job, attempt: event.attempt };
+            let since = *self.since.entry((at, event.kind)).or_insert(self.now.mono);
+            let begun = |kind| self.since.get(&(at, kind)).map_or(since, |begun| *begun);
+            let (begun, least) = match (event.kind, event.reason) {
+                (EventKind::CancelRequested, Some(Reason::RunTimeout)) => (begun(EventKind::Accepted), rules.run_ms),
+                (EventKind::CancelRequested, Some(Reason::WorkerLost)) => (begun(EventKind::Assigned), rules.accept_ms),
+                (EventKind::Finished, Some(Reason::QueueExpired)) => panic!("nobody waits for a day here"),
+                _ => continue,
+            };
+            assert!(self.now.mono.since(begun) >= least, "too early: {event:?}");
+            self.overdue += 1;
         }
     }
 
@@ -251,7 +282,7 @@ impl World {
                 *seq = (*seq).max(attempt.as_ref().map_or(0, |attempt| attempt.seq));
             }
         }
-        self.desk.restore(vec![(job, attempt)]);
+        self.desk.restore(vec![(job, attempt)], self.now);
     }
 
     fn check(&self) {
@@ -303,6 +334,7 @@ fn the_picture_is_the_truth_whatever_happens() {
         }
         world.check();
         world.check_books();
+        assert!(world.overdue > 100, "{} terms ended", world.overdue);
         assert!(
             world.ended.len() > 500 && world.retries > 100,
             "{} ended, {} retried",
