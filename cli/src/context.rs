@@ -56,6 +56,7 @@ pub(crate) struct App {
 }
 
 /// A farm that was chosen, and a client for it.
+#[derive(Clone)]
 pub(crate) struct Farm {
     pub(crate) client: Client,
     pub(crate) url: String,

@@ -1,23 +1,27 @@
 //! S: follows one job: its log to standard output, its fortunes to standard error, and the keyboard's wishes to the farm.
 
 use std::future::{Future, pending};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 
 use alloy_shared::client::{ClientError, FeedItem};
-use alloy_shared::env::Ms;
+use alloy_shared::env::backoff;
 use alloy_shared::id::JobId;
-use alloy_shared::wire::job::{
-    ArtifactView, Blame, EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, Outcome, Reason, StateWord,
-};
+use alloy_shared::wire::ErrorCode;
+use alloy_shared::wire::job::{ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, StateWord};
 use bytes::Bytes;
 use indicatif::ProgressBar;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::context::{App, Farm};
-use crate::output::talk::Tone;
-use crate::output::{Failure, Fault, Sink, duration};
+use crate::output::{Failure, Fault, Sink};
+use crate::verdict::words;
 
+/// Between two tries of a cancel.
+const CANCEL_AGAIN_MS: u64 = 500;
+const CANCEL_AGAIN_CAP_MS: u64 = 2_000;
+/// So long a cancel may still arrive when the follower is told to let go.
+const LAST_WORD_MS: u64 = 5_000;
 /// A job that starts at once is not worth a look at why it waits.
 const FIRST_LOOK_MS: u64 = 400;
 const LOOK_AGAIN_MS: u64 = 2_000;
@@ -79,8 +83,12 @@ pub(crate) enum OnInterrupt {
 #[derive(Debug)]
 pub(crate) enum Ending {
     Ended(Box<JobView>),
-    /// The job goes on without us.
-    Detached,
+    /// The job goes on without us. If it was to be canceled: whether the farm has heard so.
+    Detached {
+        cancel_heard: Option<bool>,
+    },
+    /// The farm ended under the job. Whoever opens it again follows on from here, see [`Follower::moved_to`].
+    FarmGone,
 }
 
 type Answer<T> = Option<Pin<Box<dyn Future<Output = Result<T, ClientError>> + Send>>>;
@@ -94,21 +102,36 @@ async fn answer<T>(waiting: &mut Answer<T>) -> Result<T, ClientError> {
     result
 }
 
+/// How far a cancel is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cancel {
+    NotAsked,
+    OnItsWay,
+    Heard,
+}
+
 /// A follower of one job.
 pub(crate) struct Follower<'a> {
     app: &'a App,
-    farm: &'a Farm,
+    farm: Farm,
     id: JobId,
     on_interrupt: OnInterrupt,
     arrivals: Option<mpsc::Sender<ArtifactView>>,
+    /// None when standard output has every byte.
+    sink: Option<Sink>,
     /// Bytes that standard output has not taken yet.
     unwritten: Option<Bytes>,
     /// What comes is thrown away.
     mute: bool,
+    /// The newest event that was seen.
+    event: u64,
     log: LogPlace,
-    cancel: Answer<JobView>,
-    canceled_by_us: bool,
+    cancel: Cancel,
+    cancel_answer: Answer<JobView>,
     look: Answer<JobView>,
+    /// The worker's name is being asked for: its line comes before the output.
+    naming: bool,
+    reconnecting: bool,
     waiting: Option<ProgressBar>,
     waiting_reason: Option<String>,
     named_worker: bool,
@@ -116,41 +139,60 @@ pub(crate) struct Follower<'a> {
 }
 
 impl<'a> Follower<'a> {
-    pub(crate) fn new(app: &'a App, farm: &'a Farm, id: JobId, on_interrupt: OnInterrupt) -> Self {
-        Self {
+    pub(crate) fn new(app: &'a App, farm: &Farm, id: JobId, on_interrupt: OnInterrupt) -> Result<Self, Failure> {
+        let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
+        Ok(Self {
             app,
-            farm,
+            farm: farm.clone(),
             id,
             on_interrupt,
             arrivals: None,
+            sink: Some(sink),
             unwritten: None,
             mute: false,
+            event: 0,
             log: LogPlace::default(),
-            cancel: None,
-            canceled_by_us: false,
+            cancel: Cancel::NotAsked,
+            cancel_answer: None,
             look: None,
+            naming: false,
+            reconnecting: false,
             waiting: None,
             waiting_reason: None,
             named_worker: false,
             ended: None,
-        }
+        })
     }
 
     /// Artifacts are announced here as they become ready.
-    pub(crate) fn announce(mut self, arrivals: mpsc::Sender<ArtifactView>) -> Self {
-        self.arrivals = Some(arrivals);
-        self
+    pub(crate) fn announce(&mut self, arrivals: Option<mpsc::Sender<ArtifactView>>) {
+        self.arrivals = arrivals;
     }
 
     /// The wish to stop came before the job had a name.
-    pub(crate) fn already_told(mut self) -> Self {
+    pub(crate) fn already_told(&mut self) {
         self.told(Told::Interrupt);
-        self
     }
 
-    /// Follows to the end, or until told to let go. When it returns, standard output has every byte.
-    pub(crate) async fn run(mut self, signals: &mut Signals, mut sink: Sink) -> Result<Ending, Failure> {
-        let mut feed = self.farm.client.feed(self.id, FeedCursor::default());
+    /// The farm with the job is elsewhere: what was printed stays printed, and a cancel goes there.
+    pub(crate) fn moved_to(&mut self, farm: &Farm) {
+        self.farm = farm.clone();
+        (self.look, self.naming, self.reconnecting) = (None, false, false);
+        if self.cancel == Cancel::OnItsWay {
+            self.send_cancel();
+        }
+    }
+
+    /// Follows to the end, until told to let go, or until `farm_gone` says that nobody will answer any more. At the end,
+    /// standard output has every byte.
+    pub(crate) async fn run(
+        &mut self,
+        signals: &mut Signals,
+        farm_gone: impl Future<Output = ()>,
+    ) -> Result<Ending, Failure> {
+        let cursor = FeedCursor { event: self.event, attempt: self.log.attempt, offset: self.log.offset };
+        let mut feed = self.farm.client.feed(self.id, cursor);
+        let mut farm_gone = pin!(farm_gone);
         let ending = loop {
             if self.mute {
                 self.unwritten = None;
@@ -161,72 +203,105 @@ impl<'a> Follower<'a> {
                 break Ending::Ended(job);
             }
             let bytes = self.unwritten.clone();
+            let may_read = bytes.is_none() && !self.naming;
+            let Some(sink) = &mut self.sink else { return Err(Failure::pipe()) };
             tokio::select! {
                 biased;
-                told = signals.next() => if self.told(told) { break Ending::Detached },
-                result = answer(&mut self.cancel) => self.canceled(result),
+                told = signals.next() => if self.told(told) {
+                    break Ending::Detached { cancel_heard: self.last_word(signals).await };
+                },
+                result = answer(&mut self.cancel_answer) => self.canceled(result),
                 result = answer(&mut self.look) => self.looked(result),
                 outcome = sink.write(bytes.clone().unwrap_or_default()), if bytes.is_some() => {
-                    self.written(outcome)?;
                     self.unwritten = None;
+                    self.written(outcome)?;
                 }
-                item = feed.recv(), if bytes.is_none() => self.item(item)?,
+                item = feed.recv(), if may_read => self.item(item)?,
+                () = &mut farm_gone => break Ending::FarmGone,
             }
         };
         self.stop_waiting();
         match ending {
-            Ending::Ended(_) if self.mute => Ok(ending),
-            Ending::Detached => Ok(ending),
-            Ending::Ended(_) => {
-                signals.unless_told(sink.finish()).await??;
-                Ok(ending)
+            Ending::Ended(_) if !self.mute => {
+                let Some(sink) = self.sink.take() else { return Ok(ending) };
+                match signals.unless_told(sink.finish()).await? {
+                    // The job is over: nothing is left to cancel, and its end is its own.
+                    Err(failure) if failure.fault != Fault::Pipe => Err(failure),
+                    Ok(()) | Err(_) => Ok(ending),
+                }
             }
+            Ending::Ended(_) | Ending::Detached { .. } | Ending::FarmGone => Ok(ending),
         }
     }
 
-    /// A job that is being canceled is waited for even if its last words reach nobody: the terminal may be gone.
+    /// A job that is being canceled is waited for even if its last words reach nobody: the terminal may be gone. One whose
+    /// reader left is canceled, as the reader's leaving ends any other program in a pipe: no machine works for nobody.
     fn written(&mut self, outcome: Result<(), Failure>) -> Result<(), Failure> {
-        match outcome {
-            Ok(()) => Ok(()),
-            Err(_) if self.canceled_by_us => {
-                self.mute = true;
-                Ok(())
-            }
-            Err(failure) if failure.fault == Fault::Pipe => Err(failure),
-            Err(failure) => {
-                Err(failure
-                    .hint(format!("alloy attach {0}   follows the job again; alloy cancel {0} ends it", self.id)))
-            }
+        let Err(failure) = outcome else { return Ok(()) };
+        let cancels = self.on_interrupt == OnInterrupt::Cancel && failure.fault == Fault::Pipe;
+        if self.cancel == Cancel::NotAsked && !cancels {
+            return Err(match failure.fault {
+                Fault::Pipe => failure,
+                _ => {
+                    failure.hint(format!("alloy attach {0}   follows the job again; alloy cancel {0} ends it", self.id))
+                }
+            });
         }
+        self.mute = true;
+        self.ask_to_cancel(&format!(
+            "Nobody reads standard output any more: canceling {}…  (Ctrl-C to detach)",
+            self.id
+        ));
+        Ok(())
     }
 
     /// True when the follower shall let go.
     fn told(&mut self, told: Told) -> bool {
         match (self.on_interrupt, told) {
             (OnInterrupt::Detach, Told::Interrupt | Told::Terminate) => return true,
-            (OnInterrupt::Cancel, Told::Interrupt) if self.canceled_by_us => return true,
+            (OnInterrupt::Cancel, Told::Interrupt) if self.cancel != Cancel::NotAsked => return true,
             (OnInterrupt::Cancel, Told::Interrupt | Told::Terminate) => {}
         }
-        if !self.canceled_by_us {
-            self.canceled_by_us = true;
-            self.cancel();
-            self.stop_waiting();
-            let again = if told == Told::Interrupt { "  (Ctrl-C again to detach)" } else { "" };
-            self.app.talk.say(&format!("Canceling {}…{again}", self.id));
-        }
+        let again = if told == Told::Interrupt { "  (Ctrl-C again to detach)" } else { "" };
+        self.ask_to_cancel(&format!("Canceling {}…{again}", self.id));
         false
     }
 
-    /// Starts the cancel in a task of its own: a terminal that stands still must not hold it up.
-    fn cancel(&mut self) {
+    fn ask_to_cancel(&mut self, say: &str) {
+        if self.cancel == Cancel::NotAsked {
+            self.send_cancel();
+            self.stop_waiting();
+            self.app.talk.say(say);
+        }
+    }
+
+    /// Sends the cancel, again and again until it arrives: twice is once. In a task of its own: a terminal that stands still
+    /// must not hold it up.
+    fn send_cancel(&mut self) {
+        self.cancel = Cancel::OnItsWay;
         let (client, id) = (self.farm.client.clone(), self.id);
+        let (env, talk) = (self.app.env.clone(), self.app.talk.clone());
         let (tx, rx) = oneshot::channel();
         let work = async move {
+            let mut tries = 0;
+            let result = loop {
+                match client.cancel(id).await {
+                    Err(error) if !tx.is_closed() && may_arrive_later(&error) => {
+                        if tries == 0 {
+                            talk.warn("the farm has not heard the cancel: it is sent again until it arrives");
+                        }
+                        tries += 1;
+                        let pause = CANCEL_AGAIN_MS + backoff(tries, CANCEL_AGAIN_MS, CANCEL_AGAIN_CAP_MS, env.dice());
+                        env.sleep_until(env.now().mono + pause).await;
+                    }
+                    result => break result,
+                }
+            };
             // Nobody waits for the answer when the follower let go.
-            let _ = tx.send(client.cancel(id).await);
+            let _ = tx.send(result);
         };
         self.app.env.spawn("cancel", Box::pin(work));
-        self.cancel = Some(Box::pin(async move {
+        self.cancel_answer = Some(Box::pin(async move {
             match rx.await {
                 Ok(result) => result,
                 Err(_) => Err(ClientError::Protocol("the cancel ended early".into())),
@@ -235,23 +310,55 @@ impl<'a> Follower<'a> {
     }
 
     fn canceled(&mut self, result: Result<JobView, ClientError>) {
-        if let Err(error) = result {
-            let failure = Failure::of(error, &self.farm.url);
-            self.app.talk.warn(&format!("the cancel did not arrive: {}", failure.message));
-            // The next Ctrl-C tries again.
-            self.canceled_by_us = false;
+        match result {
+            Ok(_) => self.cancel = Cancel::Heard,
+            // It ended by itself in the meantime, which the feed tells.
+            Err(ClientError::Problem(problem)) if problem.code == ErrorCode::InvalidTransition => {
+                self.cancel = Cancel::Heard;
+            }
+            Err(error) => {
+                let failure = Failure::of(error, &self.farm.url);
+                self.app.talk.warn(&format!("the cancel did not arrive: {}", failure.message));
+                // The next Ctrl-C tries again.
+                self.cancel = Cancel::NotAsked;
+            }
         }
+    }
+
+    /// Lets a cancel that is on its way arrive, for a moment, before the process ends with it.
+    async fn last_word(&mut self, signals: &mut Signals) -> Option<bool> {
+        if self.cancel == Cancel::NotAsked {
+            return None;
+        }
+        if self.cancel == Cancel::OnItsWay {
+            self.app
+                .talk
+                .say("The cancel is on its way; waiting a moment for the farm to hear it.  (Ctrl-C leaves at once)");
+            let until = self.app.env.now().mono + LAST_WORD_MS;
+            tokio::select! {
+                biased;
+                _ = signals.next() => {}
+                result = answer(&mut self.cancel_answer) => self.canceled(result),
+                () = self.app.env.sleep_until(until) => {}
+            }
+        }
+        Some(self.cancel == Cancel::Heard)
     }
 
     fn item(&mut self, item: Option<Result<FeedItem, ClientError>>) -> Result<(), Failure> {
         match item {
             Some(Ok(FeedItem::Frame(frame))) => self.frame(frame),
-            Some(Ok(FeedItem::Reconnecting { tries, why })) => {
-                self.app.talk.warn(&format!("reconnecting… ({tries})  {why}"));
+            Some(Ok(FeedItem::Reconnecting { why, .. })) => {
+                if !std::mem::replace(&mut self.reconnecting, true) {
+                    self.stop_waiting();
+                    self.app.talk.warn(&format!("reconnecting…  {why}"));
+                }
                 Ok(())
             }
             Some(Ok(FeedItem::Reconnected)) => {
-                self.app.talk.say("reconnected, nothing is lost");
+                if std::mem::replace(&mut self.reconnecting, false) {
+                    self.app.talk.say("reconnected, nothing is lost");
+                }
                 Ok(())
             }
             Some(Err(error)) => {
@@ -283,6 +390,7 @@ impl<'a> Follower<'a> {
     }
 
     fn event(&mut self, event: JobEvent) {
+        self.event = event.seq;
         match event.kind {
             EventKind::Submitted => {
                 if event.state == StateWord::Queued {
@@ -292,6 +400,7 @@ impl<'a> Follower<'a> {
             EventKind::Assigned => {
                 self.stop_waiting();
                 self.named_worker = false;
+                self.naming = !self.app.talk.json();
                 self.look_in(0);
             }
             EventKind::Accepted | EventKind::Phase | EventKind::Finished => {}
@@ -302,7 +411,7 @@ impl<'a> Follower<'a> {
                 }
             }
             EventKind::CancelRequested => {
-                if !self.canceled_by_us {
+                if self.cancel == Cancel::NotAsked {
                     self.app.talk.say("the job is being canceled");
                 }
             }
@@ -327,27 +436,35 @@ impl<'a> Follower<'a> {
 
     /// A look only decorates: that it failed is told by the feed, if it matters.
     fn looked(&mut self, result: Result<JobView, ClientError>) {
+        let named = !std::mem::replace(&mut self.naming, false);
         let Ok(job) = result else { return };
         match job.state {
             StateWord::Queued => {
                 self.show_waiting(job.waiting_reason.unwrap_or_else(|| "waiting for a free slot".to_owned()));
                 self.look_in(LOOK_AGAIN_MS);
             }
-            StateWord::Assigned | StateWord::Running => {
-                if let Some(name) = job.worker_name.filter(|_| !self.named_worker) {
-                    self.named_worker = true;
-                    let image = job.spec.image.map_or(String::new(), |image| format!(" · {image}"));
-                    let again = if job.attempt > 1 { format!(" · attempt {}", job.attempt) } else { String::new() };
-                    self.app.talk.step("Running", &format!("on {name}{image}{again}"));
-                }
-            }
+            StateWord::Assigned | StateWord::Running => self.name_worker(job),
+            // It was fast; its output still comes after the line that says where it ran.
             StateWord::Canceling
             | StateWord::Succeeded
             | StateWord::Failed
             | StateWord::TimedOut
             | StateWord::Canceled
             | StateWord::Expired
-            | StateWord::Errored => {}
+            | StateWord::Errored => {
+                if !named {
+                    self.name_worker(job);
+                }
+            }
+        }
+    }
+
+    fn name_worker(&mut self, job: JobView) {
+        if let Some(name) = job.worker_name.filter(|_| !self.named_worker) {
+            self.named_worker = true;
+            let image = job.spec.image.map_or(String::new(), |image| format!(" · {image}"));
+            let again = if job.attempt > 1 { format!(" · attempt {}", job.attempt) } else { String::new() };
+            self.app.talk.step("Running", &format!("on {name}{image}{again}"));
         }
     }
 
@@ -370,6 +487,30 @@ impl<'a> Follower<'a> {
         if let Some(bar) = self.waiting.take() {
             bar.finish_and_clear();
         }
+    }
+}
+
+/// True if the farm did not get it, or could not act on it for now.
+fn may_arrive_later(error: &ClientError) -> bool {
+    match error {
+        ClientError::Unreachable { .. } => true,
+        ClientError::Problem(problem) => problem.code.is_retryable(),
+        ClientError::Protocol(_) => false,
+    }
+}
+
+impl App {
+    /// The last words about a job that goes on without us.
+    pub(crate) fn tell_detached(&self, id: JobId, cancel_heard: Option<bool>) {
+        match cancel_heard {
+            None => self.talk.say(&format!("Detached from {id}; it goes on.")),
+            Some(true) => self.talk.say(&format!("Detached from {id}; the farm has heard the cancel.")),
+            Some(false) => {
+                self.talk.warn(&format!("detached from {id}; the farm has NOT heard the cancel"));
+                self.talk.hint(&format!("alloy cancel {id}   cancels it when the farm is back"));
+            }
+        }
+        self.talk.hint(&format!("alloy attach {id}   follows it again"));
     }
 }
 
@@ -400,160 +541,9 @@ impl LogPlace {
     }
 }
 
-/// The last line about a job.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Verdict {
-    pub(crate) tone: Tone,
-    pub(crate) mark: &'static str,
-    pub(crate) text: String,
-    pub(crate) took: Option<String>,
-    pub(crate) hint: Option<&'static str>,
-}
-
-pub(crate) fn verdict(job: &JobView) -> Verdict {
-    let outcome = job.outcome.unwrap_or(Outcome::Errored);
-    let why = why(job);
-    let (tone, mark, text) = match outcome {
-        Outcome::Succeeded => (Tone::Good, "✓", "succeeded".to_owned()),
-        Outcome::Failed => (Tone::Bad, "✗", format!("failed: {why}")),
-        Outcome::TimedOut => (Tone::Bad, "⏱", format!("timed out: {why}")),
-        Outcome::Canceled if why.starts_with("canceled") => (Tone::Note, "⊘", why),
-        Outcome::Canceled => (Tone::Note, "⊘", format!("canceled: {why}")),
-        Outcome::Expired => (Tone::Bad, "!", format!("expired: {why}")),
-        Outcome::Errored => (Tone::Bad, "!", format!("not run to its end: {why}")),
-    };
-    let ms = |at: &str| Ms::parse_rfc3339(at);
-    let took = job.finished_at.as_deref().and_then(ms).zip(ms(&job.created_at)).map(|(end, start)| end.since(start));
-    Verdict { tone, mark, text, took: took.map(duration), hint: hint(job) }
-}
-
-fn why(job: &JobView) -> String {
-    // A message that only repeats the word before it says nothing.
-    let repeats = |message: &str| job.outcome.is_some_and(|outcome| outcome.as_str() == message);
-    if let Some(message) = job.message.as_ref().filter(|message| !message.is_empty() && !repeats(message)) {
-        return message.clone();
-    }
-    match (job.reason, job.signal, job.exit_code) {
-        (Some(Reason::ScriptFailure), Some(signal), _) => format!("the command was killed by signal {signal}"),
-        (Some(Reason::ScriptFailure), None, Some(code)) => format!("the command exited {code}"),
-        (Some(reason), _, _) => words(reason).to_owned(),
-        (None, _, _) => "the farm does not say why".to_owned(),
-    }
-}
-
-pub(crate) const fn words(reason: Reason) -> &'static str {
-    match reason {
-        Reason::ScriptFailure => "the command failed",
-        Reason::HookFailure => "a hook failed",
-        Reason::SourceError => "the sources could not be laid out",
-        Reason::ArtifactMissing => "an artifact that must exist is missing",
-        Reason::ArtifactChanged => "an artifact changed while it was collected",
-        Reason::RunTimeout => "the command ran longer than it may",
-        Reason::NoOutputTimeout => "the command said nothing for too long",
-        Reason::UserCanceled => "by a user",
-        Reason::Superseded => "a newer job took its place",
-        Reason::ParentCanceled => "the job it belongs to was canceled",
-        Reason::QueueExpired => "no worker had a slot in time",
-        Reason::VmStartFailure => "the virtual machine did not start",
-        Reason::VmLost => "the virtual machine was lost",
-        Reason::WorkerLost => "the worker was lost",
-        Reason::WorkerDrained => "the worker was taken out of service",
-        Reason::OutOfDisk => "the worker's disk is full",
-        Reason::ImagePullFailure => "the image could not be pulled",
-        Reason::InternalError => "a fault inside the farm",
-        Reason::ConfigError => "the worker is not set up for it",
-        Reason::SignatureRejected => "a signature was rejected",
-    }
-}
-
-fn hint(job: &JobView) -> Option<&'static str> {
-    match (job.reason?, job.blame?) {
-        (Reason::RunTimeout, _) => Some("--timeout 90m gives it longer"),
-        (Reason::QueueExpired, _) => Some("alloy worker list shows who could run it; --queue-timeout waits longer"),
-        (Reason::ArtifactMissing, _) => Some("a glob with `=` in front must match; without it, it may match nothing"),
-        (_, Blame::Farm) => Some("the farm's fault, not the command's: run it again, or ask who keeps the workers"),
-        (_, Blame::User | Blame::Policy) => None,
-    }
-}
-
-impl App {
-    /// Says how a job ended.
-    pub(crate) fn tell_end(&self, job: &JobView) {
-        let verdict = verdict(job);
-        self.talk.verdict(verdict.tone, verdict.mark, &verdict.text, verdict.took.as_deref());
-        if let Some(hint) = verdict.hint {
-            self.talk.hint(hint);
-        }
-    }
-
-    pub(crate) fn tell_detached(&self, id: JobId, on_interrupt: OnInterrupt) {
-        match on_interrupt {
-            OnInterrupt::Cancel => self.talk.say(&format!("Detached from {id}; its cancel is on the way.")),
-            OnInterrupt::Detach => self.talk.say(&format!("Detached from {id}; it goes on.")),
-        }
-        self.talk.hint(&format!("alloy attach {id}   follows it again"));
-    }
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
-    use alloy_shared::id::DEFAULT_ORG;
-    use alloy_shared::wire::job::{End, JobSpec, Timings};
-
+mod tests {
     use super::*;
-
-    /// A job that ended like this, ninety-two seconds after it began.
-    pub(crate) fn ended(end: &End) -> JobView {
-        let (exit_code, exit_origin) = end.run_exit();
-        JobView {
-            id: JobId::from_raw(7),
-            org: DEFAULT_ORG,
-            state: end.outcome().into(),
-            phase: None,
-            spec: JobSpec::default(),
-            source: None,
-            attempt: 1,
-            worker: None,
-            worker_name: None,
-            lost: 0,
-            created_at: "2026-01-02T03:04:05.000Z".into(),
-            finished_at: Some("2026-01-02T03:05:37.000Z".into()),
-            waiting_reason: None,
-            outcome: Some(end.outcome()),
-            reason: end.reason,
-            blame: end.blame(),
-            message: Some(end.message.clone()).filter(|message| !message.is_empty()),
-            exit_code: Some(exit_code),
-            exit_origin: Some(exit_origin),
-            signal: end.signal,
-            timings: Timings::default(),
-            url: "http://farm/jobs/7".into(),
-        }
-    }
-
-    #[test]
-    fn every_end_has_a_line_that_says_why() {
-        let failed =
-            |exit_code, signal| End { reason: Some(Reason::ScriptFailure), exit_code, signal, message: String::new() };
-        for (end, mark, text) in [
-            (End::success(), "✓", "succeeded"),
-            (failed(Some(7), None), "✗", "failed: the command exited 7"),
-            (failed(None, Some(9)), "✗", "failed: the command was killed by signal 9"),
-            (End::because(Reason::RunTimeout, ""), "⏱", "timed out: the command ran longer than it may"),
-            (End::because(Reason::UserCanceled, ""), "⊘", "canceled: by a user"),
-            (End::because(Reason::UserCanceled, "canceled"), "⊘", "canceled: by a user"),
-            (End::because(Reason::UserCanceled, "canceled while it waited"), "⊘", "canceled while it waited"),
-            (End::because(Reason::QueueExpired, ""), "!", "expired: no worker had a slot in time"),
-            (End::because(Reason::WorkerLost, "m1 went silent"), "!", "not run to its end: m1 went silent"),
-        ] {
-            let verdict = verdict(&ended(&end));
-            assert_eq!((verdict.mark, verdict.text.as_str(), verdict.took.as_deref()), (mark, text, Some("1m 32s")));
-        }
-        for reason in Reason::ALL {
-            let verdict = verdict(&ended(&End::because(*reason, "")));
-            assert_eq!(verdict.hint.is_some_and(|hint| hint.contains("farm's fault")), reason.blame() == Blame::Farm);
-        }
-    }
 
     #[test]
     fn the_log_is_printed_once_and_without_a_hole() {

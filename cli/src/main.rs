@@ -8,6 +8,7 @@ mod follow;
 mod out_dir;
 mod output;
 mod source;
+mod verdict;
 
 use std::sync::Arc;
 

@@ -7,11 +7,12 @@ use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
 
 use crate::context::{App, Farm};
 use crate::farm::Hosted;
-use crate::follow::{Ending, Follower, OnInterrupt, Signals, verdict};
+use crate::follow::{Ending, Follower, OnInterrupt, Signals};
 use crate::output::talk::Tone;
 use crate::output::{
     Failure, Fault, Sink, ago, duration, exit, job_exit, print, print_json, stdout_is_terminal, table,
 };
+use crate::verdict::verdict;
 
 const COMMAND_SHOWN: usize = 48;
 
@@ -73,13 +74,14 @@ pub(crate) async fn attach(app: &App, args: &AttachArgs) -> Result<i32, Failure>
     let job = app.job(farm, args.job.as_deref()).await?;
     hosted.can_follow(&job)?;
     app.talk.headline(&job.id.to_string(), &job.url);
-    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
-    let ending = Follower::new(app, farm, job.id, OnInterrupt::Detach).run(&mut signals, sink).await?;
-    match ending {
-        Ending::Detached => {
-            app.tell_detached(job.id, OnInterrupt::Detach);
+    let mut follower = Follower::new(app, farm, job.id, OnInterrupt::Detach)?;
+    match follower.run(&mut signals, hosted.vanished(app)).await? {
+        Ending::Detached { cancel_heard } => {
+            app.tell_detached(job.id, cancel_heard);
             Ok(exit::INTERRUPTED)
         }
+        Ending::FarmGone => Err(Failure::error("the farm of this machine ended before the job did")
+            .hint("alloy up          starts one, which goes on with the job")),
         Ending::Ended(job) => {
             app.tell_end(&job);
             let (code, origin) = job_exit(&job);
@@ -120,7 +122,7 @@ pub(crate) async fn logs(app: &App, args: &LogsArgs) -> Result<i32, Failure> {
         Ok(outcome) => outcome?,
         Err(failure) => {
             if args.follow {
-                app.tell_detached(job.id, OnInterrupt::Detach);
+                app.tell_detached(job.id, None);
                 return Ok(exit::INTERRUPTED);
             }
             return Err(failure);
@@ -327,7 +329,7 @@ mod tests {
     use alloy_shared::wire::job::{End, Reason, Timings};
 
     use super::*;
-    use crate::follow::tests::ended;
+    use crate::verdict::tests::ended;
 
     #[test]
     fn a_job_is_one_row_and_a_page_of_facts() {

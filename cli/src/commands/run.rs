@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use alloy_shared::id::{JobId, Labels};
+use alloy_shared::id::Labels;
 use alloy_shared::limits;
 use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
 use serde::Serialize;
@@ -12,9 +12,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::context::{App, Farm};
 use crate::download::{Downloader, Report, Target};
-use crate::farm::Hosted;
+use crate::farm::{Hosted, Lease};
 use crate::follow::{Ending, Follower, OnInterrupt, Signals};
-use crate::output::{Failure, Fault, Sink, exit, job_exit, plural, print, print_json, size};
+use crate::output::{Failure, Fault, exit, job_exit, plural, print, print_json, size};
 use crate::source::{self, Scan, git, upload};
 
 /// Farms on this machine that may end under a command before it becomes the host itself.
@@ -83,6 +83,22 @@ struct Last<'a> {
     artifacts_dir: Option<PathBuf>,
 }
 
+/// What is known of the job, from one farm of this machine to the next.
+#[derive(Default)]
+struct Pursuit<'a> {
+    job: Option<JobView>,
+    follower: Option<Follower<'a>>,
+    /// Says to the farms of this machine that somebody wants the job.
+    lease: Option<Lease>,
+}
+
+/// How it went with one farm.
+enum Round {
+    Over(i32),
+    /// It ended under the job.
+    FarmGone,
+}
+
 pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
     let spec = spec(args, &App::var)?;
     let mut signals = Signals::install()?;
@@ -92,35 +108,111 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
     }
     // One key for all tries: whatever farm of this machine answers, there is one job.
     let key = format!("{:016x}{:016x}", app.env.dice(), app.env.dice());
+    let mut pursuit = Pursuit::default();
     let mut tries = 0;
     loop {
-        let hosted = signals.unless_told(Hosted::open(app)).await??;
-        let mut job = None;
-        let outcome = run_on(app, args, (spec.clone(), &key), &hosted, &mut signals, &mut job).await;
-        if let (Some(job), Err(failure)) = (job, &outcome)
-            && failure.fault == Fault::Pipe
-        {
-            hosted.abandon(app, job).await;
+        let hosted = open(app, &mut signals, &mut pursuit).await?;
+        let outcome = run_on(app, args, (spec.clone(), &key), &hosted, &mut signals, &mut pursuit).await;
+        let gone = match &outcome {
+            Ok(Round::FarmGone) => true,
+            Ok(Round::Over(_)) => false,
+            Err(failure) => pursuit.job.is_none() && failure.farm_is_away(),
+        };
+        let again = gone && hosted.may_vanish(app) && tries < LOCAL_TRIES;
+        if !again {
+            // Whoever waits for this farm's jobs need not wait for this one's reader any more.
+            drop(pursuit);
+            hosted.close(app, &mut signals).await;
+            return match outcome? {
+                Round::Over(code) => Ok(code),
+                Round::FarmGone => Err(Failure::error("the farms of this machine end one after the other")),
+            };
         }
-        let unreachable = outcome.as_ref().is_err_and(Failure::farm_is_away);
-        let again = job.is_none() && unreachable && hosted.may_vanish(app);
         hosted.close(app, &mut signals).await;
         tries += 1;
-        if !again || tries == LOCAL_TRIES {
-            return outcome;
+    }
+}
+
+/// Opens the farm. Once there is a job in it, a wish to stop is a cancel, which needs the farm.
+async fn open(app: &App, signals: &mut Signals, pursuit: &mut Pursuit<'_>) -> Result<Hosted, Failure> {
+    if let Some(follower) = &mut pursuit.follower {
+        app.talk.warn("the farm of this machine is gone; opening it again to follow the job");
+        return match signals.unless_told(Hosted::open(app)).await {
+            Ok(opened) => opened,
+            Err(_) => {
+                follower.already_told();
+                Hosted::open(app).await
+            }
+        };
+    }
+    signals.unless_told(Hosted::open(app)).await?
+}
+
+async fn run_on<'a>(
+    app: &'a App,
+    args: &RunArgs,
+    (spec, key): (JobSpec, &str),
+    hosted: &Hosted,
+    signals: &mut Signals,
+    pursuit: &mut Pursuit<'a>,
+) -> Result<Round, Failure> {
+    let farm = hosted.farm();
+    let job = match pursuit.job.clone() {
+        Some(job) => {
+            pursuit.follower.iter_mut().for_each(|follower| follower.moved_to(farm));
+            job
+        }
+        None => {
+            let (job, told) = start(app, args, (spec, key), hosted, signals, &mut pursuit.lease).await?;
+            pursuit.job = Some(job.clone());
+            if args.detach && !told {
+                if app.talk.json() {
+                    print_json(&job)?
+                } else {
+                    print(&format!("{}\n", job.id))?
+                }
+                return Ok(Round::Over(exit::OK));
+            }
+            let follower = pursuit.follower.insert(Follower::new(app, farm, job.id, OnInterrupt::Cancel)?);
+            if told {
+                follower.already_told();
+            }
+            job
+        }
+    };
+    let Some(follower) = &mut pursuit.follower else { return Err(Failure::error("nobody follows the job")) };
+    let downloads = (!args.no_download && !job.spec.artifacts.is_empty()).then(|| Downloads::start(app, farm, &job));
+    follower.announce(downloads.as_ref().map(|downloads| downloads.arrivals.clone()));
+    let ending = tokio::select! {
+        biased;
+        why = hosted.fault(app) => {
+            hosted.abandon(app, job.id).await;
+            return Err(Failure::error(format!("the worker of this machine stopped: {why}")));
+        }
+        ending = follower.run(signals, hosted.vanished(app)) => ending?,
+    };
+    match ending {
+        Ending::FarmGone => Ok(Round::FarmGone),
+        Ending::Detached { cancel_heard } => {
+            hosted.tell_detached(app, job.id, cancel_heard);
+            Ok(Round::Over(exit::INTERRUPTED))
+        }
+        Ending::Ended(job) => {
+            follower.announce(None);
+            finish(app, farm, &job, downloads, signals).await.map(Round::Over)
         }
     }
 }
 
-async fn run_on(
+/// From the tree to the job; true if it shall be canceled at once.
+async fn start(
     app: &App,
     args: &RunArgs,
     (mut spec, key): (JobSpec, &str),
     hosted: &Hosted,
     signals: &mut Signals,
-    submitted: &mut Option<JobId>,
-) -> Result<i32, Failure> {
-    let farm = hosted.farm();
+    lease: &mut Option<Lease>,
+) -> Result<(JobView, bool), Failure> {
     let (scan, git, ignored) = signals
         .unless_told(async {
             let tree = read_tree(app, args.allow_secret_files);
@@ -138,42 +230,16 @@ async fn run_on(
         Some(signals.unless_told(send_tree(app, hosted, &scan)).await??)
     };
     signals.unless_told(hosted.ready(app)).await??;
-    let (job, told) = submit(app, farm, &SubmitJob { spec, source }, key, signals).await?;
-    *submitted = Some(job.id);
-    app.remember(farm, job.id);
+    if app.globals.local {
+        *lease = Some(Lease::take(app, &spec)?);
+    }
+    let (job, told) = submit(app, hosted.farm(), &SubmitJob { spec, source }, key, signals).await?;
+    if let Some(lease) = lease {
+        lease.name(job.id)?;
+    }
+    app.remember(hosted.farm(), job.id);
     app.talk.headline(&job.id.to_string(), &job.url);
-    if args.detach && !told {
-        if app.talk.json() {
-            print_json(&job)?
-        } else {
-            print(&format!("{}\n", job.id))?
-        }
-        return Ok(exit::OK);
-    }
-    let downloads = (!args.no_download && !job.spec.artifacts.is_empty()).then(|| Downloads::start(app, farm, &job));
-    let sink = Sink::stdout(&app.talk).map_err(|error| Failure::io("standard output", &error))?;
-    let mut follower = Follower::new(app, farm, job.id, OnInterrupt::Cancel);
-    if let Some(downloads) = &downloads {
-        follower = follower.announce(downloads.arrivals.clone());
-    }
-    if told {
-        follower = follower.already_told();
-    }
-    let ending = tokio::select! {
-        biased;
-        why = hosted.fault() => {
-            hosted.abandon(app, job.id).await;
-            return Err(Failure::error(format!("the worker of this machine stopped: {why}")));
-        }
-        ending = follower.run(signals, sink) => ending?,
-    };
-    match ending {
-        Ending::Detached => {
-            hosted.tell_detached(app, job.id);
-            Ok(exit::INTERRUPTED)
-        }
-        Ending::Ended(job) => finish(app, farm, &job, downloads, signals).await,
-    }
+    Ok((job, told))
 }
 
 /// After the end: what is left of the artifacts, and the exit code. A result whose files are not here is no success.
@@ -197,7 +263,11 @@ async fn finish(
     }
     if app.talk.json() {
         let last = Last { r#type: "result", job, exit_code: code, exit_origin: origin.as_str(), artifacts_dir };
-        print_json(&last)?;
+        match print_json(&last) {
+            // The job's end is no other because nobody reads it.
+            Err(failure) if failure.fault != Fault::Pipe => return Err(failure),
+            Ok(()) | Err(_) => {}
+        }
     }
     Ok(code)
 }

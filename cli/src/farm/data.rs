@@ -53,6 +53,11 @@ impl DataDir {
         &self.0
     }
 
+    /// One file for each command that wants a job of this farm.
+    pub(crate) fn leases(&self) -> PathBuf {
+        self.farm().join("leases")
+    }
+
     /// Of the worker inside this farm. The one that `alloy worker join` made belongs to another farm and keeps its own.
     #[cfg(feature = "farm")]
     pub(crate) fn worker(&self) -> PathBuf {

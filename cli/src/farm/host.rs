@@ -1,21 +1,23 @@
 //! S: a farm inside this process: the same orchestrator on a loopback port, and a worker that enrols itself by the normal
 //! call. Nothing of it is special but that both live and end with a command.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use alloy_shared::client::JobQuery;
+use alloy_shared::client::{ClientError, JobQuery};
 use alloy_shared::env::Env as _;
+use alloy_shared::id::JobId;
 use alloy_shared::limits::PAGE_MAX;
 use alloy_shared::runtime::{Lifecycle, LogFormat, SystemEnv, telemetry};
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::PROTOCOL;
 use alloy_shared::wire::farm::{InviteRequest, WorkerState, WorkerView};
-use alloy_shared::wire::job::{JobView, StateWord};
+use alloy_shared::wire::job::{JobSpec, JobView, Reason, StateWord};
 use orchestrator::ServeError;
+use orchestrator::desk::{Answer, Request};
 use orchestrator::store::sql::LockError;
 use tokio::sync::watch;
 use worker::Daemon;
@@ -23,6 +25,7 @@ use worker::host::{HostError, Identity};
 
 use super::data::{DataDir, Note};
 use super::here::own_binary;
+use super::lease::Leases;
 use crate::context::{App, Farm};
 use crate::follow::Signals;
 use crate::output::{Failure, plural};
@@ -31,6 +34,8 @@ use crate::output::{Failure, plural};
 const READY_MS: u64 = 30_000;
 const LOOK_AGAIN_MS: u64 = 10;
 const JOBS_LOOK_MS: u64 = 100;
+/// Between two looks for jobs whose command is dead.
+const LEASES_LOOK_MS: u64 = 1_000;
 /// A wait that is over this soon is not worth a line.
 const QUIET_MS: u64 = 1_000;
 /// An orderly end. What is not over then is cut: every part of the farm heals from a crash.
@@ -161,6 +166,8 @@ impl Host {
             // Without a note nobody joins: this farm is gone in a moment, and has no worker.
             return Ok(());
         }
+        // Before there is a worker: what is ended here does not run again.
+        self.end_unwanted(app).await;
         self.worker = Some(self.start_worker(app, &url).await?);
         self.data.write_note(&Note {
             url,
@@ -230,30 +237,74 @@ impl Host {
         }
     }
 
-    /// Returns when the worker has stopped by itself, with the reason.
-    pub(crate) async fn fault(&self) -> String {
+    /// Ends the jobs of commands of `--local` that are dead, until the worker stops by itself. Returns the reason.
+    pub(crate) async fn fault(&self, app: &App) -> String {
         let Some(local) = &self.worker else { return pending().await };
         let mut fault = local.fault.clone();
-        // The value is looked at below; that the sender is gone is an answer too.
-        let _ = fault.wait_for(Option::is_some).await;
-        local.ended().unwrap_or_default()
+        loop {
+            tokio::select! {
+                biased;
+                // The value is looked at below; that the sender is gone is an answer too.
+                _ = fault.wait_for(Option::is_some) => return local.ended().unwrap_or_default(),
+                () = app.env.sleep_until(app.env.now().mono + LEASES_LOOK_MS) => {}
+            }
+            self.end_unwanted(app).await;
+        }
+    }
+
+    /// Ends the jobs of commands that died without a word. Gives those that a living one waits for.
+    async fn end_unwanted(&self, app: &App) -> BTreeSet<JobId> {
+        let Leases { dead, wanted } = Leases::look(&self.data);
+        if dead.is_empty() {
+            return wanted;
+        }
+        let Ok(jobs) = self.try_live_jobs().await else { return wanted };
+        let live: Vec<(JobId, &JobSpec)> = jobs.iter().map(|job| (job.id, &job.spec)).collect();
+        for lease in dead {
+            let Some(job) = lease.job_of(&live, &wanted) else {
+                lease.forget();
+                continue;
+            };
+            let reason = Reason::ParentCanceled;
+            match self.app.desk.ask(|ticket| Request::Cancel { ticket, job, reason }).await {
+                Answer::Job(_) | Answer::Refused(_) | Answer::NotLive => {
+                    app.talk.say(&format!("{job} is ended: the command that started it is dead"));
+                    lease.forget();
+                }
+                // The next look asks again.
+                Answer::Exists { .. }
+                | Answer::Rejected(_)
+                | Answer::Full
+                | Answer::Stale
+                | Answer::Applied
+                | Answer::Gap { .. }
+                | Answer::Failed(_)
+                | Answer::Done
+                | Answer::Holders(_)
+                | Answer::Why(_) => {}
+            }
+        }
+        wanted
     }
 
     /// Waits for the jobs that still run here: others may have sent them. A signal ends the wait, and so does the end of the
     /// worker. Once there is none, none is taken any more, and only then does the last look count.
     pub(crate) async fn wait_for_jobs(&self, app: &App, signals: &mut Signals) -> bool {
-        let (mut said, mut last_look) = (0, false);
+        let (mut said, mut said_readers, mut last_look) = (0, false, false);
         let quiet_until = app.env.now().mono + QUIET_MS;
         loop {
             let look = async {
-                let jobs = self.live_jobs().await;
-                if !jobs.is_empty() {
+                // A guest whose job is over may still fetch what came of it.
+                let wanted = self.end_unwanted(app).await;
+                // What cannot be asked is not waited for.
+                let jobs = self.try_live_jobs().await.unwrap_or_default();
+                if !jobs.is_empty() || !wanted.is_empty() {
                     app.env.sleep_until(app.env.now().mono + JOBS_LOOK_MS).await;
                 }
-                jobs
+                (jobs, wanted)
             };
-            let Ok(jobs) = signals.unless_told(look).await else { return false };
-            if jobs.is_empty() {
+            let Ok((jobs, wanted)) = signals.unless_told(look).await else { return false };
+            if jobs.is_empty() && wanted.is_empty() {
                 if last_look {
                     return true;
                 }
@@ -264,7 +315,13 @@ impl Host {
             if self.worker.as_ref().is_some_and(|local| local.ended().is_some()) {
                 return false;
             }
-            if jobs.len() != said && app.env.now().mono >= quiet_until {
+            if jobs.is_empty() && !said_readers && app.env.now().mono >= quiet_until {
+                said_readers = true;
+                app.talk.say(
+                    "another command still reads from the farm of this process: waiting for it  (Ctrl-C stops at once)",
+                );
+            }
+            if !jobs.is_empty() && jobs.len() != said && app.env.now().mono >= quiet_until {
                 said = jobs.len();
                 let first = jobs.first().map_or(String::new(), |job| job.id.to_string());
                 let more = if said > 1 { ", …" } else { "" };
@@ -276,10 +333,9 @@ impl Host {
         }
     }
 
-    /// What cannot be asked is not waited for.
-    async fn live_jobs(&self) -> Vec<JobView> {
+    async fn try_live_jobs(&self) -> Result<Vec<JobView>, ClientError> {
         let query = JobQuery { limit: Some(PAGE_MAX), cursor: None, state: LIVE.to_vec(), mine: false };
-        self.farm.client.jobs(&query).await.map(|page| page.jobs).unwrap_or_default()
+        self.farm.client.jobs(&query).await.map(|page| page.jobs)
     }
 
     /// Ends the worker, then the orchestrator that hears its last words.

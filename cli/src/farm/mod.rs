@@ -5,6 +5,7 @@ mod data;
 pub(crate) mod here;
 #[cfg(feature = "farm")]
 mod host;
+mod lease;
 #[cfg(feature = "farm")]
 pub(crate) mod up;
 
@@ -12,22 +13,29 @@ use alloy_shared::id::JobId;
 use alloy_shared::wire::job::JobView;
 
 use crate::context::{App, Farm};
-use crate::follow::{OnInterrupt, Signals};
+use crate::follow::Signals;
 use crate::output::Failure;
 use data::{DataDir, Lock};
+pub(crate) use lease::Lease;
 
 /// Jobs on this machine are remembered under this name: the port changes with every start.
 const LOCAL: &str = "local";
 /// A farm that is starting has written down its address after this time.
 const START_MS: u64 = 20_000;
 const LOOK_AGAIN_MS: u64 = 20;
+/// Between two looks whether the host of the farm still lives.
+const HOST_LOOK_MS: u64 = 500;
 const NO_ISOLATION: &str =
     "jobs run on this machine itself, as you: there is no virtual machine and no isolation (provider `host`)";
 
 /// A farm for the length of one command.
 pub(crate) enum Hosted {
     /// It goes on without this command.
-    Guest(Farm),
+    Guest {
+        farm: Farm,
+        /// The process that runs it, if it is this machine's.
+        host: Option<u32>,
+    },
     /// It lives in this process.
     #[cfg(feature = "farm")]
     Host(Box<host::Host>),
@@ -48,7 +56,7 @@ impl Hosted {
     /// A farm that runs jobs.
     pub(crate) async fn open(app: &App) -> Result<Self, Failure> {
         if !app.globals.local {
-            return Ok(Self::Guest(app.farm()?));
+            return Ok(Self::Guest { farm: app.farm()?, host: None });
         }
         let hosted = Self::open_local(app, Purpose::Run).await?;
         app.talk.warn(NO_ISOLATION);
@@ -57,7 +65,11 @@ impl Hosted {
 
     /// A farm whose jobs are only looked at.
     pub(crate) async fn open_to_read(app: &App) -> Result<Self, Failure> {
-        if app.globals.local { Self::open_local(app, Purpose::Read).await } else { Ok(Self::Guest(app.farm()?)) }
+        if app.globals.local {
+            Self::open_local(app, Purpose::Read).await
+        } else {
+            Ok(Self::Guest { farm: app.farm()?, host: None })
+        }
     }
 
     /// A client of the farm that runs on this machine, or else its host. Between two looks somebody may start or stop one.
@@ -76,7 +88,7 @@ impl Hosted {
                 note.check()?;
                 let mut farm = app.farm_at(note.url, Some(data.token()?))?;
                 farm.name = LOCAL.into();
-                return Ok(Self::Guest(farm));
+                return Ok(Self::Guest { farm, host: Some(note.pid) });
             }
             if app.env.now().mono >= until {
                 let by = holder.map_or(String::new(), |pid| format!(" (process {pid})"));
@@ -112,7 +124,7 @@ impl Hosted {
 
     pub(crate) fn farm(&self) -> &Farm {
         match self {
-            Self::Guest(farm) => farm,
+            Self::Guest { farm, .. } => farm,
             #[cfg(feature = "farm")]
             Self::Host(host) => &host.farm,
         }
@@ -121,25 +133,25 @@ impl Hosted {
     /// Returns when the farm can take a job.
     pub(crate) async fn ready(&self, app: &App) -> Result<(), Failure> {
         match self {
-            Self::Guest(_) => Ok(()),
+            Self::Guest { .. } => Ok(()),
             #[cfg(feature = "farm")]
             Self::Host(host) => host.ready(app).await.map(drop),
         }
     }
 
     /// Returns when the worker in this process has stopped by itself.
-    pub(crate) async fn fault(&self) -> String {
+    pub(crate) async fn fault(&self, app: &App) -> String {
         match self {
-            Self::Guest(_) => std::future::pending().await,
+            Self::Guest { .. } => std::future::pending().await,
             #[cfg(feature = "farm")]
-            Self::Host(host) => host.fault().await,
+            Self::Host(host) => host.fault(app).await,
         }
     }
 
     /// Refuses to wait for a job in a farm that is only looked at: nothing moves in it.
     pub(crate) fn can_follow(&self, job: &JobView) -> Result<(), Failure> {
         match self {
-            Self::Guest(_) => Ok(()),
+            Self::Guest { .. } => Ok(()),
             #[cfg(feature = "farm")]
             Self::Host(_) if job.state.is_terminal() => Ok(()),
             #[cfg(feature = "farm")]
@@ -153,7 +165,7 @@ impl Hosted {
     /// True if the farm may end at any time before it has this command's job: its host waits for jobs, not for uploads.
     pub(crate) fn may_vanish(&self, app: &App) -> bool {
         match self {
-            Self::Guest(_) => app.globals.local,
+            Self::Guest { .. } => app.globals.local,
             #[cfg(feature = "farm")]
             Self::Host(_) => false,
         }
@@ -162,7 +174,7 @@ impl Hosted {
     /// Lets go of the farm. A host waits for every job in it, whoever sent it.
     pub(crate) async fn close(self, app: &App, signals: &mut Signals) {
         match self {
-            Self::Guest(_) => {}
+            Self::Guest { .. } => {}
             #[cfg(feature = "farm")]
             Self::Host(host) => {
                 let all_ended = host.wait_for_jobs(app, signals).await;
@@ -171,22 +183,34 @@ impl Hosted {
         }
     }
 
-    pub(crate) fn tell_detached(&self, app: &App, job: JobId) {
+    pub(crate) fn tell_detached(&self, app: &App, job: JobId, cancel_heard: Option<bool>) {
         match self {
-            Self::Guest(_) => app.tell_detached(job, OnInterrupt::Cancel),
+            Self::Guest { .. } => app.tell_detached(job, cancel_heard),
             // It cannot be followed elsewhere; what happens to it is said while the farm closes.
             #[cfg(feature = "farm")]
             Self::Host(_) => {}
         }
     }
 
-    /// Nobody reads the job's output. A farm of its own goes on with it; one in this process would live for nobody.
+    /// Returns when the farm of this machine is run by its host no more, nor by the one that this command found.
+    pub(crate) async fn vanished(&self, app: &App) {
+        let Self::Guest { host: Some(host), .. } = self else { return std::future::pending().await };
+        let data = DataDir::new(&app.places.data);
+        loop {
+            app.env.sleep_until(app.env.now().mono + HOST_LOOK_MS).await;
+            match data.lock() {
+                Ok(Lock::Taken { pid }) if pid.is_none_or(|pid| pid == *host) => {}
+                Ok(Lock::Taken { .. } | Lock::Free) => return,
+                // It says nothing about the host.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Nothing runs the job any more: the worker inside this process is gone.
     pub(crate) async fn abandon(&self, app: &App, job: JobId) {
         match self {
-            Self::Guest(_) => {
-                app.talk.say(&format!("Nobody reads standard output any more; {job} goes on."));
-                app.talk.hint(&format!("alloy attach {job}   follows it again; alloy cancel {job} ends it"));
-            }
+            Self::Guest { .. } => {}
             #[cfg(feature = "farm")]
             Self::Host(host) => {
                 if let Err(error) = host.farm.client.cancel(job).await {

@@ -46,7 +46,7 @@ pub(crate) async fn up(app: &App, args: &UpArgs) -> Result<i32, Failure> {
                     app.talk.say("Stopping.");
                     !host.wait_for_jobs(app, &mut signals).await
                 }
-                why = host.fault() => {
+                why = host.fault(app) => {
                     outcome = Err(Failure::error(format!("the worker of this machine stopped: {why}")));
                     true
                 }
