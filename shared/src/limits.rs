@@ -157,20 +157,21 @@ pub const FRAME_TARGET: usize = 1 << 20;
 /// A pack in one request.
 pub const PACK_MAX: u64 = 512 << 20;
 pub const MANIFEST_ENTRIES_MAX: usize = 500_000;
-pub const MANIFEST_BYTES_MAX: usize = 256 << 20;
+/// Half a million files with paths of 100 characters take 120 MB.
+pub const MANIFEST_BYTES_MAX: usize = 128 << 20;
 pub const SOURCE_BYTES_MAX: u64 = 64 << 30;
 pub const PATH_MAX: usize = 1024;
 pub const PATH_DEPTH_MAX: usize = 64;
 /// Expanded bytes per stored byte, above which an archive counts as a bomb. Checked past the first MiB.
 pub const RATIO_MAX: u64 = 1_000;
-/// Archives that are read at once. Each holds a thread.
-pub const ARCHIVE_READERS: usize = 16;
+/// Archives that are read at once. Each holds a thread, and its manifest in memory.
+pub const ARCHIVE_READERS: usize = 8;
 /// What stands in an archive's extended headers, each: paths, times, attributes.
 pub const ARCHIVE_HEADER_MAX: u64 = 1 << 20;
 /// Digests in one question to the store.
 pub const DIGESTS_PER_READ: usize = 4_096;
-/// Manifests that are taken at once: each lies in memory, up to `MANIFEST_BYTES_MAX`.
-pub const MANIFESTS_AT_ONCE: usize = 16;
+/// Bytes of all manifests that are taken at once: each lies in memory, with about twice as much for its entries.
+pub const MANIFESTS_BYTES: usize = 256 << 20;
 /// Rows of one upload in one commit: the next one lets others' writes in between.
 pub const BLOBS_PER_COMMIT: usize = DIGESTS_PER_READ;
 /// After a refusal so many more bytes of the upload are taken and dropped, because many clients read no answer before

@@ -141,14 +141,12 @@ fn events(attempt: u32) -> Vec<(String, Event)> {
 /// All transitions that are reachable from a new job, one line a pair of states.
 fn transitions() -> String {
     let rules = Rules::of(&JobSpec { retries: 1, ..JobSpec::default() }, &Limits::default());
-    let late = Ms(i64::MAX / 2);
     let (mut open, mut seen) = (vec![State::new(Ms(0))], BTreeSet::new());
     let mut causes = std::collections::BTreeMap::<(String, String), BTreeSet<String>>::new();
     while let Some(state) = open.pop() {
         let attempt = state.lease().map_or(0, |lease| lease.attempt);
         for (cause, event) in events(attempt) {
-            let at = if matches!(event, Event::DeadlinePassed) { late } else { Ms(0) };
-            let Ok(next) = apply(&state, &event, at, &rules) else { continue };
+            let Ok(next) = apply(&state, &event, Ms(0), &rules) else { continue };
             if next.word() != state.word() {
                 causes.entry((state.word().to_string(), next.word().to_string())).or_default().insert(cause);
             }

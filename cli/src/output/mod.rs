@@ -89,6 +89,7 @@ impl Fault {
             ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Forbidden,
             ErrorCode::NotFound => Self::NotFound,
             ErrorCode::InvalidBody
+            | ErrorCode::IncompleteBody
             | ErrorCode::InvalidSpec
             | ErrorCode::InvalidParameter
             | ErrorCode::MethodNotAllowed

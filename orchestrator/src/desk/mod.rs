@@ -5,6 +5,7 @@
 //! nothing may be answered: an answer follows the commit. There are never two commits in flight.
 
 mod books;
+mod due;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,10 +18,11 @@ use alloy_shared::wire::job::{Reason, SubmitJob, Timings};
 use alloy_shared::wire::session::{SlotState, SlotView};
 
 use crate::admit::admit;
-use crate::job::{self, Event, Refused, Rules, Step, Term};
+use crate::job::{self, Event, Refused, Rules, Step};
 use crate::pick::{self, Room, Waiting, WhyNot};
 use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
 use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
+use due::Due;
 
 /// Ties an answer to its question.
 pub type Ticket = u64;
@@ -157,14 +159,6 @@ struct Live {
     rules: Rules,
     required: Labels,
     due: Option<Due>,
-}
-
-/// When a state's term ends by the monotonic clock. It is set once for each term: a wall clock that is set meanwhile
-/// changes nothing.
-#[derive(Debug, Clone, Copy)]
-struct Due {
-    term: Term,
-    at: Mono,
 }
 
 /// A group that waits for its commit.
@@ -524,21 +518,10 @@ impl Desk {
         }
     }
 
-    /// The deadline of the job's state. One that is set for the same term stays.
-    fn due_at(&self, live: &Live, now: Now) -> Option<Due> {
-        let term = live.job.state.term(&live.rules)?;
-        if let Some(due) = live.due.filter(|due| due.term == term) {
-            return Some(due);
-        }
-        let at = now.mono + term.left(now.wall);
-        let leased = live.job.state.lease().is_some();
-        Some(Due { term, at: if leased { at.max(self.patient_until) } else { at } })
-    }
-
     fn put(&mut self, mut live: Live, now: Now) {
         let id = live.job.id;
         self.remove(&id);
-        live.due = self.due_at(&live, now);
+        live.due = Due::of(&live, self.patient_until, now);
         if let Some(due) = live.due {
             self.deadlines.insert((due.at, id));
         }

@@ -69,7 +69,7 @@ impl From<BlobError> for OpError {
             BlobError::Body(error) if error.kind() == ErrorKind::FileTooLarge => {
                 Self::refused(ErrorCode::TooLarge, error.to_string())
             }
-            BlobError::Body(_) => Self::refused(ErrorCode::InvalidBody, message),
+            BlobError::Body(_) => Self::refused(ErrorCode::IncompleteBody, message),
             BlobError::Missing(_) | BlobError::Damaged(_) => {
                 Self::Io { what: "read stored bytes", error: std::io::Error::new(ErrorKind::InvalidData, message) }
             }
@@ -372,7 +372,7 @@ fn swap<A, B>((a, b): (A, B)) -> (B, A) {
 }
 
 fn cut_off(why: &str) -> OpError {
-    OpError::refused(ErrorCode::InvalidBody, format!("the upload ended early: {why}"))
+    OpError::refused(ErrorCode::IncompleteBody, format!("the upload ended early: {why}"))
 }
 
 fn not_registered(why: String) -> OpError {

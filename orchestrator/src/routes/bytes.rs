@@ -15,9 +15,9 @@ use axum::response::{IntoResponse as _, Response};
 use bytes::Bytes;
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _, stream};
 use serde::Deserialize;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::extract::{Developer, JsonBody, PathOf, QueryOf, Viewer, header_text, parameter, whole};
+use super::extract::{Developer, JsonBody, PathOf, QueryOf, Viewer, header_text, parameter, whole_within};
 use super::range::{self, Asked};
 use crate::App;
 use crate::auth::AttemptGrant;
@@ -33,8 +33,10 @@ use crate::store::{Job, Scope};
 #[cfg(test)]
 mod tests;
 
-/// Each lies in memory, whole.
-static MANIFESTS: Semaphore = Semaphore::const_new(limits::MANIFESTS_AT_ONCE);
+/// Room in memory for manifests that are being taken, in KiB.
+static MANIFESTS: Semaphore = Semaphore::const_new(limits::MANIFESTS_BYTES >> 10);
+/// A manifest is decompressed in such steps.
+const UNZSTD_STEP: u64 = 1 << 20;
 /// Log bytes in one read.
 const READ: u32 = 1 << 20;
 /// Nothing that a build made may act in this origin.
@@ -70,14 +72,12 @@ pub async fn put_source(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<SourceStatus>, Fault> {
-    let _room = MANIFESTS.try_acquire().map_err(|_| {
-        let message = format!("the farm takes {} manifests already", limits::MANIFESTS_AT_ONCE);
-        Fault::new(ErrorCode::TooManyRequests, message).retry_after(1)
-    })?;
-    let body = whole(body, limits::MANIFEST_BYTES_MAX).await?;
-    let manifest = match header_text(&headers, "content-encoding") {
-        None | Some("identity") => body,
-        Some("zstd") => app.blobs.compute(move || unzstd(&body)).await?,
+    let mut room = Room::new(&MANIFESTS);
+    let body = whole_within(body, limits::MANIFEST_BYTES_MAX, |len| room.hold(len)).await?;
+    // Held until the manifest is stored.
+    let (manifest, _room) = match header_text(&headers, "content-encoding") {
+        None | Some("identity") => (body, room),
+        Some("zstd") => app.blobs.compute(move || unzstd(&body, room)).await?,
         Some(other) => {
             return Err(parameter("Content-Encoding", &format!("is zstd or nothing, not {}", showable(other))));
         }
@@ -85,14 +85,51 @@ pub async fn put_source(
     Ok(Json(depot(&app, who.org).put_source(digest, manifest).await?))
 }
 
-fn unzstd(bytes: &[u8]) -> Result<Bytes, Fault> {
+/// What one request may hold of a room that all share.
+struct Room {
+    all: &'static Semaphore,
+    held: Option<SemaphorePermit<'static>>,
+}
+
+impl Room {
+    fn new(all: &'static Semaphore) -> Self {
+        Self { all, held: None }
+    }
+
+    /// Holds room for so many bytes in all. It is asked as they come: what a sender only announces takes nothing.
+    fn hold(&mut self, bytes: usize) -> Result<(), Fault> {
+        let held = self.held.as_ref().map_or(0, SemaphorePermit::num_permits);
+        let more = bytes.div_ceil(1 << 10).saturating_sub(held);
+        if more == 0 {
+            return Ok(());
+        }
+        let more = u32::try_from(more).ok().and_then(|more| self.all.try_acquire_many(more).ok()).ok_or_else(|| {
+            let message = format!("the farm takes {} MiB of manifests already", limits::MANIFESTS_BYTES >> 20);
+            Fault::new(ErrorCode::TooManyRequests, message).retry_after(1)
+        })?;
+        match &mut self.held {
+            Some(held) => held.merge(more),
+            none => *none = Some(more),
+        }
+        Ok(())
+    }
+}
+
+fn unzstd(bytes: &[u8], mut room: Room) -> Result<(Bytes, Room), Fault> {
     use std::io::Read as _;
+    let damaged = |error| Fault::new(ErrorCode::InvalidBody, format!("the manifest does not decompress: {error}"));
+    let mut reader = zstd::stream::read::Decoder::new(bytes).map_err(damaged)?;
     let mut out = Vec::new();
-    let most = limits::MANIFEST_BYTES_MAX as u64 + 1;
-    let read = zstd::stream::read::Decoder::new(bytes).and_then(|decoder| decoder.take(most).read_to_end(&mut out));
-    match read {
-        Ok(_) => Ok(out.into()),
-        Err(error) => Err(Fault::new(ErrorCode::InvalidBody, format!("the manifest does not decompress: {error}"))),
+    loop {
+        let from = out.len();
+        if from > limits::MANIFEST_BYTES_MAX {
+            let message = format!("the manifest has more than {} bytes", limits::MANIFEST_BYTES_MAX);
+            return Err(Fault::new(ErrorCode::TooLarge, message));
+        }
+        room.hold(bytes.len() + from + UNZSTD_STEP as usize)?;
+        if (&mut reader).take(UNZSTD_STEP).read_to_end(&mut out).map_err(damaged)? == 0 {
+            return Ok((out.into(), room));
+        }
     }
 }
 
@@ -213,7 +250,9 @@ pub async fn put_attempt_artifact(
     let progress = depot(&app, grant.org).artifact(place.digest, sent.offset, sent.total, incoming(body)).await?;
     let status = if progress.complete { StatusCode::CREATED } else { StatusCode::ACCEPTED };
     if !progress.complete && progress.have + 1 < sent.end {
-        return Err(Fault::new(ErrorCode::InvalidBody, "the upload ended before the bytes that it announced"));
+        return Err(
+            Fault::new(ErrorCode::IncompleteBody, "the upload ended before the bytes that it announced").retry_after(1)
+        );
     }
     Ok((status, [(own::OFFSET, progress.have.to_string())]).into_response())
 }

@@ -143,13 +143,23 @@ impl<T: DeserializeOwned + Default, S: Send + Sync> FromRequest<S> for JsonOrNot
 
 /// All of a body that may have so many bytes.
 pub async fn whole(body: Body, max: usize) -> Result<Bytes, Fault> {
+    whole_within(body, max, |_| Ok(())).await
+}
+
+/// The same; `hold` hears the length before so much is kept, and may refuse it.
+pub async fn whole_within(
+    body: Body,
+    max: usize,
+    mut hold: impl FnMut(usize) -> Result<(), Fault>,
+) -> Result<Bytes, Fault> {
     let mut parts = body.into_data_stream();
     let mut whole = BytesMut::new();
     while let Some(part) = parts.next().await {
-        let part = part.map_err(|_| Fault::new(ErrorCode::InvalidBody, "the body broke off"))?;
+        let part = part.map_err(|_| broke_off())?;
         if whole.len() + part.len() > max {
             return Err(Fault::new(ErrorCode::TooLarge, format!("the body has more than {max} bytes")));
         }
+        hold(whole.len() + part.len())?;
         whole.extend_from_slice(&part);
     }
     Ok(whole.freeze())
@@ -161,11 +171,15 @@ fn is_json(headers: &HeaderMap) -> bool {
     essence.eq_ignore_ascii_case("application/json") || essence.to_ascii_lowercase().ends_with("+json")
 }
 
+fn broke_off() -> Fault {
+    Fault::new(ErrorCode::IncompleteBody, "the body broke off").hint("send it again").retry_after(1)
+}
+
 fn unread(rejection: BytesRejection) -> Fault {
     match axum::response::IntoResponse::into_response(rejection).status() {
         axum::http::StatusCode::PAYLOAD_TOO_LARGE => Fault::new(ErrorCode::TooLarge, "the body is too large")
             .hint(format!("a JSON body is at most {} bytes", alloy_shared::limits::JSON_BODY_MAX)),
-        _ => Fault::new(ErrorCode::InvalidBody, "the body broke off"),
+        _ => broke_off(),
     }
 }
 

@@ -380,7 +380,8 @@ fn refusal(response: &Response, body: &[u8]) -> Failure {
     let seconds = |value: &HeaderValue| value.to_str().ok()?.trim().parse::<u64>().ok();
     let header = response.headers().get(RETRY_AFTER).and_then(seconds);
     let kind = match status.as_u16() {
-        429 | 503 | 507 => Kind::Busy,
+        // What came of a body that broke off is not used.
+        408 | 429 | 503 | 507 => Kind::Busy,
         500.. => Kind::Cut,
         _ => Kind::Final,
     };

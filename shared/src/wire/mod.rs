@@ -139,6 +139,8 @@ macro_rules! error_codes {
 error_codes! {
     /// The body is not what the route takes.
     InvalidBody = "invalid_body", 400, false;
+    /// The body broke off: whoever sent it stopped, or the connection did.
+    IncompleteBody = "incomplete_body", 408, true;
     /// A field of the job's spec is wrong; `errors` names each.
     InvalidSpec = "invalid_spec", 422, false;
     /// A query parameter or header is wrong.

@@ -59,6 +59,12 @@ pub struct Manifest {
     entries: Vec<Entry>,
 }
 
+impl Entry {
+    fn encode(&self, out: &mut Vec<u8>) {
+        serde_json::to_writer(out, self).unwrap_or_else(|_| unreachable!("an entry is plain data"));
+    }
+}
+
 impl Manifest {
     /// Sorts and checks the entries.
     pub fn new(mut entries: Vec<Entry>) -> Result<Self, BadSource> {
@@ -76,7 +82,7 @@ impl Manifest {
         out.extend_from_slice(FIRST_LINE.as_bytes());
         out.push(b'\n');
         for entry in &self.entries {
-            serde_json::to_writer(&mut out, entry).unwrap_or_else(|_| unreachable!("an entry is plain data"));
+            entry.encode(&mut out);
             out.push(b'\n');
         }
         out
@@ -99,20 +105,24 @@ impl Manifest {
             return Err(BadSource::Manifest("the last line is cut off".into()));
         }
         let mut entries = Vec::new();
-        for (number, line) in rest.lines().enumerate() {
+        let mut again = Vec::new();
+        for (number, line) in rest.split_terminator('\n').enumerate() {
             if entries.len() >= limits::MANIFEST_ENTRIES_MAX {
                 return Err(BadSource::Manifest(format!("more than {} entries", limits::MANIFEST_ENTRIES_MAX)));
             }
-            let entry = serde_json::from_str(line)
+            let entry: Entry = serde_json::from_str(line)
                 .map_err(|error| BadSource::Manifest(format!("line {}: {error}", number + 2)))?;
+            // Line by line: a second copy of a large manifest would be large too.
+            again.clear();
+            entry.encode(&mut again);
+            if again != line.as_bytes() {
+                let why = format!("line {}: the manifest is not in its canonical form", number + 2);
+                return Err(BadSource::Manifest(why));
+            }
             entries.push(entry);
         }
         check_entries(&entries)?;
-        let manifest = Self { entries };
-        if manifest.encode() != bytes {
-            return Err(BadSource::Manifest("the manifest is not in its canonical form".into()));
-        }
-        Ok(manifest)
+        Ok(Self { entries })
     }
 
     pub fn digest(&self) -> Digest {

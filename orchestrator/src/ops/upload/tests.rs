@@ -201,7 +201,7 @@ async fn a_damaged_or_short_pack_leaves_nothing() {
     }
     let world = World::new();
     let broken = stream::iter([Ok(pack.slice(..pack.len() / 2)), Err(std::io::Error::other("gone"))]).boxed();
-    assert_eq!(code(world.depot().pack(broken).await), ErrorCode::InvalidBody);
+    assert_eq!(code(world.depot().pack(broken).await), ErrorCode::IncompleteBody);
     let long = stream::repeat_with(|| Ok(Bytes::from_static(&[0; 1 << 20]))).boxed();
     assert_eq!(code(world.depot().pack(long).await), ErrorCode::InvalidSource);
     assert_eq!((world.objects(), world.known(BlobKind::Chunk, &digests).await), (0, 0));
@@ -264,7 +264,7 @@ async fn a_refused_tar_leaves_nothing_and_says_which_entry() {
     let cut = body(archive[..archive.len() / 2].to_vec(), 65_536);
     assert_eq!(code(world.depot().tar(cut, None).await), ErrorCode::InvalidSource);
     let gone = body(archive, 65_536).take(3).chain(stream::iter([Err(std::io::Error::other("gone"))])).boxed();
-    assert_eq!(code(world.depot().tar(gone, None).await), ErrorCode::InvalidBody);
+    assert_eq!(code(world.depot().tar(gone, None).await), ErrorCode::IncompleteBody);
     assert_eq!((world.objects(), world.known(BlobKind::Chunk, &digests).await), (0, 0));
 }
 
@@ -294,7 +294,7 @@ async fn an_artifact_goes_on_where_it_broke_off() {
     assert_eq!(depot.artifact_progress(&digest).await.unwrap(), Progress { have: 0, complete: false });
     let broken =
         body(bytes[..100_000].to_vec(), 9_999).chain(stream::iter([Err(std::io::Error::other("gone"))])).boxed();
-    assert_eq!(code(depot.artifact(digest, 0, total, broken).await), ErrorCode::InvalidBody);
+    assert_eq!(code(depot.artifact(digest, 0, total, broken).await), ErrorCode::IncompleteBody);
     assert_eq!(depot.artifact_progress(&digest).await.unwrap().have, 99_999);
     assert_eq!(world.known(BlobKind::Artifact, &[digest]).await, 0);
     let gap = depot.artifact(digest, 150_000, total, body(bytes[150_000..].to_vec(), 4096)).await;

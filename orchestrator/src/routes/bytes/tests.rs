@@ -347,7 +347,7 @@ async fn an_upload_of_an_artifact_goes_on_and_ends_verified() {
     };
     assert_eq!(put("bytes 0-3/10", b"0123").await.status, 202);
     assert_eq!(have().await.1, "3");
-    assert_eq!(put("bytes 3-9/10", b"34").await.code(), "invalid_body");
+    assert_eq!(put("bytes 3-9/10", b"34").await.code(), "incomplete_body");
     assert_eq!(put("bytes 8-9/10", b"89").await.code(), "offset_mismatch");
     assert_eq!(put("bytes 8-7/10", b"").await.code(), "invalid_parameter");
     assert_eq!(have().await.1, "4");
@@ -411,10 +411,38 @@ async fn a_body_that_breaks_off_is_not_called_too_large() {
     let broken = || Body::from_stream(stream::iter([Ok(Bytes::from_static(b"{")), Err(std::io::Error::other("cut"))]));
     let url = path::source(&Digest::of(b"x"));
     let cut = world.send(&world.token, Method::PUT, &url, &[], broken()).await;
-    assert_eq!((cut.status, cut.code().as_str()), (400, "invalid_body"));
+    assert_eq!((cut.status, cut.code().as_str(), cut.header("retry-after")), (408, "incomplete_body", "1"));
     let json = [("content-type", "application/json")];
     let cut = world.send(&world.token, Method::POST, path::JOBS, &json, broken()).await;
-    assert_eq!((cut.status, cut.code().as_str()), (400, "invalid_body"));
+    assert_eq!((cut.status, cut.code().as_str(), cut.header("retry-after")), (408, "incomplete_body", "1"));
     let long = vec![b' '; limits::JSON_BODY_MAX as usize + 1];
     assert_eq!(world.send(&world.token, Method::POST, path::JOBS, &json, long).await.code(), "too_large");
+}
+
+#[tokio::test]
+async fn manifests_share_a_bounded_room_and_give_it_back() {
+    let all: &'static Semaphore = Box::leak(Box::new(Semaphore::new(8)));
+    let mut one = Room::new(all);
+    one.hold(3 << 10).unwrap();
+    one.hold(2 << 10).unwrap();
+    one.hold((3 << 10) + 1).unwrap();
+    assert_eq!(all.available_permits(), 4, "by the KiB, and what is held counts");
+    let mut two = Room::new(all);
+    assert_eq!(two.hold(5 << 10).unwrap_err().code(), ErrorCode::TooManyRequests);
+    two.hold(4 << 10).unwrap();
+    drop(one);
+    drop(two);
+    assert_eq!(all.available_permits(), 8);
+
+    // What unpacks to more than there is room for is refused before it lies there.
+    let text = vec![b'x'; 5 << 20];
+    let small = zstd::bulk::compress(&text, 1).unwrap();
+    let room: &'static Semaphore = Box::leak(Box::new(Semaphore::new(3 << 10)));
+    let fault = unzstd(&small, Room::new(room)).map(drop).unwrap_err();
+    assert_eq!((fault.code(), room.available_permits()), (ErrorCode::TooManyRequests, 3 << 10));
+    let room: &'static Semaphore = Box::leak(Box::new(Semaphore::new(9 << 10)));
+    let (whole, held) = unzstd(&small, Room::new(room)).unwrap();
+    assert!(whole == text && room.available_permits() < 4 << 10, "held while it is used");
+    drop(held);
+    assert_eq!(room.available_permits(), 9 << 10);
 }

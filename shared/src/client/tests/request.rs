@@ -69,7 +69,9 @@ async fn a_wait_longer_than_the_budget_is_not_begun() {
 #[tokio::test]
 async fn what_must_not_happen_twice_is_repeated_only_if_it_did_not_happen() {
     let request = TokenRequest { name: "ci".into(), role: Role::Developer, ci: true, ttl_s: None };
-    for (first, tries) in [(vec![], 1), (problem(ErrorCode::Internal), 1), (problem(ErrorCode::TooManyRequests), 2)] {
+    let cut = problem(ErrorCode::IncompleteBody);
+    let rows = [(vec![], 1), (problem(ErrorCode::Internal), 1), (problem(ErrorCode::TooManyRequests), 2), (cut, 2)];
+    for (first, tries) in rows {
         let bench = Bench::new();
         let server = Server::start(script(vec![first, problem(ErrorCode::Forbidden)])).await;
         bench.client(&server.url).create_token(&request).await.unwrap_err();

@@ -1,0 +1,28 @@
+//! D: when a job's state has lasted too long, on the desk's own clock.
+
+use alloy_shared::env::{Mono, Now};
+
+use super::Live;
+use crate::job::Term;
+
+/// When a state's term ends by the monotonic clock. It is set once for each term: a wall clock that is set meanwhile
+/// changes nothing.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Due {
+    term: Term,
+    pub at: Mono,
+}
+
+impl Due {
+    /// The deadline of the job's state; one that is set for the same term stays. A leased job is not overdue before
+    /// `patient_until`.
+    pub fn of(live: &Live, patient_until: Mono, now: Now) -> Option<Self> {
+        let term = live.job.state.term(&live.rules)?;
+        if let Some(due) = live.due.filter(|due| due.term == term) {
+            return Some(due);
+        }
+        let at = now.mono + term.left(now.wall);
+        let leased = live.job.state.lease().is_some();
+        Some(Self { term, at: if leased { at.max(patient_until) } else { at } })
+    }
+}
