@@ -34,8 +34,11 @@ pub enum Mail {
 pub struct LiveWorker {
     pub silent_ms: u64,
     pub connected: bool,
+    /// It said goodbye.
+    pub left: bool,
     pub slots: Vec<SlotView>,
-    pub draining: bool,
+    /// By its own word.
+    pub stopping: bool,
 }
 
 struct Entry {
@@ -43,8 +46,9 @@ struct Entry {
     /// The newest session's, whether it still lives or not.
     epoch: i64,
     session: Option<Session>,
+    left: bool,
     slots: Vec<SlotView>,
-    draining: bool,
+    stopping: bool,
 }
 
 struct Session {
@@ -79,10 +83,12 @@ impl Hub {
             seen: now,
             epoch,
             session: None,
+            left: false,
             slots: Vec::new(),
-            draining: false,
+            stopping: false,
         });
         entry.seen = now;
+        entry.left = false;
         entry.epoch = epoch;
         if let Some(old) = entry.session.replace(Session { mailbox }) {
             // A full mailbox belongs to a session that is about to be cut anyway.
@@ -92,11 +98,12 @@ impl Hub {
     }
 
     /// Forgets the session, unless a newer one has taken its place. True if it was the newest.
-    pub fn close(&self, worker: WorkerId, epoch: i64) -> bool {
+    pub fn close(&self, worker: WorkerId, epoch: i64, left: bool) -> bool {
         let mut state = self.state();
         match state.workers.get_mut(&worker) {
             Some(entry) if entry.epoch == epoch => {
                 entry.session = None;
+                entry.left = left;
                 true
             }
             Some(_) | None => false,
@@ -109,10 +116,10 @@ impl Hub {
         }
     }
 
-    pub fn offered(&self, worker: WorkerId, slots: &[SlotView], draining: bool) {
+    pub fn offered(&self, worker: WorkerId, slots: &[SlotView], stopping: bool) {
         if let Some(entry) = self.state().workers.get_mut(&worker) {
             entry.slots = slots.to_vec();
-            entry.draining = draining;
+            entry.stopping = stopping;
         }
     }
 
@@ -152,9 +159,15 @@ impl Hub {
         self.state().workers.get(worker).map(|entry| LiveWorker {
             silent_ms: now.since(entry.seen),
             connected: entry.session.is_some(),
+            left: entry.left,
             slots: entry.slots.clone(),
-            draining: entry.draining,
+            stopping: entry.stopping,
         })
+    }
+
+    /// True while this process has listened for too short a time to call anybody lost.
+    pub fn is_in_grace(&self, now: Mono) -> bool {
+        now.since(self.state().listening_since) < self.limits.startup_grace_ms
     }
 
     /// Of these workers, the ones that were not heard for longer than a lease lasts.
@@ -187,7 +200,7 @@ mod tests {
         let later = Mono(limits.expiry_ms + 1);
         assert_eq!(hub.silent([a, b], later), [b]);
         hub.listen_anew(later);
-        assert!(hub.silent([a, b], later + 10).is_empty());
+        assert!(hub.silent([a, b], later + 10).is_empty() && hub.is_in_grace(later + 10));
     }
 
     #[test]
@@ -199,7 +212,10 @@ mod tests {
         assert!(matches!(old.try_recv(), Ok(Mail::Superseded)));
         hub.set_drain(worker, true);
         assert!(matches!(new.try_recv(), Ok(Mail::Drain { on: true })));
-        assert!(!hub.close(worker, 1) && hub.close(worker, 2));
+        assert!(!hub.close(worker, 1, true) && !hub.view(&worker, Mono(1)).unwrap().left);
+        assert!(hub.close(worker, 2, true) && hub.view(&worker, Mono(1)).unwrap().left);
+        let _back = hub.open(worker, 3, Mono(2));
+        assert!(!hub.view(&worker, Mono(2)).unwrap().left);
     }
 
     #[test]

@@ -150,6 +150,7 @@ fn worker_row(worker: &WorkerView, now: alloy_shared::env::Ms) -> Vec<String> {
         WorkerState::Busy => "●",
         WorkerState::Draining | WorkerState::Drained => "⏸",
         WorkerState::Suspect | WorkerState::Lost => "✗",
+        WorkerState::Offline => "–",
     };
     let note = worker.drain_note.as_ref().map_or(String::new(), |note| format!(": {note}"));
     let labels: Vec<String> = worker.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();

@@ -44,7 +44,7 @@ pub async fn set_drain(app: &App, who: &Principal, id: WorkerId, on: Option<Drai
 pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
     let now = app.env.now();
     let live = app.hub.view(&worker.id, now.mono);
-    let jobs = app.store.held(&worker.id).await?.iter().map(|job| job.id.to_string()).collect();
+    let jobs: Vec<String> = app.store.held(&worker.id).await?.iter().map(|job| job.id.to_string()).collect();
     let mut labels = worker.host_labels.clone();
     for (key, value) in worker.labels.iter() {
         // Labels of the enrolment win; together they may be more than the most, then the host's own stay out.
@@ -60,7 +60,7 @@ pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
     let slots = live.as_ref().map_or(&[][..], |live| &live.slots);
     Ok(WorkerView {
         id: worker.id,
-        state: state(&worker, live.as_ref(), &app.limits),
+        state: state(&worker, !jobs.is_empty(), live.as_ref(), app.hub.is_in_grace(now.mono), &app.limits),
         slots: slots.len() as u32,
         slots_busy: slots.iter().filter(|slot| slot.attempt.is_some()).count() as u32,
         labels: labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
@@ -72,13 +72,25 @@ pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
     })
 }
 
-fn state(worker: &Worker, live: Option<&LiveWorker>, limits: &Limits) -> WorkerState {
-    let Some(live) = live.filter(|live| live.silent_ms <= limits.expiry_ms) else { return WorkerState::Lost };
-    if !live.connected || live.silent_ms > 2 * limits.heartbeat_ms + limits.heartbeat_ms / 2 {
-        return WorkerState::Suspect;
+fn state(worker: &Worker, has_jobs: bool, live: Option<&LiveWorker>, in_grace: bool, limits: &Limits) -> WorkerState {
+    let silent = |silent_ms: u64| match in_grace {
+        // Nobody had time to come back yet.
+        true => WorkerState::Suspect,
+        false if silent_ms > limits.expiry_ms => WorkerState::Lost,
+        false => WorkerState::Suspect,
+    };
+    let Some(live) = live else {
+        // Without a boot it said goodbye to an earlier process of the farm, or never came.
+        return if worker.boot.is_empty() { WorkerState::Offline } else { silent(u64::MAX) };
+    };
+    if live.left {
+        return WorkerState::Offline;
     }
-    let busy = live.slots.iter().any(|slot| slot.attempt.is_some());
-    match worker.draining || live.draining {
+    if !live.connected || live.silent_ms > 2 * limits.heartbeat_ms + limits.heartbeat_ms / 2 {
+        return silent(live.silent_ms);
+    }
+    let busy = has_jobs || live.slots.iter().any(|slot| slot.attempt.is_some());
+    match worker.draining || live.stopping {
         true if busy => WorkerState::Draining,
         true => WorkerState::Drained,
         false if live.slots.iter().any(|slot| slot.state.is_free()) => WorkerState::Ready,
@@ -104,7 +116,7 @@ mod tests {
             host_labels: Labels::default(),
             version: String::new(),
             epoch: 1,
-            boot: String::new(),
+            boot: "boot_1".into(),
             draining,
             drain_note: None,
             enrolled_at: Ms(0),
@@ -121,21 +133,41 @@ mod tests {
     #[test]
     fn a_worker_is_what_its_session_and_its_slots_say() {
         let limits = Limits::default();
-        let live = |silent_ms, connected, busy: &[bool], draining| {
-            Some(LiveWorker { silent_ms, connected, slots: busy.iter().copied().map(slot).collect(), draining })
+        let live = |silent_ms, connected, busy: &[bool], stopping| {
+            let slots = busy.iter().copied().map(slot).collect();
+            Some(LiveWorker { silent_ms, connected, left: false, slots, stopping })
         };
+        let left = |silent_ms| live(silent_ms, false, &[false], true).map(|live| LiveWorker { left: true, ..live });
         for (expect, drained, live) in [
             (WorkerState::Lost, false, None),
             (WorkerState::Lost, false, live(60_001, true, &[false], false)),
             (WorkerState::Suspect, false, live(0, false, &[false], false)),
             (WorkerState::Suspect, false, live(12_501, true, &[false], false)),
+            (WorkerState::Offline, false, left(0)),
+            (WorkerState::Offline, true, left(60_001)),
             (WorkerState::Ready, false, live(5_000, true, &[false, true], false)),
             (WorkerState::Busy, false, live(0, true, &[true, true], false)),
             (WorkerState::Draining, true, live(0, true, &[true, false], false)),
             (WorkerState::Draining, false, live(0, true, &[true], true)),
             (WorkerState::Drained, true, live(0, true, &[false], false)),
         ] {
-            assert_eq!(state(&worker(drained), live.as_ref(), &limits), expect, "{live:?}");
+            assert_eq!(state(&worker(drained), false, live.as_ref(), false, &limits), expect, "{live:?}");
+        }
+        let assigned = live(0, true, &[false], false);
+        assert_eq!(state(&worker(true), true, assigned.as_ref(), false, &limits), WorkerState::Draining);
+    }
+
+    #[test]
+    fn after_a_start_of_the_farm_nobody_is_lost_before_the_grace_is_over() {
+        let limits = Limits::default();
+        let gone = Worker { boot: String::new(), ..worker(false) };
+        for (expect, worker, in_grace) in [
+            (WorkerState::Suspect, worker(false), true),
+            (WorkerState::Lost, worker(false), false),
+            (WorkerState::Offline, gone.clone(), true),
+            (WorkerState::Offline, gone, false),
+        ] {
+            assert_eq!(state(&worker, false, None, in_grace, &limits), expect, "{worker:?}");
         }
     }
 }

@@ -186,7 +186,10 @@ impl Core {
                 out.push(Effect::Close { attempt, teardown_ms, log_len });
                 self.forget(&attempt);
             }
-            (Phase::Open, ToOrchestrator::Goodbye { .. }) => self.hang_up("the worker said goodbye", out),
+            (Phase::Open, ToOrchestrator::Goodbye { .. }) => {
+                out.push(Effect::Left);
+                self.hang_up("the worker said goodbye", out);
+            }
             (_, ToOrchestrator::Unsupported { .. }) | (Phase::Closed, _) => {}
             (Phase::Fresh | Phase::Challenged { .. } | Phase::Opening { .. } | Phase::Open, _) => {
                 let message = "this message does not belong here".to_owned();
@@ -528,6 +531,7 @@ impl Core {
             labels: self.labels.clone(),
             slots: self.slots.clone(),
             draining: self.worker_draining || self.operator_draining == Some(true),
+            stopping: self.worker_draining,
         });
     }
 }

@@ -42,6 +42,7 @@ pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
         name: String::new(),
         given_labels: Labels::default(),
         over: false,
+        left: false,
         own: BTreeSet::new(),
     };
     session.run(rx).await;
@@ -64,6 +65,8 @@ struct Session {
     name: String,
     given_labels: Labels,
     over: bool,
+    /// The worker said goodbye.
+    left: bool,
     /// Attempts that the books know as this worker's: no other's log is touched.
     own: BTreeSet<AttemptRef>,
 }
@@ -148,7 +151,11 @@ impl Session {
                     self.app.env.spawn("close", Box::pin(close));
                 }
             }
-            Effect::Offer { labels, slots, draining } => self.offer(labels, slots, draining).await,
+            Effect::Offer { labels, slots, draining, stopping } => {
+                self.app.hub.offered(self.worker, &slots, stopping);
+                self.offer(labels, slots, draining).await;
+            }
+            Effect::Left => self.left = true,
             Effect::Seen => self.app.hub.seen(self.worker, self.app.env.now().mono),
             Effect::Hangup(why) => {
                 info!(worker.id = %self.worker, why, "session of worker {} is over: {why}", self.worker);
@@ -267,7 +274,6 @@ impl Session {
     }
 
     async fn offer(&mut self, host: Labels, slots: Vec<SlotView>, draining: bool) {
-        self.app.hub.offered(self.worker, &slots, draining);
         let mut labels = host;
         for (key, value) in self.given_labels.iter() {
             if let Err(error) = labels.insert(key, value) {
@@ -292,11 +298,11 @@ impl Session {
 
     async fn close(self) {
         let Some(open) = self.open else { return };
-        if !self.app.hub.close(self.worker, open.epoch) {
+        if !self.app.hub.close(self.worker, open.epoch, self.left) {
             return;
         }
         self.app.desk.tell(Request::Gone(self.worker)).await;
-        let seen = Write::Seen { worker: self.worker, at: self.app.env.now().wall };
+        let seen = Write::Seen { worker: self.worker, at: self.app.env.now().wall, left: self.left };
         if let Err(error) = self.app.store.commit(&[Group(vec![seen])]).await {
             warn!(worker.id = %self.worker, %error, "when worker {} was last seen was not written", self.worker);
         }

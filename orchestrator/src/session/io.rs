@@ -119,8 +119,13 @@ pub enum Effect {
     Offer {
         labels: Labels,
         slots: Vec<SlotView>,
+        /// It takes no new work, whoever said so.
         draining: bool,
+        /// The worker itself said so: it is stopping, or its disk is full.
+        stopping: bool,
     },
     Seen,
+    /// The worker said goodbye: nobody need wait for it.
+    Left,
     Hangup(&'static str),
 }

@@ -57,9 +57,12 @@ impl Tables {
                 worker.drain_note = set.note.clone();
                 Ok(0)
             }
-            Write::Seen { worker, at } => {
+            Write::Seen { worker, at, left } => {
                 let worker = self.workers.get_mut(worker).ok_or(Miss::Stale)?;
                 worker.seen_at = worker.seen_at.max(Some(*at));
+                if *left {
+                    worker.boot.clear();
+                }
                 Ok(0)
             }
             Write::AddToken(token) => {

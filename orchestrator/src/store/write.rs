@@ -17,10 +17,12 @@ pub enum Write {
     Enrol(Box<Enrol>),
     SetWorker(SetWorker),
     OpenSession(Box<OpenSession>),
-    /// Remembers when a worker was last heard; written when it goes, not with each heartbeat.
+    /// Remembers when a worker was last heard; written when it goes, not with each heartbeat. One that said goodbye has
+    /// no boot any more.
     Seen {
         worker: WorkerId,
         at: Ms,
+        left: bool,
     },
     AddToken(TokenRow),
     RevokeToken {

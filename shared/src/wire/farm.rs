@@ -113,10 +113,12 @@ pub enum WorkerState {
     Draining,
     /// Draining and empty.
     Drained,
-    /// Not heard for more than two heartbeats.
+    /// Not heard for more than two heartbeats, or not yet since the orchestrator started.
     Suspect,
-    /// Not connected.
+    /// It went without a word and did not come back in time.
     Lost,
+    /// It was stopped, or it never connected.
+    Offline,
 }
 
 impl WorkerState {
@@ -128,6 +130,7 @@ impl WorkerState {
             Self::Drained => "drained",
             Self::Suspect => "suspect",
             Self::Lost => "lost",
+            Self::Offline => "offline",
         }
     }
 }

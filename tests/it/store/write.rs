@@ -284,7 +284,7 @@ async fn sessions_drains_and_sightings_change_their_worker() {
         put(store, given::enrol(1, &token)).await.unwrap();
         assert_eq!((put(store, session(1)).await, put(store, session(1)).await), (Ok(1), Ok(2)));
         assert_eq!(put(store, session(2)).await, Err(Miss::Stale));
-        let seen = |n, at| Write::Seen { worker: worker_id(n), at: Ms(at) };
+        let seen = |n, at| Write::Seen { worker: worker_id(n), at: Ms(at), left: false };
         assert_eq!(put(store, seen(1, 90)).await, Ok(0));
         assert_eq!(put(store, seen(1, 80)).await, Ok(0), "late news");
         assert_eq!(put(store, seen(2, 80)).await, Err(Miss::Stale));
@@ -299,6 +299,10 @@ async fn sessions_drains_and_sightings_change_their_worker() {
         assert_eq!((found.seen_at, found.draining, found.drain_note.as_deref()), (Some(Ms(90)), true, Some("disk")));
         assert_eq!(found.host_labels.get("chip"), Some("m4"));
         assert_eq!(found.labels, given::worker(1).labels);
+        let left = Write::Seen { worker: worker_id(1), at: Ms(91), left: true };
+        assert_eq!(put(store, left).await, Ok(0));
+        let found = store.worker(&Scope::farm(), &worker_id(1)).await.unwrap().unwrap();
+        assert_eq!((found.seen_at, &*found.boot), (Some(Ms(91)), ""), "it said goodbye");
     })
     .await;
 }

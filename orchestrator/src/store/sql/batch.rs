@@ -119,7 +119,7 @@ async fn one(conn: &mut Conn<'_>, write: &Write) -> Result<Result<i64, Miss>, Fa
         Write::OpenSession(open) => return farm::open_session(conn, open).await,
         Write::Enrol(enrol) => farm::enrol(conn, enrol).await?,
         Write::SetWorker(set) => farm::set_worker(conn, set).await?,
-        Write::Seen { worker, at } => farm::seen(conn, worker, *at).await?,
+        Write::Seen { worker, at, left } => farm::seen(conn, worker, *at, *left).await?,
         Write::AddToken(token) => farm::add_token(conn, token).await?,
         Write::RevokeToken { org, id, at } => farm::revoke_token(conn, org, id, *at).await?,
         Write::AddBlobs(blobs) => blob::add(conn, blobs).await?,

@@ -22,6 +22,7 @@ super::statements! {
     OPEN_SESSION = "UPDATE workers SET epoch = epoch + 1, boot = $1, host_labels = $2, version = $3, seen_at_ms = $4 \
         WHERE id = $5 AND revoked = FALSE RETURNING epoch";
     SEEN = "UPDATE workers SET seen_at_ms = CASE WHEN seen_at_ms > $1 THEN seen_at_ms ELSE $1 END WHERE id = $2";
+    LEFT = "UPDATE workers SET seen_at_ms = CASE WHEN seen_at_ms > $1 THEN seen_at_ms ELSE $1 END, boot = '' WHERE id = $2";
     INSERT_TOKEN = "INSERT INTO tokens (id, org_id, hash, kind, role, name, shown, labels, created_at_ms, expires_at_ms, \
         revoked_at_ms, used_by) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT DO NOTHING";
     REVOKE_TOKEN = "UPDATE tokens SET revoked_at_ms = COALESCE(revoked_at_ms, $1) WHERE id = $2 AND org_id = $3";
@@ -76,8 +77,8 @@ pub(super) async fn open_session(conn: &mut Conn<'_>, open: &OpenSession) -> Res
     }
 }
 
-pub(super) async fn seen(conn: &mut Conn<'_>, worker: &WorkerId, at: Ms) -> Result<bool, Fault> {
-    Ok(conn.run(SEEN, Args::new().int(at.0).text(worker)).await? == 1)
+pub(super) async fn seen(conn: &mut Conn<'_>, worker: &WorkerId, at: Ms, left: bool) -> Result<bool, Fault> {
+    Ok(conn.run(if left { LEFT } else { SEEN }, Args::new().int(at.0).text(worker)).await? == 1)
 }
 
 pub(super) async fn add_token(conn: &mut Conn<'_>, token: &TokenRow) -> Result<bool, Fault> {
