@@ -116,6 +116,7 @@ mod tests {
             "worker run --provider host --slots 3 --label site=attic",
             "worker drain shed --wait --note disk",
             "worker resume shed",
+            "worker rm shed",
             "login http://farm:3000 --with-token",
             "context ls",
             "context use home",

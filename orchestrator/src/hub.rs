@@ -25,6 +25,8 @@ pub enum Mail {
     Drain {
         on: bool,
     },
+    /// The worker does not belong to the farm any more.
+    Revoked,
     /// The orchestrator stops: tell the worker to come back.
     Stop,
 }
@@ -137,6 +139,10 @@ impl Hub {
 
     pub fn set_drain(&self, worker: WorkerId, on: bool) {
         self.post(worker, Mail::Drain { on });
+    }
+
+    pub fn revoke(&self, worker: WorkerId) {
+        self.post(worker, Mail::Revoked);
     }
 
     /// Tells every session that the orchestrator stops.

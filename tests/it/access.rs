@@ -16,10 +16,11 @@ const DEVELOPER: [(&str, &str); 5] = [
     ("POST", "/v1/sources"),
     ("POST", "/v1/packs"),
 ];
-const ADMIN: [(&str, &str); 6] = [
+const ADMIN: [(&str, &str); 7] = [
     ("POST", "/v1/workers/invites"),
     ("POST", "/v1/workers/{id}/drain"),
     ("POST", "/v1/workers/{id}/resume"),
+    ("DELETE", "/v1/workers/{id}"),
     ("GET", "/v1/tokens"),
     ("POST", "/v1/tokens"),
     ("DELETE", "/v1/tokens/{id}"),

@@ -26,6 +26,7 @@ pub(crate) enum WorkerVerb {
     List,
     Drain(DrainArgs),
     Resume(ResumeArgs),
+    Rm(RmArgs),
 }
 
 /// Make an invitation: what to type on the new Mac
@@ -55,6 +56,13 @@ pub(crate) struct DrainArgs {
 /// Put a worker back into service
 #[derive(Debug, clap::Args)]
 pub(crate) struct ResumeArgs {
+    /// Name, id, or at least 6 of the id's last characters
+    worker: String,
+}
+
+/// Take a worker out of the farm for ever; what it holds is tried elsewhere
+#[derive(Debug, clap::Args)]
+pub(crate) struct RmArgs {
     /// Name, id, or at least 6 of the id's last characters
     worker: String,
 }
@@ -105,6 +113,7 @@ pub(crate) async fn worker(app: &App, verb: &WorkerVerb) -> Result<i32, Failure>
         WorkerVerb::List => list(app, Hosted::open_to_read(app).await?.farm()).await,
         WorkerVerb::Drain(args) => drain(app, Hosted::open_to_read(app).await?.farm(), args).await,
         WorkerVerb::Resume(args) => resume(app, Hosted::open_to_read(app).await?.farm(), args).await,
+        WorkerVerb::Rm(args) => remove(app, Hosted::open_to_read(app).await?.farm(), args).await,
     }
 }
 
@@ -202,6 +211,20 @@ async fn resume(app: &App, farm: &Farm, args: &ResumeArgs) -> Result<i32, Failur
     app.talk.verdict(Tone::Good, "✓", &format!("{} is {}", view.name, view.state.as_str()), None);
     if app.talk.json() {
         print_json(&view)?;
+    }
+    Ok(exit::OK)
+}
+
+async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
+    let worker = find(farm, &args.worker).await?;
+    farm.client.revoke_worker(worker.id).await.map_err(|error| Failure::of(error, &farm.url))?;
+    app.talk.verdict(Tone::Good, "✓", &format!("{} does not belong to the farm any more", worker.name), None);
+    if !worker.jobs.is_empty() {
+        let jobs = plural(worker.jobs.len() as u64, "job");
+        app.talk.hint(&format!("it held {jobs}: tried elsewhere within about a minute"));
+    }
+    if app.talk.json() {
+        print_json(&serde_json::json!({ "removed": worker.id, "name": worker.name, "jobs": worker.jobs }))?;
     }
     Ok(exit::OK)
 }

@@ -168,9 +168,10 @@ pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<Opene
         return Err(reject(ErrorCode::TooLarge, "it says that it holds more than a worker may"));
     }
     let worker = app.store.worker(&Scope::farm(), &hello.worker).await.map_err(away)?;
-    let worker = worker
-        .filter(|worker| !worker.revoked)
-        .ok_or_else(|| reject(ErrorCode::Unauthenticated, "nobody knows this worker, or it was revoked"))?;
+    let worker = worker.ok_or_else(|| reject(ErrorCode::Unauthenticated, "nobody knows this worker"))?;
+    if worker.revoked {
+        return Err(revoked());
+    }
     let text = signed_text(nonce, hello.worker, hello.boot);
     let signature = BASE64.decode(&hello.signature).unwrap_or_default();
     UnparsedPublicKey::new(&ED25519, &worker.public_key)
@@ -188,8 +189,12 @@ pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<Opene
         Some(Ok(numbers)) => numbers.first().copied(),
         Some(Err(_)) | None => None,
     };
-    let epoch = epoch.ok_or_else(|| reject(ErrorCode::Unauthenticated, "this worker was revoked"))?;
+    let epoch = epoch.ok_or_else(revoked)?;
     Ok(Opened { epoch, name: worker.name })
+}
+
+pub fn revoked() -> Reject {
+    reject(ErrorCode::Unauthenticated, "this worker was removed from the farm")
 }
 
 fn reject(code: ErrorCode, message: impl Into<String>) -> Reject {

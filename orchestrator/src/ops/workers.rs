@@ -24,9 +24,15 @@ pub async fn list(app: &App, who: &Principal) -> Result<Vec<WorkerView>, OpError
     Ok(views)
 }
 
+/// One worker that was not revoked.
+pub async fn one(app: &App, who: &Principal, id: WorkerId) -> Result<Worker, OpError> {
+    let found = app.store.worker(&who.scope(), &id).await?.filter(|worker| !worker.revoked);
+    found.ok_or_else(|| OpError::not_found("worker"))
+}
+
 /// Lets a worker finish what it has and take no more, or take jobs again.
 pub async fn set_drain(app: &App, who: &Principal, id: WorkerId, on: Option<DrainRequest>) -> Result<Worker, OpError> {
-    let worker = app.store.worker(&who.scope(), &id).await?.ok_or_else(|| OpError::not_found("worker"))?;
+    let worker = one(app, who, id).await?;
     let draining = on.is_some();
     let note = on.and_then(|request| request.note);
     if let Some(text) = &note
@@ -38,6 +44,15 @@ pub async fn set_drain(app: &App, who: &Principal, id: WorkerId, on: Option<Drai
     commit_one(app, Write::SetWorker(set)).await?;
     app.hub.set_drain(id, draining);
     Ok(Worker { draining, drain_note: note, ..worker })
+}
+
+/// Takes a worker out of the farm for ever: its session ends and no other opens. What it holds is tried elsewhere once it
+/// has been silent for as long as a lease lasts, because until then it may still run. Revoking it again changes nothing.
+pub async fn revoke(app: &App, who: &Principal, id: WorkerId) -> Result<(), OpError> {
+    let worker = app.store.worker(&who.scope(), &id).await?.ok_or_else(|| OpError::not_found("worker"))?;
+    commit_one(app, Write::RevokeWorker { org: worker.org, worker: id }).await?;
+    app.hub.revoke(id);
+    Ok(())
 }
 
 /// What the books say of a worker, and what its session says at this moment.

@@ -74,7 +74,7 @@ pub async fn show_worker(
     Viewer(who): Viewer,
     PathOf(id): PathOf<WorkerId>,
 ) -> Result<Json<WorkerView>, Fault> {
-    let worker = app.store.worker(&who.scope(), &id).await?.ok_or_else(|| OpError::not_found("worker"))?;
+    let worker = workers::one(&app, &who, id).await?;
     Ok(Json(workers::view(&app, worker).await?))
 }
 
@@ -129,6 +129,17 @@ pub async fn resume(
 ) -> Result<Json<WorkerView>, Fault> {
     let worker = workers::set_drain(&app, &who, id, None).await?;
     Ok(Json(workers::view(&app, worker).await?))
+}
+
+/// Takes a worker out of the farm for ever. What it holds is tried elsewhere.
+#[utoipa::path(delete, path = path::WORKER, tag = "workers", params(("id" = String, Path,)), responses((status = 204)))]
+pub async fn revoke_worker(
+    State(app): State<Arc<App>>,
+    Admin(who): Admin,
+    PathOf(id): PathOf<WorkerId>,
+) -> Result<StatusCode, Fault> {
+    workers::revoke(&app, &who, id).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// A new token. It is shown once.

@@ -84,6 +84,7 @@ fn rows() -> Vec<Row> {
         (Admin, Json, routes!(farm::invite)),
         (Admin, Json, routes!(farm::drain)),
         (Admin, Json, routes!(farm::resume)),
+        (Admin, Json, routes!(farm::revoke_worker)),
         (Worker, Stream, routes!(socket::connect)),
         (Admin, Json, routes!(farm::create_token)),
         (Admin, Json, routes!(farm::list_tokens)),

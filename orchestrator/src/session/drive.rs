@@ -167,9 +167,7 @@ impl Session {
     async fn open(&mut self, hello: Hello) {
         let opened = match ops::access::open_session(&self.app, &hello, &self.nonce).await {
             Ok(opened) => opened,
-            Err(ops::access::Reject { code, message, retry_after_ms }) => {
-                return self.later(Input::Refused { code, message, retry_after_ms });
-            }
+            Err(reject) => return self.later(refused(reject)),
         };
         let epoch = opened.epoch;
         // Subscribe before you look: what changes from here on comes by mail.
@@ -180,6 +178,8 @@ impl Session {
         let read =
             async { Ok::<_, StoreError>((store.worker(&scope, &self.worker).await?, store.held(&self.worker).await?)) };
         match read.await {
+            // It was revoked while its session was being opened, before there was a mailbox to tell it.
+            Ok((Some(worker), _)) if worker.revoked => self.later(refused(ops::access::revoked())),
             Ok((Some(worker), jobs)) => {
                 self.name = worker.name;
                 self.given_labels = worker.labels;
@@ -309,12 +309,18 @@ impl Session {
     }
 }
 
+fn refused(reject: ops::access::Reject) -> Input {
+    let ops::access::Reject { code, message, retry_after_ms } = reject;
+    Input::Refused { code, message, retry_after_ms }
+}
+
 fn read(letter: Mail, app: &App) -> Input {
     match letter {
         Mail::Job(job) => Input::Job(*job),
         Mail::Durable { attempt, len } => Input::Durable { attempt, len },
         Mail::Superseded => Input::Superseded,
         Mail::Drain { on } => Input::Drain { on },
+        Mail::Revoked => refused(ops::access::revoked()),
         Mail::Stop => Input::Stop { after_ms: app.env.dice() % app.limits.heartbeat_ms.max(1) },
     }
 }

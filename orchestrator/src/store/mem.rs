@@ -57,6 +57,11 @@ impl Tables {
                 worker.drain_note = set.note.clone();
                 Ok(0)
             }
+            Write::RevokeWorker { org, worker } => {
+                let own = self.workers.get_mut(worker).filter(|worker| worker.org == *org);
+                own.ok_or(Miss::Stale)?.revoked = true;
+                Ok(0)
+            }
             Write::Seen { worker, at, left } => {
                 let worker = self.workers.get_mut(worker).ok_or(Miss::Stale)?;
                 worker.seen_at = worker.seen_at.max(Some(*at));

@@ -16,6 +16,11 @@ pub enum Write {
     CloseAttempt(CloseAttempt),
     Enrol(Box<Enrol>),
     SetWorker(SetWorker),
+    /// Opens no session for it any more, for ever.
+    RevokeWorker {
+        org: OrgId,
+        worker: WorkerId,
+    },
     OpenSession(Box<OpenSession>),
     /// Remembers when a worker was last heard; written when it goes, not with each heartbeat. One that said goodbye has
     /// no boot any more.

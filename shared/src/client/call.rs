@@ -231,10 +231,20 @@ impl Lost {
 impl Client {
     /// Sends a request until it is answered, refused, or its budget is used up.
     pub(super) async fn ask<T: DeserializeOwned>(&self, call: Call) -> Result<T, ClientError> {
+        let body = self.answer(&call).await?;
+        self.decode(&call, &body)
+    }
+
+    /// Like [`Client::ask`], where the answer is that it is done.
+    pub(super) async fn tell(&self, call: Call) -> Result<(), ClientError> {
+        self.answer(&call).await.map(drop)
+    }
+
+    async fn answer(&self, call: &Call) -> Result<Bytes, ClientError> {
         let mut lost = Lost::from(self.env.now().mono);
         loop {
-            let failure = match self.once(&call).await {
-                Ok(body) => return self.decode(&call, &body),
+            let failure = match self.once(call).await {
+                Ok(body) => return Ok(body),
                 Err(failure) => failure,
             };
             if !call.may_repeat(&failure) {

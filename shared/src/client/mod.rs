@@ -215,6 +215,11 @@ impl Client {
         self.ask(Call::post(path::worker_resume(id))).await
     }
 
+    /// Takes a worker out of the farm for ever.
+    pub async fn revoke_worker(&self, id: WorkerId) -> Result<(), ClientError> {
+        self.tell(Call::delete(path::worker(id))).await
+    }
+
     /// Makes a token. Sent again only if it surely never arrived: a token nobody sees must not exist.
     pub async fn create_token(&self, request: &TokenRequest) -> Result<TokenCreated, ClientError> {
         self.ask(Call::post(path::TOKENS).json(request).once()).await

@@ -127,7 +127,8 @@ async fn any_write(dice: &mut Dice, model: &MemStore) -> Write {
 
 fn any_farm_write(dice: &mut Dice) -> Write {
     let n = dice.below(TOKENS);
-    match dice.below(4) {
+    match dice.below(5) {
+        2 => Write::RevokeWorker { org: org(dice.below(2)), worker: worker_id(dice.below(WORKERS)) },
         0 => Write::Seen { worker: worker_id(dice.below(WORKERS)), at: dice.ms(), left: dice.once_in(3) },
         1 => {
             let id = given::token(n, TokenKind::Join).id;

@@ -303,6 +303,12 @@ async fn sessions_drains_and_sightings_change_their_worker() {
         assert_eq!(put(store, left).await, Ok(0));
         let found = store.worker(&Scope::farm(), &worker_id(1)).await.unwrap().unwrap();
         assert_eq!((found.seen_at, &*found.boot), (Some(Ms(91)), ""), "it said goodbye");
+        let revoke = |org| Write::RevokeWorker { org, worker: worker_id(1) };
+        assert_eq!(put(store, revoke(given::OTHER_ORG)).await, Err(Miss::Stale));
+        assert_eq!(put(store, session(1)).await, Ok(3));
+        assert_eq!((put(store, revoke(found.org)).await, put(store, revoke(found.org)).await), (Ok(0), Ok(0)));
+        assert_eq!(put(store, session(1)).await, Err(Miss::Stale), "a revoked worker opens no session");
+        assert!(store.worker(&Scope::farm(), &worker_id(1)).await.unwrap().unwrap().revoked);
     })
     .await;
 }

@@ -119,6 +119,7 @@ async fn one(conn: &mut Conn<'_>, write: &Write) -> Result<Result<i64, Miss>, Fa
         Write::OpenSession(open) => return farm::open_session(conn, open).await,
         Write::Enrol(enrol) => farm::enrol(conn, enrol).await?,
         Write::SetWorker(set) => farm::set_worker(conn, set).await?,
+        Write::RevokeWorker { org, worker } => farm::revoke_worker(conn, org, worker).await?,
         Write::Seen { worker, at, left } => farm::seen(conn, worker, *at, *left).await?,
         Write::AddToken(token) => farm::add_token(conn, token).await?,
         Write::RevokeToken { org, id, at } => farm::revoke_token(conn, org, id, *at).await?,
@@ -136,6 +137,7 @@ fn number(write: &Write) -> i64 {
         Write::CloseAttempt(_)
         | Write::Enrol(_)
         | Write::SetWorker(_)
+        | Write::RevokeWorker { .. }
         | Write::OpenSession(_)
         | Write::Seen { .. }
         | Write::AddToken(_)

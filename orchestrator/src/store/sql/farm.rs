@@ -19,6 +19,7 @@ super::statements! {
         drain_note, enrolled_at_ms, seen_at_ms, revoked) \
         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)";
     SET_WORKER = "UPDATE workers SET draining = $1, drain_note = $2 WHERE id = $3 AND org_id = $4";
+    REVOKE_WORKER = "UPDATE workers SET revoked = TRUE WHERE id = $1 AND org_id = $2";
     OPEN_SESSION = "UPDATE workers SET epoch = epoch + 1, boot = $1, host_labels = $2, version = $3, seen_at_ms = $4 \
         WHERE id = $5 AND revoked = FALSE RETURNING epoch";
     SEEN = "UPDATE workers SET seen_at_ms = CASE WHEN seen_at_ms > $1 THEN seen_at_ms ELSE $1 END WHERE id = $2";
@@ -66,6 +67,10 @@ pub(super) async fn enrol(conn: &mut Conn<'_>, enrol: &Enrol) -> Result<bool, Fa
 pub(super) async fn set_worker(conn: &mut Conn<'_>, set: &SetWorker) -> Result<bool, Fault> {
     let args = Args::new().flag(set.draining).maybe_text(set.note.as_ref()).text(set.worker).text(set.org);
     Ok(conn.run(SET_WORKER, args).await? == 1)
+}
+
+pub(super) async fn revoke_worker(conn: &mut Conn<'_>, org: &OrgId, worker: &WorkerId) -> Result<bool, Fault> {
+    Ok(conn.run(REVOKE_WORKER, Args::new().text(worker).text(org)).await? == 1)
 }
 
 pub(super) async fn open_session(conn: &mut Conn<'_>, open: &OpenSession) -> Result<Result<i64, Miss>, Fault> {

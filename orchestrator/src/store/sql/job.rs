@@ -114,6 +114,7 @@ pub(super) async fn write(conn: &mut Conn<'_>, writes: &[&Write]) -> Result<bool
             Write::CloseAttempt(close) => rows.close(close),
             Write::Enrol(_)
             | Write::SetWorker(_)
+            | Write::RevokeWorker { .. }
             | Write::OpenSession(_)
             | Write::Seen { .. }
             | Write::AddToken(_)
