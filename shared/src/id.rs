@@ -20,6 +20,18 @@ pub struct BadName {
     pub why: String,
 }
 
+/// Bytes of a name that people give.
+const NAME_MAX: usize = 63;
+
+/// Checks the name of a worker or a token, and takes the blanks around it off.
+pub fn check_name(text: &str) -> Result<&str, BadName> {
+    let text = text.trim();
+    if text.is_empty() || text.len() > NAME_MAX || text.chars().any(char::is_control) {
+        return Err(bad("name", format!("is 1 to {NAME_MAX} bytes without control characters")));
+    }
+    Ok(text)
+}
+
 fn bad(what: &'static str, why: impl Into<String>) -> BadName {
     BadName { what, why: why.into() }
 }

@@ -8,3 +8,4 @@ mod prose;
 mod store;
 mod tidy;
 mod wire;
+mod worker;

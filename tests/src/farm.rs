@@ -4,7 +4,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -194,6 +194,13 @@ impl Farm {
 
     pub fn kill_orchestrator(&mut self) {
         self.orchestrator.take().expect("the orchestrator runs").kill();
+    }
+
+    /// Waits for a worker that ends by itself. Returns how, and all that it said.
+    pub fn ended_worker(&mut self, number: usize) -> Result<(ExitStatus, String)> {
+        let mut daemon = self.workers[number].take().context("this worker runs")?;
+        let status = daemon.wait(STOP)?;
+        Ok((status, daemon.log_text()))
     }
 
     /// SIGTERM, and the end of it.

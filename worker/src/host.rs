@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 const LOCK: &str = "lock";
 const IDENTITY: &str = "identity.json";
 const KEY: &str = "worker.key";
+/// The key of a worker that takes the place of one whose key is `KEY`, and so on in turn.
+const OTHER_KEY: &str = "worker.other.key";
 
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -88,11 +90,24 @@ impl Identity {
         }
     }
 
-    pub(crate) fn save(dir: &Path, url: &str, worker: WorkerId, name: &str) -> Result<Self, HostError> {
-        let identity = Self { url: url.to_owned(), worker, name: name.to_owned(), key: KEY.to_owned() };
+    pub(crate) fn save(dir: &Path, url: &str, worker: WorkerId, name: &str, key: &str) -> Result<Self, HostError> {
+        let identity = Self { url: url.to_owned(), worker, name: name.to_owned(), key: key.to_owned() };
         let text = serde_json::to_vec_pretty(&identity).unwrap_or_else(|_| unreachable!("an identity is plain data"));
         write_new(&dir.join(IDENTITY), &text)?;
         Ok(identity)
+    }
+
+    /// Removes what a worker leaves that another one has taken the place of: its key, and attempts that only it might have
+    /// finished.
+    pub(crate) fn clear_away(self, dir: &Path) -> Result<(), HostError> {
+        let (key, spool) = (dir.join(&self.key), dir.join("spool"));
+        for (path, removed) in [(&key, fs::remove_file(&key)), (&spool, fs::remove_dir_all(&spool))] {
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_at(path)(error)),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 }
 
@@ -105,10 +120,15 @@ impl Key {
         Self::read(&dir.join(&identity.key))
     }
 
+    /// The file for the key of the next worker here.
+    pub fn spare(old: Option<&Identity>) -> &'static str {
+        if old.is_some_and(|old| old.key == KEY) { OTHER_KEY } else { KEY }
+    }
+
     /// The key of an earlier try to join, or a new one: so a repeated try enrols the same worker.
-    pub fn load_or_make(dir: &Path) -> Result<Self, HostError> {
+    pub fn load_or_make(dir: &Path, file: &str) -> Result<Self, HostError> {
         make_dir(dir)?;
-        let path = dir.join(KEY);
+        let path = dir.join(file);
         if !path.exists() {
             let key = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new())
                 .map_err(|_| HostError::Damaged { path: path.clone(), why: "no random bytes for a key".into() })?;
@@ -252,8 +272,8 @@ mod tests {
     #[test]
     fn a_key_is_made_once_for_its_owner_alone_and_signs() {
         let dir = tempfile::tempdir().unwrap();
-        let key = Key::load_or_make(dir.path()).unwrap();
-        assert_eq!(Key::load_or_make(dir.path()).unwrap().public(), key.public());
+        let key = Key::load_or_make(dir.path(), KEY).unwrap();
+        assert_eq!(Key::load_or_make(dir.path(), KEY).unwrap().public(), key.public());
         let mode = fs::metadata(dir.path().join(KEY)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let public = STANDARD.decode(key.public()).unwrap();
@@ -262,17 +282,33 @@ mod tests {
         verifier.verify(b"hello", &signature).unwrap();
         assert!(verifier.verify(b"hell0", &signature).is_err());
         fs::write(dir.path().join(KEY), "no key").unwrap();
-        assert!(Key::load_or_make(dir.path()).unwrap_err().to_string().contains("no Ed25519 key"));
+        assert!(Key::load_or_make(dir.path(), KEY).unwrap_err().to_string().contains("no Ed25519 key"));
     }
 
     #[test]
     fn an_identity_survives_and_its_absence_says_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
         assert!(Identity::load(dir.path()).unwrap_err().to_string().contains("worker join"));
-        let saved = Identity::save(dir.path(), "http://farm:3000", WorkerId::from_raw(5), "mini-1").unwrap();
+        let saved = Identity::save(dir.path(), "http://farm:3000", WorkerId::from_raw(5), "mini-1", KEY).unwrap();
         assert_eq!(Identity::load(dir.path()).unwrap(), saved);
         fs::write(dir.path().join(IDENTITY), "{").unwrap();
         assert!(matches!(Identity::load(dir.path()), Err(HostError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_worker_that_takes_anothers_place_has_a_key_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Key::load_or_make(dir.path(), Key::spare(None)).unwrap().public();
+        let old = Identity::save(dir.path(), "http://farm", WorkerId::from_raw(1), "a", Key::spare(None)).unwrap();
+        let file = Key::spare(Some(&old));
+        let second = Key::load_or_make(dir.path(), file).unwrap().public();
+        assert!(first != second && Key::load_or_make(dir.path(), file).unwrap().public() == second);
+        fs::create_dir_all(dir.path().join("spool/attempt")).unwrap();
+        let new = Identity::save(dir.path(), "http://farm", WorkerId::from_raw(2), "b", file).unwrap();
+        old.clear_away(dir.path()).unwrap();
+        assert_eq!(Key::load(dir.path(), &new).unwrap().public(), second);
+        assert!(!dir.path().join("spool").exists() && !dir.path().join(KEY).exists());
+        assert_eq!(Key::spare(Some(&new)), KEY);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use alloy_shared::client::{Client, ClientError, Options};
 use alloy_shared::env::Env;
-use alloy_shared::id::BootId;
+use alloy_shared::id::{BadName, BootId, check_name};
 use alloy_shared::limits;
 use alloy_shared::runtime::Lifecycle;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
@@ -156,7 +156,7 @@ impl Daemon {
         drop(state);
         match over {
             Over::Stopped => Ok(()),
-            over @ (Over::Superseded | Over::Spool(_)) => Err(RunError::Over(over)),
+            over @ (Over::Superseded | Over::Refused { .. } | Over::Spool(_)) => Err(RunError::Over(over)),
         }
     }
 
@@ -256,32 +256,54 @@ pub enum JoinError {
     Token(BadToken),
     #[error("the token is no join token; `alloy worker invite` makes one")]
     Kind,
+    #[error("--name: {}", .0.why)]
+    Name(BadName),
+    #[error(
+        "{dir} belongs to worker {name} of {url} already; --force gives that one up and joins as a new one, another --state-dir keeps both"
+    )]
+    Joined { dir: PathBuf, name: String, url: String },
     #[error(transparent)]
     Host(#[from] HostError),
     #[error("{0}")]
     Farm(ClientError),
 }
 
-/// Enrols this machine at a farm. Tried again with the same state directory it is the same worker.
+/// Enrols this machine at a farm. A try whose answer was lost and its repetition make one worker. A directory that has a
+/// worker already takes a new one only by `force`, with a new key.
 pub async fn join(
     state_dir: &Path,
     url: &str,
     token: &str,
     name: Option<&str>,
+    force: bool,
     env: Arc<dyn Env>,
 ) -> Result<Identity, JoinError> {
     let parsed = Token::parse(token.trim()).map_err(JoinError::Token)?;
     if parsed.kind != TokenKind::Join {
         return Err(JoinError::Kind);
     }
-    let state = StateDir::lock(state_dir)?;
-    let key = Key::load_or_make(state.path())?;
     let name = name.map_or_else(|| HostFacts::read().hostname, str::to_owned);
+    let name = check_name(&name).map_err(JoinError::Name)?.to_owned();
+    let state = StateDir::lock(state_dir)?;
+    let old = match Identity::load(state.path()) {
+        Ok(old) if force => Some(old),
+        Ok(Identity { url, name, .. }) => {
+            return Err(JoinError::Joined { dir: state.path().to_owned(), name, url });
+        }
+        Err(HostError::NotJoined { .. } | HostError::Damaged { .. }) => None,
+        Err(error @ (HostError::Taken { .. } | HostError::Io { .. })) => return Err(error.into()),
+    };
+    let file = Key::spare(old.as_ref());
+    let key = Key::load_or_make(state.path(), file)?;
     let options = Options { url: url.to_owned(), token: None, agent: upstream::agent() };
     let client = Client::new(options, env).map_err(JoinError::Farm)?;
     let request = EnrolRequest { token: Secret::new(parsed.expose().to_owned()), public_key: key.public(), name };
     let enrolled = client.enrol(&request).await.map_err(JoinError::Farm)?;
-    Ok(Identity::save(state.path(), client.url(), enrolled.worker, &enrolled.name)?)
+    let identity = Identity::save(state.path(), client.url(), enrolled.worker, &enrolled.name, file)?;
+    if let Some(old) = old {
+        old.clear_away(state.path())?;
+    }
+    Ok(identity)
 }
 
 #[cfg(test)]
@@ -297,8 +319,9 @@ mod tests {
         let mut config = Config::embedded("http://127.0.0.1:9".into(), dir.path().join("worker"));
         let error = Daemon::open(config.clone()).err().unwrap();
         assert!(error.to_string().contains("worker join"), "{error}");
-        Key::load_or_make(&config.state_dir).unwrap();
-        Identity::save(&config.state_dir, "http://127.0.0.1:9", WorkerId::from_raw(1), "mini").unwrap();
+        let file = Key::spare(None);
+        Key::load_or_make(&config.state_dir, file).unwrap();
+        Identity::save(&config.state_dir, "http://127.0.0.1:9", WorkerId::from_raw(1), "mini", file).unwrap();
         let first = Daemon::open(config.clone()).unwrap();
         assert!(Daemon::open(config.clone()).err().unwrap().to_string().contains("another worker"));
         drop(first);
@@ -311,13 +334,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_directory_that_has_a_worker_keeps_it_until_it_is_forced() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = Key::spare(None);
+        Key::load_or_make(dir.path(), file).unwrap();
+        let old = Identity::save(dir.path(), "http://127.0.0.1:9", WorkerId::from_raw(1), "mini", file).unwrap();
+        let token = Token::mint(TokenKind::Join, [1; 32]);
+        let join = async |force| {
+            let env = Arc::new(SystemEnv::detached());
+            join(dir.path(), "http://127.0.0.1:9", token.expose(), Some("other"), force, env).await.unwrap_err()
+        };
+        let error = join(false).await;
+        assert!(matches!(&error, JoinError::Joined { name, .. } if name == "mini"), "{error}");
+        assert!(error.to_string().contains("--force"), "{error}");
+        // Nobody listens there: the old identity stays whole until a farm has taken the new one.
+        assert!(matches!(join(true).await, JoinError::Farm(_)));
+        assert_eq!(Identity::load(dir.path()).unwrap(), old);
+        Key::load(dir.path(), &old).unwrap();
+    }
+
+    #[tokio::test]
     async fn only_a_join_token_joins() {
         let dir = tempfile::tempdir().unwrap();
         let personal = Token::mint(TokenKind::Personal, [1; 32]);
         for (token, want) in [("alloy_join_x", "copied whole"), (personal.expose(), "alloy worker invite")] {
-            let error = join(dir.path(), "http://127.0.0.1:9", token, None, Arc::new(SystemEnv::detached())).await;
+            let env = Arc::new(SystemEnv::detached());
+            let error = join(dir.path(), "http://127.0.0.1:9", token, None, false, env).await;
             let error = error.unwrap_err().to_string();
             assert!(error.contains(want), "{error}");
+        }
+        let token = Token::mint(TokenKind::Join, [1; 32]);
+        for name in ["", "  ", "a\nb", &"x".repeat(64)] {
+            let env = Arc::new(SystemEnv::detached());
+            let error = join(dir.path(), "http://127.0.0.1:9", token.expose(), Some(name), false, env).await;
+            assert!(matches!(error, Err(JoinError::Name(_))), "{name:?}: {error:?}");
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left of a refused try");
     }

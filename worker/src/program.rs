@@ -4,12 +4,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use alloy_shared::config::File;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry};
 
 use crate::config::{Config, Flags, default_dir, default_file};
-use crate::{Daemon, join};
+use crate::session::drive::Over;
+use crate::{Daemon, JoinError, RunError, join};
+
+/// The daemon's exit code when the farm refuses this worker: `alloy`'s own for a credential that is not taken.
+pub const REFUSED: u8 = 4;
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct Join {
@@ -20,12 +25,15 @@ pub struct Join {
     /// How the farm shall call this worker [default: this machine's name]
     #[arg(long)]
     pub name: Option<String>,
+    /// Give up the worker that this directory belongs to, and join as a new one
+    #[arg(long)]
+    pub force: bool,
     /// Directory for the worker's key and state [default: ~/.local/share/alloy/worker]
     #[arg(long, value_name = "DIR", env = "ALLOY_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
 }
 
-/// Runs the daemon until a signal. `guard` is a binary that knows the guard's subcommand.
+/// Runs the daemon until a signal, or until the farm refuses it. `guard` is a binary that knows the guard's subcommand.
 pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     let config = match resolve(flags) {
         Ok(config) => config,
@@ -46,17 +54,21 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     let env = Arc::new(SystemEnv::new(life.clone()));
     let ending = life.clone();
     let system: Arc<SystemEnv> = Arc::clone(&env);
+    let refused = Arc::new(AtomicBool::new(false));
+    let is_refused = Arc::clone(&refused);
     let task = async move {
         match crate::serve(daemon, system, &ending, guard).await {
             Ok(()) => ending.soft.cancel(),
             Err(error) => {
                 tracing::error!("{error}");
+                is_refused.store(matches!(error, RunError::Over(Over::Refused { .. })), Ordering::Relaxed);
                 ending.fail();
             }
         }
     };
     alloy_shared::env::Env::spawn(&*env, "worker", Box::pin(task));
-    life.wait(grace_ms).await
+    let code = life.wait(grace_ms).await;
+    if refused.load(Ordering::Relaxed) { ExitCode::from(REFUSED) } else { code }
 }
 
 /// Enrols this machine.
@@ -66,13 +78,18 @@ pub async fn enrol(verb: &Join) -> ExitCode {
         None => return complain("there is no HOME: say --state-dir", ExitCode::from(2)),
     };
     let env = Arc::new(SystemEnv::detached());
-    match join(&state_dir, &verb.url, &verb.token, verb.name.as_deref(), env).await {
+    match join(&state_dir, &verb.url, &verb.token, verb.name.as_deref(), verb.force, env).await {
         Ok(identity) => {
             eprintln!("{} is a worker of {} now.", identity.name, identity.url);
             eprintln!("Start it: {}", start_line(&state_dir));
             ExitCode::SUCCESS
         }
-        Err(error) => complain(&error.to_string(), ExitCode::FAILURE),
+        Err(error @ (JoinError::Token(_) | JoinError::Kind | JoinError::Name(_))) => {
+            complain(&error.to_string(), ExitCode::from(2))
+        }
+        Err(error @ (JoinError::Joined { .. } | JoinError::Host(_) | JoinError::Farm(_))) => {
+            complain(&error.to_string(), ExitCode::FAILURE)
+        }
     }
 }
 

@@ -4,6 +4,7 @@ mod https;
 
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::secret::Secret;
+use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::session::Link;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -42,9 +43,9 @@ pub struct Grant {
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DialError {
-    /// The farm does not know this worker, or does not speak its protocol. Asking again soon does not help.
-    #[error("the farm refuses this worker: {0}")]
-    Refused(String),
+    /// The farm answered, and does not let this worker in.
+    #[error("the farm refuses this worker ({}): {message}", code.as_str())]
+    Refused { code: ErrorCode, message: String, retry_after_ms: Option<u64> },
     #[error("{0}")]
     Unreachable(String),
 }

@@ -21,6 +21,9 @@ pub(crate) struct JoinArgs {
     /// What the farm calls this worker; default: the host's name
     #[arg(long)]
     name: Option<String>,
+    /// Give up the worker that this directory belongs to, and join as a new one
+    #[arg(long)]
+    force: bool,
     #[command(flatten)]
     place: Place,
 }
@@ -41,7 +44,7 @@ impl Place {
 pub(crate) async fn join(app: &App, args: &JoinArgs) -> Result<i32, Failure> {
     let url = check_url(&args.farm).map_err(|why| Failure::usage(format!("`{}` {why}", without_user(&args.farm))))?;
     let dir = args.place.dir(app);
-    let identity = worker::join(&dir, &url, &args.token, args.name.as_deref(), app.env.clone())
+    let identity = worker::join(&dir, &url, &args.token, args.name.as_deref(), args.force, app.env.clone())
         .await
         .map_err(|error| join_failure(error, &url))?;
     if app.talk.json() {
@@ -65,7 +68,8 @@ fn join_failure(error: JoinError, url: &str) -> Failure {
         JoinError::Token(_) | JoinError::Kind => {
             Failure::new(Fault::Usage, error.to_string()).hint("an admin makes one: alloy worker invite")
         }
-        JoinError::Host(error) => Failure::error(error.to_string()),
+        JoinError::Name(_) => Failure::usage(error.to_string()),
+        JoinError::Joined { .. } | JoinError::Host(_) => Failure::error(error.to_string()),
         JoinError::Farm(error) => {
             let failure = Failure::of(error, url);
             if failure.fault != Fault::Forbidden {
@@ -94,6 +98,8 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
         exit::OK
     } else if code == ExitCode::from(2) {
         exit::USAGE
+    } else if code == ExitCode::from(worker::program::REFUSED) {
+        exit::FORBIDDEN
     } else {
         exit::ERROR
     })

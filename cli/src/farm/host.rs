@@ -210,7 +210,7 @@ impl Host {
             Err(error) => return Err(Failure::error(error.to_string())),
         }
         let invite = self.farm.client.invite(&InviteRequest::default()).await.map_err(fail)?;
-        let joined = worker::join(dir, url, invite.token.expose(), None, app.env.clone()).await;
+        let joined = worker::join(dir, url, invite.token.expose(), None, true, app.env.clone()).await;
         joined
             .map(|identity| identity.worker)
             .map_err(|error| Failure::error(format!("the worker cannot join: {error}")))

@@ -1,7 +1,7 @@
 //! P: who belongs to the farm: invitations, enrolment, sessions of workers, tokens of callers.
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{DEFAULT_ORG, Digest, Labels, TokenId, WorkerId, printable};
+use alloy_shared::id::{DEFAULT_ORG, Digest, Labels, TokenId, WorkerId, check_name, printable};
 use alloy_shared::limits;
 use alloy_shared::secret::{Secret, Token, TokenKind};
 use alloy_shared::wire::farm::{
@@ -19,7 +19,6 @@ use crate::auth::Principal;
 use crate::store::write::{Enrol, OpenSession};
 use crate::store::{Group, Miss, Scope, TokenRow, Worker, Write};
 
-const NAME_MAX: usize = 63;
 /// Ten years: longer is a mistake of units.
 const TOKEN_TTL_MAX_S: u64 = 10 * 365 * 86_400;
 
@@ -132,7 +131,7 @@ async fn invitation(app: &App, token: &Token, hash: &Digest) -> Result<TokenRow,
 
 fn known_again(row: &TokenRow, worker: Worker) -> Result<Enrolled, OpError> {
     if worker.revoked {
-        return Err(void("this worker was revoked").hint("make a new key: join with an empty state directory"));
+        return Err(void("this worker was revoked").hint("join with --force: that makes a new key"));
     }
     let ours = row.used_by.is_none_or(|by| by == worker.id);
     if worker.org != row.org || !ours {
@@ -308,11 +307,7 @@ fn corrupt(what: &str) -> OpError {
 }
 
 fn checked_name(field: &'static str, text: &str) -> Result<String, OpError> {
-    let text = text.trim();
-    if text.is_empty() || text.len() > NAME_MAX || text.chars().any(char::is_control) {
-        return Err(wrong_field(field, format!("is 1 to {NAME_MAX} bytes without control characters")));
-    }
-    Ok(text.to_owned())
+    check_name(text).map(str::to_owned).map_err(|bad| wrong_field(field, bad.why))
 }
 
 pub(super) fn wrong_field(field: &str, message: impl Into<String>) -> OpError {

@@ -185,7 +185,7 @@ async fn nobody_sees_a_worker_of_another_organisation() {
     let own = token(&app, Role::Viewer).await;
     let path = format!("/v1/workers/{}", worker.id);
     let answer = get(&app, &path, &own).await;
-    assert_eq!((answer.status.as_u16(), answer.json()["state"].as_str()), (200, Some("lost")));
+    assert_eq!((answer.status.as_u16(), answer.json()["state"].as_str()), (200, Some("offline")));
     let (foreign, absent) =
         (get(&app, &path, &stranger).await, get(&app, "/v1/workers/wkr_00000000000000000000000001", &stranger).await);
     assert_eq!((foreign.status, foreign.json()["message"].clone()), (absent.status, absent.json()["message"].clone()));

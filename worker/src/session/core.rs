@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, VecDeque};
 use alloy_shared::env::{Mono, Now, backoff};
 use alloy_shared::id::{AttemptRef, BootId};
 use alloy_shared::limits::{self, Limits};
-use alloy_shared::wire;
 use alloy_shared::wire::job::{End, Reason as EndReason};
 use alloy_shared::wire::session::{
     Assignment, Heartbeat, Held, Order, Report, ResultReport, SlotView, ToOrchestrator, ToWorker, Welcome,
 };
+use alloy_shared::wire::{self, ErrorCode};
 
 use super::attempt::{Attempt, Missing};
 use super::{Effect, Input, KillReason, Reason, Stop};
@@ -28,7 +28,7 @@ enum Line {
         hello_at: Mono,
     },
     Up,
-    /// Superseded: this process never dials again.
+    /// Superseded or refused: this process never dials again.
     Over,
 }
 
@@ -144,6 +144,9 @@ impl Core {
         match input {
             Input::Linked => self.linked(now),
             Input::Unlinked => self.redial(None, dice, &mut out),
+            Input::Rejected { code, message, retry_after_ms } => {
+                self.rejected(code, message, retry_after_ms, dice, &mut out);
+            }
             Input::Heard(message) => self.heard(message, now, dice, &mut out),
             Input::Unknown(message) => {
                 self.last_heard = now;
@@ -195,6 +198,7 @@ impl Core {
             Input::Uploaded { complete, .. } => attempt.uploaded(if complete { Mono(0) } else { retry_at }),
             Input::Linked
             | Input::Unlinked
+            | Input::Rejected { .. }
             | Input::Heard(_)
             | Input::Unknown(_)
             | Input::Garbled(_)
@@ -250,10 +254,9 @@ impl Core {
             ToWorker::Challenge { nonce } => self.challenged(nonce, now, out),
             ToWorker::Welcome(welcome) => self.welcomed(welcome, now, dice, out),
             ToWorker::Reject { code, message, retry_after_ms } => {
-                let after = retry_after_ms.unwrap_or(self.limits.reconnect_cap_ms);
-                self.hang_up(Reason::Rejected { code, message }, Some(after), dice, out);
+                self.rejected(code, message, retry_after_ms, dice, out);
             }
-            ToWorker::Superseded => self.superseded(out),
+            ToWorker::Superseded => self.give_up(Reason::Superseded, out),
             ToWorker::Reconnect { after_ms } => self.hang_up(Reason::Asked, Some(after_ms), dice, out),
             ToWorker::Unsupported { .. } => {}
             ToWorker::HeartbeatAck { .. }
@@ -330,9 +333,18 @@ impl Core {
         self.renew_lease(hello_at, out);
     }
 
-    fn superseded(&mut self, out: &mut Vec<Effect>) {
+    fn rejected(&mut self, code: ErrorCode, message: String, after_ms: Option<u64>, dice: u64, out: &mut Vec<Effect>) {
+        if is_final(code) {
+            return self.give_up(Reason::Refused { code, message }, out);
+        }
+        let after = after_ms.unwrap_or(self.limits.reconnect_cap_ms);
+        self.hang_up(Reason::Rejected { code, message }, Some(after), dice, out);
+    }
+
+    /// Nothing of this worker is wanted any more: what runs is killed, and nobody dials again.
+    fn give_up(&mut self, why: Reason, out: &mut Vec<Effect>) {
         self.line = Line::Over;
-        out.push(Effect::Hangup(Reason::Superseded));
+        out.push(Effect::Hangup(why));
         out.extend(self.attempts.values_mut().filter_map(|attempt| attempt.stop(Stop::Kill(KillReason::Fenced))));
     }
 
@@ -475,6 +487,33 @@ impl Core {
 
     fn held(&self) -> Vec<Held> {
         self.attempts.values().map(Attempt::view).collect()
+    }
+}
+
+/// True for a refusal that stays until a person does something about it.
+fn is_final(code: ErrorCode) -> bool {
+    match code {
+        ErrorCode::Unauthenticated | ErrorCode::Forbidden | ErrorCode::UnsupportedProtocol => true,
+        ErrorCode::InvalidBody
+        | ErrorCode::InvalidSpec
+        | ErrorCode::InvalidParameter
+        | ErrorCode::NotFound
+        | ErrorCode::MethodNotAllowed
+        | ErrorCode::IdempotencyMismatch
+        | ErrorCode::InvalidTransition
+        | ErrorCode::SourceIncomplete
+        | ErrorCode::DigestMismatch
+        | ErrorCode::InvalidSource
+        | ErrorCode::NoSuchWorker
+        | ErrorCode::OffsetMismatch
+        | ErrorCode::RangeNotSatisfiable
+        | ErrorCode::TooLarge
+        | ErrorCode::TooManyRequests
+        | ErrorCode::Superseded
+        | ErrorCode::Fenced
+        | ErrorCode::Unavailable
+        | ErrorCode::StorageFull
+        | ErrorCode::Internal => false,
     }
 }
 

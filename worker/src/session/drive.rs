@@ -7,10 +7,10 @@ use std::sync::Arc;
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::{AttemptRef, Digest, Labels, WorkerId};
 use alloy_shared::limits::Limits;
-use alloy_shared::wire;
 use alloy_shared::wire::session::{
     Assignment, BadFrame, Frame, Hello, Link, LogChunk, Report, ToOrchestrator, ToWorker, signed_text,
 };
+use alloy_shared::wire::{self, ErrorCode};
 use futures_util::StreamExt as _;
 use futures_util::future::{BoxFuture, OptionFuture};
 use futures_util::stream::FuturesUnordered;
@@ -64,9 +64,20 @@ pub enum Over {
     Stopped,
     #[error("another process uses this worker's identity; give each worker a state directory of its own")]
     Superseded,
+    /// Nothing but a person changes that.
+    #[error("the farm refuses this worker ({}): {message}. {}", code.as_str(), remedy(*code))]
+    Refused { code: ErrorCode, message: String },
     /// What the disk says can no longer be trusted.
     #[error("the spool fails: {0}")]
     Spool(String),
+}
+
+fn remedy(code: ErrorCode) -> &'static str {
+    if code == ErrorCode::UnsupportedProtocol {
+        "Update the older of the two, worker and orchestrator"
+    } else {
+        "If it shall belong to the farm: an admin's `alloy worker invite`, then here `worker join URL TOKEN --force`"
+    }
 }
 
 enum Stage {
@@ -280,7 +291,10 @@ impl Session {
                 self.link = Some(link);
                 self.feed(Input::Linked).await
             }
-            Err(error) => {
+            Err(DialError::Refused { code, message, retry_after_ms }) => {
+                self.feed(Input::Rejected { code, message, retry_after_ms }).await
+            }
+            Err(error @ DialError::Unreachable(_)) => {
                 tracing::warn!(%error, "cannot connect to the farm; trying again");
                 self.feed(Input::Unlinked).await
             }
@@ -294,8 +308,9 @@ impl Session {
             Reason::Silent => tracing::warn!("the farm is silent; connecting anew"),
             Reason::Asked => tracing::info!("the farm is restarting; connecting again soon"),
             Reason::Rejected { code, message } => {
-                tracing::error!(code = code.as_str(), "the farm rejects this worker: {message}");
+                tracing::error!(code = code.as_str(), "the farm rejects this worker; trying again: {message}");
             }
+            Reason::Refused { code, message } => self.end(Over::Refused { code, message }),
             Reason::Garbled(what) => tracing::error!(%what, "the farm sent what is no message; connecting anew"),
             Reason::Protocol(version) => tracing::error!(version, "the farm chose a protocol that this build lacks"),
             Reason::Superseded => {

@@ -27,6 +27,12 @@ pub enum Input {
     Linked,
     /// The dial failed, or the connection was cut.
     Unlinked,
+    /// The farm answered the dial with a refusal.
+    Rejected {
+        code: ErrorCode,
+        message: String,
+        retry_after_ms: Option<u64>,
+    },
     Heard(ToWorker),
     /// A message of a type that this build does not know.
     Unknown(String),
@@ -130,6 +136,11 @@ pub enum KillReason {
 pub enum Reason {
     Silent,
     Rejected {
+        code: ErrorCode,
+        message: String,
+    },
+    /// Asking again does not help: nothing but a person changes the answer. The daemon ends.
+    Refused {
         code: ErrorCode,
         message: String,
     },

@@ -57,9 +57,9 @@ impl Upstream for Https {
     async fn dial(&self) -> Result<Link, DialError> {
         // `http` becomes `ws`, `https` becomes `wss`.
         let url = format!("{}{}", self.client.url().replacen("http", "ws", 1), path::WORKER_CONNECT);
-        let refused = |error: &dyn std::fmt::Display| DialError::Refused(format!("{url}: {error}"));
-        let mut request = url.as_str().into_client_request().map_err(|error| refused(&error))?;
-        let header = |text: String| HeaderValue::try_from(text).map_err(|error| refused(&error));
+        let unusable = |error: &dyn std::fmt::Display| DialError::Unreachable(format!("{url}: {error}"));
+        let mut request = url.as_str().into_client_request().map_err(|error| unusable(&error))?;
+        let header = |text: String| HeaderValue::try_from(text).map_err(|error| unusable(&error));
         request.headers_mut().insert(AUTHORIZATION, header(format!("Worker {}", self.worker))?);
         request.headers_mut().insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
         request.headers_mut().insert(USER_AGENT, header(agent())?);
@@ -213,15 +213,16 @@ async fn unpack_all(
 
 fn dial_error(url: &str, error: SocketError) -> DialError {
     match error {
-        SocketError::Http(response) if response.status().is_client_error() => {
-            let body = response.body().as_deref().unwrap_or_default();
-            let why = match serde_json::from_slice::<Problem>(body) {
-                Ok(problem) => problem.message,
-                Err(_) => format!("{url} answers {}", response.status()),
-            };
-            DialError::Refused(why)
+        SocketError::Http(response) => {
+            let problem = serde_json::from_slice::<Problem>(response.body().as_deref().unwrap_or_default());
+            match problem {
+                Ok(Problem { code, message, retry_after_s, .. }) if response.status().is_client_error() => {
+                    DialError::Refused { code, message, retry_after_ms: retry_after_s.map(|s| s.saturating_mul(1000)) }
+                }
+                // A proxy's word, or a farm that is starting or stopping.
+                Ok(_) | Err(_) => DialError::Unreachable(format!("{url} answers {}", response.status())),
+            }
         }
-        SocketError::Http(response) => DialError::Unreachable(format!("{url} answers {}", response.status())),
         error => DialError::Unreachable(format!("{url}: {error}")),
     }
 }

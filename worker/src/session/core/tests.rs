@@ -301,9 +301,9 @@ fn what_the_orchestrator_says_about_the_session() {
         [Effect::Hangup(why), Effect::Dial { after_ms }] => (why.clone(), *after_ms),
         other => panic!("{other:?}"),
     };
-    let reject = ToWorker::Reject { code: ErrorCode::Forbidden, message: "no".into(), retry_after_ms: Some(60_000) };
+    let reject = ToWorker::Reject { code: ErrorCode::Unavailable, message: "no".into(), retry_after_ms: Some(60_000) };
     let (why, after) = dials(&Bench::up().give(Input::Heard(reject)));
-    assert!(matches!(why, Reason::Rejected { code: ErrorCode::Forbidden, .. }) && after >= 60_000);
+    assert!(matches!(why, Reason::Rejected { code: ErrorCode::Unavailable, .. }) && after >= 60_000);
     let reconnect = || Input::Heard(ToWorker::Reconnect { after_ms: 1_000 });
     let (why, after) = dials(&Bench::up().give(reconnect()));
     assert!(why == Reason::Asked && (1_000..1_500).contains(&after));
@@ -319,6 +319,30 @@ fn what_the_orchestrator_says_about_the_session() {
     let kill = Effect::Stop { attempt: AT, how: Stop::Kill(KillReason::Fenced) };
     assert_eq!(effects, [Effect::Hangup(Reason::Superseded), kill]);
     assert_eq!(bench.give(Input::Unlinked), [], "it never dials again");
+}
+
+#[test]
+fn a_refusal_that_only_a_person_changes_ends_everything_and_any_other_is_waited_out() {
+    for (code, is_final) in [
+        (ErrorCode::Unauthenticated, true),
+        (ErrorCode::Forbidden, true),
+        (ErrorCode::UnsupportedProtocol, true),
+        (ErrorCode::TooManyRequests, false),
+        (ErrorCode::TooLarge, false),
+        (ErrorCode::InvalidBody, false),
+        (ErrorCode::Unavailable, false),
+    ] {
+        let message = || "no".to_owned();
+        let in_session = Input::Heard(ToWorker::Reject { code, message: message(), retry_after_ms: None });
+        for input in [in_session, Input::Rejected { code, message: message(), retry_after_ms: None }] {
+            let mut bench = Bench::running();
+            let effects = bench.give(input);
+            let refused = Effect::Hangup(Reason::Refused { code, message: message() });
+            let kill = Effect::Stop { attempt: AT, how: Stop::Kill(KillReason::Fenced) };
+            let dials = effects.iter().any(|effect| matches!(effect, Effect::Dial { .. }));
+            assert_eq!((effects.contains(&refused), effects.contains(&kill), dials), (is_final, is_final, !is_final));
+        }
+    }
 }
 
 #[test]
