@@ -495,6 +495,7 @@ fn is_final(code: ErrorCode) -> bool {
     match code {
         ErrorCode::Unauthenticated | ErrorCode::Forbidden | ErrorCode::UnsupportedProtocol => true,
         ErrorCode::InvalidBody
+        | ErrorCode::IncompleteBody
         | ErrorCode::InvalidSpec
         | ErrorCode::InvalidParameter
         | ErrorCode::NotFound
