@@ -57,7 +57,7 @@ pub enum Denied {
     /// A form of `Authorization` that nobody here reads.
     #[error("the Authorization header is neither `Bearer TOKEN` nor `Basic` with the token as password")]
     Unreadable,
-    #[error("a token of this kind ({0}…) does not sign in")]
+    #[error("a token of this kind ({0}…) does not sign in; those that do start with alloy_pat_ or alloy_ci_")]
     WrongKind(&'static str),
     #[error("nobody knows this token")]
     Unknown,

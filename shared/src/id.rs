@@ -14,7 +14,7 @@ const ID_CHARS: usize = 26;
 
 /// What was wrong with a name that somebody typed or sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what}: {why}")]
+#[error("{what} {why}")]
 pub struct BadName {
     pub what: &'static str,
     pub why: String,
@@ -67,7 +67,7 @@ fn decode(text: &str) -> Option<u128> {
 }
 
 macro_rules! id {
-    ($(#[$doc:meta])* $name:ident, $prefix:literal) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal, $prefix:literal) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(u128);
@@ -95,7 +95,7 @@ macro_rules! id {
                 text.strip_prefix($prefix)
                     .and_then(decode)
                     .map(Self)
-                    .ok_or_else(|| bad(stringify!($name), concat!("is written ", $prefix, " and 26 characters").to_owned()))
+                    .ok_or_else(|| bad($what, concat!("is written ", $prefix, " and 26 characters").to_owned()))
             }
         }
         impl Serialize for $name {
@@ -110,11 +110,11 @@ macro_rules! id {
     };
 }
 
-id!(/** What was asked. */ JobId, "job_");
-id!(/** A worker's identity, given at enrolment. */ WorkerId, "wkr_");
-id!(/** A tenant. */ OrgId, "org_");
-id!(/** A credential's public name. */ TokenId, "tok_");
-id!(/** One run of a worker daemon, from start to end. */ BootId, "boot_");
+id!(/** What was asked. */ JobId, "a job id", "job_");
+id!(/** A worker's identity, given at enrolment. */ WorkerId, "a worker id", "wkr_");
+id!(/** A tenant. */ OrgId, "an organisation id", "org_");
+id!(/** A credential's public name. */ TokenId, "a token id", "tok_");
+id!(/** One run of a worker daemon, from start to end. */ BootId, "a boot id", "boot_");
 
 /// The organisation that exists from the first start.
 pub const DEFAULT_ORG: OrgId = OrgId::from_raw(0x0001_0000_0000_7000_8000_0000_0000_0001);

@@ -16,7 +16,7 @@ pub(super) struct Due {
 impl Due {
     /// The deadline of the job's state; one that is set for the same term stays. A leased job is not overdue before
     /// `patient_until`.
-    pub fn of(live: &Live, patient_until: Mono, now: Now) -> Option<Self> {
+    pub(super) fn of(live: &Live, patient_until: Mono, now: Now) -> Option<Self> {
         let term = live.job.state.term(&live.rules)?;
         if let Some(due) = live.due.filter(|due| due.term == term) {
             return Some(due);

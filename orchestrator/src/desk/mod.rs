@@ -379,7 +379,8 @@ impl Desk {
         self.offers.remove(&worker);
         let held: Vec<AttemptRef> = self.leased.get(&worker).into_iter().flatten().copied().collect();
         for at in held {
-            let message = "the worker was not heard for too long".to_owned();
+            let seconds = self.limits.expiry_ms / 1000;
+            let message = format!("the worker was not heard for {seconds} s, longer than its lease on the job lasts");
             let event = Event::Lost { attempt: at.attempt, reason: Reason::WorkerLost, message };
             self.change(None, at.job, &event, Guard::Silent { worker }, None, now);
         }

@@ -3,7 +3,7 @@
 use alloy_shared::env::Ms;
 use alloy_shared::id::{DEFAULT_ORG, Digest, Labels, TokenId, WorkerId, check_name, printable};
 use alloy_shared::limits;
-use alloy_shared::secret::{Secret, Token, TokenKind};
+use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
 use alloy_shared::wire::farm::{
     EnrolRequest, Enrolled, Invite, InviteRequest, Role, TokenCreated, TokenRequest, TokenView,
 };
@@ -70,8 +70,10 @@ pub async fn enrol(app: &App, request: EnrolRequest) -> Result<Enrolled, OpError
         .ok()
         .and_then(|bytes| <[u8; 32]>::try_from(bytes).ok())
         .ok_or_else(|| wrong_field("public_key", "is base64 of the 32 bytes of an Ed25519 key"))?;
-    let token =
-        Token::parse(request.token.expose()).map_err(|bad| void(format!("the invitation is no token: {bad}")))?;
+    let token = Token::parse(request.token.expose()).map_err(|bad| match bad {
+        BadToken::Prefix => void(format!("an invitation starts with {}", TokenKind::Join.prefix())),
+        BadToken::Length | BadToken::Check => void(format!("this is no invitation: {bad}")),
+    })?;
     let hash = token.hash();
     let row = invitation(app, &token, &hash).await?;
     if let Some(worker) = app.store.worker_by_key(&public_key).await? {
@@ -116,7 +118,12 @@ pub async fn enrol(app: &App, request: EnrolRequest) -> Result<Enrolled, OpError
 async fn invitation(app: &App, token: &Token, hash: &Digest) -> Result<TokenRow, OpError> {
     let row = match token.kind {
         TokenKind::Join => app.store.token(hash).await?,
-        TokenKind::Personal | TokenKind::Ci | TokenKind::Job => None,
+        other @ (TokenKind::Personal | TokenKind::Ci | TokenKind::Job) => {
+            let (other, join) = (other.prefix(), TokenKind::Join.prefix());
+            return Err(void(format!(
+                "a token of this kind ({other}…) invites nobody; an invitation starts with {join}"
+            )));
+        }
     };
     let row = row.ok_or_else(|| void("nobody knows this invitation"))?;
     if row.revoked_at.is_some() {

@@ -15,6 +15,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use serde::de::DeserializeOwned;
 
+use super::plain::plain;
 use crate::auth::{AttemptGrant, Denied, Principal};
 use crate::error::{Fault, showable};
 
@@ -194,12 +195,12 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
         let message = if is_private(&path) {
             format!("the value has the wrong form (line {})", error.inner().line())
         } else {
-            showable(&error.inner().to_string())
+            showable(&plain(&error.inner().to_string()))
         };
         Fault::new(ErrorCode::InvalidBody, format!("{field}: {message}")).field(field, message)
     })?;
     json.end().map_err(|error| {
-        let message = showable(&error.to_string());
+        let message = showable(&plain(&error.to_string()));
         Fault::new(ErrorCode::InvalidBody, format!("body: {message}")).field("body", message)
     })?;
     Ok(value)
@@ -222,10 +223,16 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for QueryOf<T> {
             Err(rejection) => {
                 let text = rejection.body_text();
                 let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
-                Err(parameter("query", &showable(text)))
+                let (name, said) = text.split_once(": ").filter(|(name, _)| is_name(name)).unwrap_or(("query", text));
+                Err(parameter(name, &showable(&plain(said))))
             }
         }
     }
+}
+
+/// True for the name of a parameter, as opposed to the beginning of a sentence.
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|c| c.is_ascii_lowercase() || c == b'_')
 }
 
 /// The parts of the path.
@@ -240,7 +247,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for PathOf<
             Err(rejection) => {
                 let text = rejection.body_text();
                 let text = text.strip_prefix("Invalid URL: ").unwrap_or(&text);
-                Err(parameter("path", &showable(text)))
+                Err(parameter("path", &showable(&plain(text))))
             }
         }
     }

@@ -29,6 +29,7 @@ pub mod bytes;
 pub mod extract;
 pub mod farm;
 pub mod jobs;
+mod plain;
 mod range;
 pub mod socket;
 
@@ -191,7 +192,7 @@ fn check_role(audience: Audience, parts: &axum::http::request::Parts) -> Result<
 
 fn attempt(params: &RawPathParams) -> Result<alloy_shared::id::AttemptRef, Fault> {
     let find = |name: &str| params.iter().find(|(key, _)| *key == name).map_or("", |(_, value)| value);
-    let job = find("job").parse().map_err(|bad: alloy_shared::id::BadName| parameter("job", &bad.to_string()))?;
+    let job = find("job").parse().map_err(|bad: alloy_shared::id::BadName| parameter("job", &bad.why))?;
     let attempt = find("attempt").parse().map_err(|_| parameter("attempt", "is a number from 1"))?;
     Ok(alloy_shared::id::AttemptRef { job, attempt })
 }

@@ -394,9 +394,14 @@ impl Core {
             Want::Fence if track.settling.is_some() => None,
             Want::Fence => Some(Order::Fence { attempt }),
             Want::SettleLost => {
-                let message = "the worker does not have it any more".to_owned();
-                out.extend(self.start_continuing(attempt).filter(|_| self.tracks[&attempt].say == Say::Lost));
-                out.push(Effect::NotHeld { attempt, message });
+                let lost = self.tracks[&attempt].say == Say::Lost;
+                let message = if lost {
+                    "the worker restarted, which ended what ran on it"
+                } else {
+                    "the worker does not have it"
+                };
+                out.extend(self.start_continuing(attempt).filter(|_| lost));
+                out.push(Effect::NotHeld { attempt, message: message.to_owned() });
                 None
             }
         }

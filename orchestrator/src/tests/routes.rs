@@ -89,6 +89,17 @@ async fn an_unknown_path_and_a_wrong_method_are_problems() {
     assert!(answer.header("allow").contains("GET"));
 }
 
+/// No name of a type, no word of the parser's, and the field's name once.
+fn told_plainly(answer: &Answer) {
+    let json = answer.json();
+    let (message, field) = (json["message"].as_str().unwrap(), json["errors"][0]["field"].as_str().unwrap());
+    for jargon in ["StateWord", "Id:", "struct ", "u64", "deserialize", "variant", "expected one of", "::"] {
+        assert!(!message.contains(jargon), "{message}");
+    }
+    let rest = message.strip_prefix(field).unwrap_or_else(|| panic!("{message} names {field}"));
+    assert!(!rest.contains(&format!("{field}:")), "{message}");
+}
+
 #[tokio::test]
 async fn a_wrong_body_is_told_by_its_field_and_never_repeats_a_secret() {
     let (app, _) = app().await;
@@ -107,6 +118,7 @@ async fn a_wrong_body_is_told_by_its_field_and_never_repeats_a_secret() {
         let answer = post(&app, path, &admin, body).await;
         assert_eq!(answer.problem(), code, "{body}");
         assert_eq!(answer.json()["errors"][0]["field"], field, "{}", answer.body);
+        told_plainly(&answer);
     }
     let secret = "alloy_pat_0123456789";
     for (path, body) in [
@@ -125,15 +137,17 @@ async fn a_wrong_body_is_told_by_its_field_and_never_repeats_a_secret() {
 async fn wrong_parameters_types_and_sizes_are_problems() {
     let (app, _) = app().await;
     let admin = token(&app, Role::Admin).await;
-    for path in [
-        "/v1/jobs?limit=many",
-        "/v1/jobs?limit=3&nonsense=1",
-        "/v1/jobs?state=waiting",
-        "/v1/jobs?cursor=x",
-        "/v1/workers/mini",
+    for (path, message) in [
+        ("/v1/jobs?limit=many", "limit: is a whole number"),
+        ("/v1/jobs?limit=3&nonsense=1", "nonsense: `nonsense` is not known here; known are limit, cursor, state, mine"),
+        ("/v1/jobs?state=waiting", "state: is one of queued, assigned, "),
+        ("/v1/jobs?cursor=x", "cursor: is not one of ours"),
+        ("/v1/workers/mini", "path: a worker id is written wkr_ and 26 characters"),
     ] {
         let answer = get(&app, path, &admin).await;
         assert_eq!((answer.status.as_u16(), answer.problem().as_str()), (400, "invalid_parameter"), "{path}");
+        assert!(answer.json()["message"].as_str().unwrap().starts_with(message), "{path}: {}", answer.body);
+        told_plainly(&answer);
     }
     let plain = request("POST", "/v1/tokens", &admin).header("content-type", "text/plain");
     let answer = ask(&app, plain.body(Body::from("{}")).unwrap()).await;

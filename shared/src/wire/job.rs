@@ -69,7 +69,7 @@ pub struct SubmitJob {
 }
 
 macro_rules! words {
-    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
+    ($(#[$doc:meta])* $name:ident, $what:literal { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -86,13 +86,13 @@ macro_rules! words {
         impl std::str::FromStr for $name {
             type Err = BadName;
             fn from_str(text: &str) -> Result<Self, BadName> {
-                match text { $($word => Ok($name::$variant),)+ _ => Err(BadName { what: stringify!($name), why: concat!("is one of", $(" ", $word,)+).to_owned() }) }
+                match text { $($word => Ok($name::$variant),)+ _ => Err(BadName { what: $what, why: format!("is one of {}", [$($word,)+].join(", ")) }) }
             }
         }
     };
 }
 
-words!(/** Where a job is, in one word. */ StateWord {
+words!(/** Where a job is, in one word. */ StateWord, "a state" {
     Queued = "queued",
     Assigned = "assigned",
     Running = "running",
@@ -114,13 +114,13 @@ impl StateWord {
     }
 }
 
-words!(/** What the running attempt is doing. */ Phase {
+words!(/** What the running attempt is doing. */ Phase, "a phase" {
     Preparing = "preparing",
     Executing = "executing",
     Collecting = "collecting",
 });
 
-words!(/** How a job ended. */ Outcome {
+words!(/** How a job ended. */ Outcome, "an outcome" {
     Succeeded = "succeeded",
     Failed = "failed",
     TimedOut = "timed_out",
@@ -142,13 +142,13 @@ impl From<Outcome> for StateWord {
     }
 }
 
-words!(/** Who has to act on an end that is no success. */ Blame {
+words!(/** Who has to act on an end that is no success. */ Blame, "a blame" {
     /** The command, its sources or its artifact rules. */ User = "user",
     /** A worker, a VM, a disk. Retried by itself. */ Farm = "farm",
     /** A limit or a decision. */ Policy = "policy",
 });
 
-words!(/** Why a job did not succeed. */ Reason {
+words!(/** Why a job did not succeed. */ Reason, "a reason" {
     ScriptFailure = "script_failure",
     HookFailure = "hook_failure",
     SourceError = "source_error",
@@ -266,7 +266,7 @@ impl End {
     }
 }
 
-words!(/** Whose exit code it is. */ ExitOrigin {
+words!(/** Whose exit code it is. */ ExitOrigin, "an origin" {
     Command = "command",
     Alloy = "alloy",
 });
@@ -408,7 +408,7 @@ pub struct JobEvent {
     pub artifact: Option<Box<ArtifactView>>,
 }
 
-words!(/** What an event tells. */ EventKind {
+words!(/** What an event tells. */ EventKind, "a kind of event" {
     Submitted = "submitted",
     Assigned = "assigned",
     Accepted = "accepted",
@@ -476,7 +476,7 @@ impl std::fmt::Display for FeedCursor {
 impl std::str::FromStr for FeedCursor {
     type Err = BadName;
     fn from_str(text: &str) -> Result<Self, BadName> {
-        let wrong = || BadName { what: "cursor", why: "is written event.attempt.offset, three numbers".to_owned() };
+        let wrong = || BadName { what: "a cursor", why: "is written event.attempt.offset, three numbers".to_owned() };
         let mut parts = text.split('.');
         let mut next = || parts.next().ok_or_else(wrong);
         let cursor = Self {

@@ -6,7 +6,8 @@ use alloy_tests::farm::{Farm, Setup, vm_dirs};
 use alloy_tests::observe::{Api, until, until_blocking};
 use alloy_tests::process::processes_in;
 use anyhow::{Context as _, Result};
-use serde_json::Value;
+use reqwest::Method;
+use serde_json::{Value, json};
 
 /// The first attempt stays for ever, the second ends.
 const TWICE: &str = "echo attempt $ALLOY_JOB_ATTEMPT; [ $ALLOY_JOB_ATTEMPT = 2 ] || sleep 600; echo done";
@@ -112,5 +113,78 @@ async fn a_job_runs_on_while_the_orchestrator_is_killed_and_started_again() -> R
     assert_eq!(String::from_utf8(api.log(&id).await?)?, "before\nafter\n");
     assert_eq!(api.end(&queued).await["state"], "succeeded", "what waited was not forgotten");
     assert_eq!(api.job(&waits).await?["state"], "succeeded");
+    Ok(())
+}
+
+/// Submits under a key. `None`: nobody answered.
+async fn submit_once(api: &Api, key: &str, command: &str) -> Option<String> {
+    let body = json!({ "spec": { "shell": command } });
+    let request = api.request(Method::POST, "/v1/jobs").header("idempotency-key", key).json(&body);
+    let answer = request.send().await.ok().filter(|answer| answer.status().is_success())?;
+    Some(answer.json::<Value>().await.ok()?["id"].as_str()?.to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_submit_is_one_job_that_runs_once_though_the_orchestrator_is_killed_among_them() -> Result<()> {
+    let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1 }).await?;
+    let marks = farm.scratch("marks")?.join("ran");
+    let (rounds, each) = (3, 8);
+    let mut answered = Vec::new();
+    for round in 0..rounds {
+        let mut under_way = tokio::task::JoinSet::new();
+        for n in 0..each {
+            let (api, key) = (farm.api(), format!("r{round}n{n}"));
+            let command = format!("echo {key} >> {}", marks.display());
+            under_way.spawn(async move { (submit_once(&api, &key, &command).await, key) });
+        }
+        // Some are answered, some are on their way, some never arrive.
+        answered.extend(under_way.join_next().await.transpose()?);
+        farm.kill_orchestrator();
+        while let Some(done) = under_way.join_next().await {
+            answered.push(done?);
+        }
+        farm.start_orchestrator().await?;
+    }
+    let api = farm.api();
+    for (first, key) in &answered {
+        let command = format!("echo {key} >> {}", marks.display());
+        let again = submit_once(&api, key, &command).await.context("an answer")?;
+        assert!(first.as_ref().is_none_or(|first| *first == again), "{key}: {first:?}, then {again}");
+        let job = api.end(&again).await;
+        assert_eq!((job["state"].as_str(), job["attempt"].as_u64()), (Some("succeeded"), Some(1)), "{key}: {job}");
+        let numbers: Vec<_> = api.events(&again).await?.iter().map(|event| event["seq"].as_u64()).collect();
+        assert!(numbers.iter().copied().eq((1..=numbers.len() as u64).map(Some)), "{key}: {numbers:?}");
+    }
+    let mut ran: Vec<String> = std::fs::read_to_string(&marks)?.lines().map(str::to_owned).collect();
+    let mut keys: Vec<String> = answered.into_iter().map(|(_, key)| key).collect();
+    ran.sort_unstable();
+    keys.sort_unstable();
+    assert_eq!((ran.len(), ran), (rounds * each, keys), "each ran once");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_longer_than_the_lease_kills_the_command_and_the_user_reads_why() -> Result<()> {
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 20 }).await?;
+    let api = farm.api();
+    let id = api.shell(TWICE).await?;
+    let waits = api.shell("echo waited").await?;
+    api.log_has(&id, "attempt 1").await;
+    let dir = farm.worker_dir(0);
+    let alive = || processes_in(&dir).iter().any(|found| found.line.contains("sleep 600"));
+    assert!(alive(), "{:?}", processes_in(&dir));
+    farm.kill_orchestrator();
+    until_blocking("its lease ended and the worker killed it", Duration::from_secs(20), || !alive())?;
+
+    farm.start_orchestrator().await?;
+    let api = farm.api();
+    let job = api.end(&id).await;
+    assert_eq!(job["state"], "succeeded", "{job}");
+    assert_eq!((job["attempt"].as_u64(), job["lost"].as_u64()), (Some(2), Some(1)), "{job}");
+    let events = api.events(&id).await?;
+    let requeue = requeue(&events)?;
+    assert_eq!(requeue["reason"], "worker_lost", "{requeue}");
+    assert!(requeue["message"].as_str().is_some_and(|text| text.contains("lease")), "{requeue}");
+    assert_eq!(api.end(&waits).await["state"], "succeeded", "what waited was not forgotten");
     Ok(())
 }

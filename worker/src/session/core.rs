@@ -532,7 +532,10 @@ fn refuse(attempt: AttemptRef, message: String) -> Effect {
 /// The result of an executor that ended without one.
 fn vanished(attempt: &Attempt) -> Report {
     let end = if attempt.lost_its_lease() {
-        End::because(EndReason::WorkerLost, "the worker did not reach the farm in time and killed the job")
+        End::because(
+            EndReason::WorkerLost,
+            "the worker's lease on the job ended: it did not reach the farm for too long, and killed the command",
+        )
     } else {
         End::because(EndReason::InternalError, "the worker's executor ended without a result")
     };
