@@ -93,6 +93,8 @@ pub struct News {
     pub timings: Timings,
     pub artifact: Option<Artifact>,
     pub message: Option<String>,
+    /// For a result: when it was heard. What is done with it until it is decided belongs to `collect`.
+    pub heard: Option<Mono>,
 }
 
 /// A connected worker, as its last heartbeat describes it.
@@ -293,7 +295,10 @@ impl Desk {
         self.put(Live { job, attempt: None, rules, required, due: None }, now);
     }
 
-    fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, news: News, now: Now) {
+    fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, mut news: News, now: Now) {
+        if let (Some(heard), Some(collect_ms)) = (news.heard, &mut news.timings.collect_ms) {
+            *collect_ms += now.mono.since(heard);
+        }
         let Some(live) = self.live.get(&from.at.job) else {
             return self.answers.push((ticket, None, Answer::NotLive));
         };

@@ -333,3 +333,23 @@ fn what_is_loaded_has_what_the_wall_clock_left_of_it() {
         assert_eq!(desk.next_wake(), Some(started + left), "{name}");
     }
 }
+
+#[test]
+fn what_is_done_with_a_result_until_it_is_decided_belongs_to_collect() {
+    let mut desk = Desk::new(Limits::default(), Mono(0));
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    turn(&mut desk, 1, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 })]);
+    let Request::Report { ticket, from, seq, event, .. } =
+        report(3, 10, 1, 2, Event::Finished { attempt: 1, end: End::success() })
+    else {
+        panic!("a report")
+    };
+    let timings = Timings { exec_ms: Some(5), collect_ms: Some(7), ..Timings::default() };
+    let news = Box::new(News { timings, heard: Some(Mono(40)), ..News::default() });
+    // The wall clock was set meanwhile.
+    let groups =
+        desk.decide(vec![Request::Report { ticket, from, seq, event, news }], Now { wall: Ms(-9), mono: Mono(60) });
+    let [Write::Advance(done)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
+    let timings = &done.attempt.as_ref().unwrap().timings;
+    assert_eq!((timings.exec_ms, timings.collect_ms), (Some(5), Some(27)));
+}

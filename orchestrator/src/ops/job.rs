@@ -204,7 +204,7 @@ async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, N
         Report::Accepted => Ok((Event::Accepted { attempt }, News::default())),
         Report::Refused { message } => Ok((Event::Refused { attempt, message: shorten(message) }, News::default())),
         Report::Phase { phase, timings, message } => {
-            let news = News { timings, artifact: None, message: message.map(shorten) };
+            let news = News { timings, message: message.map(shorten), ..News::default() };
             Ok((Event::Phase { attempt, phase }, news))
         }
         Report::Artifact(report) => {
@@ -213,10 +213,11 @@ async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, N
         }
         Report::Result(report) => {
             let ResultReport { end, timings, log_len, .. } = *report;
+            let heard = app.env.now().mono;
             check_log(app, from.at, log_len).await?;
             let signal = end.signal.filter(|signal| (1..=64).contains(signal));
             let end = End { message: shorten(end.message), signal, ..end };
-            Ok((Event::Finished { attempt, end }, News { timings, ..News::default() }))
+            Ok((Event::Finished { attempt, end }, News { timings, heard: Some(heard), ..News::default() }))
         }
     }
 }
