@@ -437,7 +437,7 @@ fn spec(args: &RunArgs, var: &dyn Fn(&str) -> Option<String>) -> Result<JobSpec,
     if args.shell.as_ref().is_some_and(|line| line.trim().is_empty()) {
         return Err(Failure::usage("-c: the line is empty"));
     }
-    Ok(JobSpec {
+    let spec = JobSpec {
         shell: args.shell.clone(),
         argv: args.argv.clone(),
         env,
@@ -448,7 +448,10 @@ fn spec(args: &RunArgs, var: &dyn Fn(&str) -> Option<String>) -> Result<JobSpec,
         queue_timeout_ms: args.queue_timeout,
         retries: args.retries,
         git: None,
-    })
+    };
+    // The farm's own rule, before a tree is packed and sent for nothing.
+    alloy_shared::wire::spec::check(&spec).map_err(|faults| Failure::wrong_fields(Fault::Usage, &faults))?;
+    Ok(spec)
 }
 
 /// Reads `90s`, `10m`, `1h30m`, `500ms`.
@@ -472,7 +475,13 @@ pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
         total = number.checked_mul(factor).and_then(|ms| total.checked_add(ms)).ok_or_else(wrong)?;
         rest = tail;
     }
-    if total == 0 { Err(wrong()) } else { Ok(total) }
+    if text.is_empty() {
+        Err(wrong())
+    } else if total == 0 {
+        Err("it must be longer than nothing; without it, the farm's default counts".to_owned())
+    } else {
+        Ok(total)
+    }
 }
 
 #[cfg(test)]
@@ -541,6 +550,10 @@ mod tests {
             &["-c", "x", "--env", "=1"],
             &["-c", "x", "--label", "chip"],
             &["-c", " "],
+            &["-c", "x", "--env", "1A=x"],
+            &["-c", "x", "--env", "ALLOY_URL=x"],
+            &["-c", "x", "--artifact", "../out"],
+            &["-c", "x", "--image", "a b"],
         ] {
             assert_eq!(spec(&parse(line), &|_| None).unwrap_err().fault, Fault::Usage, "{line:?}");
         }

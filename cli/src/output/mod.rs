@@ -13,7 +13,7 @@ use std::os::fd::AsFd as _;
 use alloy_shared::client::ClientError;
 use alloy_shared::env::Ms;
 use alloy_shared::wire::job::{ExitOrigin, JobView};
-use alloy_shared::wire::{ErrorCode, Problem};
+use alloy_shared::wire::{ErrorCode, FieldError, Problem};
 use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
@@ -159,7 +159,18 @@ impl Failure {
         }
     }
 
+    /// Wrong fields of a job, in the words of the command line.
+    pub(crate) fn wrong_fields(fault: Fault, faults: &[FieldError]) -> Self {
+        let lines: Vec<String> =
+            faults.iter().map(|fault| format!("{} {}", flag_of(&fault.field), fault.message)).collect();
+        Self::new(fault, lines.join("; "))
+    }
+
     fn of_problem(problem: Problem, url: &str) -> Self {
+        if problem.code == ErrorCode::InvalidSpec && !problem.errors.is_empty() {
+            let told = Self::wrong_fields(Fault::of(problem.code), &problem.errors);
+            return Self { hint: problem.hint.clone(), problem: Some(Box::new(problem)), ..told };
+        }
         let hint = match problem.code {
             ErrorCode::Unauthenticated => Some(format!("alloy login {url} --with-token      in CI: set ALLOY_TOKEN")),
             _ => problem.hint.clone(),
@@ -179,7 +190,9 @@ impl Failure {
     /// The lines of standard error, without colours.
     pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let mut lines = vec![("error", sanitize::one_line(&self.message))];
-        if let Some(problem) = &self.problem {
+        if let Some(problem) = &self.problem
+            && problem.code != ErrorCode::InvalidSpec
+        {
             lines.extend(
                 problem.errors.iter().map(|e| ("", sanitize::one_line(&format!("{}: {}", e.field, e.message)))),
             );
@@ -209,6 +222,26 @@ impl Failure {
             fields.insert("exit_origin".into(), ExitOrigin::Alloy.as_str().into());
         }
         out
+    }
+}
+
+/// What a field of a job is called on the command line.
+fn flag_of(field: &str) -> String {
+    let field = field.trim_start_matches('/');
+    let (noun, rest) = field.split_at(field.find(['.', '/', '[']).unwrap_or(field.len()));
+    let name = rest.trim_matches(['.', '/', '[', ']']);
+    let number = || name.parse::<usize>().map_or_else(|_| String::new(), |n| format!(" (number {})", n + 1));
+    match noun {
+        "shell" => "the line of -c".to_owned(),
+        "argv" => format!("the command's words{}", number()),
+        "env" => format!("--env {name}").trim_end().to_owned(),
+        "artifacts" => format!("--artifact{}", number()),
+        "labels" => format!("--label {name}").trim_end().to_owned(),
+        "image" => "--image".to_owned(),
+        "timeout_ms" => "--timeout".to_owned(),
+        "queue_timeout_ms" => "--queue-timeout".to_owned(),
+        "retries" => "--retries".to_owned(),
+        other => other.to_owned(),
     }
 }
 
@@ -448,6 +481,27 @@ mod tests {
         assert_eq!(json["exit_code"], 125);
         assert_eq!(json["exit_origin"], "alloy");
         assert_eq!(Failure::usage("x").json(2)["code"], "usage");
+    }
+
+    #[test]
+    fn a_wrong_field_is_told_once_and_by_its_flag() {
+        for (field, flag) in [
+            ("env.1A", "--env 1A"),
+            ("/env/1A", "--env 1A"),
+            ("artifacts[1]", "--artifact (number 2)"),
+            ("argv[0]", "the command's words (number 1)"),
+            ("labels.a b", "--label a b"),
+            ("timeout_ms", "--timeout"),
+        ] {
+            assert_eq!(flag_of(field), flag);
+        }
+        let mut problem = Problem::new(ErrorCode::InvalidSpec, "timeout_ms is 9, at most 5 ms are allowed");
+        problem.errors =
+            vec![FieldError { field: "timeout_ms".into(), message: "is 9, at most 5 ms are allowed".into() }];
+        let failure = Failure::of(ClientError::Problem(problem), "http://farm");
+        let lines: Vec<String> = failure.lines().into_iter().map(|(_, line)| line).collect();
+        assert_eq!(lines, ["--timeout is 9, at most 5 ms are allowed"]);
+        assert_eq!(failure.json(125)["errors"][0]["field"], "timeout_ms", "programs get the field");
     }
 
     #[test]

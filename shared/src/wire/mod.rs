@@ -6,6 +6,7 @@ mod golden;
 pub mod job;
 pub mod session;
 pub mod source;
+pub mod spec;
 
 use serde::{Deserialize, Serialize};
 
