@@ -14,13 +14,14 @@ use alloy_shared::client::{Client, Options};
 use alloy_shared::env::Env;
 use alloy_shared::id::{Digest, JobId};
 use alloy_shared::secret::{Secret, Token};
-use alloy_shared::wire::job::JobView;
 use serde::{Deserialize, Serialize};
 
 use crate::output::talk::Talk;
 use crate::output::{Failure, Fault};
 
 pub(crate) const DEFAULT_URL: &str = "http://localhost:3000";
+/// Who chose the farm when nobody did.
+pub(crate) const DEFAULT_ORIGIN: &str = "default";
 /// Directories whose latest job is remembered.
 const REMEMBERED_MAX: usize = 1_000;
 const NAME_MAX: usize = 63;
@@ -185,7 +186,7 @@ pub(crate) fn choose(
     }
     match &file.current {
         Some(name) => named(name, "config.toml"),
-        None => plain(DEFAULT_URL, "default"),
+        None => plain(DEFAULT_URL, DEFAULT_ORIGIN),
     }
 }
 
@@ -201,6 +202,8 @@ pub(crate) fn without_user(url: &str) -> String {
 /// Accepts `http(s)://host[:port][/prefix]`; gives it without the last slash.
 pub(crate) fn check_url(url: &str) -> Result<String, String> {
     let url = url.trim().trim_end_matches('/');
+    // As it stands in the API's examples: `/v1` is the API's own.
+    let url = url.strip_suffix("/v1").unwrap_or(url).trim_end_matches('/');
     let Some((scheme, rest)) = url.split_once("://") else {
         return Err("is no URL: it does not start with http:// or https://".into());
     };
@@ -221,7 +224,7 @@ pub(crate) fn check_url(url: &str) -> Result<String, String> {
 }
 
 /// The same farm under its different names for this machine is one farm.
-fn farm_name(url: &str) -> String {
+pub(crate) fn farm_name(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let (host, port) = match authority.rsplit_once(':') {
@@ -308,27 +311,7 @@ impl App {
         self.places.state.join("latest").join(&Digest::of(&key).to_string()[..32])
     }
 
-    /// The job that an argument means: an id, its last characters, a URL, or the latest one of this directory.
-    pub(crate) async fn job(&self, farm: &Farm, asked: Option<&str>) -> Result<JobView, Failure> {
-        let found = match JobArg::parse(asked)? {
-            JobArg::Id(id) => farm.client.job(id).await,
-            JobArg::Tail(tail) => farm.client.find_job(&tail).await,
-            JobArg::Latest => farm.client.job(self.latest(farm)?).await,
-        };
-        found.map_err(|error| {
-            let failure = Failure::of(error, &farm.url);
-            if failure.fault != Fault::NotFound {
-                return failure;
-            }
-            let message = match asked {
-                Some(text) => format!("there is no job `{text}`"),
-                None => "the latest job of this directory is gone from the farm".to_owned(),
-            };
-            Failure::new(Fault::NotFound, message).hint("alloy list        shows the jobs of this farm")
-        })
-    }
-
-    fn latest(&self, farm: &Farm) -> Result<JobId, Failure> {
+    pub(crate) fn latest(&self, farm: &Farm) -> Result<JobId, Failure> {
         let none = || {
             Failure::new(Fault::NotFound, format!("no job was started from {} on {}", self.dir.display(), farm.url))
                 .hint("name one: an id, its last 6 characters, or a URL; `alloy list` shows them")
@@ -336,61 +319,6 @@ impl App {
         let text = fs::read_to_string(self.latest_path(farm)).map_err(|_| none())?;
         text.trim().parse().map_err(|_| none())
     }
-}
-
-/// How a job is named on the command line.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum JobArg {
-    Id(JobId),
-    /// At least six of an id's last characters.
-    Tail(String),
-    Latest,
-}
-
-impl JobArg {
-    pub(crate) const TAIL_MIN: usize = 6;
-
-    pub(crate) fn parse(text: Option<&str>) -> Result<Self, Failure> {
-        let Some(text) = text else { return Ok(Self::Latest) };
-        let refused = |why: &str| {
-            Err(Failure::usage(format!("`{text}` names no job: {why}"))
-                .hint("an id, at least 6 of its last characters, or a URL"))
-        };
-        let name = if text.contains("://") {
-            let path = text.split(['?', '#']).next().unwrap_or(text);
-            match path.split('/').find(|part| part.starts_with(JobId::PREFIX)) {
-                Some(part) => part,
-                None => return refused("there is no job id in this URL"),
-            }
-        } else {
-            text
-        };
-        let name = name.to_ascii_lowercase();
-        if name.starts_with(JobId::PREFIX) {
-            return match name.parse() {
-                Ok(id) => Ok(Self::Id(id)),
-                Err(error) => refused(&error.why),
-            };
-        }
-        if name.len() < Self::TAIL_MIN {
-            return refused("it is too short");
-        }
-        if !looks_like_tail(&name) {
-            return refused("an id ends in digits and letters other than i, l, o and u");
-        }
-        Ok(Self::Tail(name))
-    }
-
-    /// True when an argument that may be a job or a pattern is surely meant as a job.
-    pub(crate) fn looks_like_job(text: &str) -> bool {
-        text.starts_with(JobId::PREFIX)
-            || text.contains("://")
-            || (text.len() >= Self::TAIL_MIN && looks_like_tail(text))
-    }
-}
-
-fn looks_like_tail(text: &str) -> bool {
-    text.len() <= 26 && text.bytes().all(|b| b.is_ascii_digit() || (b.is_ascii_lowercase() && !b"ilou".contains(&b)))
 }
 
 /// Checks a token's form before it travels; the text itself is in no message.
@@ -480,9 +408,11 @@ mod tests {
 
     #[test]
     fn urls_are_checked() {
-        for (url, expected) in
-            [("HTTP://Farm.Local:3000/", "http://farm.local:3000"), ("https://x/prefix//", "https://x/prefix")]
-        {
+        for (url, expected) in [
+            ("HTTP://Farm.Local:3000/", "http://farm.local:3000"),
+            ("https://x/prefix//", "https://x/prefix"),
+            ("http://x:1/v1/", "http://x:1"),
+        ] {
             assert_eq!(check_url(url).unwrap(), expected);
         }
         for url in ["", "farm", "ftp://x", "http://", "http://:80", "http://u:p@x", "http://x?y=1", "http://x y"] {
@@ -510,25 +440,6 @@ mod tests {
         assert_eq!(farm_name("https://farm"), farm_name("https://farm:443"));
         assert_ne!(farm_name("http://farm"), farm_name("https://farm"));
         assert_ne!(farm_name("http://localhost:3000"), farm_name("http://localhost:3001"));
-    }
-
-    #[test]
-    fn a_job_is_named_in_four_ways() {
-        let id = JobId::from_raw(0x0192_0000_0000_7000_8000_1234_5678_9abc);
-        let text = id.to_string();
-        let tail = &text[text.len() - 6..];
-        for (arg, expected) in [
-            (None, JobArg::Latest),
-            (Some(text.as_str()), JobArg::Id(id)),
-            (Some(tail), JobArg::Tail(tail.to_owned())),
-            (Some(&*format!("http://farm:3000/jobs/{text}?x=1#L5")), JobArg::Id(id)),
-        ] {
-            assert_eq!(JobArg::parse(arg).unwrap(), expected);
-        }
-        for wrong in ["abc", "job_123", "hello!", "*.zip", "http://farm/jobs", "iiiiii"] {
-            assert_eq!(JobArg::parse(Some(wrong)).unwrap_err().fault, Fault::Usage, "{wrong}");
-        }
-        assert!(!JobArg::looks_like_job("*.zip") && !JobArg::looks_like_job("MyApp.app"));
     }
 
     #[test]

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use alloy_shared::client::Client;
 use alloy_shared::id::JobId;
-use alloy_shared::wire::job::ArtifactView;
+use alloy_shared::limits;
+use alloy_shared::wire::job::{ArtifactView, JobView};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use indicatif::ProgressBar;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use crate::context::{App, Farm};
 use crate::out_dir::{OutDir, OutError};
 use crate::output::Failure;
 use crate::output::talk::Talk;
@@ -187,6 +189,53 @@ impl Report {
                 self.saved.remove(&path);
             }
         }
+    }
+}
+
+/// Artifacts on their way while the job still runs.
+pub(crate) struct Downloads {
+    pub(crate) arrivals: mpsc::Sender<ArtifactView>,
+    report: oneshot::Receiver<Report>,
+}
+
+impl Downloads {
+    pub(crate) fn start(app: &App, farm: &Farm, job: &JobView) -> Self {
+        let (arrivals, rx) = mpsc::channel(limits::ARTIFACTS_MAX);
+        let (tx, report) = oneshot::channel();
+        let downloader = Downloader {
+            client: farm.client.clone(),
+            job: job.id,
+            target: Target::Collection(app.dir.clone()),
+            talk: app.talk.clone(),
+        };
+        let work = async move {
+            // Nobody waits for it any more when the command was interrupted.
+            let _ = tx.send(downloader.run(rx).await);
+        };
+        app.env.spawn("download", Box::pin(work));
+        Self { arrivals, report }
+    }
+
+    /// The list at the end is the truth: what was not announced is downloaded, what was announced wrongly is removed.
+    pub(crate) async fn finish(self, farm: &Farm, job: &JobView) -> Report {
+        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url));
+        for artifact in list.iter().flat_map(|list| &list.artifacts) {
+            if self.arrivals.send(artifact.clone()).await.is_err() {
+                break;
+            }
+        }
+        drop(self.arrivals);
+        let mut report = self.report.await.unwrap_or_else(|_| Report {
+            failed: [(String::new(), Failure::error("the download ended early"))].into(),
+            ..Report::default()
+        });
+        match list {
+            Ok(list) => report.remove_all_but(&list.artifacts),
+            Err(failure) => {
+                report.failed.insert(String::new(), failure);
+            }
+        }
+        report
     }
 }
 

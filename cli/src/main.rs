@@ -5,9 +5,11 @@ mod context;
 mod download;
 mod farm;
 mod follow;
+mod job_arg;
 mod out_dir;
 mod output;
 mod source;
+mod usage;
 mod verdict;
 
 use std::sync::Arc;
@@ -22,7 +24,7 @@ use output::{Failure, Fault};
 
 /// Build and test on your own Macs: the tree you work in, the command you type, its output, its exit code
 #[derive(Debug, Parser)]
-#[command(name = "alloy", version, disable_help_subcommand = true, propagate_version = true)]
+#[command(name = "alloy", version, propagate_version = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
     globals: Globals,
@@ -35,7 +37,14 @@ fn main() -> std::process::ExitCode {
     if let Some(code) = farm::here::guard() {
         return code;
     }
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let args: Vec<String> =
+                std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+            std::process::exit(usage::complain(&error, &args));
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

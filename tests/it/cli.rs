@@ -15,6 +15,7 @@ use tempfile::TempDir;
 mod leaving;
 mod local;
 mod terminal;
+mod words;
 
 /// `alloy` without any farm, in a home of its own. Checks at the end that no process is left.
 struct Alone(TempDir);

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use alloy_shared::id::{Labels, TokenId, WorkerId};
 use alloy_shared::wire::farm::{DrainRequest, InviteRequest, Role, TokenRequest, TokenView, WorkerState, WorkerView};
 
-use crate::context::{App, Farm, JobArg};
+use crate::context::{App, Farm};
 use crate::farm::Hosted;
 use crate::follow::Signals;
+use crate::job_arg::JobArg;
 use crate::output::talk::Tone;
 use crate::output::{Failure, Fault, ago, exit, plural, print, print_json, stdout_is_terminal, table};
 

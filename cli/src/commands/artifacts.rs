@@ -9,10 +9,11 @@ use sha2::Digest as _;
 use tokio::sync::mpsc;
 
 use super::run::tell_artifacts;
-use crate::context::{App, Farm, JobArg};
+use crate::context::{App, Farm};
 use crate::download::{Downloader, Target};
 use crate::farm::Hosted;
 use crate::follow::Signals;
+use crate::job_arg::JobArg;
 use crate::output::{Failure, Fault, Sink, exit, print, print_json, size, stdout_is_terminal, table};
 
 /// List a job's artifacts, or get them

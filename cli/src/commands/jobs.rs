@@ -2,6 +2,7 @@
 
 use alloy_shared::client::{JobQuery, LogQuery};
 use alloy_shared::env::Ms;
+use alloy_shared::id::BadName;
 use alloy_shared::limits;
 use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
 
@@ -15,6 +16,7 @@ use crate::output::{
 use crate::verdict::verdict;
 
 const COMMAND_SHOWN: usize = 48;
+const COMMAND_LEAST: usize = 8;
 
 /// Follow a job from its first byte to its end; exits with the job's own code
 #[derive(Debug, clap::Args)]
@@ -40,13 +42,13 @@ pub(crate) struct LogsArgs {
 #[derive(Debug, clap::Args)]
 pub(crate) struct ListArgs {
     /// Only jobs in this state; may be repeated
-    #[arg(long, value_name = "STATE")]
+    #[arg(long, value_name = "STATE", value_parser = state_word)]
     pub(crate) state: Vec<StateWord>,
     /// Only my own
     #[arg(long)]
     pub(crate) mine: bool,
     /// How many
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) limit: u32,
     /// Print ids only
     #[arg(short, long)]
@@ -170,14 +172,39 @@ pub(crate) async fn list(app: &App, args: &ListArgs) -> Result<i32, Failure> {
         print(&jobs.iter().map(|job| format!("{}\n", job.id)).collect::<String>())?;
     } else {
         let now = app.env.now().wall;
-        let rows: Vec<Vec<String>> = jobs.iter().map(|job| row(job, now)).collect();
+        let mut rows: Vec<Vec<String>> = jobs.iter().map(|job| row(job, now)).collect();
         if rows.is_empty() {
             app.talk.say("No jobs.");
         }
         let head = ["JOB", "STATE", "COMMAND", "WORKER", "STARTED", "TOOK"];
+        if let Some((width, _)) = terminal_size::terminal_size() {
+            fit(&head, &mut rows, usize::from(width.0));
+        }
         print(&table(&head, &rows, stdout_is_terminal()))?;
     }
     Ok(exit::OK)
+}
+
+/// Shortens the commands until a row fits into a line of the terminal.
+fn fit(head: &[&str], rows: &mut [Vec<String>], width: usize) {
+    const COMMAND: usize = 2;
+    const GAP: usize = 2;
+    let widest = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
+        cells.chain([head[column].len()]).max().unwrap_or(0)
+    };
+    let others: usize = (0..head.len()).filter(|column| *column != COMMAND).map(|column| widest(column) + GAP).sum();
+    let room = width.saturating_sub(others).max(COMMAND_LEAST);
+    for row in rows {
+        if row[COMMAND].chars().count() > room {
+            row[COMMAND] = row[COMMAND].chars().take(room - 1).chain(['…']).collect();
+        }
+    }
+}
+
+/// Both spellings of the one word that has two.
+fn state_word(text: &str) -> Result<StateWord, BadName> {
+    if text == "cancelled" { Ok(StateWord::Canceled) } else { text.parse() }
 }
 
 fn row(job: &JobView, now: Ms) -> Vec<String> {
@@ -345,6 +372,17 @@ mod tests {
         assert_eq!(fact("exit code"), Some("125"));
         assert_eq!(fact("stages"), Some("queue 12ms · exec 1m 01s"));
         assert_eq!(fact("waits for"), None);
+    }
+
+    #[test]
+    fn a_list_fits_the_terminal_at_the_cost_of_its_commands() {
+        let head = ["JOB", "STATE", "COMMAND", "WORKER"];
+        let row = |command: &str| vec!["job_1".into(), "queued".into(), command.to_owned(), "mini".into()];
+        for (width, shown) in [(80, "xcodebuild test -scheme App"), (32, "xcodebui…"), (5, "xcodebu…")] {
+            let mut rows = [row("xcodebuild test -scheme App"), row("make")];
+            fit(&head, &mut rows, width);
+            assert_eq!((rows[0][2].as_str(), rows[1][2].as_str()), (shown, "make"), "{width}");
+        }
     }
 
     #[test]

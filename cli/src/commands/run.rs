@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use alloy_shared::client::ClientError;
 use alloy_shared::id::Labels;
 use alloy_shared::limits;
 use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
 use serde::Serialize;
-use tokio::sync::{mpsc, oneshot};
 
-use crate::context::{App, Farm};
-use crate::download::{Downloader, Report, Target};
+use crate::context::{App, DEFAULT_ORIGIN, Farm};
+use crate::download::{Downloads, Report};
 use crate::farm::{Hosted, Lease};
 use crate::follow::{Ending, Follower, OnInterrupt, Signals};
 use crate::output::{Failure, Fault, exit, job_exit, plural, print, print_json, size};
@@ -19,12 +19,19 @@ use crate::source::{self, Scan, git, upload};
 
 /// Farms on this machine that may end under a command before it becomes the host itself.
 const LOCAL_TRIES: u32 = 5;
+/// An orchestrator restarts in less.
+const RESTART_MS: u64 = 12_000;
+const AGAIN_MS: u64 = 500;
 
 const EXAMPLES: &str = "\
 Examples:
   alloy run -c 'xcodebuild test -scheme MyApp'
   alloy run --artifact 'build/*.ipa' --env CONFIGURATION=Release -- make ipa
   alloy run --local -c 'echo hello'
+
+The tree that goes is the directory that you are in (or -C DIR), also if it lies within a repository, and the
+command starts at the top of its copy. To send a whole repository and work below:
+  alloy run -C \"$(git rev-parse --show-toplevel)\" -c 'cd app && make'
 
 Standard output is exactly the job's log; everything else goes to standard error.
 Exit code: the command's own; 128+n if signal n killed it; 124 timed out; 130 canceled;
@@ -230,10 +237,15 @@ async fn start(
         Some(signals.unless_told(send_tree(app, hosted, &scan)).await??)
     };
     signals.unless_told(hosted.ready(app)).await??;
+    // After an upload the farm is known to be there.
+    let patience_ms = match source {
+        Some(_) if !hosted.may_vanish(app) => RESTART_MS,
+        Some(_) | None => first_answer_ms(app, hosted)?,
+    };
     if app.globals.local {
         *lease = Some(Lease::take(app, &spec)?);
     }
-    let (job, told) = submit(app, hosted.farm(), &SubmitJob { spec, source }, key, signals).await?;
+    let (job, told) = submit(app, hosted.farm(), &SubmitJob { spec, source }, (key, patience_ms), signals).await?;
     if let Some(lease) = lease {
         lease.name(job.id)?;
     }
@@ -314,9 +326,10 @@ async fn read_tree(app: &App, allow_secret_files: bool) -> Result<Arc<Scan>, Fai
 
 async fn send_tree(app: &App, hosted: &Hosted, scan: &Arc<Scan>) -> Result<alloy_shared::id::Digest, Failure> {
     let started = app.env.now().mono;
+    let patience = upload::Patience { first_ms: first_answer_ms(app, hosted)?, stalled_ms: upload::STALLED_MS };
     // A farm that may vanish does not come back at its address: another one is opened.
-    let patience_ms = if hosted.may_vanish(app) { 0 } else { upload::STALLED_MS };
-    let (digest, moved) = upload::upload(&hosted.farm().client, &*app.env, scan, &app.talk, patience_ms).await?;
+    let patience = if hosted.may_vanish(app) { upload::Patience::default() } else { patience };
+    let (digest, moved) = upload::upload(&hosted.farm().client, &*app.env, scan, &app.talk, patience).await?;
     let took = crate::output::duration(app.env.now().mono.since(started));
     if moved.new_bytes > 0 {
         let known = scan.manifest.total_bytes().saturating_sub(moved.new_bytes);
@@ -328,16 +341,50 @@ async fn send_tree(app: &App, hosted: &Hosted, scan: &Arc<Scan>) -> Result<alloy
     Ok(digest)
 }
 
+/// So long a farm that somebody named may take to restart. Nobody waits for one that was only guessed.
+fn first_answer_ms(app: &App, hosted: &Hosted) -> Result<u64, Failure> {
+    let named = !app.globals.local && !hosted.may_vanish(app) && app.choice()?.origin != DEFAULT_ORIGIN;
+    Ok(if named { RESTART_MS } else { 0 })
+}
+
+/// Submits, for as long as the farm may take to restart. The same key gives the same job, however often it is sent.
+async fn submit_patiently(
+    app: &App,
+    farm: &Farm,
+    job: &SubmitJob,
+    key: &str,
+    patience_ms: u64,
+) -> Result<JobView, ClientError> {
+    let until = app.env.now().mono + patience_ms;
+    let mut said = false;
+    loop {
+        match farm.client.submit(job, key).await {
+            Err(ClientError::Unreachable { why, .. }) if app.env.now().mono < until => {
+                if !std::mem::replace(&mut said, true) {
+                    app.talk.warn(&format!("no farm answers at {}: waiting for it to come back  {why}", farm.url));
+                }
+                app.env.sleep_until(app.env.now().mono + AGAIN_MS).await;
+            }
+            result => {
+                if said && result.is_ok() {
+                    app.talk.say("the farm is back");
+                }
+                return result;
+            }
+        }
+    }
+}
+
 /// Submits. The first Ctrl-C waits for the answer, because the job may exist by now; true if there was one, and the follower
 /// shall cancel.
 async fn submit(
     app: &App,
     farm: &Farm,
     job: &SubmitJob,
-    key: &str,
+    (key, patience_ms): (&str, u64),
     signals: &mut Signals,
 ) -> Result<(JobView, bool), Failure> {
-    let answer = farm.client.submit(job, key);
+    let answer = submit_patiently(app, farm, job, key, patience_ms);
     tokio::pin!(answer);
     let mut told = false;
     loop {
@@ -361,53 +408,6 @@ async fn submit(
                 };
             }
         }
-    }
-}
-
-/// Artifacts on their way while the job still runs.
-struct Downloads {
-    arrivals: mpsc::Sender<alloy_shared::wire::job::ArtifactView>,
-    report: oneshot::Receiver<Report>,
-}
-
-impl Downloads {
-    fn start(app: &App, farm: &Farm, job: &JobView) -> Self {
-        let (arrivals, rx) = mpsc::channel(limits::ARTIFACTS_MAX);
-        let (tx, report) = oneshot::channel();
-        let downloader = Downloader {
-            client: farm.client.clone(),
-            job: job.id,
-            target: Target::Collection(app.dir.clone()),
-            talk: app.talk.clone(),
-        };
-        let work = async move {
-            // Nobody waits for it any more when the command was interrupted.
-            let _ = tx.send(downloader.run(rx).await);
-        };
-        app.env.spawn("download", Box::pin(work));
-        Self { arrivals, report }
-    }
-
-    /// The list at the end is the truth: what was not announced is downloaded, what was announced wrongly is removed.
-    async fn finish(self, farm: &Farm, job: &JobView) -> Report {
-        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url));
-        for artifact in list.iter().flat_map(|list| &list.artifacts) {
-            if self.arrivals.send(artifact.clone()).await.is_err() {
-                break;
-            }
-        }
-        drop(self.arrivals);
-        let mut report = self.report.await.unwrap_or_else(|_| Report {
-            failed: [(String::new(), Failure::error("the download ended early"))].into(),
-            ..Report::default()
-        });
-        match list {
-            Ok(list) => report.remove_all_but(&list.artifacts),
-            Err(failure) => {
-                report.failed.insert(String::new(), failure);
-            }
-        }
-        report
     }
 }
 

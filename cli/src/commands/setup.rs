@@ -213,7 +213,7 @@ pub(crate) fn config(app: &App, verb: &ConfigVerb) -> Result<i32, Failure> {
     let ConfigVerb::Show { origin } = verb;
     let settings = settings(app)?;
     if app.talk.json() {
-        print_json(&settings)?;
+        print_json(&serde_json::json!({ "settings": settings }))?;
         return Ok(exit::OK);
     }
     let rows: Vec<Vec<String>> = settings

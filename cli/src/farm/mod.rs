@@ -23,10 +23,27 @@ const LOCAL: &str = "local";
 /// A farm that is starting has written down its address after this time.
 const START_MS: u64 = 20_000;
 const LOOK_AGAIN_MS: u64 = 20;
+/// A wait that is over this soon is not worth a line.
+const QUIET_MS: u64 = 1_000;
 /// Between two looks whether the host of the farm still lives.
 const HOST_LOOK_MS: u64 = 500;
 const NO_ISOLATION: &str =
     "jobs run on this machine itself, as you: there is no virtual machine and no isolation (provider `host`)";
+
+fn orchestrator_of_its_own(data: &DataDir, pid: u32) -> Failure {
+    let token = data.token_file().display().to_string();
+    let dir = data.farm();
+    Failure::error(format!("an orchestrator (process {pid}) runs on {}, so `--local` cannot", dir.display())).hint(format!(
+        "use it, without --local: alloy login http://localhost:3000 --with-token <'{}'   (or where it listens)\nor stop it, or set ALLOY_DATA_DIR to another directory",
+        token.replace('\'', r"'\''")
+    ))
+}
+
+fn silent_farm(data: &DataDir, holder: Option<u32>) -> Failure {
+    let by = holder.map_or(String::new(), |pid| format!(" (process {pid})"));
+    Failure::error(format!("{} is in use{by}, by a farm that tells no address", data.farm().display()))
+        .hint("if it is an orchestrator of its own, name it: --url URL")
+}
 
 /// A farm for the length of one command.
 pub(crate) enum Hosted {
@@ -75,7 +92,8 @@ impl Hosted {
     /// A client of the farm that runs on this machine, or else its host. Between two looks somebody may start or stop one.
     async fn open_local(app: &App, purpose: Purpose) -> Result<Self, Failure> {
         let data = DataDir::new(&app.places.data);
-        let until = app.env.now().mono + START_MS;
+        let started = app.env.now().mono;
+        let (until, mut said, mut examined) = (started + START_MS, false, None);
         loop {
             let holder = match data.lock()? {
                 Lock::Taken { pid } => pid,
@@ -90,14 +108,20 @@ impl Hosted {
                 farm.name = LOCAL.into();
                 return Ok(Self::Guest { farm, host: Some(note.pid) });
             }
-            if app.env.now().mono >= until {
+            if let Some(pid) = holder
+                && examined.replace(pid) != holder
+                && data.runs_orchestrator(pid)
+            {
+                return Err(orchestrator_of_its_own(&data, pid));
+            }
+            let now = app.env.now().mono;
+            if now >= until {
+                return Err(silent_farm(&data, holder));
+            }
+            if !said && now.since(started) >= QUIET_MS {
+                said = true;
                 let by = holder.map_or(String::new(), |pid| format!(" (process {pid})"));
-                let dir = data.farm();
-                return Err(Failure::error(format!(
-                    "{} is in use{by}, by a farm that tells no address",
-                    dir.display()
-                ))
-                .hint("if it is an orchestrator of its own, name it: --url URL"));
+                app.talk.say(&format!("A farm is starting or stopping on this machine{by}; waiting for it."));
             }
             app.env.sleep_until(app.env.now().mono + LOOK_AGAIN_MS).await;
         }

@@ -190,12 +190,9 @@ impl Failure {
     /// The lines of standard error, without colours.
     pub(crate) fn lines(&self) -> Vec<(&'static str, String)> {
         let mut lines = vec![("error", sanitize::one_line(&self.message))];
-        if let Some(problem) = &self.problem
-            && problem.code != ErrorCode::InvalidSpec
-        {
-            lines.extend(
-                problem.errors.iter().map(|e| ("", sanitize::one_line(&format!("{}: {}", e.field, e.message)))),
-            );
+        if let Some(problem) = &self.problem {
+            let told = problem.errors.iter().filter(|e| !self.message.contains(&e.message));
+            lines.extend(told.map(|e| ("", sanitize::one_line(&format!("{}: {}", flag_of(&e.field), e.message)))));
         }
         if let Some(hint) = &self.hint {
             lines.extend(hint.lines().map(|line| ("hint", sanitize::one_line(line))));
@@ -423,12 +420,14 @@ fn pump(
     mut write: impl FnMut(&[u8]) -> std::io::Result<()>,
 ) -> std::io::Result<()> {
     let mut clean = Vec::new();
+    let mut open_line = false;
     while let Some(bytes) = rx.blocking_recv() {
         match &mut cleaner {
             None => write(&bytes)?,
             Some(cleaner) => {
                 clean.clear();
                 cleaner.push(&bytes, &mut clean);
+                open_line = clean.last().map_or(open_line, |byte| *byte != b'\n');
                 write(&clean)?;
             }
         }
@@ -436,6 +435,10 @@ fn pump(
     clean.clear();
     if let Some(cleaner) = &mut cleaner {
         cleaner.finish(&mut clean);
+        // What Alloy says next begins on a line of its own.
+        if clean.last().map_or(open_line, |byte| *byte != b'\n') {
+            clean.push(b'\n');
+        }
         write(&clean)?;
     }
     Ok(())
@@ -542,6 +545,16 @@ mod tests {
         }
         sink.finish().await.unwrap();
         assert_eq!(rx.iter().flatten().collect::<Vec<u8>>(), b"\x1b[2Jraw\xff");
+
+        for (text, shown) in [("no end", "no end\n"), ("an end\n", "an end\n"), ("", "")] {
+            let (tx, rx) = std::sync::mpsc::channel();
+            let cleaner = Some(Sanitizer::default());
+            let mut sink =
+                Sink::start(cleaner, move |bytes| tx.send(bytes.to_vec()).map_err(std::io::Error::other)).unwrap();
+            sink.write(Bytes::from_static(text.as_bytes())).await.unwrap();
+            sink.finish().await.unwrap();
+            assert_eq!(rx.iter().flatten().collect::<Vec<u8>>(), shown.as_bytes(), "at a terminal");
+        }
 
         let gone = || std::io::Error::from(std::io::ErrorKind::BrokenPipe);
         let mut sink = Sink::start(None, move |_| Err(gone())).unwrap();

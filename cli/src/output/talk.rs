@@ -1,7 +1,8 @@
 //! S: everything Alloy itself says, on standard error: steps, notes, progress bars.
 //!
 //! At a terminal the lines are those of a person's tool; elsewhere, and under `CI=true`, the same facts are one stamped
-//! line each, without bars.
+//! line each, without bars. With `--json` a program reads: warnings and errors are one JSON object a line, and what standard
+//! output tells anyway is left out.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::sync::Arc;
@@ -47,7 +48,7 @@ const DIM: Style = Style::new().dimmed();
 
 impl Talk {
     pub(crate) fn new(env: Arc<dyn Env>, json: bool, ci: bool) -> Self {
-        let live = std::io::stderr().is_terminal() && !ci;
+        let live = std::io::stderr().is_terminal() && !ci && !json;
         let target = if live { ProgressDrawTarget::stderr_with_hz(REDRAWS) } else { ProgressDrawTarget::hidden() };
         Self { live, json, bars: MultiProgress::with_draw_target(target), env }
     }
@@ -101,6 +102,10 @@ impl Talk {
 
     /// Something to know that is no error.
     pub(crate) fn warn(&self, text: &str) {
+        if self.json {
+            self.write(&serde_json::json!({ "type": "warning", "message": text }).to_string());
+            return;
+        }
         let style = Tone::Note.style();
         let text = one_line(text);
         if self.live {
@@ -167,6 +172,9 @@ impl Talk {
     }
 
     fn stamped(&self, text: &str) {
+        if self.json {
+            return;
+        }
         let now = self.env.now().wall.rfc3339();
         // The date is in the CI's own log; the second in UTC is what compares across machines.
         let time = now.get(11..19).unwrap_or(&now);

@@ -43,6 +43,15 @@ pub(crate) struct Moved {
     pub(crate) sent_bytes: u64,
 }
 
+/// How long an upload waits for a farm that does not answer.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Patience {
+    /// Until it has answered once.
+    pub(crate) first_ms: u64,
+    /// Later, since something last moved.
+    pub(crate) stalled_ms: u64,
+}
+
 /// A piece of a file that the farm asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Piece {
@@ -54,14 +63,13 @@ struct Piece {
 
 type Frame = Vec<Piece>;
 
-/// Makes the farm have the whole tree; gives the manifest's digest. A farm that is away is waited for until nothing has
-/// moved for `patience_ms`.
+/// Makes the farm have the whole tree; gives the manifest's digest.
 pub(crate) async fn upload(
     client: &Client,
     env: &dyn Env,
     scan: &Arc<Scan>,
     talk: &Talk,
-    patience_ms: u64,
+    patience: Patience,
 ) -> Result<(Digest, Moved), Failure> {
     let manifest = Bytes::from(scan.manifest.encode());
     let digest = Digest::of(&manifest);
@@ -69,10 +77,16 @@ pub(crate) async fn upload(
     let (mut rounds, mut tries) = (0, 0);
     let mut last_progress = env.now().mono;
     let mut fewest_missing = usize::MAX;
+    let (mut answered, mut away) = (false, false);
     loop {
         let answer = match client.put_source(&digest, manifest.clone()).await {
-            Ok(status) if status.complete => return Ok((digest, moved)),
+            Ok(status) if status.complete => {
+                tell_back(talk, &mut away);
+                return Ok((digest, moved));
+            }
             Ok(status) => {
+                tell_back(talk, &mut away);
+                answered = true;
                 let packs = plan(scan, &status.missing.iter().copied().collect());
                 if packs.is_empty() {
                     let why = "the farm says that the source is incomplete, and that nothing is missing";
@@ -93,13 +107,23 @@ pub(crate) async fn upload(
             }
             continue;
         };
+        answered |= matches!(error, ClientError::Problem(_));
+        let patience_ms = if answered { patience.stalled_ms } else { patience.first_ms };
         if !worth_another_try(&error) || env.now().mono.since(last_progress) >= patience_ms {
             return Err(Failure::of(error, client.url()));
         }
         tries += 1;
-        talk.warn(&format!("reconnecting… ({tries})  {error}"));
+        if !std::mem::replace(&mut away, true) {
+            talk.warn(&format!("reconnecting…  {error}"));
+        }
         let wait = backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice());
         env.sleep_until(env.now().mono + wait).await;
+    }
+}
+
+fn tell_back(talk: &Talk, away: &mut bool) {
+    if std::mem::take(away) {
+        talk.say("reconnected");
     }
 }
 
