@@ -35,6 +35,8 @@ struct Entry {
     dir: PathBuf,
     log: File,
     log_len: AtomicU64,
+    /// So much of the log is on disk.
+    log_synced: AtomicU64,
     cap: Mutex<Cap>,
     journal: File,
     journal_len: Mutex<u64>,
@@ -147,9 +149,7 @@ impl Disk {
 
     pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
         let entry = self.entry(at)?;
-        let len = entry.log_len.load(Ordering::Acquire);
-        blocking(move || entry.durable(|| entry.log.sync_data())).await?;
-        Ok(len)
+        blocking(move || entry.durable(|| entry.sync_log())).await
     }
 
     pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32) -> io::Result<Bytes> {
@@ -177,13 +177,13 @@ impl Disk {
         blocking(move || {
             entry.durable(|| {
                 if is_end {
-                    entry.log.sync_data()?;
+                    entry.sync_log()?;
                 }
                 entry.journal.sync_data()?;
-                if is_end || !entry.rooted.load(Ordering::Acquire) {
+                // Raised first: a directory that is made meanwhile lowers it for the next report.
+                if !entry.rooted.swap(true, Ordering::AcqRel) {
                     sync_dir(&entry.dir)?;
                     sync_dir(&root)?;
-                    entry.rooted.store(true, Ordering::Release);
                 }
                 Ok(())
             })
@@ -207,7 +207,11 @@ impl Disk {
     pub(super) fn stash(&self, at: AttemptRef) -> io::Result<Stashing> {
         let entry = self.entry(at)?;
         let dir = entry.dir.join(STASH);
-        DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => entry.rooted.store(false, Ordering::Release),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
         let temp = dir.join(format!(".new-{}", entry.counter.fetch_add(1, Ordering::Relaxed)));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temp)?;
         Ok(Stashing { file: Arc::new(file), temp: Temp(temp), dir, hasher: Sha256::new(), len: 0 })
@@ -238,9 +242,19 @@ impl Entry {
         Ok(())
     }
 
+    /// Makes the log durable, unless nothing came since the last time; returns how much of it is.
+    fn sync_log(&self) -> io::Result<u64> {
+        let len = self.log_len.load(Ordering::Acquire);
+        if self.log_synced.load(Ordering::Acquire) < len {
+            self.log.sync_data()?;
+            self.log_synced.fetch_max(len, Ordering::AcqRel);
+        }
+        Ok(len)
+    }
+
     /// Runs a sync. One that failed may have dropped the very pages that it was for, and the next would succeed without
     /// them: no later one is believed, and its error is never one that asks for another try.
-    fn durable(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn durable<T>(&self, sync: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         if self.suspect.load(Ordering::Acquire) {
             return Err(io::Error::other("an earlier sync failed"));
         }
@@ -319,6 +333,7 @@ fn fresh(dir: PathBuf, assignment: &Assignment) -> io::Result<Entry> {
     Ok(Entry {
         log: open_rw(&dir.join(LOG))?,
         log_len: AtomicU64::new(0),
+        log_synced: AtomicU64::new(0),
         cap: Mutex::new(Cap::new(limits::LOG_CAP)),
         journal,
         journal_len: Mutex::new(line.len() as u64),
@@ -355,6 +370,7 @@ fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
     let entry = Entry {
         log,
         log_len: AtomicU64::new(log_len),
+        log_synced: AtomicU64::new(0),
         cap: Mutex::new(Cap::sealed(log_len)),
         journal,
         journal_len: Mutex::new(read.good as u64),
@@ -424,7 +440,7 @@ mod tests {
         let entry = reopen(AttemptRef { job: alloy_shared::id::JobId::from_raw(1), attempt: 1 }, dir.path().into());
         let (entry, _) = entry.unwrap();
         entry.durable(|| entry.log.sync_data()).unwrap();
-        let error = entry.durable(|| Err(io::ErrorKind::StorageFull.into())).unwrap_err();
+        let error = entry.durable(|| Err::<(), _>(io::ErrorKind::StorageFull.into())).unwrap_err();
         assert!(!is_full(&error), "nobody may try it again: {error}");
         assert!(entry.durable(|| entry.log.sync_data()).is_err(), "the next one says nothing about the lost pages");
     }
