@@ -13,7 +13,7 @@ use alloy_shared::limits;
 use bytes::Bytes;
 
 use super::{LogError, news};
-use crate::blobs::{free_bytes, is_full, make_dirs, off_thread, sync_dir};
+use crate::blobs::{free_bytes, is_full, off_thread, sync_dir};
 use crate::sums::{BLOCK, Seal, Sums};
 
 /// Copied rather than kept as a slice of the network's buffer.
@@ -51,7 +51,7 @@ struct Pen {
     len: u64,
     durable: u64,
     sealed: bool,
-    /// The file's name is not durable yet.
+    /// Neither the file's name nor its directory's is durable yet.
     fresh: bool,
 }
 
@@ -207,8 +207,9 @@ fn close_oldest(open: &mut HashMap<AttemptRef, Arc<Log>>) {
     }
 }
 
+/// The names become durable with the first sync of the bytes, so that the first byte waits for no disk.
 fn create(root: &Path, path: &Path) -> io::Result<File> {
-    make_dirs(root, path.parent().unwrap_or(root))?;
+    fs::create_dir_all(path.parent().unwrap_or(root))?;
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
 }
 
@@ -264,8 +265,7 @@ impl Log {
                 pen.len = file.metadata().map_err(fault("look at a log"))?.len();
                 if seal.is_none() {
                     // Bytes and the name of a file of a process that died may still be on their way to the disk.
-                    let places = self.path.ancestors().skip(1).take(2);
-                    let synced = file.sync_data().and_then(|()| places.into_iter().try_for_each(sync_dir));
+                    let synced = file.sync_data().and_then(|()| self.sync_names());
                     synced.map_err(|error| {
                         // The disk tells of a fault once: the next try would succeed, whatever was lost.
                         self.broken.store(true, Ordering::Release);
@@ -288,6 +288,11 @@ impl Log {
         Ok(())
     }
 
+    /// Makes the names of the file and of its job's directory durable.
+    fn sync_names(&self) -> io::Result<()> {
+        self.path.ancestors().skip(1).take(2).try_for_each(sync_dir)
+    }
+
     /// Returns the durable length.
     fn sync(&self) -> Option<u64> {
         match self.settle() {
@@ -308,8 +313,7 @@ impl Log {
             let Some(file) = pen.file.clone().filter(|_| pen.durable < pen.len) else { return Ok(pen.durable) };
             (file, pen.len, pen.fresh)
         };
-        let dir = self.path.parent().filter(|_| fresh);
-        let done = file.sync_data().and_then(|()| dir.map_or(Ok(()), sync_dir));
+        let done = file.sync_data().and_then(|()| if fresh { self.sync_names() } else { Ok(()) });
         let mut pen = lock(&self.pen);
         let Err(error) = done else {
             pen.durable = pen.durable.max(len);
@@ -382,7 +386,8 @@ impl Log {
         text.write_all_at(&seal.encode(), 0)?;
         text.sync_all()?;
         fs::rename(&temp, self.seal_path())?;
-        sync_dir(self.path.parent().unwrap_or(root))
+        // What has no bytes was never synced.
+        if seal.len == 0 { self.sync_names() } else { sync_dir(self.path.parent().unwrap_or(root)) }
     }
 }
 
