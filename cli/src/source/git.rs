@@ -14,15 +14,27 @@ const GIT_DEADLINE: Duration = Duration::from_secs(2);
 const ANSWER_MAX: u64 = 64 << 10;
 
 pub(crate) async fn record(root: &Path) -> Option<GitInfo> {
+    if !in_repository(root) {
+        return None;
+    }
     tokio::time::timeout(GIT_DEADLINE, ask(root)).await.ok().flatten()
 }
 
 /// Files that git keeps although a rule ignores them. Where the rules leave them out, the farm gets another tree than git has.
 pub(crate) async fn tracked_but_ignored(root: &Path) -> Vec<String> {
+    if !in_repository(root) {
+        return Vec::new();
+    }
     let list = git(root, &["ls-files", "-ci", "--exclude-standard", "-z", "--", "."]);
     let Ok(Some(answer)) = tokio::time::timeout(GIT_DEADLINE, list).await else { return Vec::new() };
     let names = answer.split_inclusive(|byte| *byte == 0).filter_map(|name| name.strip_suffix(b"\0"));
     names.filter_map(|name| String::from_utf8(name.to_vec()).ok()).collect()
+}
+
+/// Whether git would find a repository: a look at some names costs less than its start.
+fn in_repository(root: &Path) -> bool {
+    let told = std::env::var_os("GIT_DIR").is_some();
+    told || root.canonicalize().is_ok_and(|root| root.ancestors().any(|dir| dir.join(".git").exists()))
 }
 
 async fn ask(root: &Path) -> Option<GitInfo> {
@@ -87,6 +99,20 @@ mod tests {
         let warning = scan.left_out(vec!["kept.log".into(), "main.c".into()]).unwrap();
         assert!(warning.contains("kept.log") && !warning.contains("main.c"), "{warning}");
         assert_eq!(scan.left_out(vec!["main.c".into()]), None);
+    }
+
+    #[tokio::test]
+    async fn a_record_is_found_from_below_the_repository_and_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = dir.path().join("a/b");
+        std::fs::create_dir_all(&below).unwrap();
+        assert!(!in_repository(&below));
+        git(dir.path(), &["init", "-q"]).await.unwrap();
+        std::fs::write(below.join("f"), "1").unwrap();
+        git(dir.path(), &["add", "."]).await.unwrap();
+        let who = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "1"];
+        git(dir.path(), &who).await.unwrap();
+        assert_eq!(record(&below).await.map(|info| info.dirty), Some(false));
     }
 
     #[test]
