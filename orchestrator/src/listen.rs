@@ -91,16 +91,36 @@ async fn accept(
     Ok((stream, address.ip(), permit))
 }
 
-/// A stream whose peer must take bytes now and then: a write without progress for `FOLLOWER_STUCK_MS` fails.
+/// A stream whose peer must take bytes now and then: a write without progress for `FOLLOWER_STUCK_MS` fails. It reads ahead
+/// for a reader with a small buffer, a worker's socket: a frame of log else costs sixteen calls to the system.
 struct Stuck {
     stream: TcpStream,
     /// Set while a write waits.
     until: Option<Pin<Box<Sleep>>>,
+    ahead: Ahead,
+}
+
+/// Bytes that were read before they were asked for. Holds memory only while they keep coming.
+#[derive(Default)]
+struct Ahead {
+    /// The last small buffer was filled whole: more lies behind.
+    wanted: bool,
+    bytes: Vec<u8>,
+    from: usize,
+    to: usize,
+}
+
+impl Ahead {
+    fn hand_out(&mut self, buf: &mut ReadBuf<'_>) {
+        let len = buf.remaining().min(self.to - self.from);
+        buf.put_slice(&self.bytes[self.from..self.from + len]);
+        self.from += len;
+    }
 }
 
 impl Stuck {
     fn new(stream: TcpStream) -> Self {
-        Self { stream, until: None }
+        Self { stream, until: None, ahead: Ahead::default() }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, done: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -117,7 +137,26 @@ impl Stuck {
 
 impl AsyncRead for Stuck {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let Self { stream, ahead, .. } = &mut *self;
+        let room = buf.remaining();
+        if ahead.from == ahead.to {
+            if !ahead.wanted || room > limits::SOCKET_BUFFER {
+                let before = buf.filled().len();
+                ready!(Pin::new(stream).poll_read(cx, buf))?;
+                ahead.wanted = room <= limits::SOCKET_BUFFER && buf.filled().len() - before == room;
+                return Poll::Ready(Ok(()));
+            }
+            ahead.bytes.resize(limits::LOG_CHUNK_MAX, 0);
+            let mut into = ReadBuf::new(&mut ahead.bytes);
+            let read = Pin::new(stream).poll_read(cx, &mut into);
+            (ahead.from, ahead.to) = (0, into.filled().len());
+            if read.is_pending() {
+                *ahead = Ahead::default();
+            }
+            ready!(read)?;
+        }
+        ahead.hand_out(buf);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -155,6 +194,32 @@ mod tests {
     use tokio::sync::{mpsc, oneshot};
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_reader_with_a_small_buffer_is_read_ahead_for_and_an_idle_one_holds_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut stuck = Stuck::new(listener.accept().await.unwrap().0);
+        let sent: Vec<u8> = (0..300_000u32).map(|n| (n / 7) as u8).collect();
+        let mut read_ahead = 0;
+        for _ in 0..2 {
+            let (mut got, mut small) = (Vec::new(), [0; 4096]);
+            let reading = async {
+                while got.len() < sent.len() {
+                    let len = stuck.read(&mut small).await.unwrap();
+                    got.extend_from_slice(&small[..len]);
+                    read_ahead += stuck.ahead.to - stuck.ahead.from;
+                }
+            };
+            let (written, ()) = tokio::join!(peer.write_all(&sent), reading);
+            written.unwrap();
+            assert!(got == sent && read_ahead > 0);
+            let idle = timeout(Duration::ZERO, stuck.read(&mut small)).await;
+            assert!(idle.is_err() && stuck.ahead.bytes.capacity() == 0);
+        }
+        drop(peer);
+        assert_eq!(stuck.read(&mut [0; 10]).await.unwrap(), 0);
+    }
 
     struct Server {
         addr: SocketAddr,
