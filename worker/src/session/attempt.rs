@@ -28,7 +28,10 @@ pub(super) struct Attempt {
     reports: Reports,
     log: Log,
     result: Option<Ended>,
+    /// Not ours any more: nothing of it is wanted but the rest of its log.
     fenced: bool,
+    /// Not even that is wanted.
+    dropped: bool,
     /// It was killed because the lease ran out.
     lost_its_lease: bool,
 }
@@ -105,6 +108,7 @@ impl Attempt {
             log: Log::new(0, now),
             result: None,
             fenced: false,
+            dropped: false,
             lost_its_lease: false,
         }
     }
@@ -133,6 +137,7 @@ impl Attempt {
             log: Log::new(held.log_len, Mono(0)),
             result,
             fenced: false,
+            dropped: false,
             lost_its_lease: false,
         }
     }
@@ -150,6 +155,13 @@ impl Attempt {
         match self.stage {
             Stage::Running(_) => true,
             Stage::Closed { .. } | Stage::Lost => false,
+        }
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        match self.stage {
+            Stage::Lost => true,
+            Stage::Running(_) | Stage::Closed { .. } => false,
         }
     }
 
@@ -188,15 +200,33 @@ impl Attempt {
         }
     }
 
+    /// What runs is killed, and then it is like an attempt whose daemon died: the rest of its log is sent once the
+    /// orchestrator names it. One that was named and is fenced again has a log that is not taken.
     pub(super) fn fence(&mut self) -> Option<Effect> {
+        match self.stage {
+            Stage::Running(_) => {}
+            Stage::Closed { .. } => self.lose(),
+            // The orchestrator may not have heard yet that what it fences is lost by now.
+            Stage::Lost => self.dropped |= self.handle.is_some() || !self.fenced,
+        }
         self.fenced = true;
+        self.result = None;
+        self.reports.queue.clear();
         self.stop(Stop::Kill(KillReason::Fenced))
     }
 
     pub(super) fn closed(&mut self, teardown_ms: u64) {
-        if self.is_running() {
-            self.stage = Stage::Closed { teardown_ms };
+        match self.stage {
+            Stage::Running(_) if self.fenced => self.lose(),
+            Stage::Running(_) => self.stage = Stage::Closed { teardown_ms },
+            Stage::Closed { .. } | Stage::Lost => {}
         }
+    }
+
+    /// The orchestrator names it anew when it hears that it is lost.
+    fn lose(&mut self) {
+        self.stage = Stage::Lost;
+        self.unlink();
     }
 
     /// Numbers a report and asks for it to be put on disk. Nothing follows a result or a fence.
@@ -293,7 +323,7 @@ impl Attempt {
                 self.talking = true;
             }
             // The job ended without us; nothing of ours is wanted any more.
-            (None, Stage::Lost | Stage::Closed { .. }) => self.fenced = true,
+            (None, Stage::Lost | Stage::Closed { .. }) => self.dropped = true,
             (None, Stage::Running(_)) => {}
         }
     }
@@ -311,7 +341,7 @@ impl Attempt {
         {
             end.not_before = Mono(0);
         }
-        if self.fenced {
+        if self.dropped {
             return !self.is_running();
         }
         if !up || !self.talking {
@@ -347,7 +377,7 @@ impl Attempt {
     /// The next slice of log that the window lets through.
     pub(super) fn next_log(&self) -> Option<(u32, u64, u32)> {
         let handle = self.handle?;
-        if self.fenced {
+        if self.dropped || self.fenced && self.is_running() {
             return None;
         }
         let ready = self.log.spooled.saturating_sub(self.log.sent);

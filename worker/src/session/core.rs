@@ -194,6 +194,7 @@ impl Core {
                     out.extend(attempt.report(vanished(attempt)));
                 }
                 attempt.closed(teardown_ms);
+                self.news |= attempt.is_lost();
             }
             Input::Uploaded { complete, .. } => attempt.uploaded(if complete { Mono(0) } else { retry_at }),
             Input::Linked

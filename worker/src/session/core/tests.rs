@@ -257,7 +257,9 @@ fn at_the_end_of_the_lease_everything_is_killed_once() {
     assert_eq!(bench.wait(1), []);
     bench.link();
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [], "it was killed already");
-    assert!(forgets(&bench.give(Input::Closed { attempt: AT, teardown_ms: 5 })));
+    bench.give(Input::Closed { attempt: AT, teardown_ms: 5 });
+    let go_on = Order::Continue { attempt: AT, handle: 9, log_durable: 0, seq: 0 };
+    assert!(forgets(&bench.give(order(go_on))), "of an empty log nothing is left to send");
 
     let mut bench = Bench::running();
     bench.give(Input::Unlinked);
@@ -493,12 +495,32 @@ fn cancel_and_fence_are_said_often_and_done_once() {
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [kill]);
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), []);
     bench.give(Input::Spooled { attempt: AT, len: 10 });
-    assert!(!bench.core.has_log(), "a fenced attempt says nothing more");
+    assert!(!bench.core.has_log(), "a fenced attempt says nothing more while it runs");
     let effects = bench.give(Input::Closed { attempt: AT, teardown_ms: 1 });
-    assert_eq!(effects, [Effect::Forget { attempt: AT }]);
+    assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [], "said before the farm heard that it is lost");
+    let lost = |effect: &Effect| match effect {
+        Effect::Send(ToOrchestrator::Heartbeat(beat)) => beat.held == [held(HeldState::Lost, 10, 1)],
+        _ => false,
+    };
+    assert!(effects.iter().any(lost), "{effects:?}");
+    let go_on = Order::Continue { attempt: AT, handle: 9, log_durable: 4, seq: 0 };
+    bench.give(order(go_on));
+    assert_eq!(logs(&bench.give(Input::Room)), Some((9, 4, 6)), "the rest of its log is sent");
+    let effects = bench.give(Input::Heard(ToWorker::LogAck { attempt: AT, durable: 10 }));
+    assert!(closes(&effects) && forgets(&effects), "{effects:?}");
     for late in [cancel, Order::Fence { attempt: AT }, Order::ResultAck { attempt: AT }] {
         assert_eq!(bench.give(order(late)), []);
     }
+}
+
+#[test]
+fn a_fenced_attempt_whose_log_is_not_taken_is_forgotten() {
+    let mut bench = Bench::running();
+    bench.give(Input::Spooled { attempt: AT, len: 10 });
+    bench.give(order(Order::Fence { attempt: AT }));
+    bench.give(Input::Closed { attempt: AT, teardown_ms: 1 });
+    bench.give(order(Order::Continue { attempt: AT, handle: 9, log_durable: 0, seq: 0 }));
+    assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [Effect::Forget { attempt: AT }]);
 }
 
 #[test]

@@ -432,9 +432,9 @@ impl World {
                     continue;
                 }
                 None => continue,
-                Some(Held { state: HeldState::Lost, log_len, .. }) => {
+                Some(Held { state: HeldState::Lost, .. }) => {
                     job.over = true;
-                    if job.stored < *log_len || job.durable < *log_len { go_on } else { Order::Fence { attempt: *at } }
+                    go_on
                 }
                 Some(_) if job.result => Order::ResultAck { attempt: *at },
                 Some(_) if job.over => Order::Fence { attempt: *at },
