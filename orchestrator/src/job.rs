@@ -119,7 +119,10 @@ pub enum Event {
         reason: Reason,
     },
     /// The state has lasted as long as it may, by the desk's monotonic clock: the wall clock may say anything.
-    DeadlinePassed,
+    DeadlinePassed {
+        /// Why it still waits, if it does.
+        why: String,
+    },
 }
 
 /// Why an event changes nothing.
@@ -233,7 +236,7 @@ fn check_fence(state: &State, event: &Event) -> Result<(), Refused> {
         | Event::Artifact { attempt }
         | Event::Finished { attempt, .. }
         | Event::Lost { attempt, .. } => *attempt,
-        Event::Assigned { .. } | Event::CancelAsked { .. } | Event::DeadlinePassed => return Ok(()),
+        Event::Assigned { .. } | Event::CancelAsked { .. } | Event::DeadlinePassed { .. } => return Ok(()),
     };
     match state.lease() {
         Some(lease) if lease.attempt == attempt => Ok(()),
@@ -249,9 +252,7 @@ fn queued(tries: Tries, event: &Event, now: Ms) -> Result<State, Refused> {
             Ok(State { tries, step: Step::Assigned { lease } })
         }
         Event::CancelAsked { reason } => Ok(done(tries, End::because(*reason, "canceled while it waited"), now)),
-        Event::DeadlinePassed => {
-            Ok(done(tries, End::because(Reason::QueueExpired, "no slot became free in time"), now))
-        }
+        Event::DeadlinePassed { why } => Ok(done(tries, End::because(Reason::QueueExpired, why.clone()), now)),
         Event::Accepted { .. }
         | Event::Refused { .. }
         | Event::Phase { .. }
@@ -271,7 +272,7 @@ fn assigned(tries: Tries, lease: &Lease, event: &Event, now: Ms, rules: &Rules) 
         Event::Finished { end, .. } => Ok(finished(tries, lease, end, now, rules)),
         Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),
         // The worker may have started it without our knowing: revoke first, so that never two of its VMs are alive.
-        Event::DeadlinePassed => Ok(cancel(tries, lease, Then::Requeue(Reason::WorkerLost), now)),
+        Event::DeadlinePassed { .. } => Ok(cancel(tries, lease, Then::Requeue(Reason::WorkerLost), now)),
         Event::Assigned { .. } | Event::Phase { .. } | Event::Artifact { .. } => Err(Refused::Impossible),
     }
 }
@@ -292,7 +293,7 @@ fn running(
         Event::Finished { end, .. } => Ok(finished(tries, lease, end, now, rules)),
         Event::Lost { reason, message, .. } => Ok(lost(tries, lease, *reason, message, now, rules)),
         Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),
-        Event::DeadlinePassed => Ok(cancel(tries, lease, Then::End(Reason::RunTimeout), now)),
+        Event::DeadlinePassed { .. } => Ok(cancel(tries, lease, Then::End(Reason::RunTimeout), now)),
         Event::Accepted { .. } => Err(Refused::Already),
         Event::Assigned { .. } | Event::Refused { .. } => Err(Refused::Impossible),
     }
@@ -322,11 +323,11 @@ fn canceling(
         }
         (Event::CancelAsked { reason }, Then::Requeue(_)) => stay(Then::End(*reason)),
         (Event::CancelAsked { .. }, Then::End(_)) => Err(Refused::Already),
-        (Event::DeadlinePassed, Then::End(reason)) => {
+        (Event::DeadlinePassed { .. }, Then::End(reason)) => {
             Ok(done(tries, End::because(reason, "the worker did not confirm the end in time"), now))
         }
         // It is connected and does not let go: to try elsewhere could run the job twice.
-        (Event::DeadlinePassed, Then::Requeue(_)) => {
+        (Event::DeadlinePassed { .. }, Then::Requeue(_)) => {
             Ok(done(tries, End::because(Reason::InternalError, "the worker neither ran nor released it"), now))
         }
         (Event::Assigned { .. }, _) => Err(Refused::Impossible),
@@ -352,7 +353,7 @@ fn canceled_end(reason: Reason, event: &Event) -> End {
         | Event::Phase { .. }
         | Event::Artifact { .. }
         | Event::CancelAsked { .. }
-        | Event::DeadlinePassed => String::new(),
+        | Event::DeadlinePassed { .. } => String::new(),
     };
     End::because(reason, message)
 }

@@ -85,6 +85,16 @@ impl WhyNot {
             Self::Next => "it is next".to_owned(),
         }
     }
+
+    /// Why a job was not started before it had waited for too long.
+    pub fn late(&self) -> String {
+        match self {
+            Self::NoWorker | Self::NoLabels { .. } | Self::Draining { .. } | Self::Busy { .. } => {
+                format!("no worker took it in time: {}", self.sentence())
+            }
+            Self::Next => "no worker took it in time".to_owned(),
+        }
+    }
 }
 
 pub fn why_not(required: &Labels, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
@@ -167,6 +177,13 @@ mod tests {
         let some = rooms(&[(1, &["a=1"], 0, false), (2, &["b=1"], 2, true)]);
         assert_eq!(why_not(&labels(&["c=1"]), &some), WhyNot::NoLabels { missing: "c=1".into() });
         assert_eq!(why_not(&labels(&["b=1"]), &some), WhyNot::Draining { workers: 1 });
+        for (why, text) in [
+            (WhyNot::NoWorker, "no worker took it in time: no worker is connected"),
+            (why_not(&labels(&["c=1"]), &some), "no worker took it in time: no connected worker has the labels c=1"),
+            (WhyNot::Next, "no worker took it in time"),
+        ] {
+            assert_eq!(why.late(), text);
+        }
         assert_eq!(why_not(&labels(&["a=1"]), &some), WhyNot::Busy { workers: 1, slots: 2 });
     }
 }

@@ -104,7 +104,7 @@ fn attempt_end(event: &Event, after: &State) -> End {
             | Event::Phase { .. }
             | Event::Artifact { .. }
             | Event::CancelAsked { .. }
-            | Event::DeadlinePassed,
+            | Event::DeadlinePassed { .. },
             _,
         ) => End::because(alloy_shared::wire::job::Reason::WorkerLost, "the assignment was revoked"),
     }
@@ -120,7 +120,9 @@ fn event_row(live: &Live, before: &State, event: &Event, now: Ms) -> Option<JobE
         (_, Event::Accepted { .. }) => EventKind::Accepted,
         (_, Event::Artifact { .. }) => EventKind::Artifact,
         (_, Event::Phase { .. }) if state.phase().is_some() && state.phase() != before.phase() => EventKind::Phase,
-        (Step::Canceling { .. }, Event::CancelAsked { .. } | Event::DeadlinePassed) => EventKind::CancelRequested,
+        (Step::Canceling { .. }, Event::CancelAsked { .. } | Event::DeadlinePassed { .. }) => {
+            EventKind::CancelRequested
+        }
         (Step::Assigned { .. } | Step::Running { .. } | Step::Canceling { .. }, _) => return None,
     };
     let mut row = row(&live.job, state, live.attempt.as_ref().map_or(0, |attempt| attempt.at.attempt), now, kind);

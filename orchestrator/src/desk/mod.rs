@@ -399,8 +399,10 @@ impl Desk {
             .take(limits::COMMIT_GROUPS_MAX)
             .map(|(_, id)| *id)
             .collect();
+        let rooms = if due.is_empty() { BTreeMap::new() } else { self.rooms() };
         for id in due {
-            self.change(None, id, &Event::DeadlinePassed, Guard::Version, None, now);
+            let why = self.live.get(&id).map(|live| pick::why_not(&live.required, &rooms).late()).unwrap_or_default();
+            self.change(None, id, &Event::DeadlinePassed { why }, Guard::Version, None, now);
         }
     }
 

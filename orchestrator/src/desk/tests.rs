@@ -213,6 +213,9 @@ fn a_deadline_wakes_the_desk_and_ends_the_wait() {
     assert_eq!(due, Mono(limits.queue_timeout_ms));
     let (_, effects) = turn(&mut desk, due.0 as i64, vec![]);
     assert_eq!(moved(&effects), [(10, StateWord::Expired)]);
+    let Some(Effect::Moved { job, .. }) = effects.first() else { panic!("{effects:?}") };
+    let Step::Done { end, .. } = &job.state.step else { panic!("{job:?}") };
+    assert_eq!(end.message, "no worker took it in time: no worker is connected");
     assert_eq!((desk.next_wake(), desk.live_count()), (None, 0));
 }
 

@@ -53,8 +53,12 @@ fn events(attempt: u32) -> Vec<(&'static str, Event)> {
         ("finished, config error", because(Reason::ConfigError)),
         ("lost", lost),
         ("cancel asked", Event::CancelAsked { reason: Reason::UserCanceled }),
-        ("deadline passed", Event::DeadlinePassed),
+        ("deadline passed", late()),
     ]
+}
+
+fn late() -> Event {
+    Event::DeadlinePassed { why: "nobody came".into() }
 }
 
 fn show(state: &State) -> String {
@@ -169,4 +173,11 @@ fn a_farm_fault_is_never_charged_to_the_user() {
     let after = apply(&state, &Event::Finished { attempt: 1, end }, NOW, &rules()).unwrap();
     assert_eq!(after.tries, Tries { made: 1, lost: 1, failed: 0 });
     assert!(matches!(after.step, Step::Queued { avoid, .. } if avoid == [W1]));
+}
+
+#[test]
+fn a_job_that_waited_too_long_says_what_it_waited_for() {
+    let after = apply(&State::new(Ms(0)), &late(), NOW, &rules()).unwrap();
+    let Step::Done { end, .. } = after.step else { panic!("{after:?}") };
+    assert_eq!(end, End::because(Reason::QueueExpired, "nobody came"));
 }
