@@ -95,6 +95,9 @@ impl App {
         if let Some(hint) = verdict.hint {
             self.talk.hint(hint);
         }
+        for warning in &job.warnings {
+            self.talk.warn(warning);
+        }
     }
 }
 
@@ -127,6 +130,7 @@ pub(crate) mod tests {
             blame: end.blame(),
             message: Some(end.message.clone()).filter(|message| !message.is_empty()),
             exit_code: Some(exit_code),
+            warnings: end.warnings.clone(),
             exit_origin: Some(exit_origin),
             signal: end.signal,
             timings: Timings::default(),
@@ -136,8 +140,7 @@ pub(crate) mod tests {
 
     #[test]
     fn every_end_has_a_line_that_says_why() {
-        let failed =
-            |exit_code, signal| End { reason: Some(Reason::ScriptFailure), exit_code, signal, message: String::new() };
+        let failed = |exit_code, signal| End { exit_code, signal, ..End::because(Reason::ScriptFailure, "") };
         for (end, mark, text) in [
             (End::success(), "✓", "succeeded"),
             (failed(Some(7), None), "✗", "failed: the command exited 7"),

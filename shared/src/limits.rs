@@ -182,6 +182,8 @@ pub const ARGV_MAX: usize = 4_096;
 pub const ENV_COUNT_MAX: usize = 256;
 pub const ENV_BYTES_MAX: usize = 128 << 10;
 pub const ARTIFACT_RULES_MAX: usize = 64;
+/// Warnings at one job's end: one for each rule.
+pub const WARNINGS_MAX: usize = ARTIFACT_RULES_MAX;
 pub const ARTIFACTS_MAX: usize = 10_000;
 /// Entries of a workspace that are looked at to find a job's artifacts.
 pub const WORKSPACE_ENTRIES_MAX: usize = 1_000_000;

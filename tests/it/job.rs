@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use alloy_tests::farm::{Farm, Setup, full};
+use alloy_tests::farm::{Farm, Setup, full, output};
 use alloy_tests::observe::{Api, now, until, until_blocking};
 use alloy_tests::process::{processes_in, signal};
 use anyhow::{Context as _, Result, ensure};
@@ -208,7 +208,13 @@ async fn ends_carry_reason_blame_and_exit_code() -> Result<()> {
     let job = api.end(&api.submit(json!({ "argv": ["true"] })).await?).await;
     assert_eq!((job["state"].as_str(), job["exit_code"].as_i64()), (Some("succeeded"), Some(0)));
     assert_eq!(job["exit_origin"], "command");
-    assert!(job["reason"].is_null() && job["blame"].is_null());
+    assert!(job["reason"].is_null() && job["blame"].is_null() && job["warnings"].is_null());
+    let mut run = farm.alloy(&["run", "--artifact", "out/*.ipa", "--artifact", "there", "-c", "echo > there"]);
+    run.current_dir(farm.scratch("tree")?);
+    let out = output(run).await?;
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && said.contains("no file matches the artifact rule `out/*.ipa`"), "{said}");
+    assert!(!said.contains("rule `there`"), "{said}");
     Ok(())
 }
 

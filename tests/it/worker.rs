@@ -47,8 +47,7 @@ async fn a_removed_worker_ends_and_what_it_held_is_tried_elsewhere() -> Result<(
     api.log_has(&job, "up").await;
     let held = api.job(&job).await?["worker_name"].as_str().context("a worker has it")?.to_owned();
     let out = output(farm.alloy(&["worker", "rm", &held, "--json"])).await?;
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(out.status.success() && said.contains("1 job"), "{said}");
+    assert!(out.status.success(), "{out:?}");
     let told: Value = serde_json::from_slice(&out.stdout)?;
     assert_eq!((&told["name"], &told["jobs"]), (&json!(held), &json!([job])));
     assert!(worker(&api, &held).await.is_err(), "it is in no list any more");

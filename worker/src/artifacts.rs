@@ -30,21 +30,30 @@ pub enum CollectError {
     Stopping,
 }
 
+/// The globs that match nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unmet {
+    /// Of `=GLOB` rules: a failure.
+    pub must: Vec<String>,
+    /// Of plain rules: worth a warning.
+    pub may: Vec<String>,
+}
+
 /// Takes every file that the rules name to the orchestrator, reports each once it is there, and counts it in `reported`,
-/// which stays true if this fails or is dropped. Returns the `=GLOB` rules without a file.
+/// which stays true if this fails or is dropped. Returns the rules without a file.
 pub async fn collect(
     ctx: &Ctx,
     guest: &Arc<dyn Guest>,
     rules: &[ArtifactRule],
     grant: &Grant,
     reported: &AtomicU32,
-) -> Result<Vec<String>, CollectError> {
+) -> Result<Unmet, CollectError> {
     if rules.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Unmet::default());
     }
     let attempt = grant.attempt;
     let files = guest.list(rules).await.map_err(CollectError::Vm)?;
-    let missing = missing(rules, &files);
+    let unmet = Unmet { must: missing(RuleKind::Must, rules, &files), may: missing(RuleKind::Take, rules, &files) };
     stream::iter(files.into_iter().map(|file| deliver(ctx, guest, file, grant)))
         .buffered(PUTS)
         .try_for_each(|report| async {
@@ -54,7 +63,7 @@ pub async fn collect(
             Ok(())
         })
         .await?;
-    Ok(missing)
+    Ok(unmet)
 }
 
 async fn deliver(
@@ -171,13 +180,13 @@ fn base(glob: &str) -> String {
     glob.split('/').take_while(plain).collect::<Vec<_>>().join("/")
 }
 
-/// The rules that must match and do not.
-fn missing(rules: &[ArtifactRule], files: &[GuestFile]) -> Vec<String> {
-    let must = rules.iter().filter(|rule| rule.kind == RuleKind::Must);
-    let unmet = must.filter(|rule| match Matcher::new(std::slice::from_ref(rule)) {
-        Ok(matcher) => !files.iter().any(|file| matcher.takes(&file.path)),
-        Err(_unparsed) => true,
-    });
+/// The rules of this kind that match none of the files.
+fn missing(kind: RuleKind, rules: &[ArtifactRule], files: &[GuestFile]) -> Vec<String> {
+    let unmet =
+        rules.iter().filter(|rule| rule.kind == kind).filter(|rule| match Matcher::new(std::slice::from_ref(rule)) {
+            Ok(matcher) => !files.iter().any(|file| matcher.takes(&file.path)),
+            Err(_unparsed) => true,
+        });
     unmet.map(|rule| rule.glob.clone()).collect()
 }
 
@@ -237,10 +246,12 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_must_match_is_missed_by_name() {
+    fn a_rule_that_matches_nothing_is_missed_by_name() {
         let file = |path: &str| GuestFile { path: path.into(), size: 1, mode: 0o644, link: None };
-        let rules = rules(&["=bin/*", "=missing/*", "optional"]);
-        assert_eq!(missing(&rules, &[file("bin/x")]), ["missing/*"]);
-        assert_eq!(missing(&rules, &[]), ["bin/*", "missing/*"]);
+        let rules = rules(&["=bin/*", "=missing/*", "optional", "b*/x", "!bin/y"]);
+        assert_eq!(missing(RuleKind::Must, &rules, &[file("bin/x")]), ["missing/*"]);
+        assert_eq!(missing(RuleKind::Must, &rules, &[]), ["bin/*", "missing/*"]);
+        assert_eq!(missing(RuleKind::Take, &rules, &[file("bin/x")]), ["optional"]);
+        assert_eq!(missing(RuleKind::Take, &rules, &[]), ["optional", "b*/x"]);
     }
 }

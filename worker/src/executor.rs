@@ -16,7 +16,7 @@ use alloy_shared::wire::session::{Assignment, Report, ResultReport};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
-use crate::artifacts::{self, CollectError};
+use crate::artifacts::{self, CollectError, Unmet};
 use crate::job_env::{Place, job_env};
 use crate::provider::{Command, Exec, ExecInput, ExecOutput, Exit, NetworkPolicy, Run, Signal, VmError, VmFault};
 use crate::session::{Input, Inputs, KillReason, Stop};
@@ -222,14 +222,22 @@ impl Attempt {
         self.timings.collect_ms = Some(self.mono().since(start));
         let late = || internal("artifacts were not delivered in time");
         let verdict = match collected?.map_err(|_late| late()) {
-            Ok(Ok(missing)) if missing.is_empty() => Ok(()),
-            Ok(Ok(missing)) => Err(user(Reason::ArtifactMissing, &format!("no file matches ={}", missing.join(", =")))),
+            Ok(Ok(Unmet { must, may })) => {
+                if let Some(end) = &mut self.end {
+                    let warning = |glob| format!("no file matches the artifact rule `{glob}`");
+                    end.warnings = may.iter().map(warning).collect();
+                }
+                match must.is_empty() {
+                    true => Ok(()),
+                    false => Err(user(Reason::ArtifactMissing, &format!("no file matches ={}", must.join(", =")))),
+                }
+            }
             Ok(Err(error)) => Err(collect_ended(error)),
             Err(late) => Err(late),
         };
         match (verdict, &mut self.end) {
             (Err(Ended::End(worse)), Some(end)) if end.reason.is_none() => {
-                *end = End { exit_code: end.exit_code, ..worse };
+                *end = End { exit_code: end.exit_code, warnings: std::mem::take(&mut end.warnings), ..worse };
                 Ok(())
             }
             (Err(Ended::End(also)), Some(end)) => {

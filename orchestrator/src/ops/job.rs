@@ -216,7 +216,8 @@ async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, N
             let heard = app.env.now().mono;
             check_log(app, from.at, log_len).await?;
             let signal = end.signal.filter(|signal| (1..=64).contains(signal));
-            let end = End { message: shorten(end.message), signal, ..end };
+            let warnings = end.warnings.into_iter().take(limits::WARNINGS_MAX).map(shorten).collect();
+            let end = End { message: shorten(end.message), signal, warnings, ..end };
             Ok((Event::Finished { attempt, end }, News { timings, heard: Some(heard), ..News::default() }))
         }
     }
@@ -421,6 +422,7 @@ fn show(job: &Job, attempt: Option<&Attempt>, worker_name: Option<String>, why: 
         reason: done.and_then(|(end, _)| end.reason),
         blame: done.and_then(|(end, _)| end.blame()),
         message: done.map(|(end, _)| end.message.clone()).filter(|text| !text.is_empty()),
+        warnings: done.map(|(end, _)| end.warnings.clone()).unwrap_or_default(),
         exit_code: exit.map(|(code, _)| code),
         exit_origin: exit.map(|(_, origin)| origin),
         signal: done.and_then(|(end, _)| end.signal),

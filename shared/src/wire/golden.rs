@@ -77,6 +77,7 @@ fn view() -> JobView {
         blame: None,
         message: None,
         exit_code: None,
+        warnings: Vec::new(),
         exit_origin: None,
         signal: None,
         timings: Timings::default(),
@@ -110,6 +111,7 @@ fn jobs() {
         blame: Some(Blame::User),
         message: Some("exit code 7".into()),
         exit_code: Some(7),
+        warnings: vec!["w".into()],
         exit_origin: Some(ExitOrigin::Command),
         signal: Some(9),
         timings: Timings {
@@ -125,7 +127,7 @@ fn jobs() {
     };
     check(
         done,
-        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7},"url":"http://farm/jobs/1"}"#,
+        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7},"url":"http://farm/jobs/1"}"#,
     );
     let page = JobPage { jobs: vec![view()], next_cursor: Some("c".into()) };
     check(page, &format!(r#"{{"jobs":[{VIEW}],"next_cursor":"c"}}"#));
@@ -269,12 +271,12 @@ fn reports_of_workers() {
         Report::Artifact(ArtifactReport { path: "a".into(), size: 3, sha256, mode: 0o755, link: Some("b".into()) }),
         r#"{"report":"artifact","path":"a","size":3,"sha256":"$ABC","mode":493,"link":"b"}"#,
     );
-    let end = End { reason: Some(Reason::ScriptFailure), exit_code: Some(7), signal: None, message: "x".into() };
+    let end = End { exit_code: Some(7), ..End::because(Reason::ScriptFailure, "x") };
     check(
         Report::Result(Box::new(ResultReport { end, timings, log_len: 9, artifacts: 1, facts: map([("vm", "warm")]) })),
         r#"{"report":"result","end":{"reason":"script_failure","exit_code":7,"message":"x"},"timings":{"vm_ms":40},"log_len":9,"artifacts":1,"facts":{"vm":"warm"}}"#,
     );
-    let killed = End { reason: Some(Reason::RunTimeout), exit_code: None, signal: Some(9), message: String::new() };
+    let killed = End { signal: Some(9), ..End::because(Reason::RunTimeout, "") };
     check(
         Report::Result(Box::new(ResultReport {
             end: killed,

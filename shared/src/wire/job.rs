@@ -234,14 +234,18 @@ pub struct End {
     /// One sentence for people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
+    /// What was probably not meant, and did not decide the end. Sentences for people.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 impl End {
     pub fn success() -> Self {
-        Self { reason: None, exit_code: Some(0), signal: None, message: String::new() }
+        Self { reason: None, exit_code: Some(0), signal: None, message: String::new(), warnings: Vec::new() }
     }
     pub fn because(reason: Reason, message: impl Into<String>) -> Self {
-        Self { reason: Some(reason), exit_code: None, signal: None, message: message.into() }
+        let (message, warnings) = (message.into(), Vec::new());
+        Self { reason: Some(reason), exit_code: None, signal: None, message, warnings }
     }
     pub fn outcome(&self) -> Outcome {
         self.reason.map_or(Outcome::Succeeded, Reason::outcome)
@@ -329,6 +333,9 @@ pub struct JobView {
     pub blame: Option<Blame>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+    /// What was probably not meant, as an artifact rule that matches nothing. The end is what it is without them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// The number that `alloy run` exits with, once the job has ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
@@ -517,13 +524,11 @@ mod tests {
 
     #[test]
     fn exit_codes_are_those_of_the_table() {
-        let failed =
-            |exit_code, signal| End { reason: Some(Reason::ScriptFailure), exit_code, signal, message: String::new() };
+        let failed = |exit_code, signal| End { exit_code, signal, ..End::because(Reason::ScriptFailure, "") };
         assert_eq!(End::success().run_exit(), (0, ExitOrigin::Command));
         assert_eq!(failed(Some(7), None).run_exit(), (7, ExitOrigin::Command));
         assert_eq!(failed(None, Some(9)).run_exit(), (137, ExitOrigin::Command));
-        let missing =
-            End { reason: Some(Reason::ArtifactMissing), exit_code: Some(0), signal: None, message: String::new() };
+        let missing = End { exit_code: Some(0), ..End::because(Reason::ArtifactMissing, "") };
         assert_eq!(missing.run_exit(), (1, ExitOrigin::Alloy));
         for (reason, code) in [
             (Reason::RunTimeout, 124),

@@ -214,6 +214,7 @@ pub(super) fn any_end(dice: &mut Dice) -> End {
         exit_code: dice.maybe(|dice| dice.below(256) as i32),
         signal: dice.maybe(|dice| dice.below(32) as i32),
         message: dice.maybe(|dice| dice.text()).unwrap_or_default(),
+        warnings: vec!["no file matches".to_owned()],
     }
 }
 

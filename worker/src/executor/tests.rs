@@ -209,7 +209,8 @@ async fn a_job_goes_through_all_its_stages() {
     assert_eq!(story.log.replace(' ', ""), "mini2\n0\n");
     assert_eq!(story.artifacts, ["link -> out.txt", "out.txt"]);
     let result = story.result.unwrap();
-    assert_eq!((result.end, result.artifacts), (End::success(), 2));
+    let warnings = vec!["no file matches the artifact rule `nothing`".to_owned()];
+    assert_eq!((result.end, result.artifacts), (End { warnings, ..End::success() }, 2));
     let times = result.timings;
     assert!([times.vm_ms, times.source_ms, times.exec_ms, times.collect_ms].iter().all(Option::is_some), "{times:?}");
     assert_eq!(rig.farm.taken.lock().unwrap()[&Digest::of(b"built\n")], b"built\n");
