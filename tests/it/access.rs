@@ -261,9 +261,13 @@ async fn bad_requests_are_problem_documents_too() -> Result<()> {
         (Method::DELETE, "/v1/jobs", "", Vec::new(), 405),
     ];
     for (method, path, kind, body, status) in cases {
+        let has_body = !body.is_empty();
         let request = api.request(method.clone(), path).header("content-type", kind).body(body);
         let answer = request.send().await?;
         assert_eq!(answer.status().as_u16(), status, "{method} {path}");
+        // A body that may be left unread ends the connection, and the client is told not to use it again.
+        let ends = answer.headers().get("connection").is_some_and(|value| value == "close");
+        assert_eq!(ends, has_body, "{method} {path}");
         let kind = answer.headers().get("content-type").map(|kind| kind.to_str().unwrap_or("").to_owned());
         assert_eq!(kind.as_deref(), Some("application/problem+json"), "{method} {path}");
         let problem: Value = answer.json().await?;

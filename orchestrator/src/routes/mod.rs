@@ -7,8 +7,9 @@ use ::bytes::Bytes;
 use alloy_shared::limits;
 use alloy_shared::wire::{ErrorCode, Problem};
 use axum::Router;
+use axum::body::HttpBody as _;
 use axum::extract::{DefaultBodyLimit, MatchedPath, RawPathParams, Request, State};
-use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderName, HeaderValue, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -208,10 +209,16 @@ async fn edge(State(app): State<Arc<App>>, mut request: Request, next: Next) -> 
     }
     let route = request.extensions().get::<MatchedPath>().map_or("none", MatchedPath::as_str).to_owned();
     let method = request.method().clone();
+    let may_be_left_unread = request.version() < Version::HTTP_2 && !request.body().is_end_stream();
     let started = app.env.now().mono;
     let span = tracing::debug_span!("http.request", request.id = id, http.route = route);
     let response = next.run(request).instrument(span.clone()).await;
     let mut response = span.in_scope(|| error::finish(response, &id, &route));
+    if may_be_left_unread && response.status().as_u16() >= 400 {
+        // The rest of the body cannot be told from another request, so the connection ends; a client that is not told
+        // would send its next request into the end.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     let duration_ms = app.env.now().mono.since(started);
     tracing::debug!(parent: &span, http.status = response.status().as_u16(), duration_ms, "{method} {route}");
     let headers = response.headers_mut();
