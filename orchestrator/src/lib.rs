@@ -93,6 +93,11 @@ impl App {
         self.submits.close();
         self.submits.wait().await;
     }
+
+    /// Takes jobs as before.
+    pub fn take_jobs_again(&self) {
+        self.submits.reopen();
+    }
 }
 
 /// A running orchestrator. It stops with the [`Lifecycle`] that it was given.

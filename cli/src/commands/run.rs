@@ -242,13 +242,11 @@ async fn start(
         Some(_) if !hosted.may_vanish(app) => RESTART_MS,
         Some(_) | None => first_answer_ms(app, hosted)?,
     };
-    if app.globals.local {
-        *lease = Some(Lease::take(app, &spec)?);
+    if app.globals.local && lease.is_none() {
+        *lease = Some(Lease::take(app, key)?);
     }
-    let (job, told) = submit(app, hosted.farm(), &SubmitJob { spec, source }, (key, patience_ms), signals).await?;
-    if let Some(lease) = lease {
-        lease.name(job.id)?;
-    }
+    let (job, told) =
+        submit(app, hosted.farm(), &SubmitJob { spec, source }, (key, patience_ms), signals, lease.as_mut()).await?;
     app.remember(hosted.farm(), job.id);
     app.talk.headline(&job.id.to_string(), &job.url);
     Ok((job, told))
@@ -383,7 +381,11 @@ async fn submit(
     job: &SubmitJob,
     (key, patience_ms): (&str, u64),
     signals: &mut Signals,
+    mut lease: Option<&mut Lease>,
 ) -> Result<(JobView, bool), Failure> {
+    if let Some(lease) = &mut lease {
+        lease.stays(true);
+    }
     let answer = submit_patiently(app, farm, job, key, patience_ms);
     tokio::pin!(answer);
     let mut told = false;
@@ -399,6 +401,9 @@ async fn submit(
                 app.talk.say("The job is being submitted; it is canceled as soon as it has a name.  (Ctrl-C again to leave)");
             }
             result = &mut answer => {
+                if let Some(lease) = &mut lease {
+                    lease.stays(result.as_ref().err().is_some_and(may_have_arrived));
+                }
                 return match result {
                     Ok(job) => Ok((job, told)),
                     // Nobody wants another try.
@@ -408,6 +413,14 @@ async fn submit(
                 };
             }
         }
+    }
+}
+
+/// True if the farm may have the job although it gave no answer that says so.
+fn may_have_arrived(error: &ClientError) -> bool {
+    match error {
+        ClientError::Problem(problem) => problem.code.is_retryable(),
+        ClientError::Unreachable { .. } | ClientError::Protocol(_) => true,
     }
 }
 

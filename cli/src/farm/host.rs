@@ -1,7 +1,7 @@
 //! S: a farm inside this process: the same orchestrator on a loopback port, and a worker that enrols itself by the normal
 //! call. Nothing of it is special but that both live and end with a command.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::future::pending;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -9,15 +9,15 @@ use std::sync::{Arc, OnceLock};
 
 use alloy_shared::client::{ClientError, JobQuery};
 use alloy_shared::env::Env as _;
-use alloy_shared::id::JobId;
 use alloy_shared::limits::PAGE_MAX;
 use alloy_shared::runtime::{Lifecycle, LogFormat, SystemEnv, telemetry};
 use alloy_shared::secret::Secret;
-use alloy_shared::wire::PROTOCOL;
 use alloy_shared::wire::farm::{InviteRequest, WorkerState, WorkerView};
-use alloy_shared::wire::job::{JobSpec, JobView, Reason, StateWord};
+use alloy_shared::wire::job::{JobView, Reason, StateWord};
+use alloy_shared::wire::{ErrorCode, PROTOCOL};
 use orchestrator::ServeError;
-use orchestrator::desk::{Answer, Request};
+use orchestrator::auth::Principal;
+use orchestrator::ops::{self, OpError};
 use orchestrator::store::sql::LockError;
 use tokio::sync::watch;
 use worker::Daemon;
@@ -25,7 +25,7 @@ use worker::host::{HostError, Identity};
 
 use super::data::{DataDir, Note};
 use super::here::own_binary;
-use super::lease::Leases;
+use super::lease::{Dead, Leases};
 use crate::context::{App, Farm};
 use crate::follow::Signals;
 use crate::output::{Failure, plural};
@@ -252,39 +252,44 @@ impl Host {
         }
     }
 
-    /// Ends the jobs of commands that died without a word. Gives those that a living one waits for.
-    async fn end_unwanted(&self, app: &App) -> BTreeSet<JobId> {
-        let Leases { dead, wanted } = Leases::look(&self.data);
-        if dead.is_empty() {
-            return wanted;
-        }
-        let Ok(jobs) = self.try_live_jobs().await else { return wanted };
-        let live: Vec<(JobId, &JobSpec)> = jobs.iter().map(|job| (job.id, &job.spec)).collect();
-        for lease in dead {
-            let Some(job) = lease.job_of(&live, &wanted) else {
-                lease.forget();
-                continue;
-            };
-            let reason = Reason::ParentCanceled;
-            match self.app.desk.ask(|ticket| Request::Cancel { ticket, job, reason }).await {
-                Answer::Job(_) | Answer::Refused(_) | Answer::NotLive => {
-                    app.talk.say(&format!("{job} is ended: the command that started it is dead"));
-                    lease.forget();
-                }
-                // The next look asks again.
-                Answer::Exists { .. }
-                | Answer::Rejected(_)
-                | Answer::Full
-                | Answer::Stale
-                | Answer::Applied
-                | Answer::Gap { .. }
-                | Answer::Failed(_)
-                | Answer::Done
-                | Answer::Holders(_)
-                | Answer::Why(_) => {}
+    /// Ends the jobs of commands that died without a word. True if living ones have a job here, or are about to.
+    async fn end_unwanted(&self, app: &App) -> bool {
+        let Leases { dead, living } = Leases::look(&self.data, app.env.now().wall);
+        if !dead.is_empty()
+            && let Some(who) = self.user().await
+        {
+            for lease in dead {
+                self.end_job_of(app, &who, lease).await;
             }
         }
-        wanted
+        living > 0
+    }
+
+    /// Whom the commands of this machine are to the farm.
+    async fn user(&self) -> Option<Principal> {
+        let header = format!("Bearer {}", self.token.expose());
+        // Without an answer the next look asks again.
+        self.app.auth.principal(&*self.app.store, Some(&header)).await.ok()
+    }
+
+    /// What cannot be found out is looked at again later.
+    async fn end_job_of(&self, app: &App, who: &Principal, lease: Dead) {
+        let Ok(found) = self.app.store.keyed(&who.org, &who.caller, &lease.key).await else { return };
+        let Some((job, _)) = found else {
+            if lease.settled {
+                lease.forget();
+            }
+            return;
+        };
+        match ops::job::cancel_for(&self.app, who, job, Reason::ParentCanceled).await {
+            Ok(_) => {
+                app.talk.say(&format!("{job} is ended: the command that started it is dead"));
+                lease.forget();
+            }
+            // It has ended by itself.
+            Err(OpError::Refused { code: ErrorCode::InvalidTransition | ErrorCode::NotFound, .. }) => lease.forget(),
+            Err(OpError::Refused { .. } | OpError::Missing(_) | OpError::Store(_) | OpError::Io { .. }) => {}
+        }
     }
 
     /// Waits for the jobs that still run here: others may have sent them. A signal ends the wait, and so does the end of the
@@ -294,17 +299,20 @@ impl Host {
         let quiet_until = app.env.now().mono + QUIET_MS;
         loop {
             let look = async {
-                // A guest whose job is over may still fetch what came of it.
+                // A guest may still fetch what came of its job, or be about to submit one.
                 let wanted = self.end_unwanted(app).await;
                 // What cannot be asked is not waited for.
                 let jobs = self.try_live_jobs().await.unwrap_or_default();
-                if !jobs.is_empty() || !wanted.is_empty() {
+                if last_look && (wanted || !jobs.is_empty()) {
+                    self.app.take_jobs_again();
+                }
+                if wanted || !jobs.is_empty() {
                     app.env.sleep_until(app.env.now().mono + JOBS_LOOK_MS).await;
                 }
                 (jobs, wanted)
             };
             let Ok((jobs, wanted)) = signals.unless_told(look).await else { return false };
-            if jobs.is_empty() && wanted.is_empty() {
+            if jobs.is_empty() && !wanted {
                 if last_look {
                     return true;
                 }
@@ -312,6 +320,7 @@ impl Host {
                 last_look = true;
                 continue;
             }
+            last_look = false;
             if self.worker.as_ref().is_some_and(|local| local.ended().is_some()) {
                 return false;
             }

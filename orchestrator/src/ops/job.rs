@@ -30,15 +30,15 @@ pub struct Submitted {
 pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<String>) -> Result<Submitted, OpError> {
     // Taken before the look: whoever closes the door then waits for this one, or this one sees it closed.
     let _under_way = app.submits.token();
-    if app.submits.is_closed() {
-        return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
-    }
     let key = key.map(|key| idempotency_key(who, key, &body)).transpose()?;
     // First of all: what has become of the farm since must not refuse the retry of a submit that succeeded.
     if let Some(key) = &key
         && let Some((job, first)) = app.store.keyed(&key.org, &key.caller, &key.key).await?
     {
         return submitted_before(app, who, key, &job, &first).await;
+    }
+    if app.submits.is_closed() {
+        return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
     }
     if let Some(digest) = body.source {
         let known = app.store.blobs(&who.scope(), BlobKind::Manifest, &[digest]).await?;
@@ -123,12 +123,16 @@ async fn somebody_qualifies(app: &App, who: &Principal, body: &SubmitJob) -> Res
 }
 
 pub async fn cancel(app: &App, who: &Principal, id: JobId) -> Result<Job, OpError> {
+    cancel_for(app, who, id, Reason::UserCanceled).await
+}
+
+/// Cancels a job for this reason.
+pub async fn cancel_for(app: &App, who: &Principal, id: JobId, reason: Reason) -> Result<Job, OpError> {
     for _ in 0..3 {
         let job = app.store.job(&who.scope(), &id).await?.ok_or_else(|| OpError::not_found("job"))?;
         if job.state.is_done() {
             return already_done(job);
         }
-        let reason = Reason::UserCanceled;
         match app.desk.ask(|ticket| Request::Cancel { ticket, job: id, reason }).await {
             Answer::Job(job) => return Ok(*job),
             Answer::Refused(Refused::Already) => return Ok(job),

@@ -48,3 +48,17 @@ async fn a_known_key_is_answered_whatever_has_become_of_the_farm_since() {
     let jobs = app.store.live(None, 9).await.unwrap();
     assert_eq!(jobs.len(), 1, "{jobs:?}");
 }
+
+#[tokio::test]
+async fn a_closed_door_answers_the_retry_of_a_submit_and_opens_again() {
+    let (app, _) = app().await;
+    let token = token(&app, Role::Developer).await;
+    let body = r#"{"spec":{"shell":"true"}}"#;
+    let first = submit(&app, &token, "k1", body).await;
+    app.take_no_more_jobs().await;
+    assert_eq!(submit(&app, &token, "k2", body).await.problem(), "unavailable");
+    let again = submit(&app, &token, "k1", body).await;
+    assert_eq!((again.status.as_u16(), &again.json()["id"]), (200, &first.json()["id"]), "{}", again.body);
+    app.take_jobs_again();
+    assert_eq!(submit(&app, &token, "k2", body).await.status, 201);
+}
