@@ -10,11 +10,11 @@ use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::job::{ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, StateWord};
 use bytes::Bytes;
 use indicatif::ProgressBar;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::context::{App, Farm};
 use crate::output::{Failure, Fault, Sink};
+use crate::signals::{Signals, Told};
 use crate::verdict::words;
 
 /// Between two tries of a cancel.
@@ -25,51 +25,6 @@ const LAST_WORD_MS: u64 = 5_000;
 /// A job that starts at once is not worth a look at why it waits.
 const FIRST_LOOK_MS: u64 = 400;
 const LOOK_AGAIN_MS: u64 = 2_000;
-
-/// What a person or a CI system wants of this process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Told {
-    Interrupt,
-    Terminate,
-}
-
-pub(crate) struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-}
-
-impl Signals {
-    pub(crate) fn install() -> Result<Self, Failure> {
-        let listen = |kind| signal(kind).map_err(|error| Failure::io("signals", &error));
-        Ok(Self {
-            interrupt: listen(SignalKind::interrupt())?,
-            terminate: listen(SignalKind::terminate())?,
-            hangup: listen(SignalKind::hangup())?,
-        })
-    }
-
-    /// Waits for the next wish. May be dropped while it waits.
-    pub(crate) async fn next(&mut self) -> Told {
-        tokio::select! {
-            biased;
-            Some(()) = self.interrupt.recv() => Told::Interrupt,
-            Some(()) = self.terminate.recv() => Told::Terminate,
-            // The terminal is gone: whoever typed the command cannot say what to do with the job.
-            Some(()) = self.hangup.recv() => Told::Terminate,
-            else => pending().await,
-        }
-    }
-
-    /// Does some work that a wish to stop may drop.
-    pub(crate) async fn unless_told<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Failure> {
-        tokio::select! {
-            biased;
-            _ = self.next() => Err(Failure::new(Fault::Interrupted, "interrupted")),
-            done = work => Ok(done),
-        }
-    }
-}
 
 /// What Ctrl-C means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

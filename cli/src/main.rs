@@ -8,6 +8,7 @@ mod follow;
 mod job_arg;
 mod out_dir;
 mod output;
+mod signals;
 mod source;
 mod usage;
 mod verdict;

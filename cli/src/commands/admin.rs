@@ -7,10 +7,10 @@ use alloy_shared::wire::farm::{DrainRequest, InviteRequest, Role, TokenRequest, 
 
 use crate::context::{App, Farm};
 use crate::farm::Hosted;
-use crate::follow::Signals;
 use crate::job_arg::JobArg;
 use crate::output::talk::Tone;
 use crate::output::{Failure, Fault, ago, exit, plural, print, print_json, stdout_is_terminal, table};
+use crate::signals::Signals;
 
 /// Between two looks at a worker that drains.
 const DRAIN_LOOK_MS: u64 = 1_000;

@@ -12,9 +12,9 @@ use super::run::tell_artifacts;
 use crate::context::{App, Farm};
 use crate::download::{Downloader, Target};
 use crate::farm::Hosted;
-use crate::follow::Signals;
 use crate::job_arg::JobArg;
 use crate::output::{Failure, Fault, Sink, exit, print, print_json, size, stdout_is_terminal, table};
+use crate::signals::Signals;
 
 /// List a job's artifacts, or get them
 #[derive(Debug, clap::Args)]

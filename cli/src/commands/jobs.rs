@@ -8,11 +8,12 @@ use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
 
 use crate::context::{App, Farm};
 use crate::farm::Hosted;
-use crate::follow::{Ending, Follower, OnInterrupt, Signals};
+use crate::follow::{Ending, Follower, OnInterrupt};
 use crate::output::talk::Tone;
 use crate::output::{
     Failure, Fault, Sink, ago, duration, exit, job_exit, print, print_json, stdout_is_terminal, table,
 };
+use crate::signals::Signals;
 use crate::verdict::verdict;
 
 const COMMAND_SHOWN: usize = 48;

@@ -13,8 +13,9 @@ use serde::Serialize;
 use crate::context::{App, DEFAULT_ORIGIN, Farm};
 use crate::download::{Downloads, Report};
 use crate::farm::{Hosted, Lease};
-use crate::follow::{Ending, Follower, OnInterrupt, Signals};
+use crate::follow::{Ending, Follower, OnInterrupt};
 use crate::output::{Failure, Fault, exit, job_exit, plural, print, print_json, size};
+use crate::signals::Signals;
 use crate::source::{self, Scan, git, upload};
 
 /// Farms on this machine that may end under a command before it becomes the host itself.
@@ -144,13 +145,18 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
 async fn open(app: &App, signals: &mut Signals, pursuit: &mut Pursuit<'_>) -> Result<Hosted, Failure> {
     if let Some(follower) = &mut pursuit.follower {
         app.talk.warn("the farm of this machine is gone; opening it again to follow the job");
-        return match signals.unless_told(Hosted::open(app)).await {
-            Ok(opened) => opened,
-            Err(_) => {
-                follower.already_told();
-                Hosted::open(app).await
-            }
-        };
+        // To its end also when told: half a farm that is dropped keeps its lock, and the cancel needs a whole one.
+        let heard = || app.talk.say("The job is canceled as soon as the farm is open.  (Ctrl-C again to leave)");
+        let opened = signals.finish_unless_told_twice(Hosted::open(app), heard).await;
+        if let (Err(_), Some(lease)) = (&opened, &mut pursuit.lease) {
+            // Whoever opens the farm next ends the job.
+            lease.stays(true);
+        }
+        let (opened, told) = opened?;
+        if told {
+            follower.already_told();
+        }
+        return opened;
     }
     signals.unless_told(Hosted::open(app)).await?
 }
@@ -386,33 +392,23 @@ async fn submit(
     if let Some(lease) = &mut lease {
         lease.stays(true);
     }
+    let interrupted = || {
+        Failure::new(Fault::Interrupted, "interrupted while the job was submitted")
+            .hint("the farm may have it: alloy list")
+    };
     let answer = submit_patiently(app, farm, job, key, patience_ms);
-    tokio::pin!(answer);
-    let mut told = false;
-    loop {
-        tokio::select! {
-            biased;
-            _ = signals.next() => {
-                if told {
-                    return Err(Failure::new(Fault::Interrupted, "interrupted while the job was submitted")
-                        .hint("the farm may have it: alloy list"));
-                }
-                told = true;
-                app.talk.say("The job is being submitted; it is canceled as soon as it has a name.  (Ctrl-C again to leave)");
-            }
-            result = &mut answer => {
-                if let Some(lease) = &mut lease {
-                    lease.stays(result.as_ref().err().is_some_and(may_have_arrived));
-                }
-                return match result {
-                    Ok(job) => Ok((job, told)),
-                    // Nobody wants another try.
-                    Err(_) if told => Err(Failure::new(Fault::Interrupted, "interrupted while the job was submitted")
-                        .hint("the farm may have it: alloy list")),
-                    Err(error) => Err(Failure::of(error, &farm.url)),
-                };
-            }
-        }
+    let heard = || {
+        app.talk.say("The job is being submitted; it is canceled as soon as it has a name.  (Ctrl-C again to leave)");
+    };
+    let (result, told) = signals.finish_unless_told_twice(answer, heard).await.map_err(|_| interrupted())?;
+    if let Some(lease) = &mut lease {
+        lease.stays(result.as_ref().err().is_some_and(may_have_arrived));
+    }
+    match result {
+        Ok(job) => Ok((job, told)),
+        // Nobody wants another try.
+        Err(_) if told => Err(interrupted()),
+        Err(error) => Err(Failure::of(error, &farm.url)),
     }
 }
 

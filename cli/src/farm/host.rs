@@ -27,8 +27,8 @@ use super::data::{DataDir, Note};
 use super::here::own_binary;
 use super::lease::{Dead, Leases};
 use crate::context::{App, Farm};
-use crate::follow::Signals;
 use crate::output::{Failure, plural};
+use crate::signals::Signals;
 
 /// The worker says hello after this time, or something is wrong with it.
 const READY_MS: u64 = 30_000;

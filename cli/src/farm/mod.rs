@@ -13,8 +13,8 @@ use alloy_shared::id::JobId;
 use alloy_shared::wire::job::JobView;
 
 use crate::context::{App, Farm};
-use crate::follow::Signals;
 use crate::output::Failure;
+use crate::signals::Signals;
 use data::{DataDir, Lock};
 pub(crate) use lease::Lease;
 

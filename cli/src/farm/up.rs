@@ -7,9 +7,9 @@ use alloy_shared::secret::Token;
 use super::data::{DataDir, Lock};
 use super::host::{Host, Start, Wish, start};
 use crate::context::{App, ConfigFile, Context, DEFAULT_URL};
-use crate::follow::Signals;
 use crate::output::talk::Tone;
 use crate::output::{Failure, duration, exit, plural, print_json};
+use crate::signals::Signals;
 
 const CONTEXT: &str = "local";
 
