@@ -171,7 +171,9 @@ impl<'a> Follower<'a> {
                     self.unwritten = None;
                     self.written(outcome)?;
                 }
-                item = feed.recv(), if may_read => self.item(item)?,
+                item = feed.recv(), if may_read => if let Err(failure) = self.item(item) {
+                    return Err(self.left_alone(failure, signals).await);
+                },
                 () = &mut farm_gone => break Ending::FarmGone,
             }
         };
@@ -298,6 +300,15 @@ impl<'a> Follower<'a> {
             }
         }
         Some(self.cancel == Cancel::Heard)
+    }
+
+    /// Nothing more comes of the job. A cancel that is on its way arrives first, and what became of it is said.
+    async fn left_alone(&mut self, failure: Failure, signals: &mut Signals) -> Failure {
+        self.stop_waiting();
+        if let Some(heard) = self.last_word(signals).await {
+            self.app.tell_detached(self.id, Some(heard));
+        }
+        failure
     }
 
     fn item(&mut self, item: Option<Result<FeedItem, ClientError>>) -> Result<(), Failure> {
