@@ -96,6 +96,8 @@ struct Last<'a> {
 struct Pursuit<'a> {
     job: Option<JobView>,
     follower: Option<Follower<'a>>,
+    /// What was asked for, once it was sent: the same key stands for the same request.
+    sent: Option<SubmitJob>,
     /// Says to the farms of this machine that somebody wants the job.
     lease: Option<Lease>,
 }
@@ -176,7 +178,7 @@ async fn run_on<'a>(
             job
         }
         None => {
-            let (job, told) = start(app, args, (spec, key), hosted, signals, &mut pursuit.lease).await?;
+            let (job, told) = start(app, args, (spec, key), hosted, signals, pursuit).await?;
             pursuit.job = Some(job.clone());
             if args.detach && !told {
                 if app.talk.json() {
@@ -221,11 +223,39 @@ async fn run_on<'a>(
 async fn start(
     app: &App,
     args: &RunArgs,
-    (mut spec, key): (JobSpec, &str),
+    (spec, key): (JobSpec, &str),
     hosted: &Hosted,
     signals: &mut Signals,
-    lease: &mut Option<Lease>,
+    pursuit: &mut Pursuit<'_>,
 ) -> Result<(JobView, bool), Failure> {
+    let asked = match pursuit.sent.clone() {
+        Some(sent) => sent,
+        None => prepare(app, args, spec, hosted, signals).await?,
+    };
+    signals.unless_told(hosted.ready(app)).await??;
+    // After an upload the farm is known to be there.
+    let patience_ms = match asked.source {
+        Some(_) if !hosted.may_vanish(app) => RESTART_MS,
+        Some(_) | None => first_answer_ms(app, hosted)?,
+    };
+    if app.globals.local && pursuit.lease.is_none() {
+        pursuit.lease = Some(Lease::take(app, key)?);
+    }
+    let asked = pursuit.sent.insert(asked);
+    let (job, told) = submit(app, hosted.farm(), asked, (key, patience_ms), signals, pursuit.lease.as_mut()).await?;
+    app.remember(hosted.farm(), job.id);
+    app.talk.headline(&job.id.to_string(), &job.url);
+    Ok((job, told))
+}
+
+/// Reads the tree and sends it.
+async fn prepare(
+    app: &App,
+    args: &RunArgs,
+    mut spec: JobSpec,
+    hosted: &Hosted,
+    signals: &mut Signals,
+) -> Result<SubmitJob, Failure> {
     let (scan, git, ignored) = signals
         .unless_told(async {
             let tree = read_tree(app, args.allow_secret_files);
@@ -242,20 +272,7 @@ async fn start(
     } else {
         Some(signals.unless_told(send_tree(app, hosted, &scan)).await??)
     };
-    signals.unless_told(hosted.ready(app)).await??;
-    // After an upload the farm is known to be there.
-    let patience_ms = match source {
-        Some(_) if !hosted.may_vanish(app) => RESTART_MS,
-        Some(_) | None => first_answer_ms(app, hosted)?,
-    };
-    if app.globals.local && lease.is_none() {
-        *lease = Some(Lease::take(app, key)?);
-    }
-    let (job, told) =
-        submit(app, hosted.farm(), &SubmitJob { spec, source }, (key, patience_ms), signals, lease.as_mut()).await?;
-    app.remember(hosted.farm(), job.id);
-    app.talk.headline(&job.id.to_string(), &job.url);
-    Ok((job, told))
+    Ok(SubmitJob { spec, source })
 }
 
 /// After the end: what is left of the artifacts, and the exit code. A result whose files are not here is no success.
@@ -494,90 +511,4 @@ pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser as _;
-
-    use super::*;
-    use crate::{Cli, commands::Command};
-
-    fn parse(line: &[&str]) -> RunArgs {
-        match Cli::try_parse_from([&["alloy", "run"], line].concat()).unwrap().command {
-            Command::Run(args) => *args,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn arguments_become_a_spec() {
-        let args = parse(&[
-            "-c",
-            "make",
-            "--env",
-            "A=1=2",
-            "--env",
-            "HERE",
-            "--artifact",
-            "*.ipa",
-            "--artifact",
-            "=out/**",
-            "--timeout",
-            "10m",
-            "--label",
-            "chip=m4",
-            "--retries",
-            "2",
-            "--image",
-            "img",
-            "--queue-timeout",
-            "1h30m",
-        ]);
-        let var = |name: &str| (name == "HERE").then(|| "from here".to_owned());
-        let spec = spec(&args, &var).unwrap();
-        assert_eq!(spec.shell.as_deref(), Some("make"));
-        assert_eq!(spec.env, BTreeMap::from([("A".into(), "1=2".into()), ("HERE".into(), "from here".into())]));
-        assert_eq!(spec.artifacts, ["*.ipa", "=out/**"]);
-        assert_eq!(spec.labels, BTreeMap::from([("chip".into(), "m4".into())]));
-        assert_eq!((spec.timeout_ms, spec.queue_timeout_ms, spec.retries), (Some(600_000), Some(5_400_000), 2));
-
-        let args = parse(&["--", "xcodebuild", "-scheme", "MyApp", "--json"]);
-        assert_eq!(super::spec(&args, &var).unwrap().argv, ["xcodebuild", "-scheme", "MyApp", "--json"]);
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_a_usage_error() {
-        for line in [
-            &["alloy", "run"][..],
-            &["alloy", "run", "-c", "x", "--", "y"],
-            &["alloy", "run", "-c", "x", "--timeout", "soon"],
-            &["alloy", "run", "-c", "x", "--retries", "11"],
-            &["alloy", "run", "-c", "x", "--local", "--url", "http://x"],
-        ] {
-            assert!(Cli::try_parse_from(line).is_err(), "{line:?}");
-        }
-        for line in [
-            &["-c", "x", "--env", "GONE"][..],
-            &["-c", "x", "--env", "=1"],
-            &["-c", "x", "--label", "chip"],
-            &["-c", " "],
-            &["-c", "x", "--env", "1A=x"],
-            &["-c", "x", "--env", "ALLOY_URL=x"],
-            &["-c", "x", "--artifact", "../out"],
-            &["-c", "x", "--image", "a b"],
-        ] {
-            assert_eq!(spec(&parse(line), &|_| None).unwrap_err().fault, Fault::Usage, "{line:?}");
-        }
-        let failure = spec(&parse(&["-c", "x", "--env", "=hush"]), &|_| None).unwrap_err();
-        assert!(!failure.message.contains("hush"), "{failure:?}");
-    }
-
-    #[test]
-    fn times_are_written_with_units() {
-        for (text, ms) in [("90s", 90_000), ("10m", 600_000), ("1h30m", 5_400_000), ("250ms", 250), ("1d", 86_400_000)]
-        {
-            assert_eq!(milliseconds(text), Ok(ms), "{text}");
-        }
-        for text in ["", "90", "s", "1x", "-1s", "0s", "1.5h", "99999999999999999999s", "9999999999999999d"] {
-            assert!(milliseconds(text).is_err(), "{text}");
-        }
-    }
-}
+mod tests;
