@@ -124,6 +124,10 @@ mod tests {
             "worker join http://farm:3000 alloy_join_x --name shed",
             #[cfg(feature = "farm")]
             "worker run --provider host --slots 3 --label site=attic",
+            #[cfg(feature = "farm")]
+            "worker doctor --fix --json --provider host",
+            #[cfg(feature = "farm")]
+            "worker install --dry-run --uninstall --service second --state-dir /srv/second",
             "worker drain shed --wait --note disk",
             "worker resume shed",
             "worker rm shed",

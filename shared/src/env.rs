@@ -19,6 +19,12 @@ impl Ms {
             Err(_) => String::new(),
         }
     }
+    /// A time as HTTP's `Date` tells it, to the second.
+    pub fn parse_http_date(text: &str) -> Option<Self> {
+        let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
+        Some(Self(at.as_millisecond()))
+    }
+
     pub fn parse_rfc3339(text: &str) -> Option<Self> {
         text.parse::<jiff::Timestamp>().ok().map(|at| Self(at.as_millisecond()))
     }
@@ -97,5 +103,7 @@ mod tests {
     fn times_are_rfc3339_in_utc() {
         assert_eq!(Ms(1_700_000_000_123).rfc3339(), "2023-11-14T22:13:20.123Z");
         assert_eq!(Ms::parse_rfc3339("2023-11-14T22:13:20.123Z"), Some(Ms(1_700_000_000_123)));
+        assert_eq!(Ms::parse_http_date("Tue, 14 Nov 2023 22:13:20 GMT"), Some(Ms(1_700_000_000_000)));
+        assert_eq!(Ms::parse_http_date("now"), None);
     }
 }

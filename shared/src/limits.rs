@@ -244,6 +244,12 @@ pub const SOCKET_GOODBYE_MS: u64 = 2_000;
 pub const JOIN_TTL_S: u64 = 24 * 3600;
 /// Below this many free bytes a daemon takes no new bytes.
 pub const DISK_FLOOR: u64 = 1 << 30;
+/// A daemon's own log file before it begins a new one, and how many full ones it keeps.
+pub const DAEMON_LOG_BYTES: u64 = 16 << 20;
+pub const DAEMON_LOGS: u32 = 4;
+/// One question to a program of the host that tells how it is set up.
+pub const HOST_ASK_MS: u64 = 5_000;
+pub const HOST_ANSWER_MAX: usize = 4 << 20;
 
 #[cfg(test)]
 mod tests {

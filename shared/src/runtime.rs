@@ -3,8 +3,8 @@
 use std::io::IsTerminal as _;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use crate::env::{Env, Mono, Ms, Now};
 
@@ -267,13 +268,24 @@ impl std::str::FromStr for LogFormat {
 
 /// Sends log events to stderr. `ALLOY_LOG` says which, `default_level` if it is not set. Called once a process.
 pub fn telemetry(format: LogFormat, default_level: &str) -> Result<(), String> {
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|off| off.is_empty());
+    telemetry_to(format, default_level, BoxMakeWriter::new(std::io::stderr), colours)
+}
+
+/// The same into a file that bounds itself.
+pub fn telemetry_into(
+    format: LogFormat,
+    default_level: &str,
+    file: Box<dyn std::io::Write + Send>,
+) -> Result<(), String> {
+    telemetry_to(format, default_level, BoxMakeWriter::new(Mutex::new(file)), false)
+}
+
+fn telemetry_to(format: LogFormat, default_level: &str, to: BoxMakeWriter, colours: bool) -> Result<(), String> {
     let wanted = std::env::var(LOG_VARIABLE).ok().filter(|text| !text.is_empty());
     let text = wanted.as_deref().unwrap_or(default_level);
     let filter = EnvFilter::try_new(text).map_err(|error| format!("{LOG_VARIABLE}: `{text}`: {error}"))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|off| off.is_empty()));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(to).with_ansi(colours);
     let done = match format {
         LogFormat::Pretty => log.pretty().try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),

@@ -1,8 +1,10 @@
 //! The one integration binary. Names of tests are sentences about what a user sees.
 
 mod access;
+mod care;
 mod cli;
 mod follow;
+mod images;
 mod job;
 mod prose;
 mod store;

@@ -27,6 +27,9 @@ pub struct Flags {
     /// Form of the log on stderr: compact, pretty or json
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
+    /// Keep the log in this file, at most 80 MiB of it, instead of on stderr
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<String>,
     /// Configuration file [default: ~/.config/alloy/worker.toml]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -58,6 +61,8 @@ pub struct Config {
     pub image: String,
     pub labels: Labels,
     pub log_format: LogFormat,
+    /// Absent: stderr.
+    pub log_file: Option<PathBuf>,
     pub limits: Limits,
 }
 
@@ -68,6 +73,7 @@ const SLOTS: Key = Key { name: "vm_pool_size", flag: Some("--slots"), variable: 
 const IMAGE: Key = Key { name: "base_image", flag: None, variable: Some("TART_BASE_IMAGE") };
 const LABELS: Key = Key { name: "labels", flag: Some("--label"), variable: Some("ALLOY_LABELS") };
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
+const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
 const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
 
 const DEFAULT_IMAGE: &str = "ghcr.io/cirruslabs/macos-sonoma-xcode:latest";
@@ -85,6 +91,7 @@ impl Config {
             image: DEFAULT_IMAGE.to_owned(),
             labels: Labels::default(),
             log_format: LogFormat::Compact,
+            log_file: None,
             limits: Limits::default(),
         }
     }
@@ -105,10 +112,14 @@ impl Config {
         let labels = layers.take(LABELS, String::new(), |text| parse_labels(text).map(|_| text.to_owned()));
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
         let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
+        let log_file = layers.take(LOG_FILE, String::new(), |text| Ok(text.to_owned()));
         let scale = layers.take(TIME_SCALE, 1, parse("is no whole number"));
         if !Path::new(&state_dir).is_absolute() {
             let why = "is no absolute path, and without HOME there is no default".to_owned();
             layers.problem(STATE_DIR.name, layers.origin(STATE_DIR), why);
+        }
+        if !log_file.is_empty() && !Path::new(&log_file).is_absolute() {
+            layers.problem(LOG_FILE.name, layers.origin(LOG_FILE), "is no absolute path".to_owned());
         }
         if slots == 0 || slots > limits::SLOTS_MAX {
             layers.problem(SLOTS.name, layers.origin(SLOTS), format!("is 1 to {}", limits::SLOTS_MAX));
@@ -128,6 +139,7 @@ impl Config {
             image,
             labels: parse_labels(&labels).unwrap_or_default(),
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),
+            log_file: Some(log_file).filter(|path| !path.is_empty()).map(PathBuf::from),
             limits,
         };
         layers.finish().map(|settings| (config, settings))
@@ -157,6 +169,7 @@ fn given(flags: &Flags) -> Vec<(&'static str, String)> {
         ("--provider", &flags.provider),
         ("--slots", &flags.slots),
         ("--log-format", &flags.log_format),
+        ("--log-file", &flags.log_file),
     ];
     let mut given: Vec<_> = texts.into_iter().filter_map(|(flag, text)| Some((flag, text.clone()?))).collect();
     if !flags.labels.is_empty() {
@@ -240,13 +253,15 @@ mod tests {
             ("VM_POOL_SIZE", "0"),
             ("ALLOY_PROVIDER", "docker"),
             ("ALLOY_STATE_DIR", "here"),
+            ("ALLOY_LOG_FILE", "here.log"),
             ("ORCHESTRATOR_URL", "farm"),
             ("ALLOY_LABELS", "x"),
             ("ALLOY_TIME_SCALE", "21"),
         ];
         let problems = resolve(Flags::default(), &variables, "vm_pol_size = 1\n").unwrap_err();
         let names: Vec<&str> = problems.iter().map(|problem| problem.name.as_str()).collect();
-        for name in ["vm_pool_size", "provider", "state_dir", "url", "labels", "time_scale", "vm_pol_size"] {
+        for name in ["vm_pool_size", "provider", "state_dir", "log_file", "url", "labels", "time_scale", "vm_pol_size"]
+        {
             assert!(names.contains(&name), "{name}: {problems:?}");
         }
         let text = problems.iter().map(ToString::to_string).collect::<String>();

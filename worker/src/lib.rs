@@ -4,11 +4,15 @@
 //! holds the VMs, [`spool`] what must survive. [`serve`] is the daemon whole; [`Daemon::run`] the same on other seams.
 
 pub mod artifacts;
+pub mod care;
 pub mod config;
+pub mod doctor;
 pub mod executor;
 pub mod guard;
 pub mod host;
+pub mod install;
 pub mod job_env;
+pub mod log_file;
 pub mod program;
 pub mod provider;
 pub mod session;

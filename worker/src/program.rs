@@ -1,20 +1,26 @@
 //! S: the worker's verbs, for its own binary and for `alloy worker`: run the daemon, join a farm.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use alloy_shared::config::File;
-use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry};
+use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry, telemetry_into};
 
 use crate::config::{Config, Flags, default_dir, default_file};
+use crate::log_file::LogFile;
 use crate::session::drive::Over;
 use crate::{Daemon, JoinError, RunError, join};
 
 /// The daemon's exit code when the farm refuses this worker: `alloy`'s own for a credential that is not taken.
 pub const REFUSED: u8 = 4;
+
+const LEVEL: &str = "info";
+/// A supervisor's file of our standard error, before it is emptied.
+const STDERR_MAX: u64 = 1 << 20;
 
 #[derive(Debug, Clone, clap::Args)]
 pub struct Join {
@@ -39,7 +45,7 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
         Ok(config) => config,
         Err(problems) => return complain(&problems, ExitCode::from(2)),
     };
-    if let Err(error) = telemetry(config.log_format, "info") {
+    if let Err(error) = start_log(&config) {
         return complain(&error, ExitCode::from(2));
     }
     let daemon = match Daemon::open(config) {
@@ -71,6 +77,23 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     if refused.load(Ordering::Relaxed) { ExitCode::from(REFUSED) } else { code }
 }
 
+fn start_log(config: &Config) -> Result<(), String> {
+    let Some(path) = &config.log_file else { return telemetry(config.log_format, LEVEL) };
+    let file = LogFile::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    empty_stderr();
+    telemetry_into(config.log_format, LEVEL, Box::new(file))
+}
+
+/// What a supervisor collects of a worker with a log of its own is what was said before the log was open, and panics. It
+/// is emptied once it is long, since nobody rotates it.
+fn empty_stderr() {
+    let Ok(stderr) = std::io::stderr().as_fd().try_clone_to_owned().map(std::fs::File::from) else { return };
+    if stderr.metadata().is_ok_and(|meta| meta.is_file() && meta.len() > STDERR_MAX) {
+        // One that cannot be emptied grows on.
+        let _ = stderr.set_len(0);
+    }
+}
+
 /// Enrols this machine.
 pub async fn enrol(verb: &Join) -> ExitCode {
     let state_dir = match verb.state_dir.clone().or_else(|| default_dir(&variables())) {
@@ -99,18 +122,22 @@ fn start_line(state_dir: &Path) -> String {
     format!("worker run --provider host --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
 }
 
-fn variables() -> BTreeMap<String, String> {
+pub(crate) fn variables() -> BTreeMap<String, String> {
     // A variable that is no text is none of ours.
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect()
 }
 
-fn resolve(flags: &Flags) -> Result<Config, String> {
-    let variables = variables();
+pub(crate) fn resolve(flags: &Flags) -> Result<Config, String> {
+    resolve_for(flags, &variables())
+}
+
+/// The configuration of a worker that will have these variables.
+pub(crate) fn resolve_for(flags: &Flags, variables: &BTreeMap<String, String>) -> Result<Config, String> {
     let file = match &flags.config {
         Some(path) => Some(read(path).map_err(|error| format!("{}: {error}", path.display()))?),
-        None => match default_file(&variables).map(|path| (read(&path), path)) {
+        None => match default_file(variables).map(|path| (read(&path), path)) {
             Some((Ok(file), _)) => Some(file),
             Some((Err(error), path)) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(format!("{}: {error}", path.display()));
@@ -118,7 +145,7 @@ fn resolve(flags: &Flags) -> Result<Config, String> {
             Some(_) | None => None,
         },
     };
-    match Config::resolve(flags, &variables, file) {
+    match Config::resolve(flags, variables, file) {
         Ok((config, _)) => Ok(config),
         Err(problems) => {
             let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
@@ -131,7 +158,7 @@ fn read(path: &Path) -> std::io::Result<File> {
     Ok(File { path: path.display().to_string(), text: std::fs::read_to_string(path)? })
 }
 
-fn complain(what: &str, code: ExitCode) -> ExitCode {
+pub(crate) fn complain(what: &str, code: ExitCode) -> ExitCode {
     for line in what.lines() {
         eprintln!("worker: {line}");
     }

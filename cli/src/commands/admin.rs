@@ -23,6 +23,10 @@ pub(crate) enum WorkerVerb {
     Join(crate::farm::here::JoinArgs),
     #[cfg(feature = "farm")]
     Run(Box<crate::farm::here::RunArgs>),
+    #[cfg(feature = "farm")]
+    Doctor(Box<crate::farm::here::DoctorArgs>),
+    #[cfg(feature = "farm")]
+    Install(Box<crate::farm::here::InstallArgs>),
     #[command(visible_alias = "ls")]
     List,
     Drain(DrainArgs),
@@ -111,6 +115,10 @@ pub(crate) async fn worker(app: &App, verb: &WorkerVerb) -> Result<i32, Failure>
         WorkerVerb::Join(args) => crate::farm::here::join(app, args).await,
         #[cfg(feature = "farm")]
         WorkerVerb::Run(args) => crate::farm::here::run(app, args).await,
+        #[cfg(feature = "farm")]
+        WorkerVerb::Doctor(args) => crate::farm::here::doctor(app, args).await,
+        #[cfg(feature = "farm")]
+        WorkerVerb::Install(args) => crate::farm::here::install(args).await,
         WorkerVerb::List => list(app, Hosted::open_to_read(app).await?.farm()).await,
         WorkerVerb::Drain(args) => drain(app, Hosted::open_to_read(app).await?.farm(), args).await,
         WorkerVerb::Resume(args) => resume(app, Hosted::open_to_read(app).await?.farm(), args).await,

@@ -93,8 +93,35 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
         return Err(Failure::usage("a worker goes to the farm that it joined")
             .hint("alloy worker join URL TOKEN   joins another; ORCHESTRATOR_URL names the same farm's new address"));
     }
-    let code = worker::program::run(&args.flags, own_binary()?).await;
-    Ok(if code == ExitCode::SUCCESS {
+    Ok(exit_code(worker::program::run(&args.flags, own_binary()?).await))
+}
+
+/// Look whether this machine can be a good worker; exits 1 if something is wrong, 0 if not or only a warning
+#[derive(Debug, clap::Args)]
+pub(crate) struct DoctorArgs {
+    #[command(flatten)]
+    verb: worker::care::Doctor,
+}
+
+pub(crate) async fn doctor(app: &App, args: &DoctorArgs) -> Result<i32, Failure> {
+    Ok(exit_code(worker::care::doctor(&args.verb, app.talk.json()).await))
+}
+
+/// Start this machine's worker by itself from now on: a LaunchAgent on a Mac, a systemd unit on Linux
+#[derive(Debug, clap::Args)]
+pub(crate) struct InstallArgs {
+    #[command(flatten)]
+    verb: worker::care::Install,
+}
+
+pub(crate) async fn install(args: &InstallArgs) -> Result<i32, Failure> {
+    let program = own_binary()?.display().to_string();
+    let words = [program.as_str(), "worker", "run"].map(str::to_owned).to_vec();
+    Ok(exit_code(worker::care::install(&args.verb, words).await))
+}
+
+fn exit_code(code: ExitCode) -> i32 {
+    if code == ExitCode::SUCCESS {
         exit::OK
     } else if code == ExitCode::from(2) {
         exit::USAGE
@@ -102,7 +129,7 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
         exit::FORBIDDEN
     } else {
         exit::ERROR
-    })
+    }
 }
 
 /// The binary that knows the guard's subcommand: this one.

@@ -16,8 +16,9 @@ use std::time::Duration;
 
 use self::call::Call;
 pub use self::stream::{FeedItem, LogQuery};
-use crate::env::Env;
+use crate::env::{Env, Ms};
 use crate::id::{JobId, TokenId, WorkerId, printable};
+use crate::limits;
 use crate::secret::Secret;
 use crate::wire::farm::{
     DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest,
@@ -142,6 +143,20 @@ impl Client {
 
     pub async fn info(&self) -> Result<Info, ClientError> {
         self.ask(Call::get(path::INFO)).await
+    }
+
+    /// Asks, without any credential, whether the farm takes requests. The answer is its clock's time to the second, if it
+    /// tells it.
+    pub async fn ready(&self) -> Result<Option<Ms>, ClientError> {
+        let failed = |failure: call::Failure| failure.error;
+        let mut response = self.open(&Call::get(path::READYZ)).await.map_err(failed)?;
+        let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
+        let date = date.and_then(Ms::parse_http_date);
+        let body = self.collect(&mut response, limits::PROBLEM_MAX).await.map_err(failed)?;
+        if body.trim_ascii() != b"ready" {
+            return Err(ClientError::Protocol(format!("what answers at {} is no farm", self.base)));
+        }
+        Ok(date)
     }
 
     pub async fn whoami(&self) -> Result<WhoAmI, ClientError> {

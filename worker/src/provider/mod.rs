@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 pub mod host;
+pub mod tart_probe;
 
 #[async_trait]
 pub trait VmProvider: Send + Sync {

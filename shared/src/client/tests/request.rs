@@ -235,3 +235,21 @@ fn addresses_are_checked_and_never_show_a_password() {
     let error = open("http://farm", "alloy_pat_a\nb").unwrap_err().to_string();
     assert!(error.contains("token") && !error.contains("alloy_pat"), "{error}");
 }
+
+#[tokio::test]
+async fn only_a_farm_is_ready_and_it_tells_the_time() {
+    let date = ("date", "Tue, 14 Nov 2023 22:13:20 GMT");
+    let answers = vec![
+        reply(200, &[date], b"ready\n"),
+        reply(200, &[], b"ready\n"),
+        reply(200, &[date], b"<html>please log in</html>"),
+        problem(ErrorCode::Unavailable),
+    ];
+    let bench = Bench::new();
+    let server = Server::start(script(answers)).await;
+    let client = bench.client(&server.url);
+    assert_eq!(client.ready().await, Ok(Some(Ms(1_700_000_000_000))));
+    assert_eq!(client.ready().await, Ok(None));
+    assert!(client.ready().await.unwrap_err().to_string().contains("is no farm"));
+    assert_eq!(client.ready().await.unwrap_err().problem().map(|problem| problem.code), Some(ErrorCode::Unavailable));
+}
