@@ -8,6 +8,7 @@ mod images;
 mod job;
 mod prose;
 mod store;
+mod tart;
 mod tidy;
 mod wire;
 mod worker;

@@ -8,3 +8,5 @@ pub mod observe;
 pub mod pg;
 pub mod process;
 pub mod proxy;
+pub mod sim_host;
+pub mod tart;
