@@ -9,10 +9,10 @@ mod commands;
 mod exec;
 mod json;
 mod life;
-// mod state;
+mod state;
 
-// mod faults;
-// mod host;
-// mod isolation;
-// mod pull;
-// mod softnet;
+mod faults;
+mod host;
+mod isolation;
+mod pull;
+mod softnet;

@@ -149,11 +149,14 @@ impl SimHost {
         Ok(digest)
     }
 
-    /// Replaces the fault rules; those at the same place with the same words keep their counts.
+    /// Replaces the fault rules; nothing was counted for the new ones yet.
     pub fn faults(&self, rules: &[Value]) {
         let path = self.dir().join("faults.json");
         let part = path.with_extension("part");
         fs::write(&part, serde_json::to_vec(rules).expect("rules are JSON")).expect("a file");
+        // Without rules nothing counts, so no invocation can meet new rules with old counts.
+        let _ = fs::remove_file(&path);
+        let _ = fs::remove_file(path.with_extension("counts"));
         fs::rename(part, path).expect("a file");
     }
 

@@ -163,7 +163,11 @@ impl Kit {
 
     /// A running clone whose agent answers.
     pub(crate) fn boot(&self, flags: &[&str]) -> Run<'_> {
-        let run = self.start(&self.vm(), flags);
+        self.boot_named(&self.vm(), flags)
+    }
+
+    pub(crate) fn boot_named(&self, name: &str, flags: &[&str]) -> Run<'_> {
+        let run = self.start(name, flags);
         run.ready();
         run
     }
