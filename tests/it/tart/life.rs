@@ -26,7 +26,7 @@ fn a_run_is_silent_listed_as_running_and_holds_the_lock() {
     };
     let mut found = asked;
     nix::fcntl::fcntl(&config, nix::fcntl::FcntlArg::F_GETLK(&mut found)).expect("F_GETLK");
-    assert_eq!((i32::from(found.l_type), found.l_pid), (nix::libc::F_WRLCK as i32, run.pid()));
+    assert_eq!((i32::from(found.l_type), found.l_pid), (nix::libc::F_WRLCK, run.pid()));
 
     kit.tart(&["run", &vm, "--no-graphics"]).is(2, "", &format!("VM \"{vm}\" is already running!\n"));
     kit.tart(&["delete", &vm]).is(1, "", &format!("VM \"{vm}\" is running\n"));

@@ -115,10 +115,11 @@ fn helper(spec: &Spec) -> anyhow::Result<u8> {
 fn init(spec: &Spec) -> anyhow::Result<u8> {
     watch::block(&[Signal::SIGCHLD, Signal::SIGUSR1, Signal::SIGUSR2]);
     let signals = watch::each(&[Signal::SIGCHLD, Signal::SIGUSR1, Signal::SIGUSR2]);
-    isolate::die_with_parent();
     if spec.isolated {
+        isolate::die_with_parent();
         isolate::enter(spec)?;
     } else {
+        // It must outlive `run` to clean up: the end of the channel tells it.
         isolate::become_reaper();
         isolate::lay_out(spec)?;
     }

@@ -1,6 +1,6 @@
 //! The softnet child of a run, and the checks of the control descriptor.
 
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -77,8 +77,9 @@ pub(crate) fn start(sim: &Sim, vm: &VmDir, config: &Config, network: &Network) -
     let faults = Faults::of(sim, "softnet", &vm.name);
     let program = if find(&faults, "missing").is_some() { None } else { find_in_path("softnet") };
     let program = program.ok_or_else(|| failed("softnet not found in PATH"))?;
-    // Frames of a guest without a network are none: only the end of the cable matters.
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC)?;
+    // The real cable carries datagrams, but of those not every system tells when the other end has gone, and there are no
+    // frames of a guest without a network.
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
     let mut command = std::process::Command::new(program);
     command.args(["--vm-fd", "0", "--vm-mac-address", &config.mac_address]).args(options);
     if *host_only {
@@ -102,7 +103,6 @@ pub(crate) fn start(sim: &Sim, vm: &VmDir, config: &Config, network: &Network) -
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         }
     }
-    debug_assert!(ours.as_raw_fd() > 2);
     Ok(Some(Softnet { command, cable: ours }))
 }
 
