@@ -11,6 +11,7 @@ mod json;
 mod life;
 mod state;
 
+mod agent;
 mod faults;
 mod host;
 mod isolation;

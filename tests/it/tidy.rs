@@ -158,6 +158,20 @@ fn only_its_provider_speaks_to_tart() {
 }
 
 #[test]
+fn the_simulated_tart_shares_nothing_with_what_it_tests() {
+    // Message types in common would agree on a mistake.
+    let ours = ["worker", "orchestrator", "alloy_shared", "alloy_cli"];
+    let simulator = |file: &&File| file.path.starts_with("tests/src/tart/") || file.path.ends_with("bin/tart.rs");
+    let files: Vec<_> = all_files();
+    let wrong: Vec<_> = files
+        .iter()
+        .filter(simulator)
+        .flat_map(|file| ours.iter().filter_map(|name| file.finds(&format!("{name}::"))))
+        .collect();
+    assert!(files.iter().filter(simulator).count() > 20 && wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
 fn files_and_functions_stay_small() {
     let mut wrong = Vec::new();
     for file in all_files() {

@@ -102,7 +102,9 @@ impl SimHost {
     pub fn env(&self) -> Vec<(String, String)> {
         let text = |path: PathBuf| path.to_str().expect("a temporary directory has a plain name").to_owned();
         let machine = std::env::var("PATH").unwrap_or_else(|_| "/usr/bin:/bin".into());
-        let hidden: Vec<_> = self.setup.hidden.iter().map(|path| path.display().to_string()).collect();
+        // Of other hosts on this machine a guest shall see nothing either.
+        let hidden = self.setup.hidden.iter().cloned().chain([std::env::temp_dir()]);
+        let hidden: Vec<_> = hidden.map(|path| path.display().to_string()).collect();
         let mut env = vec![
             ("PATH", format!("{}:{machine}", text(self.bin()))),
             ("HOME", text(self.dir().join("user"))),

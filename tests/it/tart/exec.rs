@@ -7,6 +7,8 @@ use nix::sys::signal::Signal;
 
 use super::kit::{Kit, killed_by, output};
 
+const SHA256: &str = "if command -v sha256sum >/dev/null; then exec sha256sum; else exec shasum -a 256; fi";
+
 #[test]
 fn the_exit_code_and_both_streams_are_those_of_the_command() {
     let kit = Kit::any();
@@ -55,7 +57,7 @@ fn stdin_is_the_null_device_or_streamed_to_its_end() {
     let kit = Kit::any();
     let run = kit.boot(&[]);
     assert_eq!(run.exec(&["cat"]).ok(), "", "4.2: without -i the child's stdin is the null device");
-    let mut command = kit.command(&["exec", "-i", &run.name, "sha256sum"]);
+    let mut command = kit.command(&["exec", "-i", &run.name, "/bin/sh", "-c", SHA256]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("tart starts");
     let sent: Vec<u8> = alloy_tests::noise::blocks(3, 10 << 20).flatten().collect();
     child.stdin.take().expect("a pipe").write_all(&sent).expect("it reads");

@@ -86,8 +86,6 @@ fn a_guest_that_reboots_keeps_its_run_and_comes_back() {
     let kit = Kit::any();
     let run = kit.boot(&[]);
     run.shell("echo kept > $HOME/kept; echo volatile > /tmp/volatile; sync").ok();
-    let boot = |run: &super::kit::Run<'_>| run.shell("cat /proc/sys/kernel/ns_last_pid || sysctl -n kern.boottime");
-    boot(&run).ok();
     let _ = run.shell("sudo reboot");
     kit.wait_for("the rebooted agent answers", || run.shell("test ! -e /tmp/volatile").status.success());
     assert_eq!(run.shell("cat $HOME/kept").ok(), "kept\n");
@@ -130,7 +128,7 @@ fn nothing_of_a_guest_survives_the_death_of_its_run() {
     let shared = kit.scratch().join("pulse");
     std::fs::create_dir(&shared).expect("a directory");
     let run = kit.boot(&[&format!("--dir=pulse:{}", shared.display())]);
-    let beat = "cd '/Volumes/My Shared Files/pulse' && (setsid sh -c 'while :; do date +%N > beat; done' \
+    let beat = "cd '/Volumes/My Shared Files/pulse' && (nohup sh -c 'while :; do date > beat; done' \
                 >/dev/null 2>&1 </dev/null &) ; while [ ! -s beat ]; do :; done";
     run.shell(beat).ok();
     run.signal(Signal::SIGKILL);

@@ -92,9 +92,10 @@ pub(crate) fn grant(sim: &Sim, mac: &str, mut usable: impl FnMut(Ipv4Addr) -> bo
     let network =
         sim.host.as_os_str().as_encoded_bytes().iter().fold(7_u32, |sum, b| sum.wrapping_mul(31) + u32::from(*b));
     let base = u32::from(Ipv4Addr::new(127, 64, 0, 0)) + ((network & 0x3fff) << 8);
-    let ip = had
-        .or_else(|| (2..255).map(|last| Ipv4Addr::from(base + last)).find(|ip| !taken.contains(ip) && usable(*ip)))
-        .ok_or_else(|| Failure::Error("no address is left".into()))?;
+    let free = || (2..255).map(|last| Ipv4Addr::from(base + last)).filter(|ip| !taken.contains(ip));
+    // Where the machine's own sshd has the port on every address, guests are without SSH.
+    let ip = had.or_else(|| free().find(|ip| usable(*ip))).or_else(|| free().next());
+    let ip = ip.ok_or_else(|| Failure::Error("no address is left".into()))?;
     leases.retain(|lease| lease.mac != mac);
     let expiry = wall_ms() / 1000 + sim.scaled(LEASE_SECONDS).as_secs().max(2) as i64;
     leases.push(Lease { ip, mac: mac.to_owned(), expiry });
