@@ -5,15 +5,16 @@
 
 mod kit;
 
+mod agent;
 mod commands;
 mod exec;
 mod json;
 mod life;
 mod state;
 
-mod agent;
 mod faults;
 mod host;
 mod isolation;
 mod pull;
+mod releases;
 mod softnet;

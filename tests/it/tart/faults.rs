@@ -1,7 +1,7 @@
 //! Every fault of the contract's table 10.4 can be injected and looks as the table says. What a worker must make of it is
 //! the driver's test.
 
-use alloy_tests::sim_host::{Profile, Setup};
+use alloy_tests::sim_host::Setup;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -343,16 +343,4 @@ fn rules_match_by_name_and_count_across_processes() {
     assert_eq!((code("x-a"), code("x-b")), (Some(0), Some(0)));
     assert_eq!((code("y-b"), code("y-a"), code("y-b"), code("z-b")), (Some(9), Some(0), Some(9), Some(0)));
     kit.tart(&["delete", "x-a", "x-b", "y-a", "z-b"]).is(0, "", "");
-}
-
-#[test]
-fn a_vanilla_image_has_no_agent_and_an_old_one_no_environment() {
-    let kit = Kit::sim(Setup::default());
-    kit.host().publish("registry.test/alloy/vanilla:latest", &Profile::vanilla()).unwrap();
-    let vm = kit.name();
-    kit.tart(&["clone", "registry.test/alloy/vanilla:latest", &vm]).ok();
-    let run = kit.start(&vm, &[]);
-    kit.tart(&["ip", "--wait", "60", &vm]).ok();
-    run.exec(&["true"]).fails(1, "is the Tart Guest Agent running?");
-    run.stop();
 }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 
-use alloy_tests::sim_host::Setup;
 use serde_json::Value;
 
 use super::kit::Kit;
@@ -82,30 +81,4 @@ fn version_is_bare_and_help_names_the_flags_that_a_probe_looks_for() {
     assert!(help("clone").contains("--prune-limit") && help("set").contains("--random-mac"));
     let root = kit.tart(&["--help"]).ok().to_owned();
     assert!(root.contains("SUBCOMMANDS:") && root.contains("exec") && !root.contains("fqn"), "{root}");
-}
-
-#[test]
-fn releases_differ_in_schema_and_flags() {
-    for (version, size, overwrite, control) in
-        [("2.30.0", "SizeOnDisk", false, false), ("2.35.0", "Size", false, true), ("2.40.0", "Size", true, true)]
-    {
-        let kit = Kit::sim(Setup { version, ..Setup::default() });
-        assert_eq!(kit.tart(&["--version"]).ok(), format!("{version}\n"));
-        let vm = kit.vm();
-        let all = kit.list();
-        let entry = all.iter().find(|entry| entry["Name"] == *vm).expect("it is listed");
-        assert!(entry[size].is_u64(), "{version}: {entry}");
-        assert_eq!(entry["Accessed"].is_string(), version != "2.30.0", "{entry}");
-        let help = |command: &str| kit.tart(&[command, "--help"]).ok().to_owned();
-        assert_eq!(help("clone").contains("--overwrite"), overwrite, "{version}");
-        assert_eq!(help("run").contains("--net-softnet-control-fd"), control, "{version}");
-        // 1.2: onto an existing name, silently or not at all.
-        let again = kit.tart(&["clone", kit.image(), &vm]);
-        if overwrite {
-            again.fails(64, &format!("VM \"{vm}\" already exists, use --overwrite to replace it"));
-            kit.tart(&["clone", kit.image(), &vm, "--overwrite"]).is(0, "", "");
-        } else {
-            again.is(0, "", "");
-        }
-    }
 }

@@ -4,7 +4,7 @@ use std::process::{Child, Stdio};
 
 use nix::sys::signal::Signal;
 
-use super::kit::Kit;
+use super::kit::{Kit, killed_by};
 
 const SUSPENDED: &str = "pausing VM to take a snapshot...\ncreating a snapshot...\n\
                          snapshot created successfully! shutting down the VM...\n";
@@ -152,7 +152,8 @@ fn a_signal_before_the_boot_is_over_frees_the_name() {
         let run = kit.start(&kit.vm(), &[]);
         let vm = run.name.clone();
         run.signal(signal);
-        run.end();
+        assert!(killed_by(&run.end(), signal));
+        assert_eq!(kit.state(&vm), "stopped");
         kit.tart(&["delete", &vm]).is(0, "", "");
         assert!(!kit.vm_dir(&vm).exists(), "{signal}");
     }
