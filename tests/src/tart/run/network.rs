@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, getpeername, getsockopt, socketpair, sockopt};
+use nix::sys::socket::{AddressFamily, SockType, UnixAddr, getpeername, getsockopt, sockopt};
 use tokio::process::{Child, Command};
 
 use crate::tart::context::Sim;
@@ -79,13 +79,13 @@ pub(crate) fn start(sim: &Sim, vm: &VmDir, config: &Config, network: &Network) -
     let program = program.ok_or_else(|| failed("softnet not found in PATH"))?;
     // The real cable carries datagrams, but of those not every system tells when the other end has gone, and there are no
     // frames of a guest without a network.
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     let mut command = std::process::Command::new(program);
     command.args(["--vm-fd", "0", "--vm-mac-address", &config.mac_address]).args(options);
     if *host_only {
         command.args(["--vm-net-type", "host"]);
     }
-    command.env("SIM_TART_VM", &vm.name).env("SIM_TART_HOST", &sim.host).stdin(Stdio::from(theirs));
+    command.env("SIM_TART_VM", &vm.name).env("SIM_TART_HOST", &sim.host).stdin(OwnedFd::from(theirs));
     if let Some(fault) = faults.first() {
         command.env("SIM_SOFTNET_FAULT", &fault.name);
         if let Some(file) = fault.text("file") {
@@ -103,7 +103,7 @@ pub(crate) fn start(sim: &Sim, vm: &VmDir, config: &Config, network: &Network) -
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         }
     }
-    Ok(Some(Softnet { command, cable: ours }))
+    Ok(Some(Softnet { command, cable: ours.into() }))
 }
 
 fn find_in_path(name: &str) -> Option<PathBuf> {
