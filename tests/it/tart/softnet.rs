@@ -160,3 +160,23 @@ fn without_a_working_softnet_a_run_fails_and_never_falls_back() {
     kit.host().uninstall("softnet").unwrap();
     run(None, &["--net-softnet"]).is(1, "", missing);
 }
+
+#[test]
+fn a_control_channel_can_refuse_or_say_nothing() {
+    let kit = Kit::sim(Setup::default());
+    kit.host().faults(&[
+        json!({"command": "softnet", "fault": "conflict"}),
+        json!({"command": "softnet", "fault": "no_reply", "skip": 1}),
+    ]);
+    let set = json!({"jsonrpc": "2.0", "id": 1, "method": "softnet.policy.set", "params": {"allow": [], "block": []}});
+    let (run, mut control) = controlled(&kit, &[]);
+    assert_eq!(control.ask(&set)["error"]["code"], -32001);
+    run.stop();
+    let (run, control) = controlled(&kit, &[]);
+    writeln!(&control.stream, "{set}").unwrap();
+    kit.wait_for("it has obeyed", || policy(&kit, &run.name).sets == 1);
+    control.stream.set_nonblocking(true).unwrap();
+    let silent = std::io::Read::read(&mut &control.stream, &mut [0; 1]).unwrap_err();
+    assert_eq!(silent.kind(), std::io::ErrorKind::WouldBlock);
+    run.stop();
+}
