@@ -9,6 +9,9 @@ use alloy_shared::id::Labels;
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::runtime::LogFormat;
 
+use crate::provider::Shape;
+use crate::provider::tart::Settings;
+
 /// What the command line of `worker run` may say. Everything else comes from the environment or the file.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Flags {
@@ -59,6 +62,7 @@ pub struct Config {
     pub slots: usize,
     /// What VMs are cloned from unless a job says otherwise.
     pub image: String,
+    pub tart: Settings,
     pub labels: Labels,
     pub log_format: LogFormat,
     /// Absent: stderr.
@@ -76,6 +80,15 @@ const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), va
 const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
 const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
 
+const TART: Key = Key { name: "tart", flag: None, variable: Some("ALLOY_TART") };
+const TART_HOME: Key = Key { name: "tart_home", flag: None, variable: Some("TART_HOME") };
+const VM_CPUS: Key = Key { name: "vm_cpus", flag: None, variable: Some("ALLOY_VM_CPUS") };
+const VM_MEMORY: Key = Key { name: "vm_memory_mib", flag: None, variable: Some("ALLOY_VM_MEMORY_MIB") };
+const UNFILTERED: Key =
+    Key { name: "allow_unfiltered_network", flag: None, variable: Some("ALLOY_ALLOW_UNFILTERED_NETWORK") };
+const GUEST_USER: Key = Key { name: "guest_user", flag: None, variable: Some("ALLOY_GUEST_USER") };
+const GUEST_PASSWORD: Key = Key { name: "guest_password", flag: None, variable: Some("ALLOY_GUEST_PASSWORD") };
+
 const DEFAULT_IMAGE: &str = "ghcr.io/cirruslabs/macos-sonoma-xcode:latest";
 const DEFAULT_SLOTS: usize = 2;
 const TIME_SCALE_MAX: u64 = 20;
@@ -89,6 +102,7 @@ impl Config {
             provider: Provider::Host,
             slots: DEFAULT_SLOTS,
             image: DEFAULT_IMAGE.to_owned(),
+            tart: Settings::default(),
             labels: Labels::default(),
             log_format: LogFormat::Compact,
             log_file: None,
@@ -109,6 +123,7 @@ impl Config {
         let provider = layers.take(PROVIDER, Provider::Tart, parse_provider);
         let slots = layers.take(SLOTS, DEFAULT_SLOTS, parse("is no number of slots"));
         let image = layers.take(IMAGE, DEFAULT_IMAGE.to_owned(), |text| Ok(text.trim().to_owned()));
+        let tart = tart_settings(&mut layers, variables);
         let labels = layers.take(LABELS, String::new(), |text| parse_labels(text).map(|_| text.to_owned()));
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
         let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
@@ -137,12 +152,37 @@ impl Config {
             provider,
             slots,
             image,
+            tart,
             labels: parse_labels(&labels).unwrap_or_default(),
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),
             log_file: Some(log_file).filter(|path| !path.is_empty()).map(PathBuf::from),
             limits,
         };
         layers.finish().map(|settings| (config, settings))
+    }
+}
+
+fn tart_settings(layers: &mut Layers, variables: &BTreeMap<String, String>) -> Settings {
+    let standard = Settings::default();
+    let home = variables.get("HOME").map(|home| format!("{home}/.tart")).unwrap_or_default();
+    let program = layers.take(TART, standard.program.display().to_string(), |text| Ok(text.to_owned()));
+    let home = layers.take(TART_HOME, home, |text| Ok(text.to_owned()));
+    let cpus = layers.take(VM_CPUS, 0, parse("is no number of CPUs"));
+    let memory_mib = layers.take(VM_MEMORY, 0, parse("is no number of MiB"));
+    let unfiltered = layers.take(UNFILTERED, false, parse("is neither `true` nor `false`"));
+    let guest_user = layers.take(GUEST_USER, standard.guest_user, |text| Ok(text.to_owned()));
+    let password = layers.take_secret(GUEST_PASSWORD, "is empty", |text| (!text.is_empty()).then(|| text.to_owned()));
+    if (1..4).contains(&cpus) {
+        layers.problem(VM_CPUS.name, layers.origin(VM_CPUS), "is 4 or more: macOS guests freeze with fewer".to_owned());
+    }
+    let given = |n: u32| Some(n).filter(|n| *n > 0);
+    Settings {
+        program: PathBuf::from(program),
+        home: PathBuf::from(home),
+        shape: Shape { cpus: given(cpus), memory_mib: given(memory_mib) },
+        unfiltered,
+        guest_user,
+        guest_password: password.unwrap_or(standard.guest_password),
     }
 }
 

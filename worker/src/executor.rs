@@ -430,7 +430,7 @@ fn vm_ended(error: &VmError) -> Ended {
         (VmFault::File, Blame::User) => Reason::SourceError,
         (VmFault::NoImage | VmFault::Network, Blame::Policy) => Reason::ConfigError,
         (VmFault::NoImage | VmFault::Pull, _) => Reason::ImagePullFailure,
-        (VmFault::Start | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
+        (VmFault::Start | VmFault::Host | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
         (VmFault::Lost, _) => Reason::VmLost,
         (VmFault::File, Blame::Farm | Blame::Policy) => Reason::InternalError,
     };

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use alloy_shared::runtime::uptime;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
@@ -54,7 +55,13 @@ pub struct Launch {
     pub env: Vec<(String, String)>,
     pub dir: String,
     pub vm_dir: String,
+    /// A Unix socket to connect to; the command inherits the connection as [`CONTROL_FD`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<String>,
 }
+
+/// Above every descriptor that a guard has of its own.
+pub const CONTROL_FD: i32 = 100;
 
 /// From the daemon, a line each.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -222,6 +229,27 @@ fn outlive_stop_signals() -> std::io::Result<()> {
     Ok(())
 }
 
+/// Connects to a socket in a way that a child process inherits.
+fn inherit(socket: &str) -> std::io::Result<OwnedControl> {
+    let connection = std::os::unix::net::UnixStream::connect(socket)?;
+    match fcntl(&connection, FcntlArg::F_DUPFD(CONTROL_FD))? {
+        CONTROL_FD => Ok(OwnedControl),
+        other => {
+            let _closed = nix::unistd::close(other);
+            Err(std::io::Error::other("its descriptor is taken"))
+        }
+    }
+}
+
+/// [`CONTROL_FD`], open as long as this lives.
+struct OwnedControl;
+
+impl Drop for OwnedControl {
+    fn drop(&mut self) {
+        let _closed = nix::unistd::close(CONTROL_FD);
+    }
+}
+
 /// Starts the command in a process group of its own, with the log as its output and nothing as its input.
 fn start(launch: &Launch) -> Result<Pid, (i32, String)> {
     let failed = |what: &str, error: &std::io::Error| (126, format!("{what}: {error}"));
@@ -229,6 +257,7 @@ fn start(launch: &Launch) -> Result<Pid, (i32, String)> {
     let path = launch.env.iter().find(|(key, _)| key == "PATH").map_or("", |(_, path)| path.as_str());
     let program = find_program(name, path, Path::new(&launch.dir))?;
     let log = std::io::stderr().as_fd().try_clone_to_owned().map_err(|error| failed("log", &error))?;
+    let _inherited = launch.control.as_deref().map(inherit).transpose().map_err(|error| failed("control", &error))?;
     let mut command = Command::new(program);
     command
         .arg0(name)

@@ -39,6 +39,7 @@ use crate::config::{Config, Provider};
 use crate::executor::{Ctx, run_attempt};
 use crate::host::{HostError, HostFacts, Identity, Key, StateDir};
 use crate::provider::host::{HOST_IMAGE, Host, Setup};
+use crate::provider::tart::{self, TartHost};
 use crate::provider::{ImageRef, VmError, VmProvider};
 use crate::session::drive::{Me, Over, Seams, drive};
 use crate::session::{Core, Fence, INPUT_QUEUE, Input, Inputs};
@@ -62,10 +63,8 @@ pub enum RunError {
     Farm(ClientError),
     #[error("{0}")]
     Provider(VmError),
-    #[error(
-        "the tart provider is not in this build; ALLOY_PROVIDER=host runs jobs on this machine itself, without any isolation"
-    )]
-    NoTart,
+    #[error("{0}\nALLOY_PROVIDER=host runs jobs on this machine itself, without any isolation")]
+    NoTart(VmError),
     #[error("the session ended: {0}")]
     Over(Over),
 }
@@ -97,9 +96,19 @@ impl Daemon {
     }
 
     /// The provider that the configuration names. There is no other if it is not there.
-    fn provider(&self, env: &Arc<dyn Env>, guard: PathBuf) -> Result<Arc<dyn VmProvider>, RunError> {
+    async fn provider(&self, env: &Arc<dyn Env>, guard: PathBuf) -> Result<Arc<dyn VmProvider>, RunError> {
         match self.config.provider {
-            Provider::Tart => Err(RunError::NoTart),
+            Provider::Tart => {
+                let setup = tart::Setup {
+                    settings: self.config.tart.clone(),
+                    state_dir: self.state.path().to_owned(),
+                    guard,
+                    env: Arc::clone(env),
+                    fence: self.fence.watch(),
+                    boot_ms: self.config.limits.boot_ms,
+                };
+                Ok(Arc::new(TartHost::open(setup).await.map_err(RunError::NoTart)?))
+            }
             Provider::Host => {
                 tracing::warn!("jobs run on this machine itself, as this user, without any isolation");
                 let setup = Setup {
@@ -226,7 +235,7 @@ impl Daemon {
 
 /// The daemon whole: the configured provider and the network. `guard` is a binary that knows [`guard::SUBCOMMAND`].
 pub async fn serve(daemon: Daemon, env: Arc<dyn Env>, life: &Lifecycle, guard: PathBuf) -> Result<(), RunError> {
-    let provider = daemon.provider(&env, guard)?;
+    let provider = daemon.provider(&env, guard).await?;
     let upstream = Https::new(daemon.url(), daemon.identity.worker, Arc::clone(&env)).map_err(RunError::Farm)?;
     daemon.run(env, life, provider, Arc::new(upstream)).await
 }
@@ -334,7 +343,7 @@ mod tests {
         let env = Arc::new(SystemEnv::new(life.clone()));
         let daemon = Daemon::open(config).unwrap();
         let error = serve(daemon, env, &life, PathBuf::from("/nowhere")).await.unwrap_err();
-        assert!(error.to_string().contains("not in this build"), "{error}");
+        assert!(error.to_string().contains("tart"), "{error}");
     }
 
     #[tokio::test]

@@ -132,6 +132,10 @@ impl VmProvider for Host {
     async fn restrict(&self, _vm: &VmName, network: &NetworkPolicy) -> Result<(), VmError> {
         match network {
             NetworkPolicy::Default => Ok(()),
+            NetworkPolicy::None | NetworkPolicy::Only(_) => {
+                let why = "this worker runs jobs on the host, whose network it cannot restrict";
+                Err(VmError::policy(VmFault::Network, why))
+            }
         }
     }
 
@@ -208,7 +212,7 @@ impl HostGuest {
             "" => self.workspace.clone(),
             below => format!("{}/{below}", self.workspace),
         };
-        Launch { argv, env: env.into_iter().collect(), dir, vm_dir: self.dir.display().to_string() }
+        Launch { argv, env: env.into_iter().collect(), dir, vm_dir: self.dir.display().to_string(), control: None }
     }
 }
 

@@ -15,7 +15,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+mod agent;
 pub mod host;
+pub mod tart;
 pub mod tart_probe;
 
 #[async_trait]
@@ -115,11 +117,15 @@ pub struct Shape {
 }
 
 /// Whom a guest may talk to.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum NetworkPolicy {
     /// The provider's own default. VMs: the public internet, no private ranges. The plain host: whatever the host can reach.
     #[default]
     Default,
+    /// Nobody at all.
+    None,
+    /// These IPv4 ranges and nobody else.
+    Only(Vec<String>),
 }
 
 /// One rule of a job's artifacts, checked by [`crate::artifacts::parse`].
@@ -224,6 +230,9 @@ pub enum VmFault {
     Pull,
     #[error("the VM did not start")]
     Start,
+    /// No VM will start here until the host is looked after.
+    #[error("this host cannot run VMs")]
+    Host,
     #[error("the VM is lost")]
     Lost,
     #[error("the network policy is not in force")]

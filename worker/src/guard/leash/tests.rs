@@ -24,6 +24,7 @@ async fn a_command_that_ends_while_orders_are_sent_is_not_lost() {
             env: vec![("PATH".into(), "/bin:/usr/bin".into()), ("HOME".into(), dir.path().display().to_string())],
             dir: dir.path().display().to_string(),
             vm_dir: dir.path().display().to_string(),
+            control: None,
         };
         let orders = async {
             while fence_tx.send(Mono(u64::MAX - 1)).is_ok() {
@@ -68,6 +69,7 @@ async fn a_guard_that_was_told_to_stop_still_runs_and_stops_its_command() {
         env: vec![("PATH".into(), "/bin:/usr/bin".into())],
         dir: place.clone(),
         vm_dir: place,
+        control: None,
     };
     let listen = async {
         assert_eq!(heard.recv().await, Some(ExecOutput::Bytes("up\n".into())));

@@ -1,0 +1,163 @@
+//! S: one run of the `tart` program: its argument list, its environment, its deadline, the last of what it said.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::says::{Ended, Trouble, judge, tail};
+use crate::provider::{VmError, VmFault};
+
+/// What is kept of each stream of a command. Lists of hundreds of VMs fit.
+const KEPT: usize = 1 << 20;
+/// A child of `tart` may hold its streams open after it has ended.
+const DRAIN: Duration = Duration::from_secs(1);
+/// From a polite signal to one that cannot be ignored.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// The commands that only look.
+pub(super) const QUICK: Duration = Duration::from_secs(30);
+/// A copy-on-write clone is done in a second; one that has to copy a whole image is not.
+pub(super) const CLONE: Duration = Duration::from_secs(600);
+pub(super) const STOP: Duration = Duration::from_secs(20);
+
+/// How `tart` is called on this host.
+#[derive(Debug, Clone)]
+pub(super) struct Tart {
+    pub(super) program: PathBuf,
+    pub(super) home: PathBuf,
+}
+
+impl Tart {
+    /// Runs a command to its end, or to its deadline: then it is killed, and that is an error of its own.
+    pub(super) async fn run(&self, args: &[&str], deadline: Duration) -> Result<Ended, VmError> {
+        self.watched(args, deadline, Signal::SIGTERM, None).await
+    }
+
+    /// Like [`Tart::run`], for a command that must succeed: whatever it says otherwise is judged.
+    pub(super) async fn must(&self, args: &[&str], deadline: Duration) -> Result<Result<String, Failed>, VmError> {
+        let ended = self.run(args, deadline).await?;
+        Ok(match ended.status {
+            Some(0) => Ok(ended.out),
+            Some(_) | None => Err(Failed { trouble: judge(&ended), says: tail(&ended) }),
+        })
+    }
+
+    /// Runs a command that may go on as long as it says something new: `silence` is how long it may say nothing. Each
+    /// line is passed to `said`.
+    pub(super) async fn watched(
+        &self,
+        args: &[&str],
+        silence: Duration,
+        polite: Signal,
+        said: Option<Arc<watch::Sender<String>>>,
+    ) -> Result<Ended, VmError> {
+        let what = args.first().copied().unwrap_or_default();
+        let mut child = self.spawn(args)?;
+        let (beat, mut beats) = watch::channel(());
+        let mut talks = said.is_some();
+        let (out, err) = (Kept::default(), Kept::default());
+        let mut readers = JoinSet::new();
+        readers.spawn(out.clone().read(child.stdout.take(), beat.clone(), said));
+        readers.spawn(err.clone().read(child.stderr.take(), beat, None));
+        let status = loop {
+            tokio::select! {
+                biased;
+                status = child.wait() => break status,
+                // Closed streams: only its end is left to wait for.
+                more = beats.changed(), if talks => talks = more.is_ok(),
+                () = tokio::time::sleep(silence) => return Err(late(child, what, polite).await),
+            }
+        };
+        let status = status.map_err(|error| VmError::farm(VmFault::Start, format!("tart {what}: {error}")))?;
+        let _held_open = tokio::time::timeout(DRAIN, async { while readers.join_next().await.is_some() {} }).await;
+        Ok(Ended { status: status.code(), out: out.text(), err: err.text() })
+    }
+
+    fn spawn(&self, args: &[&str]) -> Result<Child, VmError> {
+        let what = args.first().copied().unwrap_or_default();
+        Command::new(&self.program)
+            .args(args)
+            .envs(environment(&self.home))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| {
+                let tail = format!("{} {what} does not start: {error}", self.program.display());
+                VmError { retry: false, ..VmError::farm(VmFault::Host, tail) }
+            })
+    }
+}
+
+/// Why a command that had to succeed did not.
+#[derive(Debug, Clone)]
+pub(super) struct Failed {
+    pub(super) trouble: Trouble,
+    pub(super) says: String,
+}
+
+/// What `tart` must find in its environment: never to prune by itself, never to redraw lines or open windows.
+pub(super) fn environment(home: &Path) -> [(String, String); 3] {
+    [
+        ("TART_HOME".to_owned(), home.display().to_string()),
+        ("TART_NO_AUTO_PRUNE".to_owned(), "1".to_owned()),
+        ("CI".to_owned(), "1".to_owned()),
+    ]
+}
+
+async fn late(mut child: Child, what: &str, polite: Signal) -> VmError {
+    if let Some(pid) = child.id() {
+        let _gone = kill(Pid::from_raw(pid as i32), polite);
+    }
+    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+        let _gone = child.kill().await;
+    }
+    VmError::farm(VmFault::Start, format!("tart {what} did not end in time and was killed"))
+}
+
+/// The last of a stream.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Kept {
+    async fn read(
+        self,
+        stream: Option<impl AsyncRead + Unpin>,
+        beat: watch::Sender<()>,
+        said: Option<Arc<watch::Sender<String>>>,
+    ) {
+        let (Some(mut stream), mut chunk) = (stream, vec![0; 8 << 10]) else { return };
+        while let Ok(len @ 1..) = stream.read(&mut chunk).await {
+            let line = self.add(&chunk[..len]);
+            beat.send_replace(());
+            if let (Some(said), Some(line)) = (&said, line) {
+                said.send_replace(line);
+            }
+        }
+    }
+
+    /// Keeps a chunk and returns its last line that says something.
+    fn add(&self, chunk: &[u8]) -> Option<String> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend_from_slice(chunk);
+        if kept.len() > 2 * KEPT {
+            let surplus = kept.len() - KEPT;
+            kept.drain(..surplus);
+        }
+        let text = String::from_utf8_lossy(chunk);
+        text.lines().map(str::trim).rfind(|line| !line.is_empty()).map(str::to_owned)
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+}

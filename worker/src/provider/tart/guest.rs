@@ -1,0 +1,472 @@
+//! S: a guest of a Tart VM: every act is a script, sent over the agent or, to images without one, over SSH.
+//!
+//! What a guest says is hostile input: every answer has a limit, every act of ours a deadline, and a guest that is silent
+//! for too long counts as lost.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use alloy_shared::env::{Env, Mono};
+use alloy_shared::id::printable;
+use alloy_shared::limits;
+use alloy_shared::wire::source::check_path;
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::says::GuestOs;
+use super::script::{self, Job, Mark, Part, READER, Unmark, quote};
+use super::ssh::Ssh;
+use crate::artifacts::Matcher;
+use crate::provider::agent::{self, Said};
+use crate::provider::{
+    ArtifactRule, Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, Run, Signal, VmError, VmFault,
+};
+
+/// Chunks between the guest and the spool.
+const CHUNKS: usize = 64;
+/// What one of our own acts may answer.
+const ANSWER_MAX: usize = 64 << 10;
+/// What the list of a workspace may be long.
+const LIST_MAX: usize = 64 << 20;
+/// How often a guest with a command is asked whether it lives, and how long it has to say so.
+const PULSE_MS: u64 = 20_000;
+const SILENCE: Duration = Duration::from_secs(60);
+const SIGNAL: Duration = Duration::from_secs(10);
+const LIST: Duration = Duration::from_secs(300);
+
+/// The way to a guest's shell.
+#[derive(Debug, Clone)]
+pub(super) enum Way {
+    /// The agent behind this socket.
+    Agent(PathBuf),
+    Ssh(Ssh),
+}
+
+/// What a guest said of itself when it was ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct About {
+    pub(super) os: GuestOs,
+    pub(super) user: String,
+    pub(super) home: String,
+    pub(super) path: String,
+    pub(super) tmp: String,
+    /// Where it sees the inbox.
+    pub(super) inbox: String,
+}
+
+pub(super) struct TartGuest {
+    pub(super) env: Arc<dyn Env>,
+    pub(super) way: Way,
+    pub(super) about: About,
+    pub(super) workspace: String,
+    /// Why the VM is no more, once it is not.
+    pub(super) ended: watch::Receiver<Option<VmError>>,
+    pub(super) commands: AtomicU32,
+}
+
+/// A script that runs in a guest. Dropping it ends the stream, and with it the script.
+struct Running {
+    said: mpsc::Receiver<Said>,
+    unmark: Unmark,
+    _stop: DropGuard,
+}
+
+/// The next of what a script wrote.
+enum Next {
+    Bytes(Bytes),
+    End(Bytes, i32),
+    Lost(VmError),
+}
+
+impl Running {
+    async fn next(&mut self) -> Next {
+        match self.said.recv().await {
+            Some(Said::Bytes(chunk)) => match self.unmark.push(chunk) {
+                Part::Bytes(bytes) => Next::Bytes(bytes),
+                Part::End(bytes, status) => Next::End(bytes, status),
+                Part::Torn => Next::Lost(lost("the guest's output is torn")),
+            },
+            // A stream that ends before its mark has not run to its end, whatever status it gives.
+            Some(Said::Exit(code)) => {
+                Next::Lost(lost(&format!("the guest's shell ended with {code} before its command")))
+            }
+            Some(Said::Lost(error)) => Next::Lost(error),
+            None => Next::Lost(lost("the way to the guest closed")),
+        }
+    }
+}
+
+impl Way {
+    fn run(&self, env: &Arc<dyn Env>, script: Bytes, mark: Mark) -> Running {
+        let (said, hears) = mpsc::channel(CHUNKS);
+        let stop = CancellationToken::new();
+        let (way, ends) = (self.clone(), stop.clone());
+        env.spawn(
+            "guest_script",
+            Box::pin(async move {
+                match way {
+                    Self::Agent(socket) => agent::exec(&socket, &READER, script, said, ends).await,
+                    Self::Ssh(ssh) => ssh.exec(script, said, ends).await,
+                }
+            }),
+        );
+        Running { said: hears, unmark: Unmark::new(mark), _stop: stop.drop_guard() }
+    }
+
+    /// Runs our own steps and returns their status and what they wrote.
+    pub(super) async fn ask(
+        &self,
+        env: &Arc<dyn Env>,
+        steps: &str,
+        most: usize,
+        within: Duration,
+    ) -> Result<(i32, Vec<u8>), VmError> {
+        let mark = Mark::new(env.dice());
+        let mut running = self.run(env, script::steps(steps, &mark), mark);
+        let mut said = Vec::new();
+        let all = async {
+            loop {
+                match running.next().await {
+                    Next::Bytes(bytes) => said.extend_from_slice(&bytes),
+                    Next::End(bytes, status) => {
+                        said.extend_from_slice(&bytes);
+                        return Ok(status);
+                    }
+                    Next::Lost(error) => return Err(error),
+                }
+                if said.len() > most {
+                    return Err(VmError::user(VmFault::File, "the guest says too much"));
+                }
+            }
+        };
+        let status =
+            tokio::time::timeout(within, all).await.unwrap_or_else(|_late| Err(lost("the guest does not answer")));
+        status.map(|status| (status, said))
+    }
+}
+
+impl TartGuest {
+    async fn must(&self, doing: &str, steps: &str) -> Result<Vec<u8>, VmError> {
+        let (status, said) = self.way.ask(&self.env, steps, LIST_MAX, LIST).await?;
+        match status {
+            0 => Ok(said),
+            _ => Err(refused(doing, status, &said)),
+        }
+    }
+
+    /// Our own steps, for whoever prepares the guest.
+    pub(super) async fn ask(&self, steps: &str, within: Duration) -> Result<(i32, Vec<u8>), VmError> {
+        self.way.ask(&self.env, steps, ANSWER_MAX, within).await
+    }
+
+    fn environment(&self, command: &Command) -> Vec<(String, String)> {
+        let own = [
+            ("HOME", &self.about.home),
+            ("USER", &self.about.user),
+            ("PATH", &self.about.path),
+            ("TMPDIR", &self.about.tmp),
+        ];
+        let named = |name: &str| command.env.contains_key(name);
+        let own =
+            own.into_iter().filter(|(name, _)| !named(name)).map(|(name, value)| (name.to_owned(), value.clone()));
+        own.chain(command.env.iter().map(|(name, value)| (name.clone(), value.clone()))).collect()
+    }
+
+    fn argv(&self, run: &Run) -> Vec<String> {
+        let shell: &[&str] = match self.about.os {
+            // A login shell, because that is where PATH is set up for developers.
+            GuestOs::Mac => &["/bin/zsh", "-lc"],
+            GuestOs::Linux => &["/bin/sh", "-c"],
+        };
+        match run {
+            Run::Argv(argv) => argv.clone(),
+            Run::Shell(line) => shell.iter().map(|word| (*word).to_owned()).chain([line.clone()]).collect(),
+        }
+    }
+}
+
+#[async_trait]
+impl Guest for TartGuest {
+    fn workspace(&self) -> &str {
+        &self.workspace
+    }
+
+    async fn unpack(&self, tar: &str, into: &str) -> Result<(), VmError> {
+        let tar = quote(&format!("{}/{tar}", self.about.inbox));
+        let into = quote(&below(&self.workspace, into)?);
+        self.must("unpack the sources", &format!("mkdir -p {into} && tar -xpf {tar} -C {into}")).await.map(|_said| ())
+    }
+
+    async fn exec(&self, command: &Command) -> Result<Exec, VmError> {
+        let number = self.commands.fetch_add(1, Ordering::Relaxed);
+        let group = format!("{}/.alloy/group-{number}", self.about.home);
+        let (argv, env) = (self.argv(&command.run), self.environment(command));
+        let dir = below(&self.workspace, &command.workdir)?;
+        let mark = Mark::new(self.env.dice());
+        let script = script::job(&Job { argv: &argv, env: &env, dir: &dir, group: &group }, &mark);
+        let running = self.way.run(&self.env, script, mark);
+        let (input, orders) = mpsc::channel(4);
+        let (bytes, output) = mpsc::channel(CHUNKS);
+        let follower = Follower {
+            env: Arc::clone(&self.env),
+            way: self.way.clone(),
+            group,
+            running,
+            orders,
+            output: bytes,
+            ended: self.ended.clone(),
+        };
+        self.env.spawn("guest_exec", Box::pin(follower.follow()));
+        Ok(Exec { input, output })
+    }
+
+    async fn read(&self, path: &str, limit: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
+        let file = quote(&below(&self.workspace, path)?);
+        let mark = Mark::new(self.env.dice());
+        let steps = format!("[ -f {file} ] && [ ! -L {file} ] && head -c {limit} {file}");
+        let mut running = self.way.run(&self.env, script::steps(&steps, &mark), mark);
+        let (tx, rx) = mpsc::channel(CHUNKS);
+        self.env.spawn(
+            "guest_read",
+            Box::pin(async move {
+                loop {
+                    let (bytes, more) = match running.next().await {
+                        Next::Bytes(bytes) => (bytes, true),
+                        Next::End(bytes, 0) => (bytes, false),
+                        // A short stream is how the reader learns of it.
+                        Next::End(..) | Next::Lost(_) => return,
+                    };
+                    if !bytes.is_empty() && tx.send(bytes).await.is_err() || !more {
+                        return;
+                    }
+                }
+            }),
+        );
+        Ok(rx)
+    }
+
+    async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
+        let matcher =
+            Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
+        let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
+        let said = self.must("list the workspace", &listing(&self.workspace, &bases)).await?;
+        parse_listing(&said, &matcher)
+    }
+}
+
+/// A path of the workspace, as the guest sees it.
+fn below(workspace: &str, path: &str) -> Result<String, VmError> {
+    if path.is_empty() {
+        return Ok(workspace.to_owned());
+    }
+    check_path(path).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
+    Ok(format!("{workspace}/{path}"))
+}
+
+fn lost(why: &str) -> VmError {
+    VmError::farm(VmFault::Lost, why)
+}
+
+fn refused(doing: &str, status: i32, said: &[u8]) -> VmError {
+    let said = String::from_utf8_lossy(said);
+    let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
+    let what = if last.contains("No space left") { VmFault::Disk } else { VmFault::File };
+    VmError::farm(what, format!("{doing}: {} (status {status})", printable(last)))
+}
+
+/// Lists files and links below these places: type, size, mode, then the path and, in a line of its own, a link's target.
+/// A name that holds a newline is told first, so that it can be refused.
+fn listing(workspace: &str, bases: &[String]) -> String {
+    let workspace = quote(workspace);
+    let bases = bases.join(" ");
+    format!(
+        r#"cd {workspace} || exit 1
+set --
+for base in {bases}; do if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi; done
+[ $# -gt 0 ] || exit 0
+newline='
+'
+find "$@" \( -type f -o -type l \) -name "*$newline*" -exec echo newline \; | head -n 1
+if stat --version >/dev/null 2>&1; then
+find "$@" -type f -exec stat -c 'f %s %a %n' {{}} +
+else
+find "$@" -type f -exec stat -f 'f %z %Lp %N' {{}} +
+fi
+find "$@" -type l -exec sh -c 'for link; do printf "l 0 777 %s\n%s\n" "$link" "$(readlink "$link")"; done' sh {{}} +"#
+    )
+}
+
+fn parse_listing(said: &[u8], matcher: &Matcher) -> Result<Vec<GuestFile>, VmError> {
+    let user = |why: String| VmError::user(VmFault::File, why);
+    let text = std::str::from_utf8(said).map_err(|_| user("a name in the workspace is not UTF-8".to_owned()))?;
+    let mut lines = text.lines();
+    let mut files = Vec::new();
+    while let Some(line) = lines.next() {
+        if line == "newline" {
+            return Err(user("a name in the workspace holds a newline".to_owned()));
+        }
+        let broken = || user(format!("the guest's list of files cannot be read: {}", printable(line)));
+        let mut words = line.splitn(4, ' ');
+        let (kind, size, mode, path) = (words.next(), words.next(), words.next(), words.next());
+        let size: u64 = size.and_then(|size| size.parse().ok()).ok_or_else(broken)?;
+        let mode = mode.and_then(|mode| u32::from_str_radix(mode, 8).ok()).ok_or_else(broken)?;
+        let path = path.and_then(|path| path.strip_prefix("./")).ok_or_else(broken)?;
+        let link = match kind {
+            Some("f") => None,
+            Some("l") => Some(lines.next().ok_or_else(broken)?.to_owned()),
+            Some(_) | None => return Err(broken()),
+        };
+        if !matcher.takes(path) {
+            continue;
+        }
+        check_path(path).map_err(|error| user(error.to_string()))?;
+        let mode = if mode & 0o111 == 0 { 0o644 } else { 0o755 };
+        files.push(GuestFile { path: path.to_owned(), size, mode, link });
+        if files.len() > limits::ARTIFACTS_MAX {
+            return Err(user(format!("the rules take more than {} files", limits::ARTIFACTS_MAX)));
+        }
+    }
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    files.dedup_by(|a, b| a.path == b.path);
+    Ok(files)
+}
+
+/// Passes a command's output on, sends it signals, and watches whether its guest lives.
+struct Follower {
+    env: Arc<dyn Env>,
+    way: Way,
+    group: String,
+    running: Running,
+    orders: mpsc::Receiver<ExecInput>,
+    output: mpsc::Sender<ExecOutput>,
+    ended: watch::Receiver<Option<VmError>>,
+}
+
+impl Follower {
+    async fn follow(mut self) {
+        let last = self.run().await;
+        let _nobody_asks = self.output.send(last).await;
+    }
+
+    async fn run(&mut self) -> ExecOutput {
+        let pulse = pulse(Arc::clone(&self.env), self.way.clone());
+        tokio::pin!(pulse);
+        loop {
+            let (bytes, status) = tokio::select! {
+                biased;
+                order = self.orders.recv() => match order {
+                    Some(ExecInput::Signal(signal)) => { self.signal(signal); continue }
+                    None => return ExecOutput::Lost(lost("nobody follows the command")),
+                },
+                next = self.running.next() => match next {
+                    Next::Bytes(bytes) => (bytes, None),
+                    Next::End(bytes, status) => (bytes, Some(status)),
+                    // The VM's own end says more than a stream that broke off.
+                    Next::Lost(error) => return ExecOutput::Lost(why_lost(&mut self.ended, error).await),
+                },
+                error = gone(&mut self.ended) => return ExecOutput::Lost(error),
+                error = &mut pulse => return ExecOutput::Lost(error),
+            };
+            if !bytes.is_empty() && self.output.send(ExecOutput::Bytes(bytes)).await.is_err() {
+                return ExecOutput::Lost(lost("nobody reads the command's output"));
+            }
+            if let Some(status) = status {
+                return ExecOutput::Exit(Exit::Code(status));
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let (env, way) = (Arc::clone(&self.env), self.way.clone());
+        let steps = script::signal(&self.group, signal);
+        self.env.spawn(
+            "guest_signal",
+            Box::pin(async move {
+                if let Err(error) = way.ask(&env, &steps, ANSWER_MAX, SIGNAL).await {
+                    tracing::warn!(%error, ?signal, "a command could not be told to stop");
+                }
+            }),
+        );
+    }
+}
+
+pub(super) async fn gone(ended: &mut watch::Receiver<Option<VmError>>) -> VmError {
+    match ended.wait_for(Option::is_some).await {
+        Ok(error) => error.clone().unwrap_or_else(|| lost("the VM ended")),
+        Err(_closed) => lost("nobody watches the VM"),
+    }
+}
+
+/// A stream that breaks is often the first sign of a VM's end, whose words come a moment later.
+async fn why_lost(ended: &mut watch::Receiver<Option<VmError>>, error: VmError) -> VmError {
+    tokio::time::timeout(Duration::from_secs(1), gone(ended)).await.unwrap_or(error)
+}
+
+/// Returns when the guest has not answered for too long.
+async fn pulse(env: Arc<dyn Env>, way: Way) -> VmError {
+    loop {
+        let next: Mono = env.now().mono + PULSE_MS;
+        env.sleep_until(next).await;
+        if let Err(error) = way.ask(&env, ":", ANSWER_MAX, SILENCE).await {
+            return VmError::farm(VmFault::Lost, format!("the guest is silent: {error}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::artifacts::parse;
+
+    use super::*;
+
+    fn rules(texts: &[&str]) -> Matcher {
+        let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
+        Matcher::new(&parse(&texts).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_listing_is_what_a_shell_makes_of_a_workspace() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(at("out/deep dir")).unwrap();
+        std::fs::write(at("out/deep dir/a b.txt"), "12345").unwrap();
+        std::fs::write(at("out/skip.o"), "").unwrap();
+        std::fs::write(at("other"), "").unwrap();
+        std::os::unix::fs::symlink("deep dir", at("out/link")).unwrap();
+        let matcher = rules(&["out", "!**/*.o", "gone/*"]);
+        let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
+        let run = |script: String| {
+            let out = std::process::Command::new("/bin/sh").arg("-c").arg(script).output().unwrap();
+            assert!(out.status.success(), "{out:?}");
+            out.stdout
+        };
+        let script = listing(dir.path().to_str().unwrap(), &bases);
+        let files = parse_listing(&run(script.clone()), &matcher).unwrap();
+        let shown: Vec<_> =
+            files.iter().map(|file| (file.path.as_str(), file.size, file.mode, file.link.as_deref())).collect();
+        assert_eq!(shown, [("out/deep dir/a b.txt", 5, 0o644, None), ("out/link", 0, 0o755, Some("deep dir"))]);
+        std::fs::write(at("out/new\nline"), "").unwrap();
+        assert!(parse_listing(&run(script), &matcher).unwrap_err().tail.contains("newline"));
+    }
+
+    #[test]
+    fn a_guest_that_lies_about_its_files_is_refused() {
+        let matcher = rules(&["**"]);
+        for lie in [
+            "f 5 644 /etc/passwd",
+            "f 5 644 ./../x",
+            "f -5 644 ./x",
+            "f 5 999 ./x",
+            "d 5 644 ./x",
+            "f 5",
+            "l 0 777 ./x",
+        ] {
+            assert!(parse_listing(lie.as_bytes(), &matcher).is_err(), "{lie}");
+        }
+        assert!(parse_listing(b"f 5 644 ./\xff", &matcher).is_err());
+    }
+}

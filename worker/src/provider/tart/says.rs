@@ -1,0 +1,229 @@
+//! D: what `tart` says and what it means. Exit codes lie, so status and text are judged together, and what is not known is
+//! called unknown.
+
+use alloy_shared::id::Digest;
+use serde::Deserialize;
+
+use crate::provider::{Image, ImageRef, VmName};
+
+/// How a `tart` command ended: its status (absent: killed by a signal) and the last of both its streams.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub(super) status: Option<i32>,
+    pub(super) out: String,
+    pub(super) err: String,
+}
+
+/// What kept a `tart` command from doing its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Trouble {
+    /// The VM or the image in the cache does not exist.
+    Missing,
+    /// The VM runs, so it cannot be deleted.
+    Running,
+    NotRunning,
+    /// The host runs as many macOS VMs as it may, whoever started them.
+    Limit,
+    /// The keychain or the login session of this user, or a stale lock below tart: no VM starts here until somebody acts.
+    Session,
+    /// Softnet is missing, not allowed or has died: a VM without its filter must not run.
+    Filter,
+    DiskFull,
+    /// A `config.json` of some VM cannot be read, which stops every clone.
+    Config,
+    /// The registry does not have it, or not for us.
+    Refused,
+    /// The registry cannot be reached or is ill.
+    Registry,
+    /// The network attachment of a running VM went away.
+    Unplugged,
+    /// The guest crashed or stopped by itself.
+    Stopped,
+    /// The image was made for a newer macOS.
+    HostTooOld,
+    /// Something vanished under a command's hands: worth one more try.
+    Race,
+    Usage,
+    Unknown,
+}
+
+/// Judges a command that did not do what it should. The texts are matched without regard to case and where they may be.
+pub(super) fn judge(ended: &Ended) -> Trouble {
+    let text = format!("{}\n{}", ended.err, ended.out).to_lowercase();
+    let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
+    let table: &[(&[&str], Trouble)] = &[
+        (&["exceeds the system limit"], Trouble::Limit),
+        (&["enough space", "code=640", "no space left", "disk full", "os error 28"], Trouble::DiskFull),
+        (
+            &[
+                "seckeycreaterandomkey",
+                "failed to generate keypair",
+                "interaction is not allowed",
+                "failed to lock auxiliary storage",
+                "vzerrordomain code=-9",
+                "vzerrordomain code=1 ",
+                "vzerrordomain code=1\"",
+            ],
+            Trouble::Session,
+        ),
+        (&["softnet", "root privileges are required"], Trouble::Filter),
+        (
+            &[
+                "does not exist",
+                "doesn't point to a digest",
+                "missing files for a supported layout",
+                "missing some of its files",
+            ],
+            Trouble::Missing,
+        ),
+        (&["is not running"], Trouble::NotRunning),
+        (&["is already running", "is running"], Trouble::Running),
+        (&["host macos version is outdated"], Trouble::HostTooOld),
+        (&["code: 401", "code: 403", "code: 404", "invalid credentials"], Trouble::Refused),
+        (
+            &[
+                "unexpectedhttpstatuscode",
+                "error pulling image",
+                "nsurlerrordomain",
+                "connection",
+                "could not be found",
+                "offline",
+                "timed out",
+            ],
+            Trouble::Registry,
+        ),
+        (&["network attachment"], Trouble::Unplugged),
+        (&["guest has stopped the virtual machine"], Trouble::Stopped),
+        (
+            &[
+                "keynotfound",
+                "datacorrupted",
+                "typemismatch",
+                "decodingerror",
+                "correct format",
+                "isn’t in the correct",
+                "decoding",
+            ],
+            Trouble::Config,
+        ),
+        (&["no such file"], Trouble::Race),
+        (&["usage: tart"], Trouble::Usage),
+    ];
+    table.iter().find(|(words, _)| says(words)).map_or(Trouble::Unknown, |(_, trouble)| *trouble)
+}
+
+impl Trouble {
+    /// True when no VM of this host will fare better until somebody looks after the host.
+    pub(super) fn is_of_the_host(self) -> bool {
+        match self {
+            Self::Limit | Self::Session | Self::Filter | Self::Config | Self::Usage => true,
+            Self::Missing
+            | Self::Running
+            | Self::NotRunning
+            | Self::DiskFull
+            | Self::Refused
+            | Self::Registry
+            | Self::Unplugged
+            | Self::Stopped
+            | Self::HostTooOld
+            | Self::Race
+            | Self::Unknown => false,
+        }
+    }
+}
+
+/// The last words of a command, for people.
+pub(super) fn tail(ended: &Ended) -> String {
+    let last = |text: &str| text.lines().map(str::trim).filter(|line| !line.is_empty()).next_back().map(str::to_owned);
+    let words = [last(&ended.err), last(&ended.out)].into_iter().flatten().collect::<Vec<_>>().join("; ");
+    let how = match ended.status {
+        Some(status) => format!("status {status}"),
+        None => "killed".to_owned(),
+    };
+    if words.is_empty() { how } else { format!("{words} ({how})") }
+}
+
+/// A line of `tart list --format json`. Keys come and go between versions: what is missing has a default.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Listed {
+    pub(super) name: String,
+    #[serde(default)]
+    pub(super) source: String,
+}
+
+pub(super) fn parse_list(out: &str) -> Result<Vec<Listed>, String> {
+    serde_json::from_str(out).map_err(|error| format!("`tart list` cannot be read: {error}"))
+}
+
+/// The VMs in a list that carry our prefix.
+pub(super) fn ours(listed: &[Listed]) -> Vec<VmName> {
+    listed
+        .iter()
+        .filter(|vm| vm.source == "local" || vm.source.is_empty())
+        .filter_map(|vm| VmName::parse(&vm.name).ok())
+        .collect()
+}
+
+/// The images in a list, by digest: tags are links to one of them and are asked for by `fqn`.
+pub(super) fn images(listed: &[Listed]) -> Vec<Image> {
+    let cached = listed.iter().filter(|entry| entry.source.eq_ignore_ascii_case("oci"));
+    cached
+        .filter_map(|entry| Some(Image { name: ImageRef(entry.name.clone()), digest: digest_of(&entry.name)? }))
+        .collect()
+}
+
+/// `host/name@sha256:…` → the digest.
+pub(super) fn digest_of(fqn: &str) -> Option<Digest> {
+    fqn.trim().rsplit_once("@sha256:").and_then(|(_, hex)| hex.parse().ok())
+}
+
+/// True for a name in a registry: any with a slash. Others are VMs of this host.
+pub(super) fn is_remote(image: &str) -> bool {
+    image.contains('/')
+}
+
+/// `host/name:tag` or `host/name@digest` → `host/name`.
+pub(super) fn repository(image: &str) -> &str {
+    let name = image.split_once('@').map_or(image, |(name, _)| name);
+    match name.rsplit_once(':') {
+        Some((repository, tag)) if !tag.contains('/') => repository,
+        Some(_) | None => name,
+    }
+}
+
+/// What a guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GuestOs {
+    Mac,
+    Linux,
+}
+
+#[derive(Deserialize)]
+struct Got {
+    #[serde(default, alias = "os", alias = "OS")]
+    os: Option<String>,
+}
+
+/// `tart get --format json` → the guest's system. One that is not named is macOS.
+pub(super) fn parse_os(out: &str) -> Result<GuestOs, String> {
+    let got: Got = serde_json::from_str(out).map_err(|error| format!("`tart get` cannot be read: {error}"))?;
+    Ok(match got.os.as_deref() {
+        Some(os) if os.eq_ignore_ascii_case("linux") => GuestOs::Linux,
+        Some(_) | None => GuestOs::Mac,
+    })
+}
+
+/// A version as tart prints it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Version(pub(super) u32, pub(super) u32, pub(super) u32);
+
+/// A development build counts as the newest.
+pub(super) fn parse_version(out: &str) -> Option<Version> {
+    let text = out.trim();
+    if text == "SNAPSHOT" {
+        return Some(Version(u32::MAX, 0, 0));
+    }
+    let mut parts = text.split('.').map(|part| part.parse().ok());
+    Some(Version(parts.next()??, parts.next()??, parts.next().flatten().unwrap_or(0)))
+}
