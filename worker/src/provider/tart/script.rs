@@ -218,7 +218,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().to_str().unwrap();
         let group = dir.path().join("group");
-        let line = r#"echo "$PATH|$X|$(pwd)"; echo err >&2; (sleep 1000 &) ; sleep 1001 & kill -s TERM -$$"#;
+        let line = r#"echo "$PATH|$X|$(pwd)"; echo err >&2; (sleep 1000 &) ; sleep 1001 & kill -s TERM -- -$$"#;
         let argv = ["/bin/sh", "-c", line].map(str::to_owned);
         let env = [("PATH".to_owned(), "/bin:/usr/bin".to_owned()), ("X".to_owned(), "it's".to_owned())];
         let mark = Mark::new(9);
