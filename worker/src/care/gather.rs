@@ -19,7 +19,7 @@ use crate::doctor::facts::{
     count_vm_processes, parse_file_vault, parse_keychain, parse_power, parse_version,
 };
 use crate::host::{self, HostError};
-use crate::provider::tart_probe;
+use crate::provider::tart::probe;
 
 /// Filters a guest's network; it comes with the VMs' program.
 const SOFTNET: &str = "softnet";
@@ -69,7 +69,7 @@ impl World {
     async fn ask_at(&self, program: &Path, args: &[impl AsRef<OsStr>]) -> Fact<Ran> {
         let shown = || program.display();
         let mut command = tokio::process::Command::new(program);
-        command.args(args).env("PATH", &self.path).env("LC_ALL", "C").envs(tart_probe::VARIABLES);
+        command.args(args).env("PATH", &self.path).env("LC_ALL", "C").envs(probe::VARIABLES);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let ran = tokio::time::timeout(Duration::from_millis(HOST_ASK_MS), command.output()).await;
         let text = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(HOST_ANSWER_MAX)]).into_owned();
@@ -219,14 +219,14 @@ async fn clock_kept(world: &World) -> Fact<bool> {
 }
 
 async fn tart(world: &World) -> Option<Tart> {
-    let path = world.find(tart_probe::PROGRAM)?;
-    let version = ask_tart(world, tart_probe::VERSION).await.map(|text| text.trim().to_owned());
-    let listed = ask_tart(world, tart_probe::LIST).await.and_then(|text| tart_probe::parse_list(&text));
+    let path = world.find(probe::PROGRAM)?;
+    let version = ask_tart(world, probe::VERSION).await.map(|text| text.trim().to_owned());
+    let listed = ask_tart(world, probe::LIST).await.and_then(|text| probe::parse_list(&text));
     Some(Tart { path, version, listed })
 }
 
 async fn ask_tart(world: &World, args: &[&str]) -> Fact<String> {
-    world.told(tart_probe::PROGRAM, args).await
+    world.told(probe::PROGRAM, args).await
 }
 
 async fn softnet(world: &World) -> Option<Softnet> {

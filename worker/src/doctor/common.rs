@@ -7,7 +7,7 @@ use super::facts::{Disk, Facts, Identity, Listed, Service, System, image_bytes, 
 use super::{Code, Fix, Report};
 use crate::config::Provider;
 use crate::provider::VmName;
-use crate::provider::tart_probe::PROGRAM;
+use crate::provider::tart::probe::PROGRAM;
 
 /// Clocks further apart make deadlines and log times wrong.
 const SKEW_MAX_MS: u64 = 30_000;

@@ -18,7 +18,6 @@ use tokio::sync::mpsc;
 mod agent;
 pub mod host;
 pub mod tart;
-pub mod tart_probe;
 
 #[async_trait]
 pub trait VmProvider: Send + Sync {

@@ -27,6 +27,7 @@ mod boot;
 mod command;
 mod guest;
 mod locks;
+pub mod probe;
 mod says;
 mod script;
 mod softnet;

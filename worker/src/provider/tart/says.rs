@@ -150,6 +150,20 @@ pub(super) struct Listed {
     pub(super) name: String,
     #[serde(default)]
     pub(super) source: String,
+    #[serde(default)]
+    running: bool,
+    #[serde(default)]
+    state: String,
+}
+
+impl Listed {
+    pub(super) fn is_running(&self) -> bool {
+        self.running || self.state == "running"
+    }
+
+    pub(super) fn is_image(&self) -> bool {
+        self.source.eq_ignore_ascii_case("oci")
+    }
 }
 
 pub(super) fn parse_list(out: &str) -> Result<Vec<Listed>, String> {
@@ -167,7 +181,7 @@ pub(super) fn ours(listed: &[Listed]) -> Vec<VmName> {
 
 /// The images in a list, by digest: tags are links to one of them and are asked for by `fqn`.
 pub(super) fn images(listed: &[Listed]) -> Vec<Image> {
-    let cached = listed.iter().filter(|entry| entry.source.eq_ignore_ascii_case("oci"));
+    let cached = listed.iter().filter(|entry| entry.is_image());
     cached
         .filter_map(|entry| Some(Image { name: ImageRef(entry.name.clone()), digest: digest_of(&entry.name)? }))
         .collect()

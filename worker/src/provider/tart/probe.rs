@@ -1,7 +1,6 @@
 //! D: what the health check asks `tart`, and how its answers are read. It changes nothing and needs no VM.
 
-use serde::Deserialize;
-
+use super::says;
 use crate::doctor::facts::{Fact, Listed};
 
 pub const PROGRAM: &str = "tart";
@@ -10,29 +9,10 @@ pub const LIST: &[&str] = &["list", "--format", "json"];
 /// What makes it answer for a machine and change nothing by itself.
 pub const VARIABLES: [(&str, &str); 2] = [("CI", "1"), ("TART_NO_AUTO_PRUNE", "1")];
 
-/// What is used of a line. Versions differ in the rest.
-#[derive(Deserialize)]
-struct Entry {
-    #[serde(rename = "Name")]
-    name: String,
-    #[serde(rename = "Source", default)]
-    source: String,
-    #[serde(rename = "Running", default)]
-    running: bool,
-    #[serde(rename = "State", default)]
-    state: String,
-}
-
-/// Reads its list. Versions before 2.31 said less in it.
+/// Reads its list.
 pub fn parse_list(text: &str) -> Fact<Vec<Listed>> {
-    let entries: Vec<Entry> =
-        serde_json::from_str(text).map_err(|error| format!("its list cannot be read: {error}"))?;
-    let listed = |entry: Entry| Listed {
-        running: entry.running || entry.state == "running",
-        image: entry.source.eq_ignore_ascii_case("oci"),
-        name: entry.name,
-    };
-    Ok(entries.into_iter().map(listed).collect())
+    let listed = says::parse_list(text)?.into_iter();
+    Ok(listed.map(|vm| Listed { running: vm.is_running(), image: vm.is_image(), name: vm.name }).collect())
 }
 
 #[cfg(test)]
