@@ -25,6 +25,8 @@ pub struct Limits {
     /// A worker answers an assignment, or the job goes elsewhere.
     pub accept_ms: u64,
     pub boot_ms: u64,
+    /// A guest that answers by SSH this long, and not by its agent, has none.
+    pub agent_grace_ms: u64,
     pub stage_source_ms: u64,
     pub collect_ms: u64,
     /// SIGTERM to SIGKILL.
@@ -63,6 +65,7 @@ impl Default for Limits {
             connect_timeout_ms: 5_000,
             accept_ms: 10_000,
             boot_ms: 120_000,
+            agent_grace_ms: 20_000,
             stage_source_ms: 600_000,
             collect_ms: 600_000,
             cancel_grace_ms: 10_000,
@@ -116,6 +119,7 @@ impl Limits {
             reconnect_cap_held_ms: base.reconnect_cap_held_ms / f,
             connect_timeout_ms: base.connect_timeout_ms / f,
             accept_ms: base.accept_ms / f,
+            agent_grace_ms: base.agent_grace_ms / f,
             ..base
         }
     }

@@ -69,7 +69,7 @@ async fn watch_from(api: Api, id: String, started: Instant) -> Result<Seen> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fifty_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undisturbed() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 2, slots: 2, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 2, slots: 2, time_scale: 1, ..Setup::default() }).await?;
     let marks = farm.scratch("marks")?;
     let count = if full() { 200 } else { 50 };
     let source = small_source(&farm).await?;
@@ -107,7 +107,7 @@ const HALF_A_SECOND: &str = "echo pid=$$=; i=0; while [ $i -lt 10 ]; do sleep 0.
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let body = json!({ "spec": { "shell": HALF_A_SECOND }, "source": small_source(&farm).await? });
     let plain = watch(farm.api(), body.clone()).await?;
 
@@ -139,7 +139,7 @@ async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     // It ignores SIGTERM; one grandchild is double-forked into a session of its own, with its own ignorance.
     let command = r#"
         trap '' TERM HUP INT
@@ -170,7 +170,7 @@ async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_that_waits_is_canceled_at_once_and_its_reason_to_wait_is_told() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let api = farm.api();
     let first = api.shell("echo up; sleep 600").await?;
     api.log_has(&first, "up").await;
@@ -259,7 +259,7 @@ async fn the_same_key_gives_the_same_job_and_with_another_body_a_refusal() -> Re
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drained_worker_finishes_what_it_has_and_takes_nothing_new() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let api = farm.api();
     let gate = farm.scratch("gate")?.join("open");
     let held = api.shell(&format!("echo up; while [ ! -e {} ]; do sleep 0.05; done", gate.display())).await?;

@@ -10,5 +10,6 @@ mod prose;
 mod store;
 mod tart;
 mod tidy;
+mod vm;
 mod wire;
 mod worker;

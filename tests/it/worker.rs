@@ -13,7 +13,7 @@ async fn worker(api: &Api, name: &str) -> Result<Value> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_worker_is_offline_and_after_a_restart_of_the_farm_nobody_is_lost() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1 }).await?;
+    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     farm.stop_worker(1)?;
     assert_eq!(worker(&farm.api(), "mini-1").await?["state"], "offline");
     farm.kill_orchestrator();
@@ -27,7 +27,7 @@ async fn a_stopped_worker_is_offline_and_after_a_restart_of_the_farm_nobody_is_l
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drain_and_resume_answer_with_the_new_state() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let api = farm.api();
     let id = worker(&api, "mini-0").await?["id"].as_str().context("an id")?.to_owned();
     for _ in 0..3 {
@@ -41,7 +41,7 @@ async fn drain_and_resume_answer_with_the_new_state() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_removed_worker_ends_and_what_it_held_is_tried_elsewhere() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 10 }).await?;
+    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 10, ..Setup::default() }).await?;
     let api = farm.api();
     let job = api.shell("if [ $ALLOY_JOB_ATTEMPT = 1 ]; then echo up; sleep 600; fi; echo done").await?;
     api.log_has(&job, "up").await;
@@ -87,7 +87,7 @@ async fn a_removed_worker_ends_and_what_it_held_is_tried_elsewhere() -> Result<(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_of_a_farm_that_lost_its_data_says_so_and_ends() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 10 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 10, ..Setup::default() }).await?;
     farm.kill_orchestrator();
     std::fs::remove_dir_all(farm.farm_dir())?;
     farm.start_orchestrator().await?;

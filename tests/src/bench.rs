@@ -89,7 +89,7 @@ async fn rounds(
 
 /// Submit to the first byte of output of `echo hi`, and the wall time of `alloy run -c true`.
 async fn hello(options: &Options, floors: &mut Vec<Floors>) -> Result<Vec<Row>> {
-    let farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1, ..Setup::default() }).await?;
     let slurm = peers::Slurm::start(&farm.scratch("slurm")?).await?;
     let spooler = peers::Spooler::find(&farm.scratch("tsp")?);
     let tries = if options.quick { 5 } else { 40 };
@@ -131,7 +131,7 @@ fn timed(tries: usize, command: Option<impl Fn() -> std::process::Command>) -> R
 /// One job's output to one follower, against a pipe and ssh.
 async fn log(options: &Options, floors: &mut Vec<Floors>) -> Result<Row> {
     let bytes: u64 = if options.quick { 64 << 20 } else { 1 << 30 };
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let file = farm.scratch("log")?.join("bytes");
     path::fill(&file, bytes)?;
     let ssh = peers::Ssh::start(&farm.scratch("ssh")?)?;

@@ -12,8 +12,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::observe::{Api, is_terminal, until, until_blocking};
+use crate::observe::{Api, PATIENCE, is_terminal, until, until_blocking};
 use crate::process::{Daemon, processes_in, signal};
+use crate::sim_host::{self, Profile, SimHost};
 
 /// How long a daemon may take to stop. Longer than its own grace.
 const STOP: Duration = Duration::from_secs(40);
@@ -25,11 +26,17 @@ pub struct Setup {
     pub slots: usize,
     /// Divides the lease timings.
     pub time_scale: u64,
+    /// Each worker makes VMs on a simulated Mac of its own; all of them pull from one registry.
+    pub macs: Option<sim_host::Setup>,
+    pub image: Profile,
 }
+
+/// What the workers' VMs are made of.
+pub const IMAGE: &str = "registry.test/alloy/base:latest";
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { workers: 1, slots: 2, time_scale: 1 }
+        Self { workers: 1, slots: 2, time_scale: 1, macs: None, image: Profile::default() }
     }
 }
 
@@ -40,6 +47,7 @@ pub struct Farm {
     token: String,
     orchestrator: Option<Daemon>,
     workers: Vec<Option<Daemon>>,
+    macs: Vec<SimHost>,
     /// The test leaves jobs behind on purpose.
     pub leaves_live_jobs: bool,
 }
@@ -49,12 +57,29 @@ impl Farm {
     pub async fn start(setup: Setup) -> Result<Farm> {
         let mut farm = Farm::orchestrator_only(setup).await?;
         for number in 0..farm.setup.workers {
+            farm.add_mac()?;
             farm.enrol(number).await?;
             farm.workers.push(None);
             farm.start_worker(number)?;
         }
         farm.all_connected().await;
         Ok(farm)
+    }
+
+    fn add_mac(&mut self) -> Result<()> {
+        let Some(setup) = self.setup.macs.clone() else { return Ok(()) };
+        let mac = match self.macs.first() {
+            Some(first) => SimHost::with_registry_of(setup, first)?,
+            None => SimHost::new(setup)?,
+        };
+        mac.publish(IMAGE, &self.setup.image)?;
+        self.macs.push(mac);
+        Ok(())
+    }
+
+    /// The simulated Mac of this worker.
+    pub fn mac(&self, number: usize) -> &SimHost {
+        &self.macs[number]
     }
 
     /// An orchestrator without a worker.
@@ -69,6 +94,7 @@ impl Farm {
             token: String::new(),
             orchestrator: None,
             workers: Vec::new(),
+            macs: Vec::new(),
             leaves_live_jobs: false,
         };
         farm.start_orchestrator().await?;
@@ -173,7 +199,11 @@ impl Farm {
         ensure!(self.workers[number].is_none(), "it runs");
         let mut run = self.command("worker");
         run.arg("run").arg("--state-dir").arg(self.worker_dir(number));
-        run.args(["--provider", "host", "--slots", &self.setup.slots.to_string()]);
+        run.args(["--slots", &self.setup.slots.to_string()]);
+        match self.macs.get(number) {
+            Some(mac) => run.args(["--provider", "tart"]).envs(mac.env()).env("TART_BASE_IMAGE", IMAGE),
+            None => run.args(["--provider", "host"]),
+        };
         let name = format!("worker-{number}");
         self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);
         Ok(())
@@ -258,6 +288,10 @@ impl Farm {
         for number in 0..self.workers.len() {
             let left = vm_dirs(&self.worker_dir(number));
             ensure!(left.is_empty(), "VM directories are left: {left:?}");
+        }
+        for mac in &self.macs {
+            until_blocking("no process of the simulated Mac is left", PATIENCE, || mac.processes().is_empty())?;
+            ensure!(mac.leaks().is_empty(), "left on a simulated Mac: {:#?}", mac.leaks());
         }
         Ok(())
     }

@@ -106,6 +106,7 @@ impl Daemon {
                     env: Arc::clone(env),
                     fence: self.fence.watch(),
                     boot_ms: self.config.limits.boot_ms,
+                    agent_grace_ms: self.config.limits.agent_grace_ms,
                 };
                 Ok(Arc::new(TartHost::open(setup).await.map_err(RunError::NoTart)?))
             }

@@ -329,6 +329,7 @@ mod tests {
             labels: BTreeMap::new(),
             slots: 2,
             slots_busy: 0,
+            slots_warm: 0,
             version: "0.1.0".into(),
             last_seen_at: None,
             drain_note: None,

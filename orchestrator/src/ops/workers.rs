@@ -4,6 +4,7 @@ use alloy_shared::env::Ms;
 use alloy_shared::id::WorkerId;
 use alloy_shared::limits::Limits;
 use alloy_shared::wire::farm::{DrainRequest, WorkerState, WorkerView};
+use alloy_shared::wire::session::SlotState;
 
 use super::OpError;
 use super::access::{commit_one, wrong_field};
@@ -78,6 +79,7 @@ pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
         state: state(&worker, !jobs.is_empty(), live.as_ref(), app.hub.is_in_grace(now.mono), &app.limits),
         slots: slots.len() as u32,
         slots_busy: slots.iter().filter(|slot| slot.attempt.is_some()).count() as u32,
+        slots_warm: slots.iter().filter(|slot| slot.state == SlotState::Warm).count() as u32,
         labels: labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         last_seen_at: last_seen.map(Ms::rfc3339),
         name: worker.name,

@@ -145,6 +145,9 @@ pub struct WorkerView {
     pub labels: BTreeMap<String, String>,
     pub slots: u32,
     pub slots_busy: u32,
+    /// Slots whose VM waits for a job.
+    #[serde(default)]
+    pub slots_warm: u32,
     pub version: String,
     /// RFC 3339; absent if it never connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -378,6 +378,7 @@ fn the_farm() {
         labels: map([("os", "macos")]),
         slots: 2,
         slots_busy: 1,
+        slots_warm: 1,
         version: "0.1.0".into(),
         last_seen_at: Some("2026-01-02T03:04:05.678Z".into()),
         drain_note: Some("new disk".into()),
@@ -385,7 +386,7 @@ fn the_farm() {
     };
     check(
         WorkerList { workers: vec![worker] },
-        r#"{"workers":[{"id":"$WORKER","name":"mini-1","state":"ready","labels":{"os":"macos"},"slots":2,"slots_busy":1,"version":"0.1.0","last_seen_at":"2026-01-02T03:04:05.678Z","drain_note":"new disk","jobs":["$JOB"]}]}"#,
+        r#"{"workers":[{"id":"$WORKER","name":"mini-1","state":"ready","labels":{"os":"macos"},"slots":2,"slots_busy":1,"slots_warm":1,"version":"0.1.0","last_seen_at":"2026-01-02T03:04:05.678Z","drain_note":"new disk","jobs":["$JOB"]}]}"#,
     );
     check(DrainRequest { note: None }, "{}");
     check(InviteRequest { labels: map([("a", "b")]), ttl_s: Some(60) }, r#"{"labels":{"a":"b"},"ttl_s":60}"#);

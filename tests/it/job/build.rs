@@ -32,7 +32,7 @@ fn run(program: &str, args: &[&str], dir: &Path) -> Result<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_real_c_project_with_uncommitted_edits_builds_and_its_binary_comes_back_and_runs() -> Result<()> {
     let Some(project) = c_project()? else { return Ok(()) };
-    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let tree = farm.scratch("c")?.join("zstd");
     run("cp", &["-a", project.to_str().context("a plain path")?, tree.to_str().context("a plain path")?], farm.dir())?;
     run("git", &["init", "-q"], &tree)?;
@@ -58,7 +58,7 @@ async fn a_real_c_project_with_uncommitted_edits_builds_and_its_binary_comes_bac
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn this_repository_builds_itself() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let tree = farm.scratch("self")?;
     // What git knows, as it is on disk.
     let copy = format!(

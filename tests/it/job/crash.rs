@@ -25,7 +25,7 @@ fn requeue(events: &[Value]) -> Result<&Value> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_dies_for_good_loses_its_job_to_another_one() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 20 }).await?;
+    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 20, ..Setup::default() }).await?;
     let api = farm.api();
     let id = api.shell(TWICE).await?;
     api.log_has(&id, "attempt 1").await;
@@ -52,7 +52,7 @@ async fn a_worker_that_dies_for_good_loses_its_job_to_another_one() -> Result<()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_dies_and_comes_back_gives_its_job_back_at_once() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let api = farm.api();
     let id = api.shell(TWICE).await?;
     api.log_has(&id, "attempt 1").await;
@@ -72,7 +72,7 @@ async fn a_worker_that_dies_and_comes_back_gives_its_job_back_at_once() -> Resul
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_that_is_lost_three_times_ends_as_the_farms_fault() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let api = farm.api();
     let id = api.shell("echo attempt $ALLOY_JOB_ATTEMPT; sleep 600").await?;
     for attempt in 1..=3 {
@@ -93,7 +93,7 @@ async fn a_job_that_is_lost_three_times_ends_as_the_farms_fault() -> Result<()> 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_runs_on_while_the_orchestrator_is_killed_and_started_again() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let gate = farm.scratch("gate")?.join("open");
     let api = farm.api();
     let waits = api.shell("echo never before the first; exit 0").await;
@@ -126,7 +126,7 @@ async fn submit_once(api: &Api, key: &str, command: &str) -> Option<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_submit_is_one_job_that_runs_once_though_the_orchestrator_is_killed_among_them() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1, ..Setup::default() }).await?;
     let marks = farm.scratch("marks")?.join("ran");
     let (rounds, each) = (3, 8);
     let mut answered = Vec::new();
@@ -165,7 +165,7 @@ async fn every_submit_is_one_job_that_runs_once_though_the_orchestrator_is_kille
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_longer_than_the_lease_kills_the_command_and_the_user_reads_why() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 20 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 20, ..Setup::default() }).await?;
     let api = farm.api();
     let id = api.shell(TWICE).await?;
     let waits = api.shell("echo waited").await?;

@@ -8,7 +8,7 @@ use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_edited_tree_reaches_a_worker_that_has_none_of_it() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1 }).await?;
+    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     let (api, tree) = (farm.api(), farm.scratch("tree")?);
     for number in 0..9 {
         fs::write(tree.join(format!("file-{number}")), format!("content {number}\n").repeat(20))?;

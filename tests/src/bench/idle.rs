@@ -24,7 +24,7 @@ use crate::farm::{Farm, Setup};
 use crate::observe::{Api, until};
 
 pub async fn rows(options: &Options) -> Result<Vec<Row>> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1 }).await?;
+    let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1, ..Setup::default() }).await?;
     calls::hello(&farm.api()).await?;
     let mut orchestrator = Row::new("idle orchestrator, RSS", "MiB", Better::Lower, "told, no aim");
     let mut worker = Row::new("idle worker, RSS", "MiB", Better::Lower, "told, no aim");

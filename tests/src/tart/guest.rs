@@ -38,6 +38,7 @@ pub(crate) struct Spec {
     pub(crate) dir: PathBuf,
     pub(crate) runner: i32,
     pub(crate) os: String,
+    pub(crate) mac: String,
     pub(crate) home: String,
     pub(crate) isolated: bool,
     pub(crate) agent: Agent,

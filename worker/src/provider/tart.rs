@@ -82,6 +82,8 @@ pub struct Setup {
     /// When guards must kill by themselves.
     pub fence: watch::Receiver<Mono>,
     pub boot_ms: u64,
+    /// A guest that answers by SSH this long, and not by its agent, has none.
+    pub agent_grace_ms: u64,
 }
 
 pub struct TartHost {

@@ -126,6 +126,7 @@ impl Machine<'_> {
             dir: self.vm.path.clone(),
             runner: std::process::id().cast_signed(),
             os: self.config.os.clone(),
+            mac: self.config.mac_address.clone(),
             home: extra.profile.home().to_owned(),
             isolated: self.sim.isolated,
             agent: extra.profile.agent.of(self.sim.version),

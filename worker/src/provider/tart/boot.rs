@@ -182,7 +182,7 @@ impl TartHost {
     async fn way(&self, vm: &VmName, machine: &Vm, until: Mono) -> Result<Way, VmError> {
         let agent = Way::Agent(self.socket(vm)?);
         let env = &self.setup.env;
-        let grace_ms = self.setup.boot_ms / 4;
+        let grace_ms = self.setup.agent_grace_ms;
         let (mut next_ssh, mut by_ssh) = (env.now().mono + grace_ms / 2, None);
         loop {
             if let Some(error) = machine.why_ended() {
@@ -227,7 +227,7 @@ impl TartHost {
         let ssh = Ssh::new(self.login.clone(), address.trim().to_owned(), &self.setup.state_dir);
         let way = Way::Ssh(ssh.map_err(|error| VmError::io(VmFault::Start, "write the askpass program", &error))?);
         let Some(mac) = locks::mac(&self.vm_home(vm).join("config.json")) else { return Ok(None) };
-        let steps = "cat /sys/class/net/*/address 2>/dev/null || ifconfig -a";
+        let steps = "ifconfig -a 2>/dev/null; cat /sys/class/net/*/address 2>/dev/null; true";
         Ok(match way.ask(&self.setup.env, steps, 64 << 10, TRY).await {
             Ok((_, said)) if String::from_utf8_lossy(&said).to_lowercase().contains(&mac) => Some(way),
             Ok(_) | Err(_) => None,

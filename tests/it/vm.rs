@@ -1,0 +1,143 @@
+//! Jobs in VMs: a worker with the `tart` provider on a simulated Mac.
+
+use std::fs;
+use std::process::Output;
+
+use alloy_tests::farm::{Farm, IMAGE, Setup, full, output};
+use alloy_tests::observe::until;
+use alloy_tests::sim_host::{self, Profile};
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+fn macs() -> Setup {
+    Setup { macs: Some(sim_host::Setup::default()), time_scale: 10, ..Setup::default() }
+}
+
+/// `alloy run ARGS` in an empty tree.
+async fn run(farm: &Farm, args: &[&str]) -> Result<Output> {
+    let tree = farm.scratch("tree")?;
+    let mut command = farm.alloy(&[&["run"], args].concat());
+    command.current_dir(tree);
+    output(command).await
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+async fn job(farm: &Farm, spec: Value) -> Result<Value> {
+    let id = farm.api().submit(spec).await?;
+    Ok(farm.api().end(&id).await)
+}
+
+async fn all_warm(farm: &Farm) {
+    let api = farm.api();
+    until("every slot holds a warm VM", async || {
+        let list = api.get("/v1/workers").await?;
+        let workers = list["workers"].as_array().context("a list")?;
+        let warm = |worker: &Value| worker["slots_warm"] == worker["slots"];
+        Ok((!workers.is_empty() && workers.iter().all(warm)).then_some(()))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_runs_in_a_vm_with_its_tree_and_brings_back_its_files() -> Result<()> {
+    let farm = Farm::start(macs()).await?;
+    let tree = farm.scratch("tree")?;
+    fs::write(tree.join("in put.txt"), "from the tree\n")?;
+    let line = r#"hostname; pwd; cat 'in put.txt'; mkdir -p out/deep; printf 'made\n' > 'out/deep/a file'; ln -s deep out/link; echo err >&2; exit 7"#;
+    let out = run(&farm, &["--artifact", "out", "-c", line]).await?;
+    assert_eq!(out.status.code(), Some(7), "{}", text(&out.stderr));
+    let said = text(&out.stdout);
+    let (name, rest) = said.split_once('\n').context("a host name")?;
+    assert!(name.starts_with("alloy-"), "{name}");
+    assert_eq!(rest, "/Users/admin/workspace\nfrom the tree\nerr\n");
+    let got = tree.join("alloy-out/latest/out");
+    assert_eq!(fs::read_to_string(got.join("deep/a file"))?, "made\n");
+    assert_eq!(fs::read_link(got.join("link"))?.to_str(), Some("deep"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_of_a_job_is_left_for_the_next_ones() -> Result<()> {
+    let farm = Farm::start(Setup { slots: 1, ..macs() }).await?;
+    let leave = "export LC_ALL=C; touch ~/left /tmp/left /usr/local/left; (setsid sleep 98765 &); (setsid perl -MSocket -e 'socket(S,AF_INET,SOCK_STREAM,0);bind(S,sockaddr_in(7999,INADDR_ANY));listen(S,1);sleep 9999' &); sleep 0.2; echo done";
+    let left = job(&farm, json!({ "shell": leave })).await?;
+    assert_eq!(left["state"], "succeeded", "{left}");
+    let look = "export LC_ALL=C; ls ~/left /tmp/left /usr/local/left 2>/dev/null; pgrep -f '98765|7999' | grep -v $$; perl -MSocket -e 'socket(S,AF_INET,SOCK_STREAM,0);print \"port\" if connect(S,sockaddr_in(7999,INADDR_LOOPBACK))'; ls -A; true";
+    for round in 0..if full() { 200 } else { 5 } {
+        let out = run(&farm, &["-c", look]).await?;
+        assert_eq!(
+            (out.status.code(), text(&out.stdout).as_str()),
+            (Some(0), ""),
+            "round {round}: {}",
+            text(&out.stderr)
+        );
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_without_the_agent_is_reached_by_ssh() -> Result<()> {
+    let farm = Farm::start(Setup { slots: 1, image: Profile::vanilla(), ..macs() }).await?;
+    fs::write(farm.scratch("tree")?.join("file"), "tree\n")?;
+    let out =
+        run(&farm, &["--artifact", "made", "-c", "cat file; echo it\\'s; head -c 300000 /dev/zero > made; exit 3"])
+            .await?;
+    assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(3), "tree\nit's\n"), "{}", text(&out.stderr));
+    assert_eq!(fs::metadata(farm.scratch("tree")?.join("alloy-out/latest/made"))?.len(), 300_000);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_dies_under_a_job_costs_another_try_and_not_the_job() -> Result<()> {
+    let farm = Farm::start(macs()).await?;
+    let flag = farm.mac(0).dir().join("now");
+    farm.mac(0).faults(&[json!({ "command": "run", "vm": "alloy-*", "times": 1, "fault": "die", "how": "crash", "at": "agent", "file": flag })]);
+    let spec = json!({ "shell": "echo \"$ALLOY_JOB_ATTEMPT\"; [ \"$ALLOY_JOB_ATTEMPT\" = 1 ] && sleep 600; true" });
+    let api = farm.api();
+    let id = api.submit(spec).await?;
+    api.log_has(&id, "1\n").await;
+    fs::write(&flag, "")?;
+    let ended = api.end(&id).await;
+    assert_eq!((&ended["state"], &ended["attempt"]), (&json!("succeeded"), &json!(2)), "{ended}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_killed_with_its_vms_starts_clean() -> Result<()> {
+    let mut farm = Farm::start(macs()).await?;
+    all_warm(&farm).await;
+    let before = farm.mac(0).vms();
+    assert!(!before.is_empty());
+    farm.kill_worker(0);
+    farm.start_worker(0)?;
+    let mac = farm.mac(0);
+    until("two new VMs stand where the old ones stood", async || {
+        let now = mac.vms();
+        Ok((now.len() == 2 && now.is_disjoint(&before)).then_some(()))
+    })
+    .await;
+    all_warm(&farm).await;
+    assert_eq!(farm.mac(0).vms().len(), 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_warm_vm_has_its_filter_and_its_image_on_record() -> Result<()> {
+    let farm = Farm::start(macs()).await?;
+    all_warm(&farm).await;
+    let ended = job(&farm, json!({ "shell": "echo \"$ALLOY_VM_SOURCE $ALLOY_IMAGE\"" })).await?;
+    let id = ended["id"].as_str().context("an id")?;
+    assert_eq!(text(&farm.api().log(id).await?), format!("warm {IMAGE}\n"));
+    let runs: Vec<_> =
+        farm.mac(0).journal().into_iter().filter(|entry| entry.argv.iter().any(|arg| arg == "run")).collect();
+    assert!(!runs.is_empty());
+    for run in runs {
+        for flag in ["--no-graphics", "--no-audio", "--no-clipboard", "--net-softnet"] {
+            assert!(run.argv.iter().any(|arg| arg == flag), "{:?}", run.argv);
+        }
+    }
+    Ok(())
+}
