@@ -80,7 +80,7 @@ const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), va
 const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
 const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
 
-const TART: Key = Key { name: "tart", flag: None, variable: Some("ALLOY_TART") };
+const TART: Key = Key { name: "tart_program", flag: None, variable: Some("ALLOY_TART") };
 const TART_HOME: Key = Key { name: "tart_home", flag: None, variable: Some("TART_HOME") };
 const VM_CPUS: Key = Key { name: "vm_cpus", flag: None, variable: Some("ALLOY_VM_CPUS") };
 const VM_MEMORY: Key = Key { name: "vm_memory_mib", flag: None, variable: Some("ALLOY_VM_MEMORY_MIB") };
@@ -261,7 +261,8 @@ mod tests {
         let (config, settings) = resolve(Flags::default(), &[], "").unwrap();
         let state_dir = PathBuf::from("/home/u/.local/share/alloy/worker");
         let embedded = Config::embedded(String::new(), state_dir);
-        assert_eq!(config, Config { url: None, provider: Provider::Tart, ..embedded });
+        let tart = Settings { home: PathBuf::from("/home/u/.tart"), ..Settings::default() };
+        assert_eq!(config, Config { url: None, provider: Provider::Tart, tart, ..embedded });
         assert!(settings.iter().all(|setting| setting.origin == Origin::Default));
     }
 

@@ -134,7 +134,7 @@ impl Trouble {
 
 /// The last words of a command, for people.
 pub(super) fn tail(ended: &Ended) -> String {
-    let last = |text: &str| text.lines().map(str::trim).filter(|line| !line.is_empty()).next_back().map(str::to_owned);
+    let last = |text: &str| text.lines().map(str::trim).rfind(|line| !line.is_empty()).map(str::to_owned);
     let words = [last(&ended.err), last(&ended.out)].into_iter().flatten().collect::<Vec<_>>().join("; ");
     let how = match ended.status {
         Some(status) => format!("status {status}"),

@@ -158,6 +158,7 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
+    use crate::guard::tests::eventually;
 
     /// What a shell makes of a script.
     fn run(script: &Bytes) -> Vec<u8> {
@@ -227,8 +228,7 @@ mod tests {
         assert_eq!(String::from_utf8(out).unwrap(), format!("/bin:/usr/bin|it's|{place}\nerr\n"));
         assert_eq!(status, Some(128 + 15));
         let leader: i32 = std::fs::read_to_string(&group).unwrap().parse().unwrap();
-        let left = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(leader), None);
-        assert!(left.is_err(), "the group is gone");
+        eventually("the group is gone", || nix::sys::signal::killpg(nix::unistd::Pid::from_raw(leader), None).err());
     }
 
     #[test]
