@@ -65,7 +65,7 @@ async fn nothing_of_a_job_is_left_for_the_next_ones() -> Result<()> {
     let leave = "export LC_ALL=C; touch ~/left /tmp/left /usr/local/left; (setsid sleep 98765 &); (setsid perl -MSocket -e 'socket(S,AF_INET,SOCK_STREAM,0);bind(S,sockaddr_in(7999,INADDR_ANY));listen(S,1);sleep 9999' &); sleep 0.2; echo done";
     let left = job(&farm, json!({ "shell": leave })).await?;
     assert_eq!(left["state"], "succeeded", "{left}");
-    let look = "export LC_ALL=C; ls ~/left /tmp/left /usr/local/left 2>/dev/null; pgrep -f '9876[5]|799[9]'; perl -MSocket -e 'socket(S,AF_INET,SOCK_STREAM,0);print \"port\" if connect(S,sockaddr_in(7999,INADDR_LOOPBACK))'; ls -A; true";
+    let look = "export LC_ALL=C; ls ~/left /tmp/left /usr/local/left 2>/dev/null; pgrep -f '9876[5]'; perl -MSocket -e 'socket(S,AF_INET,SOCK_STREAM,0);print \"port\" if connect(S,sockaddr_in(7999,INADDR_LOOPBACK))'; ls -A; true";
     for round in 0..if full() { 200 } else { 5 } {
         let out = run(&farm, &["-c", look]).await?;
         assert_eq!(
