@@ -178,7 +178,8 @@ pub(crate) async fn list(app: &App, args: &ListArgs) -> Result<i32, Failure> {
             app.talk.say("No jobs.");
         }
         let head = ["JOB", "STATE", "COMMAND", "WORKER", "STARTED", "TOOK"];
-        if let Some((width, _)) = terminal_size::terminal_size() {
+        // Only the width of what is written to: a pipe or a file takes whole commands, whatever terminal stderr is.
+        if let Some((width, _)) = terminal_size::terminal_size_of(std::io::stdout()) {
             fit(&head, &mut rows, usize::from(width.0));
         }
         print(&table(&head, &rows, stdout_is_terminal()))?;

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use alloy_tests::farm::{Farm, Setup, bin_dir};
+use alloy_tests::farm::{Farm, Setup, bin_dir, output};
 use alloy_tests::observe::until;
 use anyhow::{Context as _, Result, ensure};
+
+use super::told;
 
 /// A terminal of its own on a server of its own.
 struct Terminal {
@@ -15,6 +17,10 @@ struct Terminal {
 impl Terminal {
     /// Runs `alloy ARGS` in it; the shell then writes the exit code.
     fn start(farm: &Farm, args: &str) -> Result<Terminal> {
+        Self::start_wide(farm, 120, args)
+    }
+
+    fn start_wide(farm: &Farm, columns: u16, args: &str) -> Result<Terminal> {
         let terminal = Terminal { socket: farm.dir().join("tmux") };
         let alloy = bin_dir().join("alloy");
         let line = format!(
@@ -25,7 +31,7 @@ impl Terminal {
             token = farm.token(),
             alloy = alloy.display(),
         );
-        terminal.tmux(&["new-session", "-d", "-x", "120", "-y", "40", &line])?;
+        terminal.tmux(&["new-session", "-d", "-x", &columns.to_string(), "-y", "40", &line])?;
         Ok(terminal)
     }
 
@@ -91,5 +97,20 @@ async fn the_second_ctrl_c_detaches_and_tells_the_job() -> Result<()> {
     assert!(screen.contains("detach") && screen.contains(&id[id.len() - 6..]), "{screen}");
     assert_eq!(farm.api().job(id).await?["state"], "canceling", "it goes on without us: {screen}");
     farm.api().end(id).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_list_is_cut_for_a_terminal_and_whole_in_a_file() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    let command = "true a-command-that-is-wider-than-it";
+    let out = output(farm.alloy(&["run", "-c", command])).await?;
+    ensure!(out.status.success(), "{}", told(&out));
+    let again = bin_dir().join("alloy");
+    let terminal = Terminal::start_wide(&farm, 80, &format!("list > list.txt; {} list", again.display()))?;
+    let screen = terminal.shows("exit=0").await?;
+    assert!(screen.contains('…') && !screen.contains(command), "{screen}");
+    let list = std::fs::read_to_string(farm.dir().join("home/list.txt"))?;
+    assert!(list.contains(command), "{list}");
     Ok(())
 }
