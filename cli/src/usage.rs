@@ -3,9 +3,10 @@
 use std::io::Write as _;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Command, CommandFactory as _};
+use clap::{Command, CommandFactory as _, Parser as _};
 
 use crate::Cli;
+use crate::output::sanitize::one_line;
 use crate::output::{Failure, exit};
 
 /// Flags before the subcommand whose next word is their value.
@@ -23,33 +24,34 @@ pub(crate) fn complain(error: &clap::Error, args: &[String]) -> i32 {
     let advice = advice(error, args);
     let words = args.iter().take_while(|word| *word != "--");
     if words.clone().any(|word| word == "--json") {
-        let failure = failure(error, advice);
+        let failure = failure(error, advice, args);
         // A closed standard error must not end the command otherwise.
         let _ = writeln!(anstream::stderr().lock(), "{}", failure.json(exit::USAGE));
         return exit::USAGE;
     }
     match advice {
         Some(Advice { what, hints }) => {
-            let mut text = format!("error: {what}\n");
-            hints.iter().for_each(|hint| text.push_str(&format!("  hint: {hint}\n")));
+            let mut text = format!("error: {}\n", one_line(&what));
+            hints.iter().for_each(|hint| text.push_str(&format!("  hint: {}\n", one_line(hint))));
             let _ = write!(anstream::stderr().lock(), "{text}");
         }
         None => {
-            let _ = error.print();
+            let text = hushed(&error.render().ansi().to_string(), args);
+            let _ = write!(anstream::stderr().lock(), "{text}");
         }
     }
     exit::USAGE
 }
 
 /// The parser's sentence without its frame.
-fn failure(error: &clap::Error, advice: Option<Advice>) -> Failure {
+fn failure(error: &clap::Error, advice: Option<Advice>, args: &[String]) -> Failure {
     if let Some(Advice { what, hints }) = advice {
         return Failure::usage(what).hint(hints.join("\n"));
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return Failure::usage("a subcommand is missing").hint("alloy help");
     }
-    let text = error.render().to_string();
+    let text = hushed(&error.render().to_string(), args);
     let mut parts = text.split("\n\n");
     let message = parts.next().unwrap_or_default().trim_start_matches("error: ");
     let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -79,8 +81,9 @@ fn advice(error: &clap::Error, args: &[String]) -> Option<Advice> {
         }
         ErrorKind::UnknownArgument if is_run => {
             let wrong = named(ContextKind::InvalidArg)?;
-            let at = args.iter().skip(first).position(|word| word == wrong)? + first;
-            (!wrong.starts_with('-')).then(|| forgotten_dashes(wrong, args, at))
+            let mut equal = (first..args.len()).filter(|at| args[*at] == wrong);
+            let at = equal.clone().find(|at| !is_value(args, *at)).or_else(|| equal.next())?;
+            (!wrong.starts_with('-')).then(|| forgotten_dashes(&masked(args), at))
         }
         ErrorKind::MissingRequiredArgument if is_run => Some(Advice {
             what: "`alloy run` needs something to run".to_owned(),
@@ -91,6 +94,44 @@ fn advice(error: &clap::Error, args: &[String]) -> Option<Advice> {
         }),
         _ => None,
     }
+}
+
+/// True if the flag before a word takes it as its value.
+fn is_value(args: &[String], at: usize) -> bool {
+    let before = std::iter::once("alloy").chain(args[..at].iter().map(String::as_str));
+    Cli::try_parse_from(before).is_err_and(|error| error.kind() == ErrorKind::InvalidValue)
+}
+
+/// The same words without what must not be seen over a shoulder or in a log: values of variables, and tokens.
+fn masked(args: &[String]) -> Vec<String> {
+    let (mut is_env, mut ours) = (false, true);
+    let mask = |word: &String| {
+        ours &= word != "--";
+        let flag =
+            ["--env=", "-e=", "-e", ""].iter().find(|flag| word.starts_with(**flag)).copied().unwrap_or_default();
+        let variable = std::mem::take(&mut is_env) || !flag.is_empty();
+        is_env = matches!(word.as_str(), "--env" | "-e");
+        match word[flag.len()..].split_once('=') {
+            Some((name, _)) if variable && ours => format!("{flag}{name}=…"),
+            Some(_) | None => without_token(word),
+        }
+    };
+    args.iter().map(mask).collect()
+}
+
+/// Of a token only its prefix. A token is known by its form even if it was mistyped.
+fn without_token(word: &str) -> String {
+    let Some(at) = word.find("alloy_") else { return word.to_owned() };
+    match word[at + "alloy_".len()..].split_once('_') {
+        Some((kind, _)) => format!("{}alloy_{kind}_…", &word[..at]),
+        None => word.to_owned(),
+    }
+}
+
+/// The parser's text without the secrets of the command line that it quotes.
+fn hushed(text: &str, args: &[String]) -> String {
+    let secrets = args.iter().zip(masked(args)).filter(|(word, shown)| *word != shown);
+    secrets.fold(text.to_owned(), |text, (word, shown)| text.replace(word, &shown))
 }
 
 /// Where the subcommand stands.
@@ -110,6 +151,7 @@ fn unknown_subcommand(wrong: &str, args: &[String], first: usize) -> Advice {
     let at = args.iter().skip(first).position(|word| word == wrong).map_or(first, |at| at + first);
     // Of the words before it, each is the subcommand of the one before.
     let parent = args[first..at].iter().try_fold(&top, |command, word| command.find_subcommand(word)).unwrap_or(&top);
+    let args = &masked(args)[..];
     let what = format!("there is no command `{}`", shown(&args[first..=at]));
     let meant = nearest(wrong, parent);
     let mut hints = Vec::new();
@@ -152,7 +194,7 @@ fn slips(a: &str, b: &str) -> usize {
 }
 
 /// The command's first word stands where a flag would.
-fn forgotten_dashes(wrong: &str, args: &[String], at: usize) -> Advice {
+fn forgotten_dashes(args: &[String], at: usize) -> Advice {
     let before = &args[..at];
     let line = before.iter().position(|word| word == "-c");
     let hint = match line {
@@ -167,7 +209,7 @@ fn forgotten_dashes(wrong: &str, args: &[String], at: usize) -> Advice {
             shown(&[&before[..], &["--".to_owned()], &rest[..]].concat())
         }
     };
-    Advice { what: format!("`{wrong}` is no option of `alloy run`"), hints: vec![format!("alloy {hint}")] }
+    Advice { what: format!("`{}` is no option of `alloy run`", args[at]), hints: vec![format!("alloy {hint}")] }
 }
 
 /// Words as a shell takes them.
@@ -180,8 +222,6 @@ fn shown(words: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser as _;
-
     use super::*;
 
     fn told(line: &[&str]) -> Failure {
@@ -189,7 +229,7 @@ mod tests {
         let error = Cli::try_parse_from(std::iter::once(&"alloy".to_owned()).chain(&args)).unwrap_err();
         assert!(error.use_stderr(), "{line:?}");
         let advice = advice(&error, &args);
-        failure(&error, advice)
+        failure(&error, advice, &args)
     }
 
     #[test]
@@ -198,6 +238,9 @@ mod tests {
             (&["run", "make", "all"][..], "alloy run -- make all"),
             (&["run", "--timeout", "5m", "make", "a b"], "alloy run --timeout 5m -- make 'a b'"),
             (&["run", "-c", "make", "test"], "alloy run -c 'make test'"),
+            (&["run", "--label", "make", "make"], "alloy run --label make -- make"),
+            (&["run", "--env", "TOKEN=hunter2", "make"], "alloy run --env 'TOKEN=…' -- make"),
+            (&["worker", "jion", "http://farm", "alloy_join_abc"], "alloy worker join http://farm 'alloy_join_…'"),
             (&["run"], "alloy run -c 'make test'"),
             (&["--json", "run", "--local"], "alloy run -c 'make test'"),
             (&["rnu", "-c", "make"], "alloy run -c make"),
@@ -226,6 +269,23 @@ mod tests {
             assert!(failure.message.to_lowercase().contains(&word.to_lowercase()), "{line:?}: {failure:?}");
             assert!(!failure.message.contains('\n') && !failure.message.contains("Usage"), "{failure:?}");
             assert!(!failure.message.contains("StateWord"), "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn no_secret_of_the_line_is_repeated() {
+        for line in [
+            &["run", "--env", "A=hunter2", "make"][..],
+            &["run", "--env=A=hunter2", "make"],
+            &["run", "-e", "A=hunter2", "make"],
+            &["run", "-eA=hunter2", "make"],
+            &["rnu", "--env", "A=hunter2", "-c", "make"],
+            &["login", "http://farm", "alloy_pat_hunter2"],
+            &["login", "--token=alloy_pat_hunter2", "http://farm"],
+            &["worker", "jion", "http://farm", "alloy_jion_hunter2"],
+        ] {
+            let failure = told(line);
+            assert!(!format!("{failure:?}").contains("hunter2"), "{line:?}: {failure:?}");
         }
     }
 
