@@ -37,7 +37,9 @@ pub(super) fn by_name(path: &str) -> Option<&'static str> {
     if let Some(rest) = name.strip_prefix(".env") {
         let template = ["example", "sample", "template", "dist"].iter().any(|word| rest.ends_with(word));
         let environment = rest.is_empty() || rest == "rc" || rest.starts_with(['.', '-', '_']);
-        return (environment && !template).then_some("environment variables");
+        if environment && !template {
+            return Some("environment variables");
+        }
     }
     if ENDINGS.iter().any(|end| name.ends_with(end)) || name.starts_with("id_") && NAMES.contains(&name) {
         return Some("a key");
@@ -90,9 +92,12 @@ fn a_key_follows(from_marker: &[u8]) -> bool {
 /// True if a line gives a secret key a value that is not taken from a variable.
 fn holds_token(head: &[u8]) -> bool {
     String::from_utf8_lossy(head).lines().any(|line| {
-        let Some((key, value)) = line.split_once(['=']) else { return false };
-        let key = key.trim().to_ascii_lowercase();
-        let key = key.rsplit([':', ' ', '"']).next().unwrap_or_default();
+        // npm and pip write `key=value` or `key: value`, yarn `"//host/:key" "value"`.
+        let blank = ['=', ' ', '\t'];
+        let Some((key, value)) = line.trim().split_once(blank) else { return false };
+        let key = key.trim_end_matches([':', '"']).to_ascii_lowercase();
+        let key = key.rsplit([':', '"']).next().unwrap_or_default();
+        let value = value.trim_start_matches(blank);
         let value = value.trim().trim_matches(['"', '\'']);
         SETTING_KEYS.contains(&key) && !value.is_empty() && !value.contains("${")
     })
@@ -109,6 +114,8 @@ mod tests {
             ("a/.env.production", true),
             (".env_local", true),
             (".env.example", false),
+            (".env.example.pem", true),
+            (".envoy.key", true),
             (".envrc", true),
             (".environment", false),
             ("environment.c", false),
@@ -166,6 +173,9 @@ mod tests {
             (".npmrc", "registry=https://npm.example/\n//npm.example/:_authToken=abc\n", true),
             (".npmrc", "//npm.example/:_authToken=${NPM_TOKEN}\n", false),
             (".npmrc", "save-exact=true\n", false),
+            (".yarnrc", "\"//npm.example/:_authToken\" \"abc==\"\n", true),
+            (".yarnrc", "registry \"https://npm.example\"\n", false),
+            (".pypirc", "[pypi]\nusername: me\npassword: abc\n", true),
             (".npmrc", "//npm.example/:_password = \"c2VjcmV0\"\n", true),
             (".pypirc", "[pypi]\nusername = __token__\npassword = abc\n", true),
             (".npmrc.md", "//npm.example/:_authToken=abc\n", false),

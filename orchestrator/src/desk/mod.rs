@@ -297,7 +297,7 @@ impl Desk {
 
     fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, mut news: News, now: Now) {
         if let (Some(heard), Some(collect_ms)) = (news.heard, &mut news.timings.collect_ms) {
-            *collect_ms += now.mono.since(heard);
+            *collect_ms = collect_ms.saturating_add(now.mono.since(heard));
         }
         let Some(live) = self.live.get(&from.at.job) else {
             return self.answers.push((ticket, None, Answer::NotLive));
