@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -254,6 +254,7 @@ fn built(name: &str) -> Result<PathBuf> {
 /// The PID namespaces of these processes that are not ours.
 #[cfg(target_os = "linux")]
 fn namespaces_of(found: &[Found]) -> BTreeSet<u64> {
+    use std::os::unix::fs::MetadataExt as _;
     let of = |pid: &str, kind: &str| fs::metadata(format!("/proc/{pid}/ns/{kind}")).map(|found| found.ino()).ok();
     let own = of("self", "pid");
     found
@@ -266,6 +267,7 @@ fn namespaces_of(found: &[Found]) -> BTreeSet<u64> {
 
 #[cfg(target_os = "linux")]
 fn processes_in_namespaces(namespaces: &BTreeSet<u64>) -> Vec<Found> {
+    use std::os::unix::fs::MetadataExt as _;
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {

@@ -59,7 +59,7 @@ impl RunLock {
 pub(crate) fn holder(config: impl AsFd) -> io::Result<Option<i32>> {
     let mut found = write_lock();
     fcntl(config, FcntlArg::F_GETLK(&mut found))?;
-    Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(found.l_pid))
+    Ok((found.l_type != libc::F_UNLCK as libc::c_short).then_some(found.l_pid))
 }
 
 fn write_lock() -> libc::flock {
