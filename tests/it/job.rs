@@ -18,7 +18,6 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 const STAGES: [&str; 6] = ["queue_ms", "assign_ms", "vm_ms", "source_ms", "exec_ms", "collect_ms"];
-/// What a stage sum may differ from the outside observer's time.
 /// What the stages may differ from the observer's clock. The gate's debug programs share two cores with whatever else
 /// the machine does; the promise of 100 ms is held to the release programs of the full run.
 fn tolerance_ms() -> i64 {

@@ -116,7 +116,7 @@ pub async fn enrol(verb: &Join) -> ExitCode {
     }
 }
 
-/// What starts a worker with this state directory from anywhere. The host is the one provider that is in this build.
+/// What starts a worker with this state directory from anywhere. It names the provider that needs nothing else installed.
 fn start_line(state_dir: &Path) -> String {
     let dir = std::path::absolute(state_dir).unwrap_or_else(|_| state_dir.to_owned());
     format!("worker run --provider host --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
