@@ -4,6 +4,7 @@ mod access;
 mod care;
 mod cli;
 mod follow;
+mod image;
 mod images;
 mod job;
 mod prose;

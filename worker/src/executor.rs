@@ -3,6 +3,7 @@
 //! Every stage is measured by its own clock. The first thing that goes wrong decides how the attempt ends; an attempt
 //! that is fenced says nothing more, because it is not ours any more.
 
+use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use alloy_shared::env::{Env, Mono, Ms, backoff};
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits::Limits;
 use alloy_shared::wire::job::{Blame, End, Phase, Reason, Timings};
-use alloy_shared::wire::session::{Assignment, Report, ResultReport};
+use alloy_shared::wire::session::{Assignment, Report, ResultReport, fact};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
@@ -266,19 +267,12 @@ impl Attempt {
                 }
             }
         };
-        let facts = self.claimed.iter().flat_map(|claimed| {
-            [
-                ("image".to_owned(), claimed.image.0.clone()),
-                ("image_digest".to_owned(), claimed.digest.to_string()),
-                ("vm_source".to_owned(), if claimed.hit { "warm" } else { "cold" }.to_owned()),
-            ]
-        });
         let report = Report::Result(Box::new(ResultReport {
             end,
             timings: self.timings,
             log_len,
             artifacts: self.artifacts.load(Ordering::Relaxed),
-            facts: facts.collect(),
+            facts: self.facts(),
         }));
         let _session_is_gone = self.tell(Input::Report { attempt: self.at, report }).await;
     }
@@ -292,8 +286,20 @@ impl Attempt {
     }
 
     async fn enter(&mut self, phase: Phase) -> Result<(), Ended> {
-        let report = Report::Phase { phase, timings: self.timings, message: None };
+        let report = Report::Phase { phase, timings: self.timings, message: None, facts: self.facts() };
         self.tell(Input::Report { attempt: self.at, report }).await
+    }
+
+    /// What the job's record keeps of the VM.
+    fn facts(&self) -> BTreeMap<String, String> {
+        let Some(claimed) = &self.claimed else { return BTreeMap::new() };
+        [
+            (fact::IMAGE, claimed.image.0.clone()),
+            (fact::IMAGE_DIGEST, format!("sha256:{}", claimed.digest)),
+            (fact::VM_SOURCE, if claimed.hit { "warm" } else { "cold" }.to_owned()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
     }
 
     /// A session that is gone means that the daemon is stopping hard: there is nobody to report to.

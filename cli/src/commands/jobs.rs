@@ -285,6 +285,7 @@ fn facts(job: &JobView, now: Ms) -> Vec<(&'static str, String)> {
         fact("exit code", job.exit_code.map(|code| code.to_string()));
     }
     fact("worker", job.worker_name.clone());
+    fact("image", image(job));
     fact("attempt", (job.attempt > 0).then(|| job.attempt.to_string()));
     fact("lost", (job.lost > 0).then(|| format!("{} of them, by the farm", job.lost)));
     fact("submitted", Some(format!("{} ({})", job.created_at, ago(&job.created_at, now))));
@@ -299,6 +300,16 @@ fn facts(job: &JobView, now: Ms) -> Vec<(&'static str, String)> {
     );
     fact("url", Some(job.url.clone()));
     facts
+}
+
+/// What the newest attempt runs in: `NAME sha256:0123456789ab…, warm`.
+fn image(job: &JobView) -> Option<String> {
+    let name = job.image.as_ref()?;
+    let digest = job.image_digest.as_ref().map_or(String::new(), |digest| {
+        let shown: String = digest.chars().take("sha256:".len() + 12).collect();
+        format!(" {shown}…")
+    });
+    Some(format!("{name}{digest}{}", job.vm_source.as_ref().map_or(String::new(), |source| format!(", {source}"))))
 }
 
 fn stages(job: &JobView) -> Option<String> {

@@ -1,5 +1,7 @@
 //! D: what a change of state leaves in the books: events, the attempt's row, timings, artifacts.
 
+use std::collections::BTreeMap;
+
 use alloy_shared::env::Ms;
 use alloy_shared::wire::job::{End, EventKind, Timings};
 
@@ -38,6 +40,7 @@ pub(super) fn enter(live: &mut Live, state: State, event: &Event, report: Option
             end: None,
             timings: Timings { queue_ms, ..Timings::default() },
             seq: 0,
+            facts: BTreeMap::new(),
             log_len: None,
         });
         change.attempt = true;
@@ -67,6 +70,7 @@ fn note(
     if let Some((seq, news)) = report {
         attempt.seq = seq;
         merge(&mut attempt.timings, &news.timings);
+        attempt.facts.extend(news.facts);
         change.artifacts.extend(news.artifact);
         message = news.message;
         change.attempt = true;

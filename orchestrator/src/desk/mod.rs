@@ -6,6 +6,7 @@
 
 mod books;
 mod due;
+mod rooms;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,11 +16,11 @@ use alloy_shared::id::{AttemptRef, JobId, Labels, OrgId, WorkerId};
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::FieldError;
 use alloy_shared::wire::job::{Reason, SubmitJob, Timings};
-use alloy_shared::wire::session::{SlotState, SlotView};
+use alloy_shared::wire::session::SlotView;
 
 use crate::admit::admit;
 use crate::job::{self, Event, Refused, Rules, Step};
-use crate::pick::{self, Room, Waiting, WhyNot};
+use crate::pick::{self, Waiting, WhyNot};
 use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
 use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
 use due::Due;
@@ -93,6 +94,8 @@ pub struct News {
     pub timings: Timings,
     pub artifact: Option<Artifact>,
     pub message: Option<String>,
+    /// Of the attempt's VM. They stay once they are known.
+    pub facts: BTreeMap<String, String>,
     /// For a result: when it was heard. What is done with it until it is decided belongs to `collect`.
     pub heard: Option<Mono>,
 }
@@ -422,32 +425,6 @@ impl Desk {
         for (id, worker) in pick::pick(waiting, &mut rooms) {
             self.change(None, id, &Event::Assigned { worker }, Guard::Version, None, now);
         }
-    }
-
-    fn rooms(&self) -> BTreeMap<WorkerId, Room> {
-        self.offers.iter().map(|(id, offer)| (*id, self.room(offer))).collect()
-    }
-
-    /// A slot is taken when the worker says so or when a job of ours is leased to it, counted once.
-    fn room(&self, offer: &Offer) -> Room {
-        let usable: Vec<&SlotView> = offer.slots.iter().filter(|slot| slot.state != SlotState::Quarantined).collect();
-        let leased = self.leased.get(&offer.worker).into_iter().flatten().copied();
-        let named: BTreeSet<AttemptRef> = usable.iter().filter_map(|slot| slot.attempt).chain(leased).collect();
-        let nameless = usable.iter().filter(|slot| slot.attempt.is_none() && !slot.state.is_free()).count();
-        let slots = usable.len() as u32;
-        let taken = (named.len() + nameless) as u32;
-        Room {
-            name: offer.name.clone(),
-            labels: offer.labels.clone(),
-            draining: offer.draining,
-            slots,
-            free: slots.saturating_sub(taken),
-        }
-    }
-
-    fn why_not(&self, id: &JobId) -> Option<WhyNot> {
-        let live = self.live.get(id)?;
-        matches!(live.job.state.step, Step::Queued { .. }).then(|| pick::why_not(&live.required, &self.rooms()))
     }
 
     /// Takes what the store did and returns what follows. An error means that nothing was written; `repeated`, that an

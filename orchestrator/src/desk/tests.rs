@@ -1,6 +1,7 @@
 use alloy_shared::env::Mono;
 use alloy_shared::id::{DEFAULT_ORG, Digest};
 use alloy_shared::wire::job::{End, JobSpec, Phase, StateWord};
+use alloy_shared::wire::session::SlotState;
 
 use super::*;
 

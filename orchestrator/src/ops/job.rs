@@ -7,7 +7,7 @@ use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, WorkerId, printable};
 use alloy_shared::limits;
 use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings};
-use alloy_shared::wire::session::{ArtifactReport, Report, ResultReport};
+use alloy_shared::wire::session::{ArtifactReport, Report, ResultReport, fact};
 use alloy_shared::wire::source::check_path;
 use alloy_shared::wire::{ErrorCode, path};
 use tracing::{info, warn};
@@ -207,8 +207,9 @@ async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, N
     match report {
         Report::Accepted => Ok((Event::Accepted { attempt }, News::default())),
         Report::Refused { message } => Ok((Event::Refused { attempt, message: shorten(message) }, News::default())),
-        Report::Phase { phase, timings, message } => {
-            let news = News { timings, message: message.map(shorten), ..News::default() };
+        Report::Phase { phase, timings, message, facts } => {
+            let facts = kept(facts);
+            let news = News { timings, message: message.map(shorten), facts, ..News::default() };
             Ok((Event::Phase { attempt, phase }, news))
         }
         Report::Artifact(report) => {
@@ -216,15 +217,24 @@ async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, N
             Ok((Event::Artifact { attempt }, News { artifact: Some(artifact), ..News::default() }))
         }
         Report::Result(report) => {
-            let ResultReport { end, timings, log_len, .. } = *report;
+            let ResultReport { end, timings, log_len, facts, .. } = *report;
             let heard = app.env.now().mono;
             check_log(app, from.at, log_len).await?;
             let signal = end.signal.filter(|signal| (1..=64).contains(signal));
             let warnings = end.warnings.into_iter().take(limits::WARNINGS_MAX).map(shorten).collect();
             let end = End { message: shorten(end.message), signal, warnings, ..end };
-            Ok((Event::Finished { attempt, end }, News { timings, heard: Some(heard), ..News::default() }))
+            Ok((
+                Event::Finished { attempt, end },
+                News { timings, facts: kept(facts), heard: Some(heard), ..News::default() },
+            ))
         }
     }
+}
+
+/// The facts that an attempt's record has room for.
+fn kept(facts: BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let known = facts.into_iter().filter(|(name, _)| fact::ALL.contains(&name.as_str()));
+    known.map(|(name, value)| (name, shorten(value))).collect()
 }
 
 /// An artifact is listed only if its bytes are here and hash to what it says.
@@ -408,6 +418,7 @@ fn show(job: &Job, attempt: Option<&Attempt>, worker_name: Option<String>, why: 
         | crate::job::Step::Canceling { .. } => None,
     };
     let exit = done.map(|(end, _)| end.run_exit());
+    let fact = |name: &str| attempt.and_then(|attempt| attempt.facts.get(name).cloned());
     JobView {
         id: job.id,
         org: job.org,
@@ -418,6 +429,9 @@ fn show(job: &Job, attempt: Option<&Attempt>, worker_name: Option<String>, why: 
         attempt: job.state.tries.made,
         worker: attempt.map(|attempt| attempt.worker),
         worker_name,
+        image: fact(fact::IMAGE),
+        image_digest: fact(fact::IMAGE_DIGEST),
+        vm_source: fact(fact::VM_SOURCE),
         lost: job.state.tries.lost,
         created_at: job.created_at.rfc3339(),
         finished_at: done.map(|(_, at)| at.rfc3339()),

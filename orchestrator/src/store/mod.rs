@@ -1,5 +1,6 @@
 //! T: what the orchestrator remembers: about fifteen reads, and `commit`, the only verb that changes anything.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use alloy_shared::env::Ms;
@@ -70,6 +71,8 @@ pub struct Attempt {
     /// How this attempt ended, which is not always how the job did.
     pub end: Option<End>,
     pub timings: Timings,
+    /// What is kept of its VM, by the names in [`alloy_shared::wire::session::fact`].
+    pub facts: BTreeMap<String, String>,
     /// The newest report that was applied.
     pub seq: u64,
     /// Final length, once the worker has closed it.

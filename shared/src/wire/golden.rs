@@ -68,6 +68,9 @@ fn view() -> JobView {
         attempt: 0,
         worker: None,
         worker_name: None,
+        image: None,
+        image_digest: None,
+        vm_source: None,
         lost: 0,
         created_at: "2026-01-02T03:04:05.678Z".into(),
         finished_at: None,
@@ -103,6 +106,9 @@ fn jobs() {
         attempt: 2,
         worker: Some(WORKER),
         worker_name: Some("mini-1".into()),
+        image: Some("r/i:1".into()),
+        image_digest: Some("sha256:ab".into()),
+        vm_source: Some("warm".into()),
         lost: 1,
         finished_at: Some("2026-01-02T03:05:00.000Z".into()),
         waiting_reason: None,
@@ -127,7 +133,7 @@ fn jobs() {
     };
     check(
         done,
-        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7},"url":"http://farm/jobs/1"}"#,
+        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","image":"r/i:1","image_digest":"sha256:ab","vm_source":"warm","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7},"url":"http://farm/jobs/1"}"#,
     );
     let page = JobPage { jobs: vec![view()], next_cursor: Some("c".into()) };
     check(page, &format!(r#"{{"jobs":[{VIEW}],"next_cursor":"c"}}"#));
@@ -263,8 +269,8 @@ fn reports_of_workers() {
     check(Report::Refused { message: "full".into() }, r#"{"report":"refused","message":"full"}"#);
     let timings = Timings { vm_ms: Some(40), ..Timings::default() };
     check(
-        Report::Phase { phase: Phase::Executing, timings, message: Some("m".into()) },
-        r#"{"report":"phase","phase":"executing","timings":{"vm_ms":40},"message":"m"}"#,
+        Report::Phase { phase: Phase::Executing, timings, message: Some("m".into()), facts: map([(fact::IMAGE, "i")]) },
+        r#"{"report":"phase","phase":"executing","timings":{"vm_ms":40},"message":"m","facts":{"image":"i"}}"#,
     );
     let sha256 = Digest::of(b"abc");
     check(

@@ -317,6 +317,14 @@ pub struct JobView {
     pub worker: Option<WorkerId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub worker_name: Option<String>,
+    /// The image that the newest attempt runs in, and the digest that its VM was cloned from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_digest: Option<String>,
+    /// `warm`: the VM waited for the newest attempt. `cold`: the attempt waited for the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm_source: Option<String>,
     /// Attempts that the farm lost. Not counted against `retries`.
     pub lost: u32,
     pub created_at: String,

@@ -281,9 +281,23 @@ pub enum Report {
         timings: Timings,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         message: Option<String>,
+        /// What the job record keeps of the VM, once there is one: see [`fact`].
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        facts: BTreeMap<String, String>,
     },
     Artifact(ArtifactReport),
     Result(Box<ResultReport>),
+}
+
+/// Names of the facts of an attempt that its record keeps. Others are dropped.
+pub mod fact {
+    /// The image as it was asked for.
+    pub const IMAGE: &str = "image";
+    /// What the VM was cloned from.
+    pub const IMAGE_DIGEST: &str = "image_digest";
+    /// `warm` or `cold`.
+    pub const VM_SOURCE: &str = "vm_source";
+    pub const ALL: [&str; 3] = [IMAGE, IMAGE_DIGEST, VM_SOURCE];
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -303,7 +317,7 @@ pub struct ResultReport {
     /// The whole log's length; the result waits until the orchestrator has as much.
     pub log_len: u64,
     pub artifacts: u32,
-    /// Host facts the job record keeps: warm or cold, image digest, …
+    /// What the job record keeps of the VM: see [`fact`].
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub facts: BTreeMap<String, String>,
 }

@@ -125,6 +125,7 @@ pub(super) fn attempt(job: &Job, worker: WorkerId) -> Attempt {
         end: None,
         timings: Timings::default(),
         seq: 0,
+        facts: Default::default(),
         log_len: None,
     }
 }

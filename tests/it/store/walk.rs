@@ -221,6 +221,7 @@ fn any_attempt(dice: &mut Dice, job: &Job) -> Attempt {
         end,
         timings: any_timings(dice),
         seq: dice.next() >> 20,
+        facts: dice.maybe(|dice| (dice.text(), dice.text())).into_iter().collect(),
         log_len: dice.maybe(|dice| dice.next() >> 20),
     }
 }

@@ -34,7 +34,12 @@ fn result(log_len: u64) -> Report {
 }
 
 fn phase() -> Report {
-    Report::Phase { phase: Phase::Executing, timings: Timings::default(), message: Some("go".into()) }
+    Report::Phase {
+        phase: Phase::Executing,
+        timings: Timings::default(),
+        message: Some("go".into()),
+        facts: BTreeMap::new(),
+    }
 }
 
 fn artifact(sha256: Digest, size: u64) -> Report {

@@ -122,6 +122,7 @@ async fn insert_job(store: &MemStore, at: AttemptRef) {
         end: None,
         timings: Timings::default(),
         seq: 0,
+        facts: Default::default(),
         log_len: None,
     };
     let insert = InsertJob { job, key: None, attempt: Some(attempt), events: Vec::new() };

@@ -35,9 +35,9 @@ super::statements! {
         (SELECT 1 FROM workers WHERE workers.id = new.held_by AND workers.epoch = new.held_epoch)))";
     // A close may have been heard before the report that it follows: its two numbers stay.
     PUT_ATTEMPT = "INSERT INTO attempts (job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, outcome, end_json, \
-        timings, teardown_ms, seq, log_len) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) \
+        timings, teardown_ms, seq, log_len, facts) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) \
         ON CONFLICT (job_id, attempt) DO UPDATE SET ended_at_ms = excluded.ended_at_ms, outcome = excluded.outcome, \
-        end_json = excluded.end_json, timings = excluded.timings, seq = excluded.seq, \
+        end_json = excluded.end_json, timings = excluded.timings, seq = excluded.seq, facts = excluded.facts, \
         teardown_ms = COALESCE(excluded.teardown_ms, attempts.teardown_ms), \
         log_len = COALESCE(excluded.log_len, attempts.log_len)";
     CLOSE_ATTEMPT = "WITH closed (job_id, attempt, worker_id, teardown_ms, log_len) AS (VALUES (CAST($1 AS TEXT), \
@@ -67,9 +67,9 @@ super::statements! {
     HELD_JOBS = "SELECT id, org_id, version, state, state_json, spec, source, created_at_ms, created_by, events FROM jobs \
         WHERE worker_id = $1 ORDER BY id";
     ATTEMPTS = "SELECT job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
-        log_len FROM attempts WHERE job_id = $1 AND (org_id = $2 OR $2 IS NULL) ORDER BY attempt";
+        log_len, facts FROM attempts WHERE job_id = $1 AND (org_id = $2 OR $2 IS NULL) ORDER BY attempt";
     ATTEMPT = "SELECT job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
-        log_len FROM attempts WHERE job_id = $1 AND attempt = $3 AND (org_id = $2 OR $2 IS NULL)";
+        log_len, facts FROM attempts WHERE job_id = $1 AND attempt = $3 AND (org_id = $2 OR $2 IS NULL)";
     EVENTS = "SELECT job_id, seq, at_ms, attempt, kind, state, phase, reason, worker_id, message, artifact FROM events \
         WHERE job_id = $1 AND seq > $3 AND (org_id = $2 OR $2 IS NULL) ORDER BY seq LIMIT $4";
     ARTIFACTS = "SELECT job_id, attempt, path, org_id, size_bytes, sha256, mode, link FROM artifacts \
@@ -81,7 +81,7 @@ super::statements! {
 static KEYS_WIDE: Wide = Wide::new(INSERT_KEY, 6);
 static JOBS_WIDE: Wide = Wide::new(INSERT_JOB, 16);
 static ADVANCES_WIDE: Wide = Wide::new(ADVANCE_JOB, 13);
-static ATTEMPTS_WIDE: Wide = Wide::new(PUT_ATTEMPT, 12);
+static ATTEMPTS_WIDE: Wide = Wide::new(PUT_ATTEMPT, 13);
 static CLOSES_WIDE: Wide = Wide::new(CLOSE_ATTEMPT, 5);
 static EVENTS_WIDE: Wide = Wide::new(INSERT_EVENT, 12);
 static ARTIFACTS_WIDE: Wide = Wide::new(INSERT_ARTIFACT, 8);
@@ -219,7 +219,8 @@ impl Rows {
                 .text(json(&timings))
                 .maybe_size(attempt.timings.teardown_ms)
                 .size(attempt.seq)
-                .maybe_size(attempt.log_len);
+                .maybe_size(attempt.log_len)
+                .text(json(&attempt.facts));
         }
         for event in events {
             let id = self.events.text(event.job).size(event.seq).text(job.org).int(event.at.0);
@@ -396,6 +397,7 @@ fn attempt(row: &Row) -> Result<Attempt, StoreError> {
         timings: Timings { teardown_ms: row.maybe_size("teardown_ms")?, ..timings },
         seq: row.size("seq")?,
         log_len: row.maybe_size("log_len")?,
+        facts: row.json("facts")?,
     })
 }
 

@@ -38,7 +38,10 @@ pub enum OpenError {
 
 /// The first version without the WAL-reset bug.
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
-const MIGRATIONS: &[(i64, &str, &str)] = &[(1, "farm", include_str!("../../../migrations/0001_farm.sql"))];
+const MIGRATIONS: &[(i64, &str, &str)] = &[
+    (1, "farm", include_str!("../../../migrations/0001_farm.sql")),
+    (2, "images", include_str!("../../../migrations/0002_images.sql")),
+];
 /// Texts per connection that stay prepared: every one that there is, in all its widths.
 const PREPARED: usize = 256;
 

@@ -51,7 +51,7 @@ fn welcome() -> Input {
 }
 
 fn phase() -> Report {
-    Report::Phase { phase: Phase::Executing, timings: Timings::default(), message: None }
+    Report::Phase { phase: Phase::Executing, timings: Timings::default(), message: None, facts: Default::default() }
 }
 
 fn result(log_len: u64) -> Report {
@@ -60,7 +60,7 @@ fn result(log_len: u64) -> Report {
         timings: Timings::default(),
         log_len,
         artifacts: 0,
-        facts: BTreeMap::new(),
+        facts: Default::default(),
     }))
 }
 

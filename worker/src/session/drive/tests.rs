@@ -206,7 +206,7 @@ impl Far {
 }
 
 fn phase() -> Report {
-    Report::Phase { phase: Phase::Executing, timings: Timings::default(), message: None }
+    Report::Phase { phase: Phase::Executing, timings: Timings::default(), message: None, facts: BTreeMap::new() }
 }
 
 fn output() -> Vec<u8> {
