@@ -41,6 +41,8 @@ pub struct LiveWorker {
     pub slots: Vec<SlotView>,
     /// By its own word.
     pub stopping: bool,
+    /// What a person should look after there.
+    pub trouble: Option<String>,
 }
 
 struct Entry {
@@ -51,6 +53,7 @@ struct Entry {
     left: bool,
     slots: Vec<SlotView>,
     stopping: bool,
+    trouble: Option<String>,
 }
 
 struct Session {
@@ -88,6 +91,7 @@ impl Hub {
             left: false,
             slots: Vec::new(),
             stopping: false,
+            trouble: None,
         });
         entry.seen = now;
         entry.left = false;
@@ -118,10 +122,11 @@ impl Hub {
         }
     }
 
-    pub fn offered(&self, worker: WorkerId, slots: &[SlotView], stopping: bool) {
+    pub fn offered(&self, worker: WorkerId, slots: &[SlotView], stopping: bool, trouble: Option<String>) {
         if let Some(entry) = self.state().workers.get_mut(&worker) {
             entry.slots = slots.to_vec();
             entry.stopping = stopping;
+            entry.trouble = trouble;
         }
     }
 
@@ -168,6 +173,7 @@ impl Hub {
             left: entry.left,
             slots: entry.slots.clone(),
             stopping: entry.stopping,
+            trouble: entry.trouble.clone(),
         })
     }
 

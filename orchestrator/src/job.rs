@@ -5,7 +5,7 @@
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::WorkerId;
-use alloy_shared::limits::Limits;
+use alloy_shared::limits::{HANDED_BACK_MAX, Limits};
 use alloy_shared::wire::job::{Blame, End, JobSpec, Phase, Reason, StateWord};
 use serde::{Deserialize, Serialize};
 
@@ -159,7 +159,7 @@ impl Rules {
             lost_max: limits.lost_max,
             queue_ms: spec.queue_timeout_ms.unwrap_or(limits.queue_timeout_ms),
             accept_ms: limits.accept_ms,
-            run_ms: limits.boot_ms + limits.stage_source_ms + timeout + ending,
+            run_ms: limits.claim_ms + limits.stage_source_ms + timeout + ending,
             cancel_ms: ending,
         }
     }
@@ -359,7 +359,12 @@ fn canceled_end(reason: Reason, event: &Event) -> End {
 }
 
 fn finished(tries: Tries, lease: &Lease, end: &End, now: Ms, rules: &Rules) -> State {
+    // A job that was handed back has not run there: that is no try, but it does not go on for ever.
+    let handed_back = tries.made.saturating_sub(1 + tries.lost + tries.failed);
     match end.blame() {
+        Some(Blame::Farm) if end.reason == Some(Reason::WorkerDrained) && handed_back < HANDED_BACK_MAX => {
+            State { tries, step: Step::Queued { since: now, avoid: vec![lease.worker] } }
+        }
         Some(Blame::Farm) => lost(tries, lease, end.reason.unwrap_or(Reason::InternalError), &end.message, now, rules),
         Some(Blame::User) if tries.failed < rules.retries => {
             let tries = Tries { failed: tries.failed + 1, ..tries };

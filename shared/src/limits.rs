@@ -25,6 +25,10 @@ pub struct Limits {
     /// A worker answers an assignment, or the job goes elsewhere.
     pub accept_ms: u64,
     pub boot_ms: u64,
+    /// A claim waits for its VM: one that did not come in time, its end, and another one.
+    pub claim_ms: u64,
+    /// A slot or a host that failed several times in a row rests for so long.
+    pub quarantine_ms: u64,
     /// A guest that answers by SSH this long, and not by its agent, has none.
     pub agent_grace_ms: u64,
     pub stage_source_ms: u64,
@@ -65,6 +69,8 @@ impl Default for Limits {
             connect_timeout_ms: 5_000,
             accept_ms: 10_000,
             boot_ms: 120_000,
+            claim_ms: 360_000,
+            quarantine_ms: 60_000,
             agent_grace_ms: 20_000,
             stage_source_ms: 600_000,
             collect_ms: 600_000,
@@ -119,6 +125,9 @@ impl Limits {
             reconnect_cap_held_ms: base.reconnect_cap_held_ms / f,
             connect_timeout_ms: base.connect_timeout_ms / f,
             accept_ms: base.accept_ms / f,
+            boot_ms: base.boot_ms / f,
+            claim_ms: base.claim_ms / f,
+            quarantine_ms: base.quarantine_ms / f,
             agent_grace_ms: base.agent_grace_ms / f,
             ..base
         }
@@ -199,6 +208,14 @@ pub const LIVE_JOBS_MAX: usize = 200_000;
 pub const PAGE_MAX: u32 = 200;
 /// Slots of one worker.
 pub const SLOTS_MAX: usize = 64;
+/// Faults of a host in a row after which it takes no jobs.
+pub const HOST_FAULTS_MAX: u32 = 3;
+/// How often a VM is told to go before its host asks for a reboot.
+pub const STUCK_TRIES_MAX: u32 = 3;
+/// What a worker says of its host's trouble, in bytes.
+pub const TROUBLE_MAX: usize = 400;
+/// How often workers may hand a job back that they did not start, before it counts as lost.
+pub const HANDED_BACK_MAX: u32 = 16;
 /// Attempts of one worker that are not yet closed on both sides.
 pub const HELD_MAX: usize = 256;
 /// Requests that may wait at the desk; the door blocks beyond it.

@@ -436,7 +436,9 @@ fn vm_ended(error: &VmError) -> Ended {
         (VmFault::File, Blame::User) => Reason::SourceError,
         (VmFault::NoImage | VmFault::Network, Blame::Policy) => Reason::ConfigError,
         (VmFault::NoImage | VmFault::Pull, _) => Reason::ImagePullFailure,
-        (VmFault::Start | VmFault::Host | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
+        // Nothing of the job has run here: it goes elsewhere, uncharged.
+        (VmFault::Host | VmFault::Full, _) => Reason::WorkerDrained,
+        (VmFault::Start | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
         (VmFault::Lost, _) => Reason::VmLost,
         (VmFault::File, Blame::Farm | Blame::Policy) => Reason::InternalError,
     };

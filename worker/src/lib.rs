@@ -19,6 +19,7 @@ pub mod session;
 pub mod sources;
 pub mod spool;
 pub mod upstream;
+pub mod vm_care;
 pub mod vm_plan;
 pub mod vm_pool;
 

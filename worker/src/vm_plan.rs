@@ -8,11 +8,11 @@ use alloy_shared::id::AttemptRef;
 use alloy_shared::wire::session::{SlotState, SlotView};
 
 use crate::provider::{ImageRef, VmName};
+use crate::vm_care::Host;
 
 /// Faults in a row after which a slot is not offered for a while.
-const FAULTS_MAX: u32 = 3;
+pub const SLOT_FAULTS_MAX: u32 = 3;
 const RETRY_MS: u64 = 1_000;
-const QUARANTINE_MS: u64 = 60_000;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Slot {
@@ -71,6 +71,7 @@ pub struct View<'a> {
     /// What an idle slot keeps warm.
     pub image: &'a ImageRef,
     pub warm_age_max_ms: u64,
+    pub host: Host,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +91,7 @@ pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
     let mut actions = Vec::new();
     let mut used = vec![false; view.slots.len()];
     let mut unmet = Vec::new();
+    let mut makes = makes(view, now);
     for (claim, waiting) in view.waiting.iter().enumerate() {
         match pick(view.slots, &used, |slot| is_warm(slot, &waiting.image, view, now)) {
             Some(slot) => {
@@ -105,8 +107,10 @@ pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
         let other = || pick(view.slots, &used, |slot| matches!(slot, Slot::Warm { .. }));
         if let Some(slot) = coming {
             used[slot] = true;
+        } else if makes == 0 {
+            // A warm VM of another image may be all that this host still has.
         } else if let Some(slot) = room() {
-            used[slot] = true;
+            (used[slot], makes) = (true, makes - 1);
             actions.push(PoolAction::Make { slot, image: image.clone() });
         } else if let Some(slot) = other() {
             used[slot] = true;
@@ -115,7 +119,8 @@ pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
     }
     for (index, slot) in view.slots.iter().enumerate().filter(|(index, _)| !used[*index]) {
         match slot {
-            Slot::Cold { rest, .. } if *rest <= now => {
+            Slot::Cold { rest, .. } if *rest <= now && makes > 0 => {
+                makes -= 1;
                 actions.push(PoolAction::Make { slot: index, image: view.image.clone() });
             }
             Slot::Warm { since, .. } if now.since(*since) >= view.warm_age_max_ms => {
@@ -139,6 +144,24 @@ pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
     actions
 }
 
+/// How many VMs may be made at once, as far as the host goes.
+fn makes(view: &View<'_>, now: Mono) -> usize {
+    let is_made = |slot: &Slot| match slot {
+        Slot::Cloning { .. } | Slot::Booting { .. } => true,
+        Slot::Cold { .. }
+        | Slot::Warm { .. }
+        | Slot::Claimed { .. }
+        | Slot::Recycling { .. }
+        | Slot::Quarantined { .. } => false,
+    };
+    match view.host {
+        Host::Well => view.slots.len(),
+        Host::Resting { until } if until <= now => view.slots.len(),
+        Host::Ill { probe } if probe <= now && !view.slots.iter().any(is_made) => 1,
+        Host::Resting { .. } | Host::Ill { .. } => 0,
+    }
+}
+
 /// When to plan again if nothing happens before.
 pub fn next_wake(view: &View<'_>, now: Mono) -> Option<Mono> {
     let due = |slot: &Slot| match slot {
@@ -147,7 +170,12 @@ pub fn next_wake(view: &View<'_>, now: Mono) -> Option<Mono> {
         Slot::Quarantined { until, .. } => Some(*until),
         Slot::Cloning { .. } | Slot::Booting { .. } | Slot::Claimed { .. } | Slot::Recycling { .. } => None,
     };
-    view.slots.iter().filter_map(due).filter(|at| *at > now).min()
+    let host = match view.host {
+        Host::Well => None,
+        Host::Resting { until } => Some(until),
+        Host::Ill { probe } => Some(probe),
+    };
+    view.slots.iter().filter_map(due).chain(host).filter(|at| *at > now).min()
 }
 
 /// The slots as the orchestrator knows them. A claim that waits takes a free slot from the offer: it will have it.
@@ -176,17 +204,17 @@ pub fn views(slots: &[Slot], waiting: &[Waiting]) -> Vec<SlotView> {
 }
 
 /// The slot after its VM came to nothing and is gone.
-pub fn rested(faults: u32, now: Mono) -> Slot {
+pub fn rested(faults: u32, quarantine_ms: u64, now: Mono) -> Slot {
     match faults {
         0 => Slot::Cold { faults, rest: now },
-        1..FAULTS_MAX => Slot::Cold { faults, rest: now + RETRY_MS * u64::from(faults) },
-        _ => Slot::Quarantined { vm: None, attempt: None, until: now + QUARANTINE_MS, faults: 0 },
+        1..SLOT_FAULTS_MAX => Slot::Cold { faults, rest: now + RETRY_MS * u64::from(faults) },
+        _ => Slot::Quarantined { vm: None, attempt: None, until: now + quarantine_ms, faults: 0 },
     }
 }
 
 /// The slot after its VM would not go.
-pub fn stuck(vm: VmName, attempt: Option<AttemptRef>, faults: u32, now: Mono) -> Slot {
-    let wait = if faults < FAULTS_MAX { RETRY_MS } else { QUARANTINE_MS };
+pub fn stuck(vm: VmName, attempt: Option<AttemptRef>, faults: u32, quarantine_ms: u64, now: Mono) -> Slot {
+    let wait = if faults < SLOT_FAULTS_MAX { RETRY_MS } else { quarantine_ms };
     Slot::Quarantined { vm: Some(vm), attempt, until: now + wait, faults: faults + 1 }
 }
 
@@ -263,7 +291,11 @@ mod tests {
     }
 
     fn check(slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
-        let view = View { slots, waiting, image: &image("a"), warm_age_max_ms: 50_000 };
+        check_on(Host::Well, slots, waiting, expected);
+    }
+
+    fn check_on(host: Host, slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
+        let view = View { slots, waiting, image: &image("a"), warm_age_max_ms: 50_000, host };
         assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
     }
 
@@ -285,16 +317,32 @@ mod tests {
         check(&[Slot::Cold { faults: 1, rest: NOW + 1 }], &[wants("a")], &[]);
         let stuck_vm = |until| Slot::Quarantined { vm: Some(vm()), attempt: None, until, faults: 1 };
         check(&[stuck_vm(NOW), stuck_vm(NOW + 1)], &[], &[Unmake { slot: 0 }]);
-        check(&[rested(3, Mono(0))], &[], &[Release { slot: 0 }]);
+        check(&[rested(3, 60_000, Mono(0))], &[], &[Release { slot: 0 }]);
+    }
+
+    #[test]
+    fn a_host_that_rests_makes_no_vms_and_an_ill_one_tries_one() {
+        use PoolAction::{Give, Make};
+        let make = |slot| Make { slot, image: image("a") };
+        let resting = |until| Host::Resting { until };
+        check_on(resting(NOW + 1), &[cold(), warm("a", 99_000)], &[wants("a")], &[Give { slot: 1, claim: 0 }]);
+        check_on(resting(NOW), &[cold(), cold()], &[], &[make(0), make(1)]);
+        let ill = |probe| Host::Ill { probe };
+        check_on(ill(NOW + 1), &[cold(), cold()], &[wants("a")], &[]);
+        check_on(ill(NOW), &[cold(), cold()], &[], &[make(0)]);
+        check_on(ill(NOW), &[booting("a"), cold()], &[], &[]);
+        // What is warm is all that it has: it is not thrown away for an image that may never come.
+        check_on(ill(NOW), &[warm("b", 99_000), booting("b")], &[wants("a")], &[]);
     }
 
     #[test]
     fn the_pool_wakes_when_something_becomes_due() {
         let image = image("a");
-        let wake =
-            |slots: &[Slot]| next_wake(&View { slots, waiting: &[], image: &image, warm_age_max_ms: 50_000 }, NOW);
+        let wake = |slots: &[Slot]| {
+            next_wake(&View { slots, waiting: &[], image: &image, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
+        };
         assert_eq!(wake(&[claimed(), booting("a")]), None);
-        assert_eq!(wake(&[warm("a", 99_000), rested(1, NOW)]), Some(NOW + 1_000));
+        assert_eq!(wake(&[warm("a", 99_000), rested(1, 60_000, NOW)]), Some(NOW + 1_000));
         assert_eq!(wake(&[warm("a", 99_000)]), Some(Mono(149_000)));
     }
 
@@ -308,9 +356,9 @@ mod tests {
 
     #[test]
     fn faults_rest_a_slot_and_many_close_it() {
-        assert_eq!(rested(0, NOW), Slot::Cold { faults: 0, rest: NOW });
-        assert_eq!(rested(2, NOW), Slot::Cold { faults: 2, rest: NOW + 2_000 });
-        assert!(matches!(rested(3, NOW), Slot::Quarantined { vm: None, .. }));
-        assert!(!views(&[rested(3, NOW)], &[])[0].state.is_free());
+        assert_eq!(rested(0, 60_000, NOW), Slot::Cold { faults: 0, rest: NOW });
+        assert_eq!(rested(2, 60_000, NOW), Slot::Cold { faults: 2, rest: NOW + 2_000 });
+        assert!(matches!(rested(3, 60_000, NOW), Slot::Quarantined { vm: None, .. }));
+        assert!(!views(&[rested(3, 60_000, NOW)], &[])[0].state.is_free());
     }
 }

@@ -16,9 +16,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::provider::{Guest, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
-use crate::vm_plan::{PoolAction, Slot, View, Waiting, next_wake, plan, rested, stuck, views};
+use crate::vm_care::{Care, Trouble};
+use crate::vm_plan::{PoolAction, Slot, View, Waiting, next_wake, plan, views};
+
+mod faults;
 
 const RECLAIM_RETRY_CAP_MS: u64 = 15_000;
+/// VMs that may not come, or not as they should be, before a claim is given up.
+const CLAIM_TRIES: u32 = 2;
 
 /// What a pool is made of.
 pub struct PoolSetup {
@@ -83,6 +88,8 @@ struct Claim {
     digest: Digest,
     reply: oneshot::Sender<Result<Claimed, VmError>>,
     waited: bool,
+    /// VMs for it that did not come.
+    failures: u32,
 }
 
 /// Tells the pool that a claim's future was dropped, so that its slot is offered again.
@@ -125,14 +132,27 @@ impl VmPool {
         let image = image.map_or_else(|| self.image.clone(), |name| ImageRef(name.to_owned()));
         // An image that nobody has is the asker's fault and not the slot's.
         let digest = within(&self.env, self.limits.boot_ms, self.provider.pull(&image)).await?;
+        let mut tries = 1;
+        loop {
+            let claimed = self.wait(Waiting { attempt, image: image.clone() }, digest).await?;
+            match within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await {
+                Ok(()) => return Ok(claimed),
+                // A VM that is not as it must be is thrown away; nothing of the job was in it.
+                Err(error) if error.retry && tries < CLAIM_TRIES => {
+                    tracing::warn!(vm.id = %claimed.vm, %error, "a VM is not fit for its job; taking another one");
+                    tries += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn wait(&self, waiting: Waiting, digest: Digest) -> Result<Claimed, VmError> {
         let (reply, answer) = oneshot::channel();
-        let claim = Claim { waiting: Waiting { attempt, image }, digest, reply, waited: false };
-        let interest = Interest(self.freed.clone());
+        let claim = Claim { waiting, digest, reply, waited: false, failures: 0 };
+        let _tells_the_pool = Interest(self.freed.clone());
         self.asks.send(Ask::Claim(claim)).await.map_err(|_| gone())?;
-        let claimed = within(&self.env, self.limits.boot_ms, async { answer.await.map_err(|_| gone())? }).await?;
-        drop(interest);
-        within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await?;
-        Ok(claimed)
+        within(&self.env, self.limits.claim_ms, async { answer.await.map_err(|_| gone())? }).await
     }
 
     /// Gives a VM back and returns when it is gone. If it will not go, the slot stays closed and this returns anyway.
@@ -203,6 +223,8 @@ enum Done {
     Cloned { slot: usize, digest: Result<Digest, VmError> },
     Booted { slot: usize, digest: Digest, guest: Result<Arc<dyn Guest>, VmError> },
     Destroyed { slot: usize, result: Result<(), VmError> },
+    Listed(Result<Vec<VmName>, VmError>),
+    Swept(Result<(), VmError>),
 }
 
 /// The live part of a slot that has a VM.
@@ -219,7 +241,11 @@ struct Runner {
     leaving: Vec<Option<oneshot::Sender<()>>>,
     claims: Vec<Claim>,
     work: FuturesUnordered<BoxFuture<'static, Done>>,
+    care: Care,
+    /// VMs that nobody has are being looked for.
+    sweeping: bool,
     shown: Vec<SlotView>,
+    told: Option<Trouble>,
     closing: Option<oneshot::Sender<()>>,
 }
 
@@ -234,7 +260,10 @@ impl Runner {
             leaving: (0..count).map(|_| None).collect(),
             claims: Vec::new(),
             work: FuturesUnordered::new(),
+            care: Care::new(count, &setup.limits),
+            sweeping: false,
             shown: Vec::new(),
+            told: None,
             closing: None,
             setup,
             freed,
@@ -291,10 +320,12 @@ impl Runner {
                 waiting: &waiting,
                 image: &self.setup.image,
                 warm_age_max_ms: self.setup.limits.warm_age_max_ms,
+                host: self.care.host(),
             };
             let actions = plan(&view, now);
             if actions.is_empty() {
                 let wake = next_wake(&view, now);
+                self.hand_back();
                 self.claims.iter_mut().for_each(|claim| claim.waited = true);
                 return wake;
             }
@@ -423,6 +454,7 @@ impl Runner {
         match done {
             Done::Cloned { slot, digest: Ok(digest) } => self.boot(slot, digest),
             Done::Booted { slot, digest, guest: Ok(guest) } => {
+                self.care.came_up(slot);
                 if let Slot::Booting { vm, image, .. } = &self.slots[slot] {
                     self.slots[slot] = Slot::Warm { vm: vm.clone(), image: image.clone(), since: now };
                     self.running[slot] = Some((guest, digest));
@@ -431,39 +463,14 @@ impl Runner {
             Done::Cloned { slot, digest: Err(error) } | Done::Booted { slot, guest: Err(error), .. } => {
                 self.failed(slot, error);
             }
-            Done::Destroyed { slot, result } => {
-                let Slot::Recycling { vm, attempt, faults } = self.slots[slot].clone() else { return };
-                match result {
-                    Ok(()) => {
-                        self.slots[slot] = rested(faults, now);
-                        if let Some(gone) = self.leaving[slot].take() {
-                            let _nobody_waits = gone.send(());
-                        }
-                    }
-                    Err(error) => {
-                        tracing::error!(vm.id = %vm, %error, "a VM cannot be destroyed; its slot is closed until it is gone");
-                        self.slots[slot] = stuck(vm, attempt, faults, now);
-                    }
-                }
+            Done::Destroyed { slot, result } => self.destroyed(slot, result, now),
+            Done::Listed(Ok(names)) => self.sweep(names),
+            Done::Listed(Err(error)) | Done::Swept(Err(error)) => {
+                self.sweeping = false;
+                tracing::warn!(%error, "VMs that nobody has could not be looked for");
             }
+            Done::Swept(Ok(())) => self.sweeping = false,
         }
-    }
-
-    /// A VM did not come: whoever waits for its image hears why and may go to another worker.
-    fn failed(&mut self, slot: usize, error: VmError) {
-        let (image, faults) = match &self.slots[slot] {
-            Slot::Cloning { image, faults, .. } | Slot::Booting { image, faults, .. } => (image.clone(), *faults),
-            Slot::Cold { .. }
-            | Slot::Warm { .. }
-            | Slot::Claimed { .. }
-            | Slot::Recycling { .. }
-            | Slot::Quarantined { .. } => return,
-        };
-        tracing::warn!(%image, %error, "a VM did not start");
-        if let Some(index) = self.claims.iter().position(|claim| claim.waiting.image == image) {
-            let _claimer_is_gone = self.claims.remove(index).reply.send(Err(error));
-        }
-        self.destroy(slot, None, faults + 1);
     }
 
     async fn publish(&mut self) {
@@ -473,6 +480,16 @@ impl Runner {
             self.shown.clone_from(&shown);
             // The session ends before the pool when the daemon stops.
             let _session_is_gone = self.setup.inputs.send(Input::Slots(shown)).await;
+        }
+        let trouble = self.care.trouble();
+        if trouble != self.told {
+            match (&self.told, &trouble) {
+                (None, Some(trouble)) => tracing::error!(drains = trouble.drains, "{}", trouble.why),
+                (Some(_), None) => tracing::info!("the host's trouble is over"),
+                (Some(_), Some(_)) | (None, None) => {}
+            }
+            self.told.clone_from(&trouble);
+            let _session_is_gone = self.setup.inputs.send(Input::Trouble(trouble)).await;
         }
     }
 }

@@ -170,7 +170,8 @@ fn worker_row(worker: &WorkerView, now: alloy_shared::env::Ms) -> Vec<String> {
         WorkerState::Suspect | WorkerState::Lost => "✗",
         WorkerState::Offline => "–",
     };
-    let note = worker.drain_note.as_ref().map_or(String::new(), |note| format!(": {note}"));
+    let notes: Vec<&str> = [&worker.drain_note, &worker.trouble].into_iter().flatten().map(String::as_str).collect();
+    let note = if notes.is_empty() { String::new() } else { format!(": {}", notes.join("; ")) };
     let labels: Vec<String> = worker.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     vec![
         worker.name.clone(),
@@ -333,6 +334,7 @@ mod tests {
             version: "0.1.0".into(),
             last_seen_at: None,
             drain_note: None,
+            trouble: None,
             jobs: Vec::new(),
         }
     }
@@ -358,6 +360,8 @@ mod tests {
         shed.drain_note = Some("new disk".into());
         shed.labels.insert("chip".into(), "m4".into());
         assert_eq!(worker_row(&shed, now)[..4], ["shed", "⏸ draining: new disk", "0/2", "chip=m4"].map(str::to_owned));
+        shed.trouble = Some("reboot it".into());
+        assert_eq!(worker_row(&shed, now)[1], "⏸ draining: new disk; reboot it");
         assert_eq!(role("admin"), Ok(Role::Admin));
         assert!(role("root").is_err());
     }

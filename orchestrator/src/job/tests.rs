@@ -50,6 +50,7 @@ fn events(attempt: u32) -> Vec<(&'static str, Event)> {
         ("finished, timed out", because(Reason::RunTimeout)),
         ("finished, canceled", because(Reason::UserCanceled)),
         ("finished, vm lost", because(Reason::VmLost)),
+        ("finished, handed back", because(Reason::WorkerDrained)),
         ("finished, config error", because(Reason::ConfigError)),
         ("lost", lost),
         ("cancel asked", Event::CancelAsked { reason: Reason::UserCanceled }),
@@ -155,7 +156,8 @@ fn whatever_happens_the_rules_hold() {
             assert!(!state.is_done(), "the end is for ever");
             assert!(next.tries.made >= state.tries.made && next.tries.made <= state.tries.made + 1);
             assert!(next.tries.lost <= rules.lost_max && next.tries.failed <= rules.retries);
-            assert!(next.tries.made <= 1 + next.tries.lost + next.tries.failed, "every further try has a cause");
+            let causes = next.tries.lost + next.tries.failed + HANDED_BACK_MAX;
+            assert!(next.tries.made <= 1 + causes, "every further try has a cause");
             assert_eq!(next.lease().map(|lease| lease.attempt).unwrap_or(next.tries.made), next.tries.made);
             assert_eq!(next.term(&rules).is_none(), next.is_done(), "only the end may last");
             state = next;
@@ -173,6 +175,19 @@ fn a_farm_fault_is_never_charged_to_the_user() {
     let after = apply(&state, &Event::Finished { attempt: 1, end }, NOW, &rules()).unwrap();
     assert_eq!(after.tries, Tries { made: 1, lost: 1, failed: 0 });
     assert!(matches!(after.step, Step::Queued { avoid, .. } if avoid == [W1]));
+}
+
+#[test]
+fn a_job_that_was_handed_back_is_not_charged_but_not_for_ever() {
+    let mut state = State::new(Ms(0));
+    for lost in [0; HANDED_BACK_MAX as usize].into_iter().chain([1, 2]) {
+        state = apply(&state, &Event::Assigned { worker: W1 }, NOW, &rules()).unwrap();
+        let end = End::because(Reason::WorkerDrained, "ill");
+        let event = Event::Finished { attempt: state.tries.made, end };
+        state = apply(&state, &event, NOW, &rules()).unwrap();
+        assert_eq!((state.tries.lost, state.tries.failed), (lost, 0));
+        assert!(matches!(&state.step, Step::Queued { avoid, .. } if *avoid == [W1]));
+    }
 }
 
 #[test]

@@ -85,6 +85,7 @@ pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
         name: worker.name,
         version: worker.version,
         drain_note: worker.drain_note,
+        trouble: live.and_then(|live| live.trouble),
         jobs,
     })
 }
@@ -152,7 +153,7 @@ mod tests {
         let limits = Limits::default();
         let live = |silent_ms, connected, busy: &[bool], stopping| {
             let slots = busy.iter().copied().map(slot).collect();
-            Some(LiveWorker { silent_ms, connected, left: false, slots, stopping })
+            Some(LiveWorker { silent_ms, connected, left: false, slots, stopping, trouble: None })
         };
         let left = |silent_ms| live(silent_ms, false, &[false], true).map(|live| LiveWorker { left: true, ..live });
         for (expect, drained, live) in [

@@ -69,6 +69,7 @@ pub struct Core {
     labels: Labels,
     slots: Vec<SlotView>,
     worker_draining: bool,
+    trouble: Option<String>,
     /// What the operator last said in this session.
     operator_draining: Option<bool>,
 }
@@ -89,6 +90,7 @@ impl Core {
             labels: Labels::default(),
             slots: Vec::new(),
             worker_draining: false,
+            trouble: None,
             operator_draining: None,
         }
     }
@@ -178,6 +180,7 @@ impl Core {
             (Phase::Challenged { .. }, ToOrchestrator::Hello(hello)) => self.hello(hello, out),
             (Phase::Open, ToOrchestrator::Heartbeat(beat)) => {
                 self.worker_draining = beat.draining;
+                self.trouble = beat.trouble.map(told);
                 self.slots = beat.slots;
                 self.heartbeat(beat.n, beat.heard, beat.held, out);
             }
@@ -231,6 +234,7 @@ impl Core {
         self.labels = hello.labels;
         self.slots = hello.slots;
         self.worker_draining = hello.draining;
+        self.trouble = hello.trouble.map(told);
         let draining = self.operator_draining.unwrap_or(draining);
         self.operator_draining = Some(draining);
         out.push(Effect::Send(ToWorker::Welcome(Welcome {
@@ -537,6 +541,13 @@ impl Core {
             slots: self.slots.clone(),
             draining: self.worker_draining || self.operator_draining == Some(true),
             stopping: self.worker_draining,
+            trouble: self.trouble.clone(),
         });
     }
+}
+
+/// A worker's own words, as long as they may be.
+fn told(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(limits::TROUBLE_MAX));
+    text
 }

@@ -151,8 +151,8 @@ impl Session {
                     self.app.env.spawn("close", Box::pin(close));
                 }
             }
-            Effect::Offer { labels, slots, draining, stopping } => {
-                self.app.hub.offered(self.worker, &slots, stopping);
+            Effect::Offer { labels, slots, draining, stopping, trouble } => {
+                self.app.hub.offered(self.worker, &slots, stopping, trouble);
                 self.offer(labels, slots, draining).await;
             }
             Effect::Left => self.left = true,

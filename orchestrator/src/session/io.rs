@@ -123,6 +123,7 @@ pub enum Effect {
         draining: bool,
         /// The worker itself said so: it is stopping, or its disk is full.
         stopping: bool,
+        trouble: Option<String>,
     },
     Seen,
     /// The worker said goodbye: nobody need wait for it.

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Ms, Now};
 use alloy_shared::id::{AttemptRef, BootId, DEFAULT_ORG, JobId, Labels, WorkerId};
-use alloy_shared::limits::Limits;
+use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::job::{End, JobSpec, Phase, Reason, Timings};
 use alloy_shared::wire::session::{
@@ -69,6 +69,7 @@ fn hello(held: Vec<Held>) -> ToOrchestrator {
         slots: vec![],
         held,
         draining: false,
+        trouble: None,
     }))
 }
 
@@ -77,7 +78,7 @@ fn held(n: u128, state: HeldState) -> Held {
 }
 
 fn beat(n: u64, heard: u64, held: Vec<Held>) -> Input {
-    Input::Heard(ToOrchestrator::Heartbeat(Heartbeat { n, heard, slots: vec![], held, draining: false }))
+    Input::Heard(ToOrchestrator::Heartbeat(Heartbeat { n, heard, slots: vec![], held, draining: false, trouble: None }))
 }
 
 fn report(n: u128, seq: u64, report: Report) -> Input {
@@ -231,6 +232,21 @@ fn a_gap_in_the_log_is_answered_with_the_place_to_go_on_from() {
     assert_eq!(orders(&effects), ["continue 3"]);
     let stranger = LogChunk { handle: 99, offset: 0, bytes: Bytes::new() };
     assert_eq!(orders(&core.handle(Input::HeardLog(stranger), at(1))), ["hang up: a log chunk of an unknown attempt"]);
+}
+
+#[test]
+fn a_workers_trouble_comes_with_its_offer_and_has_a_bound() {
+    let (mut core, _) = open(vec![], vec![]);
+    let long = "é".repeat(limits::TROUBLE_MAX);
+    for (draining, trouble, told) in [(true, Some(long), Some(limits::TROUBLE_MAX)), (false, None, None)] {
+        let beat = Heartbeat { n: 1, heard: 0, slots: vec![], held: vec![], draining, trouble };
+        let effects = core.handle(Input::Heard(ToOrchestrator::Heartbeat(beat)), at(1));
+        let offer = effects.iter().find_map(|effect| match effect {
+            Effect::Offer { stopping, trouble, .. } => Some((*stopping, trouble.as_ref().map(String::len))),
+            _ => None,
+        });
+        assert_eq!(offer, Some((draining, told)));
+    }
 }
 
 #[test]

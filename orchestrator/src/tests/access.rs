@@ -117,6 +117,7 @@ fn hello(key: &Ed25519KeyPair, worker: WorkerId, nonce: &str) -> Hello {
         slots: vec![],
         held: vec![],
         draining: false,
+        trouble: None,
     }
 }
 

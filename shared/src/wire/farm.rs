@@ -154,6 +154,9 @@ pub struct WorkerView {
     pub last_seen_at: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain_note: Option<String>,
+    /// What a person should look after on its host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
     /// Jobs it holds.
     pub jobs: Vec<String>,
 }

@@ -240,15 +240,23 @@ fn from_workers() {
         slots: slots(),
         held: held(),
         draining: true,
+        trouble: Some("reboot".into()),
     };
     check(
         ToOrchestrator::Hello(Box::new(hello)),
         &format!(
-            r#"{{"type":"hello","protocol_min":1,"protocol_max":1,"capabilities":["x"],"worker":"$WORKER","boot":"boot_00000000000000000000000003","signature":"c2ln","version":"0.1.0","labels":{{"os":"macos"}},"slots":{SLOTS},"held":{HELD},"draining":true}}"#
+            r#"{{"type":"hello","protocol_min":1,"protocol_max":1,"capabilities":["x"],"worker":"$WORKER","boot":"boot_00000000000000000000000003","signature":"c2ln","version":"0.1.0","labels":{{"os":"macos"}},"slots":{SLOTS},"held":{HELD},"draining":true,"trouble":"reboot"}}"#
         ),
     );
     check(
-        ToOrchestrator::Heartbeat(Heartbeat { n: 8, heard: 7, slots: slots(), held: held(), draining: false }),
+        ToOrchestrator::Heartbeat(Heartbeat {
+            n: 8,
+            heard: 7,
+            slots: slots(),
+            held: held(),
+            draining: false,
+            trouble: None,
+        }),
         &format!(r#"{{"type":"heartbeat","n":8,"heard":7,"slots":{SLOTS},"held":{HELD},"draining":false}}"#),
     );
     check(
@@ -388,11 +396,12 @@ fn the_farm() {
         version: "0.1.0".into(),
         last_seen_at: Some("2026-01-02T03:04:05.678Z".into()),
         drain_note: Some("new disk".into()),
+        trouble: Some("reboot".into()),
         jobs: vec![JOB.to_string()],
     };
     check(
         WorkerList { workers: vec![worker] },
-        r#"{"workers":[{"id":"$WORKER","name":"mini-1","state":"ready","labels":{"os":"macos"},"slots":2,"slots_busy":1,"slots_warm":1,"version":"0.1.0","last_seen_at":"2026-01-02T03:04:05.678Z","drain_note":"new disk","jobs":["$JOB"]}]}"#,
+        r#"{"workers":[{"id":"$WORKER","name":"mini-1","state":"ready","labels":{"os":"macos"},"slots":2,"slots_busy":1,"slots_warm":1,"version":"0.1.0","last_seen_at":"2026-01-02T03:04:05.678Z","drain_note":"new disk","trouble":"reboot","jobs":["$JOB"]}]}"#,
     );
     check(DrainRequest { note: None }, "{}");
     check(InviteRequest { labels: map([("a", "b")]), ttl_s: Some(60) }, r#"{"labels":{"a":"b"},"ttl_s":60}"#);
@@ -446,7 +455,7 @@ fn tokens_and_problems() {
 #[test]
 fn what_a_newer_side_adds_is_ignored_and_what_it_may_leave_out_has_a_default() {
     let heartbeat = r#"{"type":"heartbeat","n":1,"slots":[],"held":[],"mood":"good"}"#;
-    let expect = Heartbeat { n: 1, heard: 0, slots: vec![], held: vec![], draining: false };
+    let expect = Heartbeat { n: 1, heard: 0, slots: vec![], held: vec![], draining: false, trouble: None };
     assert_eq!(ToOrchestrator::decode(heartbeat), Ok(ToOrchestrator::Heartbeat(expect)));
     let text = NAMES.iter().fold(VIEW.to_owned(), |text, (name, long)| text.replace(name, long));
     assert_eq!(serde_json::from_str::<JobView>(&text.replacen('{', r#"{"new":[1],"#, 1)).unwrap(), view());

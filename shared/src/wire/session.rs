@@ -164,6 +164,9 @@ pub struct Hello {
     pub held: Vec<Held>,
     #[serde(default)]
     pub draining: bool,
+    /// What a person should look after on its host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// What a worker signs to open a session.
@@ -193,6 +196,9 @@ pub struct Heartbeat {
     pub held: Vec<Held>,
     #[serde(default)]
     pub draining: bool,
+    /// What a person should look after on its host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
 }
 
 /// One slot as the orchestrator needs to know it.

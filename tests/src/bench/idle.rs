@@ -97,6 +97,7 @@ impl Identity {
             slots: vec![SlotView { state: SlotState::Cold, attempt: None, image: None }; 2],
             held: Vec::new(),
             draining: true,
+            trouble: None,
         };
         let mut hello = serde_json::to_value(hello)?;
         hello["type"] = "hello".into();

@@ -232,6 +232,9 @@ pub enum VmFault {
     /// No VM will start here until the host is looked after.
     #[error("this host cannot run VMs")]
     Host,
+    /// The host counts as many VMs as it may run, or has something of a VM locked.
+    #[error("this host has no room for a VM")]
+    Full,
     #[error("the VM is lost")]
     Lost,
     #[error("the network policy is not in force")]

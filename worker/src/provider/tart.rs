@@ -340,6 +340,7 @@ fn vm_error(what: VmFault, doing: &str, failed: &Failed) -> VmError {
         Trouble::Missing if doing != "run" => VmError::farm(VmFault::NoImage, tail),
         // Another host may be newer.
         Trouble::HostTooOld => VmError::farm(VmFault::NoImage, tail),
+        Trouble::Limit | Trouble::Locked => VmError::farm(VmFault::Full, tail),
         Trouble::Refused => VmError { retry: false, ..VmError::policy(VmFault::NoImage, tail) },
         trouble if trouble.is_of_the_host() => VmError::farm(VmFault::Host, tail),
         _ => VmError::farm(what, tail),

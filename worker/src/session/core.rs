@@ -16,6 +16,7 @@ use alloy_shared::wire::{self, ErrorCode};
 
 use super::attempt::{Attempt, Missing};
 use super::{Effect, Input, KillReason, Reason, Stop};
+use crate::vm_care::Trouble;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Line {
@@ -56,6 +57,8 @@ pub struct Core {
     draining: bool,
     /// The disk has no room for new work. To the farm it is as if this worker were draining.
     full: bool,
+    /// What a person should look after. It may be so bad that to the farm this worker is draining.
+    trouble: Option<Trouble>,
     /// The operator wants no new work here.
     told_to_drain: bool,
     attempts: BTreeMap<AttemptRef, Attempt>,
@@ -85,6 +88,7 @@ impl Core {
             news: false,
             draining: false,
             full: false,
+            trouble: None,
             told_to_drain: false,
             attempts,
             gone: VecDeque::new(),
@@ -170,6 +174,10 @@ impl Core {
                 self.news |= full != self.full;
                 self.full = full;
             }
+            Input::Trouble(trouble) => {
+                self.news |= trouble != self.trouble;
+                self.trouble = trouble;
+            }
             Input::Report { attempt, .. }
             | Input::Recorded { attempt, .. }
             | Input::Spooled { attempt, .. }
@@ -207,6 +215,7 @@ impl Core {
             | Input::NotStarted { .. }
             | Input::Room
             | Input::Full(_)
+            | Input::Trouble(_)
             | Input::Drain
             | Input::Tick => {}
         }
@@ -314,7 +323,8 @@ impl Core {
             nonce,
             slots: self.slots.clone(),
             held: self.held(),
-            draining: self.draining || self.full,
+            draining: self.takes_nothing(),
+            trouble: self.trouble.as_ref().map(|trouble| trouble.why.clone()),
         });
     }
 
@@ -482,8 +492,14 @@ impl Core {
             heard: self.beat_heard,
             slots: self.slots.clone(),
             held: self.held(),
-            draining: self.draining || self.full,
+            draining: self.takes_nothing(),
+            trouble: self.trouble.as_ref().map(|trouble| trouble.why.clone()),
         })));
+    }
+
+    /// By its own word, whatever the operator wants.
+    fn takes_nothing(&self) -> bool {
+        self.draining || self.full || self.trouble.as_ref().is_some_and(|trouble| trouble.drains)
     }
 
     fn held(&self) -> Vec<Held> {

@@ -233,7 +233,7 @@ impl Session {
         match effect {
             Effect::Dial { after_ms } => self.dial(after_ms),
             Effect::Hangup(why) => self.hang_up(why),
-            Effect::Hello { nonce, slots, held, draining } => {
+            Effect::Hello { nonce, slots, held, draining, trouble } => {
                 let me = &self.seams.me;
                 let hello = ToOrchestrator::Hello(Box::new(Hello {
                     protocol_min: *wire::PROTOCOL.start(),
@@ -247,6 +247,7 @@ impl Session {
                     slots,
                     held,
                     draining,
+                    trouble,
                 }));
                 self.send(&hello);
             }

@@ -14,8 +14,10 @@ use alloy_shared::wire::session::{Assignment, Held, Report, SlotView, ToOrchestr
 use tokio::sync::{mpsc, watch};
 
 pub use self::core::Core;
+use crate::vm_care::Trouble;
 
-/// The door to a session's core. Executors and the pool send `Report`, `Spooled`, `Slots` and `Closed`, nothing else.
+/// The door to a session's core. Executors and the pool send `Report`, `Spooled`, `Slots`, `Trouble` and
+/// `Closed`, nothing else.
 pub type Inputs = mpsc::Sender<Input>;
 
 /// Inputs that may wait for the session. A full channel slows the executors, never the session.
@@ -72,6 +74,8 @@ pub enum Input {
     Room,
     /// The disk has too little room for new work, or has enough again.
     Full(bool),
+    /// What a person should look after on this host, or that it is over.
+    Trouble(Option<Trouble>),
     Drain,
     Tick,
 }
@@ -88,6 +92,7 @@ pub enum Effect {
         slots: Vec<SlotView>,
         held: Vec<Held>,
         draining: bool,
+        trouble: Option<String>,
     },
     Send(ToOrchestrator),
     SendLog {

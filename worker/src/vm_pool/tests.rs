@@ -3,6 +3,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use alloy_shared::id::JobId;
+use alloy_shared::limits::{HOST_FAULTS_MAX, STUCK_TRIES_MAX};
 use alloy_shared::runtime::SystemEnv;
 use alloy_shared::wire::session::SlotState;
 use async_trait::async_trait;
@@ -16,9 +17,18 @@ use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image};
 struct Fake {
     alive: Mutex<BTreeSet<VmName>>,
     seen: Mutex<Vec<String>>,
-    boots_fail: Mutex<u32>,
+    /// What the next VMs have instead of a start.
+    boots_fail: Mutex<Vec<VmFault>>,
     destroys_fail: Mutex<u32>,
     unrestricted: Mutex<bool>,
+    /// VMs whose policy is in doubt.
+    unfit: Mutex<u32>,
+}
+
+impl Fake {
+    fn boots(&self, faults: &[VmFault]) {
+        *self.boots_fail.lock().unwrap() = faults.to_vec();
+    }
 }
 
 struct NoGuest;
@@ -53,10 +63,13 @@ impl VmProvider for Fake {
         Ok(())
     }
     async fn boot(&self, _: &VmName, _: &Path) -> Result<Arc<dyn Guest>, VmError> {
-        fault(&self.boots_fail, VmFault::Start)?;
+        if let Some(what) = self.boots_fail.lock().unwrap().pop() {
+            return Err(VmError::farm(what, "on demand"));
+        }
         Ok(Arc::new(NoGuest))
     }
     async fn restrict(&self, _: &VmName, _: &NetworkPolicy) -> Result<(), VmError> {
+        fault(&self.unfit, VmFault::Network)?;
         match *self.unrestricted.lock().unwrap() {
             true => Err(VmError::farm(VmFault::Network, "not in force")),
             false => Ok(()),
@@ -101,7 +114,7 @@ impl Rig {
         let (tx, inputs) = mpsc::channel(1_000);
         let setup = PoolSetup {
             env: Arc::new(SystemEnv::detached()),
-            limits: Limits::default(),
+            limits: Limits { quarantine_ms: 200, ..Limits::default() },
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
             state_dir: "/state".into(),
@@ -113,6 +126,18 @@ impl Rig {
 
     async fn claim(&self, n: u32) -> Result<Claimed, VmError> {
         self.pool.claim(attempt(n), None, NetworkPolicy::Default).await
+    }
+
+    /// The next news of trouble.
+    async fn trouble(&mut self) -> Option<Trouble> {
+        let look = async {
+            loop {
+                if let Some(Input::Trouble(trouble)) = self.inputs.recv().await {
+                    return trouble;
+                }
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), look).await.expect("trouble was told")
     }
 
     /// Waits until the published slots are these, in any order, and returns nothing else.
@@ -132,6 +157,16 @@ impl Rig {
         };
         tokio::time::timeout(std::time::Duration::from_secs(30), look).await.expect("the slots came to this");
     }
+}
+
+async fn until(look: impl Fn() -> bool) {
+    for _ in 0..3_000 {
+        if look() {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    panic!("it did not come to this");
 }
 
 fn attempt(n: u32) -> AttemptRef {
@@ -190,13 +225,68 @@ async fn a_claim_that_is_given_up_is_forgotten() {
 
 #[tokio::test]
 async fn a_vm_that_does_not_start_is_told_to_the_claim_and_costs_no_slot() {
-    let fake = Fake { boots_fail: Mutex::new(1), ..Fake::default() };
+    let fake = Fake { boots_fail: Mutex::new(vec![VmFault::Start]), ..Fake::default() };
     let mut rig = Rig::new(1, fake).await;
     let failed = rig.claim(1).await.map(|_| ());
     // The spare may have failed before the claim came; then the next VM serves it.
     assert!(failed.is_ok() || failed.is_err_and(|error| error.what == VmFault::Start));
     rig.slots(&[(SlotState::Warm, None)]).await;
     rig.claim(2).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_claim_gets_another_vm_when_one_does_not_start_and_hears_of_the_second() {
+    for (faults, expect) in [(1, Ok(())), (2, Err(VmFault::Start))] {
+        let mut rig = Rig::new(1, Fake::default()).await;
+        rig.slots(&[(SlotState::Warm, None)]).await;
+        rig.fake.boots(&vec![VmFault::Start; faults]);
+        // Another image, so that no spare takes the faults away.
+        let claimed = rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await;
+        assert_eq!(claimed.map(drop).map_err(|error| error.what), expect, "{faults}");
+    }
+}
+
+#[tokio::test]
+async fn a_vm_that_is_not_fit_is_replaced_once() {
+    let mut rig = Rig::new(2, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+    *rig.fake.unfit.lock().unwrap() = 1;
+    rig.claim(1).await.unwrap();
+    assert_eq!(rig.fake.seen.lock().unwrap().len(), 1, "the unfit one is destroyed");
+}
+
+#[tokio::test]
+async fn one_fault_of_the_host_sweeps_strays_and_costs_the_claim_nothing() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    let stray = VmName::parse("alloy-stray-1").unwrap();
+    rig.fake.alive.lock().unwrap().insert(stray.clone());
+    rig.fake.boots(&[VmFault::Full]);
+    rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await.unwrap();
+    until(|| !rig.fake.alive.lock().unwrap().contains(&stray)).await;
+    assert_eq!(rig.fake.alive.lock().unwrap().len(), 1, "and no other");
+}
+
+#[tokio::test]
+async fn an_ill_host_hands_claims_back_says_so_and_is_tried_again() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    rig.fake.boots(&[VmFault::Full; HOST_FAULTS_MAX as usize]);
+    let error = rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await.map(drop).unwrap_err();
+    assert!(error.what == VmFault::Host && error.tail.contains("reboot"), "{error}");
+    assert!(rig.trouble().await.is_some_and(|trouble| trouble.drains && trouble.why.contains("reboot")));
+    assert_eq!(rig.trouble().await, None, "a VM that is tried later comes up");
+    rig.claim(2).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_vm_that_never_goes_asks_for_a_reboot_until_it_is_gone() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    let claimed = rig.claim(1).await.unwrap();
+    *rig.fake.destroys_fail.lock().unwrap() = STUCK_TRIES_MAX;
+    drop(claimed);
+    assert!(rig.trouble().await.is_some_and(|trouble| trouble.drains && trouble.why.contains("reboot")));
+    assert_eq!(rig.trouble().await, None);
 }
 
 #[tokio::test]

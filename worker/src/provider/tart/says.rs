@@ -24,7 +24,9 @@ pub(super) enum Trouble {
     NotRunning,
     /// The host runs as many macOS VMs as it may, whoever started them.
     Limit,
-    /// The keychain or the login session of this user, or a stale lock below tart: no VM starts here until somebody acts.
+    /// A stale lock below tart, which a VM that is gone has left.
+    Locked,
+    /// The keychain or the login session of this user: no VM starts here until somebody acts.
     Session,
     /// Softnet is missing, not allowed or has died: a VM without its filter must not run.
     Filter,
@@ -52,14 +54,17 @@ pub(super) fn judge(ended: &Ended) -> Trouble {
     let text = format!("{}\n{}", ended.err, ended.out).to_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     let table: &[(&[&str], Trouble)] = &[
+        // What a VM that ran ended of may quote errors that are the host's where they keep a VM from starting.
+        (&["network attachment"], Trouble::Unplugged),
+        (&["guest has stopped the virtual machine"], Trouble::Stopped),
         (&["exceeds the system limit"], Trouble::Limit),
+        (&["failed to lock auxiliary storage"], Trouble::Locked),
         (&["enough space", "code=640", "no space left", "disk full", "os error 28"], Trouble::DiskFull),
         (
             &[
                 "seckeycreaterandomkey",
                 "failed to generate keypair",
                 "interaction is not allowed",
-                "failed to lock auxiliary storage",
                 "vzerrordomain code=-9",
                 "vzerrordomain code=1 ",
                 "vzerrordomain code=1\"",
@@ -92,8 +97,6 @@ pub(super) fn judge(ended: &Ended) -> Trouble {
             ],
             Trouble::Registry,
         ),
-        (&["network attachment"], Trouble::Unplugged),
-        (&["guest has stopped the virtual machine"], Trouble::Stopped),
         (
             &[
                 "keynotfound",
@@ -116,8 +119,10 @@ impl Trouble {
     /// True when no VM of this host will fare better until somebody looks after the host.
     pub(super) fn is_of_the_host(self) -> bool {
         match self {
-            Self::Limit | Self::Session | Self::Filter | Self::Config | Self::Usage => true,
+            Self::Session | Self::Filter | Self::Config | Self::Usage => true,
             Self::Missing
+            | Self::Limit
+            | Self::Locked
             | Self::Running
             | Self::NotRunning
             | Self::DiskFull
@@ -240,4 +245,41 @@ pub(super) fn parse_version(out: &str) -> Option<Version> {
     }
     let mut parts = text.split('.').map(|part| part.parse().ok());
     Some(Version(parts.next()??, parts.next()??, parts.next().flatten().unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_and_text_are_judged_together() {
+        let judged = |text: &str| {
+            let by = |out: &str, err: &str| judge(&Ended { status: Some(1), out: out.into(), err: err.into() });
+            assert_eq!(by(text, ""), by("", text), "{text}");
+            by("", text)
+        };
+        let crash = "guest has stopped the virtual machine due to error: Error Domain=VZErrorDomain Code=1 \"x\"";
+        let unplugged =
+            "virtual machine's network attachment <x> has been disconnected with error: VZErrorDomain Code=1 ";
+        for (text, trouble) in [
+            ("The number of VMs exceeds the system limit (other running VMs: a, b)", Trouble::Limit),
+            ("Error Domain=VZErrorDomain Code=2 \"Failed to lock auxiliary storage.\"", Trouble::Locked),
+            (
+                "Error Domain=VZErrorDomain Code=1 Description=\"The virtual machine failed to start.\"",
+                Trouble::Session,
+            ),
+            ("Error Domain=VZErrorDomain Code=-9 \"x\"", Trouble::Session),
+            ("SecKeyCreateRandomKey_ios failed", Trouble::Session),
+            (crash, Trouble::Stopped),
+            (unplugged, Trouble::Unplugged),
+            ("RuntimeFailed(why: \"Softnet process terminated prematurely\")", Trouble::Filter),
+            ("the specified VM \"x\" does not exist", Trouble::Missing),
+            ("VM \"x\" is running", Trouble::Running),
+            ("Error: “disk.img” couldn’t be copied to “x” because there isn’t enough space.", Trouble::DiskFull),
+            ("Error: The file “disk.img” couldn’t be opened: No such file or directory", Trouble::Race),
+            ("what nobody has heard before", Trouble::Unknown),
+        ] {
+            assert_eq!(judged(text), trouble, "{text}");
+        }
+    }
 }

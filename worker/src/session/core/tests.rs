@@ -247,6 +247,24 @@ fn heartbeats_come_in_time_and_at_once_when_slots_change() {
 }
 
 #[test]
+fn the_hosts_trouble_is_told_at_once_and_may_be_a_drain() {
+    for drains in [true, false] {
+        let mut bench = Bench::up();
+        let trouble = Some(Trouble { why: "reboot".into(), drains });
+        let effects = bench.give(Input::Trouble(trouble.clone()));
+        let [Effect::Send(ToOrchestrator::Heartbeat(beat))] = &effects[..] else { panic!("{effects:?}") };
+        assert_eq!((beat.draining, beat.trouble.as_deref()), (drains, Some("reboot")));
+        assert_eq!(bench.give(Input::Trouble(trouble)), [], "no news");
+        // What was assigned before the farm heard of it is the pool's to give back.
+        bench.give(assign(AT, 1));
+        assert!(bench.core.runs(AT));
+        let effects = bench.give(Input::Trouble(None));
+        let [Effect::Send(ToOrchestrator::Heartbeat(beat))] = &effects[..] else { panic!("{effects:?}") };
+        assert_eq!((beat.draining, beat.trouble.as_deref()), (false, None));
+    }
+}
+
+#[test]
 fn at_the_end_of_the_lease_everything_is_killed_once() {
     let mut bench = Bench::running();
     bench.give(Input::Unlinked);
