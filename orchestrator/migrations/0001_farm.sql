@@ -1,14 +1,15 @@
 -- The farm's memory. One text for both engines: types are TEXT, BIGINT and BOOLEAN, times are epoch milliseconds,
 -- JSON is TEXT that no statement looks into. Every row names its organisation; `meta` belongs to the farm itself.
+-- Checks that every row meets compare word by word: for a list after IN, SQLite builds a table anew in each statement.
 
 CREATE TABLE jobs (
     id TEXT NOT NULL PRIMARY KEY,
-    -- The id's last six characters as a number with the last one leading: "ends in" is a range of it.
+    -- The number that the id's last six characters stand for. It counts jobs: new ones share a page of its index.
     id_tail BIGINT NOT NULL,
     org_id TEXT NOT NULL,
     version BIGINT NOT NULL CHECK (version >= 1),
-    state TEXT NOT NULL CHECK (state IN ('queued', 'assigned', 'running', 'canceling', 'succeeded', 'failed', 'timed_out', 'canceled', 'expired', 'errored')),
-    phase TEXT CHECK (phase IN ('preparing', 'executing', 'collecting')),
+    state TEXT NOT NULL CHECK (state = 'queued' OR state = 'assigned' OR state = 'running' OR state = 'canceling' OR state = 'succeeded' OR state = 'failed' OR state = 'timed_out' OR state = 'canceled' OR state = 'expired' OR state = 'errored'),
+    phase TEXT CHECK (phase = 'preparing' OR phase = 'executing' OR phase = 'collecting'),
     reason TEXT,
     -- The newest attempt, 0 before the first: the fence.
     attempt BIGINT NOT NULL CHECK (attempt >= 0),
@@ -24,14 +25,14 @@ CREATE TABLE jobs (
     -- The number of its newest event.
     events BIGINT NOT NULL CHECK (events >= 0),
     CONSTRAINT jobs_phase_iff_running CHECK ((state = 'running') = (phase IS NOT NULL)),
-    CONSTRAINT jobs_worker_iff_leased CHECK ((state IN ('assigned', 'running', 'canceling')) = (worker_id IS NOT NULL)),
+    CONSTRAINT jobs_worker_iff_leased CHECK ((state = 'assigned' OR state = 'running' OR state = 'canceling') = (worker_id IS NOT NULL)),
     CONSTRAINT jobs_lease_has_attempt CHECK (worker_id IS NULL OR attempt >= 1),
-    CONSTRAINT jobs_finished_iff_ended CHECK ((state IN ('succeeded', 'failed', 'timed_out', 'canceled', 'expired', 'errored')) = (finished_at_ms IS NOT NULL)),
-    CONSTRAINT jobs_failed_has_reason CHECK ((state = 'failed') = (COALESCE(reason, '') IN ('script_failure', 'hook_failure', 'source_error', 'artifact_missing', 'artifact_changed'))),
-    CONSTRAINT jobs_timed_out_has_reason CHECK ((state = 'timed_out') = (COALESCE(reason, '') IN ('run_timeout', 'no_output_timeout'))),
-    CONSTRAINT jobs_canceled_has_reason CHECK ((state = 'canceled') = (COALESCE(reason, '') IN ('user_canceled', 'superseded', 'parent_canceled'))),
+    CONSTRAINT jobs_finished_iff_ended CHECK ((state = 'queued' OR state = 'assigned' OR state = 'running' OR state = 'canceling') = (finished_at_ms IS NULL)),
+    CONSTRAINT jobs_failed_has_reason CHECK (CASE WHEN reason IS NULL THEN state <> 'failed' ELSE (state = 'failed') = (reason IN ('script_failure', 'hook_failure', 'source_error', 'artifact_missing', 'artifact_changed')) END),
+    CONSTRAINT jobs_timed_out_has_reason CHECK (CASE WHEN reason IS NULL THEN state <> 'timed_out' ELSE (state = 'timed_out') = (reason IN ('run_timeout', 'no_output_timeout')) END),
+    CONSTRAINT jobs_canceled_has_reason CHECK (CASE WHEN reason IS NULL THEN state <> 'canceled' ELSE (state = 'canceled') = (reason IN ('user_canceled', 'superseded', 'parent_canceled')) END),
     CONSTRAINT jobs_expired_has_reason CHECK ((state = 'expired') = (COALESCE(reason, '') = 'queue_expired')),
-    CONSTRAINT jobs_errored_has_reason CHECK ((state = 'errored') = (COALESCE(reason, '') IN ('vm_start_failure', 'vm_lost', 'worker_lost', 'worker_drained', 'out_of_disk', 'image_pull_failure', 'internal_error', 'config_error', 'signature_rejected'))),
+    CONSTRAINT jobs_errored_has_reason CHECK (CASE WHEN reason IS NULL THEN state <> 'errored' ELSE (state = 'errored') = (reason IN ('vm_start_failure', 'vm_lost', 'worker_lost', 'worker_drained', 'out_of_disk', 'image_pull_failure', 'internal_error', 'config_error', 'signature_rejected')) END),
     CONSTRAINT jobs_reason_only_at_end CHECK (reason IS NULL OR state IN ('failed', 'timed_out', 'canceled', 'expired', 'errored'))
 );
 CREATE INDEX jobs_by_tail ON jobs (id_tail);
@@ -47,7 +48,7 @@ CREATE TABLE attempts (
     worker_id TEXT NOT NULL,
     assigned_at_ms BIGINT NOT NULL,
     ended_at_ms BIGINT,
-    outcome TEXT CHECK (outcome IN ('succeeded', 'failed', 'timed_out', 'canceled', 'expired', 'errored')),
+    outcome TEXT CHECK (outcome = 'succeeded' OR outcome = 'failed' OR outcome = 'timed_out' OR outcome = 'canceled' OR outcome = 'expired' OR outcome = 'errored'),
     end_json TEXT,
     timings TEXT NOT NULL,
     -- Told after the end, and by another report than the other timings.
@@ -66,9 +67,9 @@ CREATE TABLE events (
     org_id TEXT NOT NULL,
     at_ms BIGINT NOT NULL,
     attempt BIGINT NOT NULL CHECK (attempt >= 0),
-    kind TEXT NOT NULL CHECK (kind IN ('submitted', 'assigned', 'accepted', 'phase', 'artifact', 'cancel_requested', 'requeued', 'finished')),
-    state TEXT NOT NULL CHECK (state IN ('queued', 'assigned', 'running', 'canceling', 'succeeded', 'failed', 'timed_out', 'canceled', 'expired', 'errored')),
-    phase TEXT CHECK (phase IN ('preparing', 'executing', 'collecting')),
+    kind TEXT NOT NULL CHECK (kind = 'submitted' OR kind = 'assigned' OR kind = 'accepted' OR kind = 'phase' OR kind = 'artifact' OR kind = 'cancel_requested' OR kind = 'requeued' OR kind = 'finished'),
+    state TEXT NOT NULL CHECK (state = 'queued' OR state = 'assigned' OR state = 'running' OR state = 'canceling' OR state = 'succeeded' OR state = 'failed' OR state = 'timed_out' OR state = 'canceled' OR state = 'expired' OR state = 'errored'),
+    phase TEXT CHECK (phase = 'preparing' OR phase = 'executing' OR phase = 'collecting'),
     reason TEXT,
     worker_id TEXT,
     message TEXT,
@@ -123,7 +124,7 @@ CREATE TABLE tokens (
     id TEXT NOT NULL PRIMARY KEY,
     org_id TEXT NOT NULL,
     hash TEXT NOT NULL UNIQUE CHECK (length(hash) = 64),
-    kind TEXT NOT NULL CHECK (kind IN ('personal', 'ci', 'join', 'job')),
+    kind TEXT NOT NULL CHECK (kind = 'personal' OR kind = 'ci' OR kind = 'join' OR kind = 'job'),
     role TEXT NOT NULL CHECK (role IN ('viewer', 'developer', 'admin')),
     name TEXT NOT NULL,
     shown TEXT NOT NULL,
@@ -139,7 +140,7 @@ CREATE INDEX tokens_by_org ON tokens (org_id);
 -- The same bytes in two organisations are two rows. The digest leads, so that "is it here" is one search.
 CREATE TABLE blobs (
     digest TEXT NOT NULL CHECK (length(digest) = 64),
-    kind TEXT NOT NULL CHECK (kind IN ('chunk', 'manifest', 'artifact')),
+    kind TEXT NOT NULL CHECK (kind = 'chunk' OR kind = 'manifest' OR kind = 'artifact'),
     org_id TEXT NOT NULL,
     size_bytes BIGINT NOT NULL CHECK (size_bytes >= 0),
     object TEXT NOT NULL,

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use alloy_shared::env::{Env, Mono, backoff};
 use alloy_shared::id::JobId;
@@ -23,9 +23,17 @@ type Asked = (Request, Option<(Ticket, oneshot::Sender<Answer>)>);
 pub struct Door {
     tx: mpsc::Sender<Asked>,
     tickets: Arc<AtomicU64>,
+    /// Counts new jobs, from anywhere: what an earlier process counted is somewhere else.
+    turns: Arc<AtomicU32>,
 }
 
 impl Door {
+    /// The id of a new job.
+    pub fn new_job(&self, env: &dyn Env) -> JobId {
+        let id = JobId::mint(env.now().wall, (env.dice(), env.dice()));
+        id.in_turn(self.turns.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// Asks and waits for the answer, which follows the commit.
     pub async fn ask(&self, request: impl FnOnce(Ticket) -> Request) -> Answer {
         let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
@@ -67,7 +75,8 @@ pub async fn spawn(
         desk.restore(loaded, env.now());
     }
     let (tx, rx) = mpsc::channel(limits::DESK_QUEUE);
-    let door = Door { tx, tickets: Arc::new(AtomicU64::new(1)) };
+    let turns = Arc::new(AtomicU32::new(env.dice() as u32));
+    let door = Door { tx, tickets: Arc::new(AtomicU64::new(1)), turns };
     let task = Loop { desk, store, hub, wake, env: env.clone(), rx, waiting: HashMap::new() };
     env.spawn("desk", Box::pin(task.run()));
     Ok(door)

@@ -46,6 +46,11 @@ fn uuid_v7(now: Ms, dice: (u64, u64)) -> u128 {
     time | version | a | variant | b
 }
 
+/// A key for a request that may be sent again. Keys sort by time: those of one moment lie side by side in a store's index.
+pub fn request_key(now: Ms, dice: (u64, u64)) -> String {
+    format!("{:032x}", uuid_v7(now, dice))
+}
+
 fn encode(value: u128) -> [u8; ID_CHARS] {
     let mut out = [b'0'; ID_CHARS];
     let mut rest = value;
@@ -115,6 +120,48 @@ id!(/** A worker's identity, given at enrolment. */ WorkerId, "a worker id", "wk
 id!(/** A tenant. */ OrgId, "an organisation id", "org_");
 id!(/** A credential's public name. */ TokenId, "a token id", "tok_");
 id!(/** One run of a worker daemon, from start to end. */ BootId, "a boot id", "boot_");
+
+/// So many last characters of a job's id are enough to name it.
+pub const ENDING_CHARS: usize = 6;
+const ENDING_MASK: u32 = (1 << (5 * ENDING_CHARS)) - 1;
+/// Odd, so that no two turns give the same ending.
+const SPREAD: u32 = 0x1e35_a7bd;
+const GATHER: u32 = inverse(SPREAD);
+
+/// What undoes a multiplication by `odd`: each step doubles the number of right bits.
+const fn inverse(odd: u32) -> u32 {
+    let (mut found, mut steps) = (odd, 0);
+    while steps < 5 {
+        found = found.wrapping_mul(2u32.wrapping_sub(odd.wrapping_mul(found)));
+        steps += 1;
+    }
+    found
+}
+
+impl JobId {
+    /// The same id with an ending that stands for `turn`, a number that counts jobs. So jobs that are made one after the
+    /// other look different to people, never end alike, and still lie side by side in an index of turns.
+    pub fn in_turn(self, turn: u32) -> Self {
+        let ending = turn.wrapping_mul(SPREAD) & ENDING_MASK;
+        Self((self.0 & !u128::from(ENDING_MASK)) | u128::from(ending))
+    }
+
+    /// The number that the id's last six characters stand for.
+    pub fn turn(self) -> u32 {
+        turn((self.0 & u128::from(ENDING_MASK)) as u32)
+    }
+
+    /// The turn of all ids that end in this text; none do if it is too short.
+    pub fn turn_of(ending: &str) -> Option<u32> {
+        let last = ending.as_bytes().last_chunk::<ENDING_CHARS>()?;
+        let digits = last.iter().map(|c| ALPHABET.iter().position(|a| a == c));
+        digits.into_iter().try_fold(0, |sum, digit| Some((sum << 5) | digit? as u32)).map(turn)
+    }
+}
+
+fn turn(ending: u32) -> u32 {
+    ending.wrapping_mul(GATHER) & ENDING_MASK
+}
 
 /// The organisation that exists from the first start.
 pub const DEFAULT_ORG: OrgId = OrgId::from_raw(0x0001_0000_0000_7000_8000_0000_0000_0001);
@@ -291,6 +338,31 @@ mod tests {
         assert_eq!(early.to_string().parse::<JobId>().unwrap(), early);
         assert_eq!(early.to_string().len(), 4 + 26);
         assert!(early < late && early.to_string() < late.to_string());
+    }
+
+    #[test]
+    fn an_ending_stands_for_a_turn() {
+        let id = JobId::mint(Ms(1_000), (7, u64::MAX));
+        for turn in [0, 1, 2, 0x1234_5678, ENDING_MASK, u32::MAX] {
+            let made = id.in_turn(turn);
+            let text = made.to_string();
+            assert_eq!(made.turn(), turn & ENDING_MASK);
+            assert_eq!(text[..24], id.to_string()[..24], "only the ending changes");
+            for chars in [ENDING_CHARS, 7, 30] {
+                assert_eq!(JobId::turn_of(&text[30 - chars..]), Some(made.turn()));
+            }
+            assert_ne!(text[29..], id.in_turn(turn.wrapping_add(1)).to_string()[29..], "neighbours look different");
+        }
+        for none in ["", "12345", "12345u", "ABCDEF", "12345é"] {
+            assert_eq!(JobId::turn_of(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn request_keys_sort_by_time() {
+        let keys =
+            [request_key(Ms(1), (u64::MAX, u64::MAX)), request_key(Ms(2), (0, 0)), request_key(Ms(i64::MAX), (0, 0))];
+        assert!(keys.is_sorted() && keys.iter().all(|key| key.len() == 32), "{keys:?}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use alloy_shared::client::ClientError;
-use alloy_shared::id::Labels;
+use alloy_shared::id::{Labels, request_key};
 use alloy_shared::limits;
 use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
 use serde::Serialize;
@@ -117,7 +117,7 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
             .hint("alloy up          starts one; then run without --local"));
     }
     // One key for all tries: whatever farm of this machine answers, there is one job.
-    let key = format!("{:016x}{:016x}", app.env.dice(), app.env.dice());
+    let key = request_key(app.env.now().wall, (app.env.dice(), app.env.dice()));
     let mut pursuit = Pursuit::default();
     let mut tries = 0;
     loop {

@@ -48,7 +48,7 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
         }
     }
     somebody_qualifies(app, who, &body).await?;
-    let id = JobId::mint(app.env.now().wall, (app.env.dice(), app.env.dice()));
+    let id = app.desk.new_job(&*app.env);
     let by = By { org: who.org, caller: who.caller.to_string() };
     let (body, asked) = (Arc::new(body), key.clone());
     let answer = app.desk.ask(|ticket| Request::Submit { ticket, id, by, body, key: asked }).await;

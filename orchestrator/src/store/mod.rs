@@ -203,7 +203,7 @@ pub trait Store: Send + Sync {
     async fn job(&self, scope: &Scope, id: &JobId) -> Result<Option<Job>, StoreError>;
     /// The job of an idempotency key, and the digest of the body that it came with.
     async fn keyed(&self, org: &OrgId, caller: &str, key: &str) -> Result<Option<(JobId, Digest)>, StoreError>;
-    /// Jobs whose id ends in these characters, at most two: enough to know whether the name is unique.
+    /// Jobs whose id ends in these characters, six or more; at most two: enough to know whether the name is unique.
     async fn jobs_ending(&self, scope: &Scope, suffix: &str) -> Result<Vec<JobId>, StoreError>;
     async fn jobs(&self, scope: &Scope, filter: &JobFilter, limit: u32) -> Result<Vec<Job>, StoreError>;
     /// Non-terminal jobs by id, above `after`: fills the desk at start.

@@ -1,4 +1,4 @@
-use alloy_shared::id::{DEFAULT_ORG, Labels, WorkerId};
+use alloy_shared::id::{DEFAULT_ORG, JobId, Labels, WorkerId};
 use alloy_shared::wire::farm::Role;
 use axum::body::Body;
 
@@ -47,6 +47,19 @@ async fn a_known_key_is_answered_whatever_has_become_of_the_farm_since() {
     }
     let jobs = app.store.live(None, 9).await.unwrap();
     assert_eq!(jobs.len(), 1, "{jobs:?}");
+}
+
+#[tokio::test]
+async fn ids_of_new_jobs_are_in_turn() {
+    let (app, _) = app().await;
+    let token = token(&app, Role::Developer).await;
+    let mut turns = Vec::new();
+    for key in ["k1", "k2", "k3"] {
+        let job = submit(&app, &token, key, r#"{"spec":{"shell":"true"}}"#).await.json();
+        let id: JobId = job["id"].as_str().unwrap().parse().unwrap();
+        turns.push(id.turn());
+    }
+    assert!(turns.windows(2).all(|pair| pair[1] == JobId::from_raw(0).in_turn(pair[0] + 1).turn()), "{turns:?}");
 }
 
 #[tokio::test]

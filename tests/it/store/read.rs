@@ -119,7 +119,7 @@ async fn a_job_is_found_by_the_end_of_its_id() {
             put(store, insert(queued(id), None)).await.unwrap();
         }
         let text = JobId::from_raw(ids[0]).to_string();
-        for (chars, found) in [(30, 1), (26, 1), (7, 2), (6, 2), (1, 2), (0, 2)] {
+        for (chars, found) in [(30, 1), (26, 1), (7, 2), (6, 2), (5, 0), (0, 0)] {
             let suffix = &text[text.len() - chars..];
             assert_eq!(store.jobs_ending(&Scope::farm(), suffix).await.unwrap().len(), found, "{suffix}");
         }

@@ -283,7 +283,7 @@ async fn everything(store: &dyn Store) -> Vec<String> {
             show(&store.events(scope, &id, 1, 3).await.unwrap());
             show(&store.events(scope, &id, 0, 1_000).await.unwrap());
             show(&store.artifacts(scope, &id).await.unwrap());
-            show(&store.jobs_ending(scope, &id.to_string()[25..]).await.unwrap());
+            show(&store.jobs_ending(scope, &id.to_string()[24..]).await.unwrap());
         }
         for before in [None, Some(job_id(20)), Some(JobId::from_raw(0))] {
             for states in [vec![], vec![StateWord::Running], vec![StateWord::Failed, StateWord::Queued]] {

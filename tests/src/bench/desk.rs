@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use alloy_shared::env::Env;
-use alloy_shared::id::{DEFAULT_ORG, Digest, JobId};
+use alloy_shared::id::{DEFAULT_ORG, Digest, request_key};
 use alloy_shared::limits::Limits;
 use alloy_shared::runtime::SystemEnv;
 use alloy_shared::wire::job::{JobSpec, SubmitJob};
@@ -34,7 +34,7 @@ pub async fn row(options: &Options, floors: &mut Vec<Floors>) -> Result<Row> {
     let time = Duration::from_secs(if options.quick { 1 } else { 3 });
     let mut row =
         Row::new("durable submits in one process, 256 clients", "jobs/s", Better::Higher, "at least 20 times");
-    row.note = "synchronous=FULL on both sides, the same three rows a job".into();
+    row.note = "synchronous=FULL on both sides, the same three rows a job, keys as `alloy run` makes them".into();
     rounds(options, floors, std::slice::from_mut(&mut row), async |rows| {
         let dir = tempfile::tempdir()?;
         rows[0].ours(vec![by_the_desk(&dir.path().join("a.db"), time).await?]);
@@ -56,8 +56,8 @@ async fn by_the_desk(file: &Path, time: Duration) -> Result<f64> {
     let door = desk_loop::spawn(store.clone(), hub, Arc::new(Wake::default()), env.clone(), limits).await?;
     let count = Arc::new(AtomicU64::new(0));
     let (started, mut clients) = (now(), JoinSet::new());
-    for client in 0..CLIENTS {
-        clients.spawn(submit_until(door.clone(), env.clone(), started + time, client, count.clone()));
+    for _ in 0..CLIENTS {
+        clients.spawn(submit_until(door.clone(), env.clone(), started + time, count.clone()));
     }
     while let Some(client) = clients.join_next().await {
         client??;
@@ -67,24 +67,16 @@ async fn by_the_desk(file: &Path, time: Duration) -> Result<f64> {
     Ok(rate)
 }
 
-async fn submit_until(
-    door: Door,
-    env: Arc<dyn Env>,
-    end: std::time::Instant,
-    client: usize,
-    count: Arc<AtomicU64>,
-) -> Result<()> {
+async fn submit_until(door: Door, env: Arc<dyn Env>, end: std::time::Instant, count: Arc<AtomicU64>) -> Result<()> {
     let spec = JobSpec { argv: vec!["true".into()], ..JobSpec::default() };
     let body = Arc::new(SubmitJob { spec, source: None });
-    let mut number = 0;
     loop {
-        number += 1;
-        let id = JobId::mint(env.now().wall, (env.dice(), env.dice()));
+        let id = door.new_job(&*env);
         let by = By { org: DEFAULT_ORG, caller: "bench".into() };
         let key = IdempotencyKey {
             org: DEFAULT_ORG,
             caller: by.caller.clone(),
-            key: format!("{client}-{number}"),
+            key: request_key(env.now().wall, (env.dice(), env.dice())),
             body: Digest::of(b"bench"),
         };
         let (body, key) = (body.clone(), Some(key));
@@ -103,18 +95,22 @@ async fn one_by_one(file: &Path, time: Duration) -> Result<f64> {
         .filename(file)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(Duration::from_secs(30));
+        .busy_timeout(Duration::from_secs(30))
+        .pragma("mmap_size", "0")
+        .pragma("temp_store", "MEMORY")
+        .pragma("cache_size", "-65536")
+        .pragma("wal_autocheckpoint", "4000");
     let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(connect).await?;
     let copies = Arc::new(copies(&pool).await?);
     let count = Arc::new(AtomicU64::new(0));
+    let env = Arc::new(SystemEnv::detached());
     let (started, mut clients) = (now(), JoinSet::new());
-    for client in 0..CLIENTS {
-        let (pool, copies, count) = (pool.clone(), copies.clone(), count.clone());
+    for _ in 0..CLIENTS {
+        let (pool, copies, count, env) = (pool.clone(), copies.clone(), count.clone(), env.clone());
         clients.spawn(async move {
-            let mut number = 0;
             while now() < started + time {
-                number += 1;
-                let id = format!("copy_{client}_{number}");
+                // In the order of time, as the desk's.
+                let id = request_key(env.now().wall, (env.dice(), env.dice()));
                 let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await?;
                 for copy in copies.iter() {
                     sqlx::query(AssertSqlSafe(copy.clone())).bind(&id).execute(&mut *transaction).await?;

@@ -53,8 +53,8 @@ super::statements! {
 
     JOB = "SELECT id, org_id, version, state, state_json, spec, source, created_at_ms, created_by, events FROM jobs \
         WHERE id = $1 AND (org_id = $2 OR $2 IS NULL)";
-    JOBS_ENDING = "SELECT id FROM jobs WHERE id_tail BETWEEN $1 AND $2 AND (org_id = $3 OR $3 IS NULL) \
-        AND substr(id, length(id) - length($4) + 1) = $4 ORDER BY id LIMIT 2";
+    JOBS_ENDING = "SELECT id FROM jobs WHERE id_tail = $1 AND (org_id = $2 OR $2 IS NULL) \
+        AND substr(id, length(id) - length($3) + 1) = $3 ORDER BY id LIMIT 2";
     JOBS_OF_ORG = "SELECT id, org_id, version, state, state_json, spec, source, created_at_ms, created_by, events FROM jobs \
         WHERE org_id = $1 AND id < $2 AND state IN ($3, $4, $5, $6, $7, $8, $9, $10, $11, $12) ORDER BY id DESC LIMIT $13";
     JOBS_OF_CALLER = "SELECT id, org_id, version, state, state_json, spec, source, created_at_ms, created_by, events FROM jobs \
@@ -172,7 +172,7 @@ impl Rows {
 
     fn insert(mut self, insert: &InsertJob) -> Self {
         let job = &insert.job;
-        let id = self.jobs.text(job.id).int(tail(&job.id.to_string()).0).text(job.org).int(job.version);
+        let id = self.jobs.text(job.id).int(job.id.turn().into()).text(job.org).int(job.version);
         let state = state_columns(id, job);
         self.jobs = state.text(json(&*job.spec)).maybe_text(job.source).int(job.created_at.0).text(&job.created_by);
         self.guarded += 1;
@@ -252,21 +252,6 @@ pub(super) fn json<T: Serialize>(value: &T) -> String {
     serde_json::to_string(value).unwrap_or_else(|_| unreachable!("a row's parts are plain data"))
 }
 
-/// The smallest and the largest `id_tail` of ids that end in these characters.
-fn tail(suffix: &str) -> (i64, i64) {
-    const DIGITS: usize = 6;
-    let last = suffix.bytes().rev().take(DIGITS);
-    let known = last.clone().count();
-    let value = last.fold(0i64, |sum, c| (sum << 5) | digit(c));
-    let free = 5 * (DIGITS - known);
-    (value << free, ((value + 1) << free) - 1)
-}
-
-/// Five bits of a character. Two may share them: the text looks at the id itself as well.
-fn digit(c: u8) -> i64 {
-    i64::from(if c.is_ascii_digit() { c - b'0' } else { c.wrapping_sub(b'a').wrapping_add(10) % 32 })
-}
-
 impl SqlStore {
     pub(super) async fn read_job(&self, scope: &Scope, id: &JobId) -> Result<Option<Job>, StoreError> {
         let rows = self.rows(JOB, Args::new().text(id).maybe_text(scope.filter())).await?;
@@ -284,8 +269,8 @@ impl SqlStore {
     }
 
     pub(super) async fn read_jobs_ending(&self, scope: &Scope, suffix: &str) -> Result<Vec<JobId>, StoreError> {
-        let (from, to) = tail(suffix);
-        let args = Args::new().int(from).int(to).maybe_text(scope.filter()).text(suffix);
+        let Some(turn) = JobId::turn_of(suffix) else { return Ok(Vec::new()) };
+        let args = Args::new().int(turn.into()).maybe_text(scope.filter()).text(suffix);
         let rows = self.rows(JOBS_ENDING, args).await?;
         rows.iter().map(|row| Reader::new(row, "jobs", "id").parsed("id")).collect()
     }
