@@ -1,5 +1,8 @@
 //! Jobs in VMs: a worker with the `tart` provider on a simulated Mac.
 
+mod chaos;
+mod faults;
+
 use std::fs;
 use std::process::Output;
 

@@ -29,6 +29,8 @@ pub struct Setup {
     /// Each worker makes VMs on a simulated Mac of its own; all of them pull from one registry.
     pub macs: Option<sim_host::Setup>,
     pub image: Profile,
+    /// What goes wrong on each simulated Mac from its first moment on.
+    pub faults: Vec<Vec<Value>>,
 }
 
 /// What the workers' VMs are made of.
@@ -36,7 +38,7 @@ pub const IMAGE: &str = "registry.test/alloy/base:latest";
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { workers: 1, slots: 2, time_scale: 1, macs: None, image: Profile::default() }
+        Self { workers: 1, slots: 2, time_scale: 1, macs: None, image: Profile::default(), faults: Vec::new() }
     }
 }
 
@@ -73,6 +75,9 @@ impl Farm {
             None => SimHost::new(setup)?,
         };
         mac.publish(IMAGE, &self.setup.image)?;
+        if let Some(faults) = self.setup.faults.get(self.macs.len()) {
+            mac.faults(faults);
+        }
         self.macs.push(mac);
         Ok(())
     }

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use crate::observe::{PATIENCE, until_blocking};
 use crate::process::{Found, processes_in, signal};
+pub use crate::tart::fault::NAMES as FAULTS;
 pub use crate::tart::image::{Agent, Boot, Profile};
 pub use crate::tart::journal::Entry;
 pub use crate::tart::softnet::Policy;

@@ -87,8 +87,7 @@ impl Care {
                 slot.short = others < GUESTS_MAX;
                 Verdict::Slot
             }
-            VmFault::Full => self.host_failed(REBOOT, error, now),
-            VmFault::Host => self.host_failed(LOOK, error, now),
+            VmFault::Full | VmFault::Host => self.host_failed(error, now),
             VmFault::NoImage
             | VmFault::Pull
             | VmFault::Start
@@ -100,13 +99,15 @@ impl Care {
         }
     }
 
-    fn host_failed(&mut self, cure: &str, error: &VmError, now: Mono) -> Verdict {
+    /// Counts a fault of the host, whatever it was found by.
+    pub fn host_failed(&mut self, error: &VmError, now: Mono) -> Verdict {
         self.faults = self.faults.saturating_add(1);
         if self.faults < HOST_FAULTS_MAX {
             self.until = now + PAUSE_MS * u64::from(self.faults);
             return Verdict::Again;
         }
         self.until = now + self.quarantine_ms;
+        let cure = if error.what == VmFault::Full { REBOOT } else { LOOK };
         self.ill = Some(clip(&format!("{cure} ({})", error.tail)));
         Verdict::Ill
     }

@@ -117,6 +117,15 @@ pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
             actions.push(PoolAction::Unmake { slot });
         }
     }
+    if let Host::Ill { .. } = view.host
+        && makes > 0
+        && !view.slots.iter().any(|slot| matches!(slot, Slot::Cold { .. }))
+        && let Some(slot) = pick(view.slots, &used, |slot| matches!(slot, Slot::Warm { .. }))
+    {
+        // Whether the host is well again shows only when a VM is made.
+        used[slot] = true;
+        actions.push(PoolAction::Unmake { slot });
+    }
     for (index, slot) in view.slots.iter().enumerate().filter(|(index, _)| !used[*index]) {
         match slot {
             Slot::Cold { rest, .. } if *rest <= now && makes > 0 => {
@@ -333,6 +342,8 @@ mod tests {
         check_on(ill(NOW), &[booting("a"), cold()], &[], &[]);
         // What is warm is all that it has: it is not thrown away for an image that may never come.
         check_on(ill(NOW), &[warm("b", 99_000), booting("b")], &[wants("a")], &[]);
+        check_on(ill(NOW + 1), &[warm("a", 99_000), claimed()], &[], &[]);
+        check_on(ill(NOW), &[claimed(), warm("a", 99_000)], &[], &[PoolAction::Unmake { slot: 1 }]);
     }
 
     #[test]

@@ -24,6 +24,8 @@ mod faults;
 const RECLAIM_RETRY_CAP_MS: u64 = 15_000;
 /// VMs that may not come, or not as they should be, before a claim is given up.
 const CLAIM_TRIES: u32 = 2;
+/// Before a claim that met a fault of the host tries again.
+const JUDGED_PAUSE_MS: u64 = 1_000;
 
 /// What a pool is made of.
 pub struct PoolSetup {
@@ -71,6 +73,11 @@ impl Drop for Claimed {
 
 enum Ask {
     Claim(Claim),
+    /// A fault of the host that a claim has met. It may try again unless the answer is an error.
+    Judge {
+        error: VmError,
+        reply: oneshot::Sender<Result<(), VmError>>,
+    },
     Close(oneshot::Sender<()>),
 }
 
@@ -130,8 +137,7 @@ impl VmPool {
         network: NetworkPolicy,
     ) -> Result<Claimed, VmError> {
         let image = image.map_or_else(|| self.image.clone(), |name| ImageRef(name.to_owned()));
-        // An image that nobody has is the asker's fault and not the slot's.
-        let digest = within(&self.env, self.limits.boot_ms, self.provider.pull(&image)).await?;
+        let digest = self.digest_of(&image).await?;
         let mut tries = 1;
         loop {
             let claimed = self.wait(Waiting { attempt, image: image.clone() }, digest).await?;
@@ -143,6 +149,21 @@ impl VmPool {
                     tries += 1;
                 }
                 Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// An image that nobody has is the asker's fault and not the slot's. A fault of the host is the pool's to judge.
+    async fn digest_of(&self, image: &ImageRef) -> Result<Digest, VmError> {
+        loop {
+            match within(&self.env, self.limits.boot_ms, self.provider.pull(image)).await {
+                Err(error) if error.what == VmFault::Host => {
+                    let (reply, judged) = oneshot::channel();
+                    self.asks.send(Ask::Judge { error, reply }).await.map_err(|_| gone())?;
+                    judged.await.map_err(|_| gone())??;
+                    self.env.sleep_until(self.env.now().mono + JUDGED_PAUSE_MS).await;
+                }
+                done => return done,
             }
         }
     }
@@ -290,6 +311,7 @@ impl Runner {
                 },
                 ask = asked.recv(), if self.closing.is_none() => match ask {
                     Some(Ask::Claim(claim)) => self.claims.push(claim),
+                    Some(Ask::Judge { error, reply }) => self.judge(&error, reply),
                     Some(Ask::Close(reply)) => self.closing = Some(reply),
                     None => return,
                 },

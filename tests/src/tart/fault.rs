@@ -21,7 +21,7 @@ use super::context::Sim;
 use super::{Failure, lock, say};
 
 /// Command, fault and what it is: the whole list.
-pub(crate) const NAMES: &[(&str, &str, &str)] = &[
+pub const NAMES: &[(&str, &str, &str)] = &[
     ("*", "fail", "F20: ends with `exit`, `stdout` and `stderr`"),
     ("*", "delay", "F9, F13: waits `seconds` first"),
     ("*", "hang", "F13: never goes on"),

@@ -18,7 +18,7 @@ mod args;
 mod clone;
 mod context;
 mod exec;
-mod fault;
+pub mod fault;
 mod files;
 mod guest;
 mod home;

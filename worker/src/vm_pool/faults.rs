@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use alloy_shared::env::Mono;
+use tokio::sync::oneshot;
 
 use super::{CLAIM_TRIES, Done, Runner, within};
 use crate::provider::{ImageRef, VmError, VmFault, VmName};
@@ -26,7 +27,19 @@ impl Runner {
             }
             Err(error) => {
                 tracing::error!(vm.id = %vm, %error, "a VM cannot be destroyed; its slot is closed until it is gone");
-                self.care.stuck(slot, &vm);
+                match error.what {
+                    // Nobody could even ask it to go.
+                    VmFault::Host => _ = self.care.host_failed(&error, now),
+                    VmFault::NoImage
+                    | VmFault::Pull
+                    | VmFault::Start
+                    | VmFault::Full
+                    | VmFault::Lost
+                    | VmFault::Network
+                    | VmFault::Disk
+                    | VmFault::Destroy
+                    | VmFault::File => self.care.stuck(slot, &vm),
+                }
                 self.slots[slot] = stuck(vm, attempt, faults, quarantine_ms, now);
             }
         }
@@ -82,11 +95,24 @@ impl Runner {
         }
     }
 
+    pub(super) fn judge(&mut self, error: &VmError, reply: oneshot::Sender<Result<(), VmError>>) {
+        let verdict = match self.care.host_failed(error, self.setup.env.now().mono) {
+            Verdict::Ill => Err(self.ill()),
+            Verdict::Vm | Verdict::Again | Verdict::Slot => Ok(()),
+        };
+        let _claimer_is_gone = reply.send(verdict);
+    }
+
+    fn ill(&self) -> VmError {
+        VmError::farm(VmFault::Host, self.care.trouble().map(|trouble| trouble.why).unwrap_or_default())
+    }
+
     /// On an ill host nobody waits: the farm has other workers, and later this one again.
     pub(super) fn hand_back(&mut self) {
-        let (Host::Ill { .. }, Some(trouble)) = (self.care.host(), self.care.trouble()) else { return };
+        let Host::Ill { .. } = self.care.host() else { return };
+        let error = self.ill();
         for claim in self.claims.drain(..) {
-            let _claimer_is_gone = claim.reply.send(Err(VmError::farm(VmFault::Host, trouble.why.clone())));
+            let _claimer_is_gone = claim.reply.send(Err(error.clone()));
         }
     }
 

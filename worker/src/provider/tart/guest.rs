@@ -366,9 +366,9 @@ impl Follower {
                     Next::Bytes(bytes) => (bytes, None),
                     Next::End(bytes, status) => (bytes, Some(status)),
                     // The VM's own end says more than a stream that broke off.
-                    Next::Lost(error) => return ExecOutput::Lost(why_lost(&mut self.ended, error).await),
+                    Next::Lost(error) => return ExecOutput::Lost(under_a_command(why_lost(&mut self.ended, error).await)),
                 },
-                error = gone(&mut self.ended) => return ExecOutput::Lost(error),
+                error = gone(&mut self.ended) => return ExecOutput::Lost(under_a_command(error)),
                 error = &mut pulse => return ExecOutput::Lost(error),
             };
             if !bytes.is_empty() && self.output.send(ExecOutput::Bytes(bytes)).await.is_err() {
@@ -399,6 +399,11 @@ pub(super) async fn gone(ended: &mut watch::Receiver<Option<VmError>>) -> VmErro
         Ok(error) => error.clone().unwrap_or_else(|| lost("the VM ended")),
         Err(_closed) => lost("nobody watches the VM"),
     }
+}
+
+/// A VM that ran well enough for a command says nothing about its host by its end.
+fn under_a_command(error: VmError) -> VmError {
+    VmError { what: VmFault::Lost, ..error }
 }
 
 /// A stream that breaks is often the first sign of a VM's end, whose words come a moment later.
