@@ -2,6 +2,7 @@
 //! a source of log bytes that anybody can compute again, and a Postgres of the run's own.
 
 pub mod bench;
+pub mod chaos;
 pub mod farm;
 pub mod noise;
 pub mod observe;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use alloy_tests::chaos::{Dice, pause};
 use alloy_tests::farm::{Farm, Setup, full};
 use alloy_tests::process::processes_in;
 use alloy_tests::sim_host::SimHost;
@@ -14,22 +15,6 @@ use super::{all_warm, macs, text};
 
 /// What Apple allows.
 const GUESTS_MAX: usize = 2;
-
-struct Dice(u64);
-
-impl Dice {
-    fn from_environment() -> Dice {
-        let given = std::env::var("ALLOY_SEED").ok().and_then(|text| text.parse().ok());
-        let seed = given.unwrap_or_else(|| u64::from(std::process::id()) << 16 | 1);
-        println!("ALLOY_SEED={seed}");
-        Dice(seed)
-    }
-
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % sides
-    }
-}
 
 /// Faults that a worker must hide from its jobs.
 fn hidden() -> Vec<Value> {
@@ -118,7 +103,7 @@ async fn most_at_once(dirs: Vec<std::path::PathBuf>, over: &AtomicBool) -> Resul
             dirs.iter().map(running).max().unwrap_or(0)
         };
         most = most.max(tokio::task::spawn_blocking(look).await?);
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        pause(Duration::from_millis(100)).await;
     }
     Ok(most)
 }
@@ -129,7 +114,7 @@ async fn jobs_on_four_hosts_end_well_while_random_faults_fire() -> Result<()> {
     let farm = Farm::start(Setup { workers: hosts, ..macs() }).await?;
     let mut dice = Dice::from_environment();
     // So rare that a job hardly meets three that it cannot survive.
-    let pause = Duration::from_millis(400);
+    let beat = Duration::from_millis(400);
     let dirs = (0..hosts).map(|number| farm.worker_dir(number)).collect();
     let over = AtomicBool::new(false);
     let work = async {
@@ -142,7 +127,7 @@ async fn jobs_on_four_hosts_end_well_while_random_faults_fire() -> Result<()> {
             tokio::select! {
                 biased;
                 ended = &mut ends => return ended.map(|lost| (lost, ticks, fired)),
-                () = tokio::time::sleep(pause) => {
+                () = pause(beat) => {
                     ticks += 1;
                     fired.insert(trouble(&farm, &mut dice, hosts - 1).await?.to_string());
                 }
@@ -222,7 +207,7 @@ async fn a_worker_killed_at_any_instant_loses_no_job_and_no_vm_and_uses_none_twi
             ids.push(api.shell("[ ! -e ~/mark ] || echo used; touch ~/mark; sleep 0.2; hostname").await?);
         }
         for _ in 0..2 {
-            tokio::time::sleep(Duration::from_millis(dice.roll(1_500))).await;
+            dice.instant(1_500).await;
             farm.kill_worker(0);
             farm.start_worker(0)?;
         }
