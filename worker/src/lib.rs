@@ -160,13 +160,13 @@ impl Daemon {
         let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
         let core = Core::restore(left, boot, self.config.limits.clone());
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
-        let (kill_ms, closing) = (self.config.limits.kill_budget_ms, Arc::clone(&pool));
+        let (stop_ms, closing) = (self.config.limits.stop_ms, Arc::clone(&pool));
         let (state, seams) = self.seams(Arc::clone(&env), life, pool, spool, sources, upstream, door.clone());
         let over = drive(core, seams, door, inputs).await;
         tokio::select! {
             biased;
             () = closing.close() => {}
-            () = env.sleep_until(env.now().mono + kill_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
+            () = env.sleep_until(env.now().mono + stop_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
         }
         drop(state);
         match over {

@@ -13,6 +13,7 @@ use alloy_shared::wire::session::SlotView;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::provider::{Guest, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
@@ -216,6 +217,18 @@ async fn within<T>(
     }
 }
 
+/// A VM that is being made when the pool closes is given up: nobody will have it.
+async fn unless_halted<T>(
+    halt: &CancellationToken,
+    work: impl Future<Output = Result<T, VmError>> + Send,
+) -> Result<T, VmError> {
+    tokio::select! {
+        biased;
+        () = halt.cancelled() => Err(VmError::farm(VmFault::Lost, "the worker is stopping")),
+        done = work => done,
+    }
+}
+
 async fn reclaim(setup: &PoolSetup) {
     let mut tries = 0;
     loop {
@@ -268,6 +281,7 @@ struct Runner {
     shown: Vec<SlotView>,
     told: Option<Trouble>,
     closing: Option<oneshot::Sender<()>>,
+    halt: CancellationToken,
 }
 
 impl Runner {
@@ -286,6 +300,7 @@ impl Runner {
             shown: Vec::new(),
             told: None,
             closing: None,
+            halt: CancellationToken::new(),
             setup,
             freed,
         }
@@ -312,7 +327,7 @@ impl Runner {
                 ask = asked.recv(), if self.closing.is_none() => match ask {
                     Some(Ask::Claim(claim)) => self.claims.push(claim),
                     Some(Ask::Judge { error, reply }) => self.judge(&error, reply),
-                    Some(Ask::Close(reply)) => self.closing = Some(reply),
+                    Some(Ask::Close(reply)) => self.close(reply),
                     None => return,
                 },
                 done = self.work.next(), if !self.work.is_empty() => if let Some(done) = done {
@@ -352,6 +367,16 @@ impl Runner {
                 return wake;
             }
             self.perform(actions, now);
+        }
+    }
+
+    fn close(&mut self, reply: oneshot::Sender<()>) {
+        self.closing = Some(reply);
+        self.halt.cancel();
+        for slot in 0..self.slots.len() {
+            if let Slot::Quarantined { vm: Some(_), attempt, faults, .. } = self.slots[slot] {
+                self.destroy(slot, attempt, faults);
+            }
         }
     }
 
@@ -418,16 +443,19 @@ impl Runner {
         let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.digest);
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
-        let name = vm.clone();
+        let (name, halt) = (vm.clone(), self.halt.clone());
         self.slots[slot] = Slot::Cloning { vm, image: image.clone(), faults };
         self.work.push(Box::pin(async move {
-            let digest = within(&env, ms, async {
-                let digest = match known {
-                    Some(digest) => digest,
-                    None => provider.pull(&image).await?,
-                };
-                provider.create(&name, &digest, &Shape::default()).await.map(|()| digest)
-            });
+            let digest = unless_halted(
+                &halt,
+                within(&env, ms, async {
+                    let digest = match known {
+                        Some(digest) => digest,
+                        None => provider.pull(&image).await?,
+                    };
+                    provider.create(&name, &digest, &Shape::default()).await.map(|()| digest)
+                }),
+            );
             Done::Cloned { slot, digest: digest.await }
         }));
     }
@@ -439,8 +467,10 @@ impl Runner {
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
         self.slots[slot] = Slot::Booting { vm: vm.clone(), image, faults };
+        let halt = self.halt.clone();
         self.work.push(Box::pin(async move {
-            Done::Booted { slot, digest, guest: within(&env, ms, provider.boot(&vm, &inbox)).await }
+            let guest = unless_halted(&halt, within(&env, ms, provider.boot(&vm, &inbox))).await;
+            Done::Booted { slot, digest, guest }
         }));
     }
 

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use alloy_tests::chaos::{Dice, pause};
 use alloy_tests::farm::{Farm, Setup, full};
+use alloy_tests::observe::until;
 use alloy_tests::process::processes_in;
 use alloy_tests::sim_host::SimHost;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{all_warm, macs, text};
+use super::{macs, text};
 
 /// What Apple allows.
 const GUESTS_MAX: usize = 2;
@@ -195,11 +196,11 @@ fn check_lives(mac: &SimHost) -> Result<usize> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_killed_at_any_instant_loses_no_job_and_no_vm_and_uses_none_twice() -> Result<()> {
     // A job that is lost for the third time ends: no job sees more than two deaths.
-    let rounds = if full() { 100 } else { 3 };
+    let rounds = if full() { 100 } else { 5 };
     let mut farm = Farm::start(macs()).await?;
     let mut dice = Dice::from_environment();
     let mut hosts = BTreeSet::new();
-    let mut lost = 0;
+    let (mut lost, mut dead) = (0, BTreeSet::new());
     for round in 0..rounds {
         let api = farm.api();
         let mut ids = Vec::new();
@@ -209,6 +210,7 @@ async fn a_worker_killed_at_any_instant_loses_no_job_and_no_vm_and_uses_none_twi
         for _ in 0..2 {
             dice.instant(1_500).await;
             farm.kill_worker(0);
+            dead = farm.mac(0).vms();
             farm.start_worker(0)?;
         }
         for id in ids {
@@ -219,9 +221,14 @@ async fn a_worker_killed_at_any_instant_loses_no_job_and_no_vm_and_uses_none_twi
             assert!(host.starts_with("alloy-") && hosts.insert(host.clone()), "round {round}: {host} was used twice");
         }
     }
-    all_warm(&farm).await;
-    let lives = check_lives(farm.mac(0))?;
+    let mac = farm.mac(0);
+    // What the farm says of the slots may be the last word of a dead worker.
+    until("two VMs stand there, and none of a dead worker", async || {
+        let vms = mac.vms();
+        Ok((vms.len() == 2 && vms.is_disjoint(&dead)).then_some(()))
+    })
+    .await;
+    let lives = check_lives(mac)?;
     println!("{} kills, {lives} lives that made VMs, {lost} attempts lost", 2 * rounds);
-    assert_eq!(farm.mac(0).vms().len(), 2, "nothing of a dead worker is left");
     Ok(())
 }

@@ -55,6 +55,9 @@ impl Runner {
             | Slot::Recycling { .. }
             | Slot::Quarantined { .. } => return,
         };
+        if self.closing.is_some() {
+            return self.destroy(slot, None, 0);
+        }
         let now = self.setup.env.now().mono;
         let has_vm = |other: &Slot| match other {
             Slot::Cold { .. } | Slot::Cloning { .. } | Slot::Quarantined { vm: None, .. } => false,

@@ -19,6 +19,7 @@ struct Fake {
     seen: Mutex<Vec<String>>,
     /// What the next VMs have instead of a start.
     boots_fail: Mutex<Vec<VmFault>>,
+    boot_hangs: bool,
     destroys_fail: Mutex<u32>,
     unrestricted: Mutex<bool>,
     /// VMs whose policy is in doubt.
@@ -63,6 +64,9 @@ impl VmProvider for Fake {
         Ok(())
     }
     async fn boot(&self, _: &VmName, _: &Path) -> Result<Arc<dyn Guest>, VmError> {
+        if self.boot_hangs {
+            return std::future::pending().await;
+        }
         if let Some(what) = self.boots_fail.lock().unwrap().pop() {
             return Err(VmError::farm(what, "on demand"));
         }
@@ -320,6 +324,14 @@ async fn a_vm_that_will_not_go_closes_its_slot_until_it_is_gone() {
     drop(claimed);
     rig.slots(&[(SlotState::Quarantined, Some(1))]).await;
     rig.slots(&[(SlotState::Warm, None)]).await;
+}
+
+#[tokio::test]
+async fn close_gives_up_what_is_being_made() {
+    let rig = Rig::new(1, Fake { boot_hangs: true, ..Fake::default() }).await;
+    until(|| !rig.fake.alive.lock().unwrap().is_empty()).await;
+    rig.pool.close().await;
+    assert!(rig.fake.alive.lock().unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -4,21 +4,29 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::Pid;
+
+const CLAIM_TRIES: u32 = 10;
+const CLAIM_PAUSE: Duration = Duration::from_millis(50);
 
 /// Takes the right to make VMs below this home, for as long as the file is open. Two workers would take each other's
 /// VMs for left-overs.
 pub(super) fn claim(home: &Path) -> io::Result<File> {
     std::fs::create_dir_all(home)?;
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(home.join(".alloy-worker.lock"))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(io::Error::other("another worker makes its VMs here")),
-        Err(std::fs::TryLockError::Error(error)) => Err(error),
+    // A worker that was killed leaves it for a moment to a child that it was about to start.
+    for _ in 0..CLAIM_TRIES {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(CLAIM_PAUSE),
+            Err(std::fs::TryLockError::Error(error)) => return Err(error),
+        }
     }
+    Err(io::Error::other("another worker makes its VMs here"))
 }
 
 /// Who holds the lock that makes a VM count as running.
