@@ -13,7 +13,7 @@ use alloy_shared::wire::session::SlotView;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::provider::{Guest, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
@@ -254,11 +254,26 @@ async fn reclaim_once(setup: &PoolSetup) -> Result<(), VmError> {
 
 /// The end of an action.
 enum Done {
-    Cloned { slot: usize, digest: Result<Digest, VmError> },
-    Booted { slot: usize, digest: Digest, guest: Result<Arc<dyn Guest>, VmError> },
-    Destroyed { slot: usize, result: Result<(), VmError> },
+    Cloned {
+        slot: usize,
+        digest: Result<Digest, VmError>,
+    },
+    Booted {
+        slot: usize,
+        digest: Digest,
+        guest: Result<Arc<dyn Guest>, VmError>,
+    },
+    Destroyed {
+        slot: usize,
+        result: Result<(), VmError>,
+    },
     Listed(Result<Vec<VmName>, VmError>),
     Swept(Result<(), VmError>),
+    /// A warm VM is no more, or no longer warm.
+    Ended {
+        slot: usize,
+        error: Option<VmError>,
+    },
 }
 
 /// The live part of a slot that has a VM.
@@ -271,6 +286,8 @@ struct Runner {
     made: u64,
     slots: Vec<Slot>,
     running: Vec<Running>,
+    /// Watches of warm VMs, by slot.
+    watches: Vec<Option<DropGuard>>,
     /// Who waits until a slot's VM is gone.
     leaving: Vec<Option<oneshot::Sender<()>>>,
     claims: Vec<Claim>,
@@ -292,6 +309,7 @@ impl Runner {
             made: 0,
             slots: vec![Slot::Cold { faults: 0, rest: Mono(0) }; count],
             running: (0..count).map(|_| None).collect(),
+            watches: (0..count).map(|_| None).collect(),
             leaving: (0..count).map(|_| None).collect(),
             claims: Vec::new(),
             work: FuturesUnordered::new(),
@@ -423,6 +441,7 @@ impl Runner {
             freed: self.freed.clone(),
             gone: None,
         };
+        self.watches[slot] = None;
         self.slots[slot] = Slot::Claimed { vm: vm.clone(), image: image.clone(), attempt: claim.waiting.attempt };
         // A claimer that is gone drops the VM, which brings it back here.
         let _claimer_is_gone = claim.reply.send(Ok(claimed));
@@ -485,6 +504,7 @@ impl Runner {
             Slot::Cold { .. } | Slot::Recycling { .. } | Slot::Quarantined { vm: None, .. } => return,
         };
         self.running[slot] = None;
+        self.watches[slot] = None;
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
         let name = vm.clone();
@@ -509,6 +529,7 @@ impl Runner {
                 self.care.came_up(slot);
                 if let Slot::Booting { vm, image, .. } = &self.slots[slot] {
                     self.slots[slot] = Slot::Warm { vm: vm.clone(), image: image.clone(), since: now };
+                    self.watch(slot, Arc::clone(&guest));
                     self.running[slot] = Some((guest, digest));
                 }
             }
@@ -522,6 +543,11 @@ impl Runner {
                 tracing::warn!(%error, "VMs that nobody has could not be looked for");
             }
             Done::Swept(Ok(())) => self.sweeping = false,
+            Done::Ended { slot, error: Some(error) } => {
+                tracing::warn!(slot, %error, "a warm VM has died; another one takes its place");
+                self.destroy(slot, None, 0);
+            }
+            Done::Ended { error: None, .. } => {}
         }
     }
 

@@ -48,6 +48,10 @@ pub trait Guest: Send + Sync {
     async fn read(&self, path: &str, limit: u64) -> Result<mpsc::Receiver<Bytes>, VmError>;
     /// Lists files and links of the workspace that the rules take, sorted by path.
     async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError>;
+    /// Returns when the guest is no more, though nobody has asked it to go, and says why.
+    async fn ended(&self) -> VmError {
+        std::future::pending().await
+    }
 }
 
 /// Where a VM's files on the host lie. The provider removes the directory with the VM.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use alloy_shared::env::Mono;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use super::{CLAIM_TRIES, Done, Runner, within};
-use crate::provider::{ImageRef, VmError, VmFault, VmName};
+use crate::provider::{Guest, ImageRef, VmError, VmFault, VmName};
 use crate::vm_care::{Host, Verdict};
 use crate::vm_plan::{SLOT_FAULTS_MAX, Slot, rested, stuck};
 
@@ -86,6 +87,20 @@ impl Runner {
             }
             Verdict::Ill => self.destroy(slot, None, faults),
         }
+    }
+
+    /// Watches a warm VM, so that no job meets one that died while it waited.
+    pub(super) fn watch(&mut self, slot: usize, guest: Arc<dyn Guest>) {
+        let over = CancellationToken::new();
+        self.watches[slot] = Some(over.clone().drop_guard());
+        self.work.push(Box::pin(async move {
+            let error = tokio::select! {
+                biased;
+                () = over.cancelled() => None,
+                error = guest.ended() => Some(error),
+            };
+            Done::Ended { slot, error }
+        }));
     }
 
     /// Counts the failure for the first claim of this image, and answers it if that is one too many.

@@ -8,6 +8,7 @@ use alloy_shared::runtime::SystemEnv;
 use alloy_shared::wire::session::SlotState;
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::Notify;
 
 use super::*;
 use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image};
@@ -20,6 +21,8 @@ struct Fake {
     /// What the next VMs have instead of a start.
     boots_fail: Mutex<Vec<VmFault>>,
     boot_hangs: bool,
+    /// One guest that nobody uses.
+    dies: Arc<Notify>,
     destroys_fail: Mutex<u32>,
     unrestricted: Mutex<bool>,
     /// VMs whose policy is in doubt.
@@ -32,7 +35,8 @@ impl Fake {
     }
 }
 
-struct NoGuest;
+/// Dies when it is told to.
+struct NoGuest(Arc<Notify>);
 
 fn fault(left: &Mutex<u32>, what: VmFault) -> Result<(), VmError> {
     let mut left = left.lock().unwrap();
@@ -70,7 +74,7 @@ impl VmProvider for Fake {
         if let Some(what) = self.boots_fail.lock().unwrap().pop() {
             return Err(VmError::farm(what, "on demand"));
         }
-        Ok(Arc::new(NoGuest))
+        Ok(Arc::new(NoGuest(Arc::clone(&self.dies))))
     }
     async fn restrict(&self, _: &VmName, _: &NetworkPolicy) -> Result<(), VmError> {
         fault(&self.unfit, VmFault::Network)?;
@@ -103,6 +107,10 @@ impl Guest for NoGuest {
     }
     async fn list(&self, _: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
         Ok(vec![])
+    }
+    async fn ended(&self) -> VmError {
+        self.0.notified().await;
+        VmError::farm(VmFault::Lost, "on demand")
     }
 }
 
@@ -291,6 +299,18 @@ async fn a_vm_that_never_goes_asks_for_a_reboot_until_it_is_gone() {
     drop(claimed);
     assert!(rig.trouble().await.is_some_and(|trouble| trouble.drains && trouble.why.contains("reboot")));
     assert_eq!(rig.trouble().await, None);
+}
+
+#[tokio::test]
+async fn a_warm_vm_that_dies_is_replaced_before_anybody_wants_it() {
+    let mut rig = Rig::new(2, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+    let held = rig.claim(1).await.unwrap();
+    rig.slots(&[(SlotState::Claimed, Some(1)), (SlotState::Warm, None)]).await;
+    rig.fake.dies.notify_one();
+    rig.slots(&[(SlotState::Claimed, Some(1)), (SlotState::Recycling, None)]).await;
+    rig.slots(&[(SlotState::Claimed, Some(1)), (SlotState::Warm, None)]).await;
+    assert!(rig.fake.alive.lock().unwrap().contains(&held.vm), "a claimed one is its owner's to watch");
 }
 
 #[tokio::test]

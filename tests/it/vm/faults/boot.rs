@@ -114,6 +114,25 @@ async fn f7_a_vm_that_dies_while_it_boots_is_made_again() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f7_a_warm_vm_that_dies_is_replaced_before_a_job_meets_it() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let file = files.path().join("now");
+    let die = with(rule("run", "die", 0, 1), json!({ "how": "network", "at": "agent", "file": file }));
+    let farm = one(&[die]).await?;
+    all_warm(&farm).await;
+    let before = farm.mac(0).vms();
+    std::fs::write(&file, "")?;
+    until("another VM has its place", async || {
+        let now = farm.mac(0).vms();
+        Ok((now.len() == 1 && now.is_disjoint(&before)).then_some(()))
+    })
+    .await;
+    all_warm(&farm).await;
+    assert_eq!(fine(&farm, "echo \"$ALLOY_VM_SOURCE\"").await?, "warm\n");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f16_the_worker_never_suspends_and_takes_no_saved_state_of_an_earlier_run() -> Result<()> {
     let saved = |fault: &str| with(rule("run", fault, 0, 0), json!({ "vm": "alloy-*" }));
     let mut farm = one(&[]).await?;

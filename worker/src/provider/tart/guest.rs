@@ -249,6 +249,10 @@ impl Guest for TartGuest {
         Ok(rx)
     }
 
+    async fn ended(&self) -> VmError {
+        gone(&mut self.ended.clone()).await
+    }
+
     async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
         let matcher =
             Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
