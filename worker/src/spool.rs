@@ -1,11 +1,12 @@
 //! S: what must survive until the orchestrator has acknowledged it: log bytes, reports, artifacts.
 //!
-//! On disk every attempt has a directory: `journal` (the assignment, then its reports), `log`, and `stash/` with artifacts
+//! On disk every attempt has a directory: `journal` (the assignment, then its reports), `log.0` and its successors, and `stash/` with artifacts
 //! under their digests. In memory it is the same for the simulator, without a single system call or task.
 
 mod disk;
 mod journal;
 mod mem;
+mod segments;
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,7 +15,7 @@ use std::path::Path;
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
 use alloy_shared::wire::session::{Assignment, Held, HeldState, Report};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
 /// Bytes of one piece when a stashed file is read back.
@@ -83,11 +84,19 @@ impl Spool {
         }
     }
 
-    /// At most `max` bytes of the log; fewer only where it ends.
-    pub async fn read(&self, at: AttemptRef, from: u64, max: u32) -> io::Result<Bytes> {
+    /// At most `max` bytes of the log, fewer only where it ends, behind `head` bytes of room.
+    pub async fn read(&self, at: AttemptRef, from: u64, max: u32, head: usize) -> io::Result<BytesMut> {
         match self {
-            Self::Disk(disk) => disk.read(at, from, max),
-            Self::Mem(mem) => mem.read(at, from, max),
+            Self::Disk(disk) => disk.read(at, from, max, head),
+            Self::Mem(mem) => mem.read(at, from, max, head),
+        }
+    }
+
+    /// The orchestrator has so much of the log: what lies far behind that need not be kept.
+    pub async fn release(&self, at: AttemptRef, durable: u64) -> io::Result<()> {
+        match self {
+            Self::Disk(disk) => disk.release(at, durable).await,
+            Self::Mem(_) => Ok(()),
         }
     }
 

@@ -336,7 +336,6 @@ pub struct LogChunk {
     pub bytes: Bytes,
 }
 
-const CHUNK_HEADER: usize = 1 + 4 + 8 + 4 + 4;
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadFrame {
@@ -349,24 +348,34 @@ pub enum BadFrame {
 }
 
 impl LogChunk {
+    /// What stands before the bytes.
+    pub const HEADER: usize = 1 + 4 + 8 + 4 + 4;
+
     pub fn encode(&self) -> Frame {
-        let mut out = BytesMut::with_capacity(CHUNK_HEADER + self.bytes.len());
-        out.put_u8(1);
-        out.put_u32(self.handle);
-        out.put_u64(self.offset);
-        out.put_u32(self.bytes.len() as u32);
-        out.put_u32(crc32c::crc32c(&self.bytes));
-        out.put_slice(&self.bytes);
-        Frame::Binary(out.freeze())
+        let mut frame = BytesMut::with_capacity(Self::HEADER + self.bytes.len());
+        frame.put_bytes(0, Self::HEADER);
+        frame.put_slice(&self.bytes);
+        Self::finish(frame, self.handle, self.offset)
+    }
+
+    /// Makes a frame of the log's bytes, which were read behind `HEADER` bytes of room, without moving them.
+    pub fn finish(mut frame: BytesMut, handle: u32, offset: u64) -> Frame {
+        let (mut header, bytes) = frame.split_at_mut(Self::HEADER);
+        header.put_u8(1);
+        header.put_u32(handle);
+        header.put_u64(offset);
+        header.put_u32(bytes.len() as u32);
+        header.put_u32(crc32c::crc32c(bytes));
+        Frame::Binary(frame.freeze())
     }
 
     pub fn decode(frame: &Bytes) -> Result<Self, BadFrame> {
-        if frame.len() < CHUNK_HEADER || frame[0] != 1 {
+        if frame.len() < Self::HEADER || frame[0] != 1 {
             return Err(BadFrame::Chunk("no header of version 1"));
         }
         let number = |at: usize| u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]]);
         let offset = u64::from(number(5)) << 32 | u64::from(number(9));
-        let bytes = frame.slice(CHUNK_HEADER..);
+        let bytes = frame.slice(Self::HEADER..);
         if bytes.len() != number(13) as usize || bytes.len() > limits::LOG_CHUNK_MAX {
             return Err(BadFrame::Chunk("its length is wrong"));
         }

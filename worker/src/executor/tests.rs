@@ -143,13 +143,13 @@ impl Rig {
                 story.artifacts.push(format!("{}{link}", artifact.path));
             }
             Input::Report { report: Report::Result(result), .. } => {
-                let read = self.ctx.spool.read(AT, 0, 1 << 20).await.unwrap();
+                let read = self.ctx.spool.read(AT, 0, 1 << 20, 0).await.unwrap();
                 assert_eq!(read.len() as u64, result.log_len, "the result comes after the last byte");
                 story.log = String::from_utf8(read.to_vec()).unwrap();
                 assert!(story.result.replace(*result).is_none());
             }
             Input::Spooled { len, .. } => {
-                let read = self.ctx.spool.read(AT, 0, 1 << 20).await.unwrap();
+                let read = self.ctx.spool.read(AT, 0, 1 << 20, 0).await.unwrap();
                 assert!(read.len() as u64 >= len);
                 story.log = String::from_utf8_lossy(&read).into_owned();
             }

@@ -293,7 +293,7 @@ impl Core {
             }
             ToWorker::LogAck { attempt, durable } => self.told(attempt, now, out, |a| {
                 a.log_acked(durable, now);
-                None
+                Some(Effect::Release { attempt, durable })
             }),
             ToWorker::Drain { on } => self.told_to_drain = on,
         }

@@ -259,6 +259,7 @@ impl Session {
                 }
             }
             Effect::Start(assignment) => return Ok(self.start(*assignment).await),
+            Effect::Release { attempt, durable } => self.release(attempt, durable).await,
             Effect::Stop { attempt, how } => self.stop(attempt, how),
             Effect::Upload { attempt, artifacts } => self.upload(attempt, artifacts),
             Effect::Forget { attempt } => self.forget(attempt),
@@ -364,12 +365,18 @@ impl Session {
     }
 
     async fn send_log(&mut self, attempt: AttemptRef, handle: u32, offset: u64, len: u32) -> Result<(), Over> {
-        let bytes = self.seams.spool.read(attempt, offset, len).await.map_err(broken)?;
+        let frame = self.seams.spool.read(attempt, offset, len, LogChunk::HEADER).await.map_err(broken)?;
         if let Some(link) = &self.link {
             // Only `pump` asks for log, and it has seen room; nobody else sends on this link.
-            link.tx.try_send(LogChunk { handle, offset, bytes }.encode()).ok();
+            link.tx.try_send(LogChunk::finish(frame, handle, offset)).ok();
         }
         Ok(())
+    }
+
+    async fn release(&mut self, attempt: AttemptRef, durable: u64) {
+        if let Err(error) = self.seams.spool.release(attempt, durable).await {
+            tracing::warn!(%attempt, %error, "log bytes that are no longer needed stay in the spool until the attempt ends");
+        }
     }
 
     async fn start(&mut self, assignment: Assignment) -> Option<Input> {

@@ -101,6 +101,11 @@ pub enum Effect {
         from: u64,
         len: u32,
     },
+    /// So much of the log is durable at the orchestrator.
+    Release {
+        attempt: AttemptRef,
+        durable: u64,
+    },
     Record {
         attempt: AttemptRef,
         seq: u64,

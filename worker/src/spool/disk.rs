@@ -15,10 +15,10 @@ use bytes::{Bytes, BytesMut};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
+use super::segments::Segments;
 use super::{Cap, PIECE, PIECES_AHEAD, gone, journal, judge};
 
 const JOURNAL: &str = "journal";
-const LOG: &str = "log";
 const STASH: &str = "stash";
 /// Directories with these prefixes are no attempts: being deleted, and set aside because of damage.
 const GONE: &str = ".gone-";
@@ -33,10 +33,7 @@ pub struct Disk {
 #[derive(Debug)]
 struct Entry {
     dir: PathBuf,
-    log: File,
-    log_len: AtomicU64,
-    /// So much of the log is on disk.
-    log_synced: AtomicU64,
+    log: Segments,
     cap: Mutex<Cap>,
     journal: File,
     journal_len: Mutex<u64>,
@@ -149,15 +146,24 @@ impl Disk {
 
     pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
         let entry = self.entry(at)?;
-        blocking(move || entry.durable(|| entry.sync_log())).await
+        blocking(move || entry.durable(|| entry.log.sync())).await
     }
 
-    pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32) -> io::Result<Bytes> {
+    pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32, head: usize) -> io::Result<BytesMut> {
         let entry = self.entry(at)?;
-        let len = entry.log_len.load(Ordering::Acquire).saturating_sub(from).min(u64::from(max));
-        let mut out = BytesMut::zeroed(len as usize);
-        entry.log.read_exact_at(&mut out, from)?;
-        Ok(out.freeze())
+        let len = entry.log.len().saturating_sub(from).min(u64::from(max));
+        let mut out = BytesMut::zeroed(head + len as usize);
+        entry.log.read(from, &mut out[head..])?;
+        Ok(out)
+    }
+
+    pub(super) async fn release(&self, at: AttemptRef, durable: u64) -> io::Result<()> {
+        let entry = self.entry(at)?;
+        let doomed = entry.log.release(durable);
+        match doomed.is_empty() {
+            true => Ok(()),
+            false => blocking(move || doomed.iter().try_for_each(fs::remove_file)).await,
+        }
     }
 
     pub(super) async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
@@ -177,7 +183,7 @@ impl Disk {
         blocking(move || {
             entry.durable(|| {
                 if is_end {
-                    entry.sync_log()?;
+                    entry.log.sync()?;
                 }
                 entry.journal.sync_data()?;
                 // Raised first: a directory that is made meanwhile lowers it for the next report.
@@ -236,20 +242,11 @@ impl Disk {
 
 impl Entry {
     fn extend_log(&self, cap: &mut Cap, bytes: &[u8]) -> io::Result<()> {
-        extend(&self.log, cap.len, bytes)?;
-        cap.len += bytes.len() as u64;
-        self.log_len.store(cap.len, Ordering::Release);
-        Ok(())
-    }
-
-    /// Makes the log durable, unless nothing came since the last time; returns how much of it is.
-    fn sync_log(&self) -> io::Result<u64> {
-        let len = self.log_len.load(Ordering::Acquire);
-        if self.log_synced.load(Ordering::Acquire) < len {
-            self.log.sync_data()?;
-            self.log_synced.fetch_max(len, Ordering::AcqRel);
+        if self.log.append(bytes)? {
+            self.rooted.store(false, Ordering::Release);
         }
-        Ok(len)
+        cap.len += bytes.len() as u64;
+        Ok(())
     }
 
     /// Runs a sync. One that failed may have dropped the very pages that it was for, and the next would succeed without
@@ -331,9 +328,7 @@ fn fresh(dir: PathBuf, assignment: &Assignment) -> io::Result<Entry> {
     let line = journal::assignment_line(assignment);
     journal.write_all_at(&line, 0)?;
     Ok(Entry {
-        log: open_rw(&dir.join(LOG))?,
-        log_len: AtomicU64::new(0),
-        log_synced: AtomicU64::new(0),
+        log: Segments::create(&dir)?,
         cap: Mutex::new(Cap::new(limits::LOG_CAP)),
         journal,
         journal_len: Mutex::new(line.len() as u64),
@@ -358,8 +353,8 @@ fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
     }
     let journal = open_rw(&path)?;
     journal.set_len(read.good as u64)?;
-    let log = open_rw(&dir.join(LOG))?;
-    let log_len = log.metadata()?.len();
+    let log = Segments::reopen(&dir)?;
+    let log_len = log.len();
     let stash = dir.join(STASH);
     let state = if read.damaged || read.assignment.is_none() {
         HeldState::Lost
@@ -369,8 +364,6 @@ fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
     let seq = read.reports.last().map_or(0, |(seq, _)| *seq);
     let entry = Entry {
         log,
-        log_len: AtomicU64::new(log_len),
-        log_synced: AtomicU64::new(0),
         cap: Mutex::new(Cap::sealed(log_len)),
         journal,
         journal_len: Mutex::new(read.good as u64),
@@ -405,7 +398,7 @@ fn extend(file: &File, len: u64, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-fn open_rw(path: &Path) -> io::Result<File> {
+pub(super) fn open_rw(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 
@@ -439,9 +432,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let entry = reopen(AttemptRef { job: alloy_shared::id::JobId::from_raw(1), attempt: 1 }, dir.path().into());
         let (entry, _) = entry.unwrap();
-        entry.durable(|| entry.log.sync_data()).unwrap();
+        entry.durable(|| entry.log.sync()).unwrap();
         let error = entry.durable(|| Err::<(), _>(io::ErrorKind::StorageFull.into())).unwrap_err();
         assert!(!is_full(&error), "nobody may try it again: {error}");
-        assert!(entry.durable(|| entry.log.sync_data()).is_err(), "the next one says nothing about the lost pages");
+        assert!(entry.durable(|| entry.log.sync()).is_err(), "the next one says nothing about the lost pages");
     }
 }

@@ -82,11 +82,13 @@ impl Mem {
         self.with(at, |entry| Ok(entry.log.len() as u64))
     }
 
-    pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32) -> io::Result<Bytes> {
+    pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32, head: usize) -> io::Result<BytesMut> {
         self.with(at, |entry| {
             let from = entry.log.len().min(usize::try_from(from).unwrap_or(usize::MAX));
             let to = entry.log.len().min(from + max as usize);
-            Ok(Bytes::copy_from_slice(&entry.log[from..to]))
+            let mut out = BytesMut::zeroed(head);
+            out.extend_from_slice(&entry.log[from..to]);
+            Ok(out)
         })
     }
 

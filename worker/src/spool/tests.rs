@@ -67,9 +67,9 @@ async fn walk(spool: Spool) {
     spool.begin(&assignment()).await.unwrap();
     assert_eq!(spool.append(AT, Bytes::from_static(b"one ")).await.unwrap(), 4);
     assert_eq!(spool.append(AT, Bytes::from_static(b"two")).await.unwrap(), 7);
-    assert_eq!(spool.read(AT, 2, 3).await.unwrap(), "e t", "bytes are readable before any sync");
-    assert_eq!(spool.read(AT, 5, 100).await.unwrap(), "wo");
-    assert_eq!(spool.read(AT, 900, 100).await.unwrap(), "");
+    assert_eq!(spool.read(AT, 2, 3, 0).await.unwrap(), "e t", "bytes are readable before any sync");
+    assert_eq!(spool.read(AT, 5, 100, 0).await.unwrap(), "wo");
+    assert_eq!(spool.read(AT, 900, 100, 0).await.unwrap(), "");
     assert_eq!(spool.sync(AT).await.unwrap(), 7);
 
     let bytes: Vec<u8> = (0..700_000u32).map(|n| (n % 251) as u8).collect();
@@ -94,12 +94,12 @@ async fn walk(spool: Spool) {
     assert_eq!(held, [Held { attempt: AT, state: HeldState::ResultPending, log_len: 7, seq: 4 }]);
     assert_eq!(spool.reports(AT, 2).await.unwrap(), [(3, artifact(digest, size)), (4, result(7))]);
     assert_eq!(spool.assignment(AT).await.unwrap(), Some(assignment()));
-    assert_eq!(spool.read(AT, 0, 100).await.unwrap(), "one two");
+    assert_eq!(spool.read(AT, 0, 100, 0).await.unwrap(), "one two");
     assert_eq!(collect(spool.stashed(AT, &digest).open(0).unwrap()).await, bytes);
 
     spool.remove(AT).await.unwrap();
     spool.remove(AT).await.unwrap();
-    assert!(spool.read(AT, 0, 1).await.is_err() && spool.stashed(AT, &digest).size().is_err());
+    assert!(spool.read(AT, 0, 1, 0).await.is_err() && spool.stashed(AT, &digest).size().is_err());
     assert_eq!(spool.reopen().unwrap().1, []);
 }
 
@@ -183,7 +183,7 @@ async fn damage_costs_one_attempt_and_never_the_start() {
     })
     .await;
     assert_eq!(held, one(HeldState::Lost, 3, 0), "what follows a damaged line is not trusted");
-    let (held, ..) = after(|root| cut(&journal_of(root).with_file_name("log"), 1)).await;
+    let (held, ..) = after(|root| cut(&journal_of(root).with_file_name("log.0"), 1)).await;
     assert_eq!(held, one(HeldState::Lost, 2, 3), "the log is shorter than the result says");
     let (held, ..) = after(|root| std::fs::remove_dir_all(journal_of(root).with_file_name("stash")).unwrap()).await;
     assert_eq!(held, one(HeldState::Lost, 3, 3), "an artifact is missing");
