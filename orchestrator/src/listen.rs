@@ -13,6 +13,7 @@ use std::time::Duration;
 use alloy_shared::limits;
 use axum::Router;
 use axum::http::Request;
+use bytes::{Buf as _, BytesMut};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -22,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Sleep, sleep, timeout};
+use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
@@ -100,21 +102,19 @@ struct Stuck {
     ahead: Ahead,
 }
 
-/// Bytes that were read before they were asked for. Holds memory only while they keep coming.
+/// Bytes that were read before they were asked for. Holds memory while they keep coming, until the next small read.
 #[derive(Default)]
 struct Ahead {
     /// The last small buffer was filled whole: more lies behind.
     wanted: bool,
-    bytes: Vec<u8>,
-    from: usize,
-    to: usize,
+    bytes: BytesMut,
 }
 
 impl Ahead {
     fn hand_out(&mut self, buf: &mut ReadBuf<'_>) {
-        let len = buf.remaining().min(self.to - self.from);
-        buf.put_slice(&self.bytes[self.from..self.from + len]);
-        self.from += len;
+        let len = buf.remaining().min(self.bytes.len());
+        buf.put_slice(&self.bytes[..len]);
+        self.bytes.advance(len);
     }
 }
 
@@ -139,20 +139,19 @@ impl AsyncRead for Stuck {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Self { stream, ahead, .. } = &mut *self;
         let room = buf.remaining();
-        if ahead.from == ahead.to {
+        if ahead.bytes.is_empty() {
             if !ahead.wanted || room > limits::SOCKET_BUFFER {
                 let before = buf.filled().len();
                 ready!(Pin::new(stream).poll_read(cx, buf))?;
                 ahead.wanted = room <= limits::SOCKET_BUFFER && buf.filled().len() - before == room;
+                if !ahead.wanted {
+                    ahead.bytes = BytesMut::new();
+                }
                 return Poll::Ready(Ok(()));
             }
-            ahead.bytes.resize(limits::LOG_CHUNK_MAX, 0);
-            let mut into = ReadBuf::new(&mut ahead.bytes);
-            let read = Pin::new(stream).poll_read(cx, &mut into);
-            (ahead.from, ahead.to) = (0, into.filled().len());
-            if read.is_pending() {
-                *ahead = Ahead::default();
-            }
+            ahead.bytes.reserve(limits::LOG_CHUNK_MAX);
+            let read = poll_read_buf(Pin::new(stream), cx, &mut ahead.bytes);
+            ahead.wanted = read.is_ready();
             ready!(read)?;
         }
         ahead.hand_out(buf);
@@ -208,14 +207,16 @@ mod tests {
                 while got.len() < sent.len() {
                     let len = stuck.read(&mut small).await.unwrap();
                     got.extend_from_slice(&small[..len]);
-                    read_ahead += stuck.ahead.to - stuck.ahead.from;
+                    read_ahead += stuck.ahead.bytes.len();
                 }
             };
             let (written, ()) = tokio::join!(peer.write_all(&sent), reading);
             written.unwrap();
             assert!(got == sent && read_ahead > 0);
-            let idle = timeout(Duration::ZERO, stuck.read(&mut small)).await;
-            assert!(idle.is_err() && stuck.ahead.bytes.capacity() == 0);
+            assert!(timeout(Duration::ZERO, stuck.read(&mut small)).await.is_err());
+            peer.write_all(b"heartbeat").await.unwrap();
+            assert_eq!(stuck.read(&mut small).await.unwrap(), 9);
+            assert_eq!(stuck.ahead.bytes.capacity(), 0);
         }
         drop(peer);
         assert_eq!(stuck.read(&mut [0; 10]).await.unwrap(), 0);

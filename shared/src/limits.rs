@@ -150,8 +150,8 @@ pub const FRAME_MAX: usize = 1 << 20;
 pub const SOCKET_BUFFER: usize = 4 << 10;
 /// One log chunk on any hop.
 pub const LOG_CHUNK_MAX: usize = 64 << 10;
-/// Un-acknowledged log bytes in flight per attempt.
-pub const LOG_WINDOW: u64 = 4 << 20;
+/// Un-acknowledged log bytes in flight per attempt: a disk that syncs in 10 ms does not hold up a flood.
+pub const LOG_WINDOW: u64 = 16 << 20;
 /// Stored log per attempt: head, then a marker, then the last `LOG_TAIL`.
 pub const LOG_CAP: u64 = 1 << 30;
 pub const LOG_TAIL: u64 = 1 << 20;

@@ -336,7 +336,6 @@ pub struct LogChunk {
     pub bytes: Bytes,
 }
 
-
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadFrame {
     #[error("a log chunk is damaged: {0}")]

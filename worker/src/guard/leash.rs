@@ -180,7 +180,7 @@ enum Passed {
 async fn pass_on(log: &mut pipe::Receiver, buffer: &mut BytesMut, output: &mpsc::Sender<ExecOutput>) -> Passed {
     let Ok(room) = output.reserve().await else { return Passed::Deaf };
     if buffer.capacity() < ROOM_MIN {
-        buffer.reserve(LOG_CHUNK_MAX);
+        buffer.reserve(4 * LOG_CHUNK_MAX);
     }
     match log.read_buf(buffer).await {
         Ok(1..) => {

@@ -217,3 +217,66 @@ async fn secrets_in_the_spool_are_for_the_owner_only() {
     assert_eq!(mode(&journal), 0o600);
     assert_eq!(mode(journal.parent().unwrap()), 0o700);
 }
+
+/// What the log of the flood below has at an offset.
+fn flood(from: u64, len: usize) -> Vec<u8> {
+    (from..).take(len).map(|n| (n >> 3) as u8 ^ (n >> 19) as u8).collect()
+}
+
+#[tokio::test]
+async fn a_flood_gives_up_what_the_farm_has_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (spool, _) = Spool::open(dir.path()).unwrap();
+    spool.begin(&assignment()).await.unwrap();
+    let files = || std::fs::read_dir(journal_of(dir.path()).parent().unwrap()).unwrap().count();
+    let total = segments::KEEP + 3 * segments::SEGMENT + 1_000;
+    let mut at = 0;
+    while at < total {
+        let len = (total - at).min(700_001);
+        at = spool.append(AT, flood(at, len as usize).into()).await.unwrap();
+    }
+    let across = 2 * segments::SEGMENT - 10;
+    assert!(spool.read(AT, across, 20, 3).await.unwrap()[3..] == flood(across, 20)[..]);
+    spool.release(AT, segments::KEEP).await.unwrap();
+    assert_eq!(files(), 1 + 12, "a journal and the whole log");
+    spool.release(AT, total).await.unwrap();
+    assert_eq!(files(), 1 + 9);
+    let first = 3 * segments::SEGMENT;
+    assert!(spool.read(AT, first, 1 << 20, 0).await.unwrap() == flood(first, 1 << 20));
+    let lost = spool.read(AT, first - 100, 200, 0).await.unwrap();
+    assert!(String::from_utf8_lossy(&lost[..100]).contains("the farm had stored this part"), "{lost:?}");
+    assert!(lost[100..] == flood(first, 100)[..]);
+    assert_eq!(spool.seal_log(AT).await.unwrap(), total);
+    spool.record(AT, &[(1, result(total))]).await.unwrap();
+    drop(spool);
+
+    let (spool, held) = Spool::open(dir.path()).unwrap();
+    assert_eq!(held, [Held { attempt: AT, state: HeldState::ResultPending, log_len: total, seq: 1 }]);
+    assert!(spool.read(AT, total - 2_000, 5_000, 0).await.unwrap() == flood(total - 2_000, 2_000));
+    drop(spool);
+    // Of a log with a hole what lies before it counts.
+    let hole = journal_of(dir.path()).with_file_name("log.5");
+    std::fs::OpenOptions::new().write(true).open(&hole).unwrap().set_len(7).unwrap();
+    let (_, held) = Spool::open(dir.path()).unwrap();
+    assert_eq!((held[0].state, held[0].log_len), (HeldState::Lost, 5 * segments::SEGMENT + 7));
+}
+
+#[test]
+fn a_write_that_fails_leaves_the_log_as_long_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = segments::Segments::create(dir.path()).unwrap();
+    let most = vec![1; segments::SEGMENT as usize - 1];
+    assert!(!log.append(&most).unwrap(), "the first file was there");
+    // Where the next file belongs is a directory.
+    std::fs::create_dir(dir.path().join("log.1")).unwrap();
+    assert!(log.append(b"abc").is_err());
+    assert_eq!(
+        (log.len(), std::fs::metadata(dir.path().join("log.0")).unwrap().len()),
+        (most.len() as u64, most.len() as u64)
+    );
+    std::fs::remove_dir(dir.path().join("log.1")).unwrap();
+    assert!(log.append(b"abc").unwrap());
+    let mut end = [0; 4];
+    log.read(most.len() as u64 - 1, &mut end).unwrap();
+    assert_eq!(&end, b"\x01abc");
+}

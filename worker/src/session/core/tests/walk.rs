@@ -127,6 +127,9 @@ impl World {
                 assert!(len > 0 && len as usize <= limits::LOG_CHUNK_MAX);
                 self.push(Up::Log { handle, from, len: u64::from(len) });
             }
+            Effect::Release { attempt, durable } => {
+                assert!(durable <= self.disks[&attempt].log, "what was never spooled is not given up");
+            }
             Effect::Record { attempt, seq, report } => {
                 self.disks.get_mut(&attempt).unwrap().pending.push_back((seq, report));
             }
