@@ -1,6 +1,7 @@
 //! What the machine itself costs at this moment: nothing of Alloy's.
 
 use std::io::{Read as _, Write as _};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
@@ -93,6 +94,17 @@ fn spin() -> f64 {
     }
     std::hint::black_box(state);
     ms(started)
+}
+
+/// Writes so much into the page cache and lets it go. A virtual machine pays its host for memory that it touches for the
+/// first time, or again after it was idle, several times what a copy costs; that is no matter of the programs measured.
+pub fn touch(path: &Path, bytes: u64) -> Result<()> {
+    let mut file = std::fs::File::create(path)?;
+    let block = vec![0; 1 << 20];
+    for _ in 0..bytes >> 20 {
+        file.write_all(&block)?;
+    }
+    Ok(std::fs::remove_file(path)?)
 }
 
 /// Resident memory of a process.

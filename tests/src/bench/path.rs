@@ -42,8 +42,8 @@ pub fn fill(path: &Path, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Seconds from the first to the last byte of a job that writes the file, at one follower.
-pub async fn log(api: &Api, file: &Path, bytes: u64) -> Result<f64> {
+/// Seconds from the first to the last byte of a job that writes the file, at one follower; and the job's id.
+pub async fn log(api: &Api, file: &Path, bytes: u64) -> Result<(f64, String)> {
     let id = api.submit(json!({ "argv": ["cat", file] })).await?;
     let answer = api.request(Method::GET, &format!("/v1/jobs/{id}/log?follow=1")).send().await?;
     let mut body = answer.bytes_stream();
@@ -56,7 +56,7 @@ pub async fn log(api: &Api, file: &Path, bytes: u64) -> Result<f64> {
     ensure!(seen == bytes, "{seen} of {bytes} bytes");
     let job = api.end(&id).await;
     ensure!(job["state"] == "succeeded", "{job}");
-    Ok(took)
+    Ok((took, id))
 }
 
 /// A client with a token of its own.
