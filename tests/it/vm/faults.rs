@@ -8,8 +8,8 @@ mod image;
 
 use std::collections::BTreeSet;
 
-use alloy_tests::farm::{Farm, Setup, output};
-use alloy_tests::observe::until;
+use alloy_tests::farm::{Farm, IMAGE, Setup, output};
+use alloy_tests::observe::{PATIENCE, until, until_blocking};
 use alloy_tests::sim_host::{Entry, FAULTS, SimHost};
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -87,6 +87,13 @@ async fn well(farm: &Farm, name: &str) {
         Ok((worker["state"] == "ready" && worker["trouble"].is_null()).then_some(()))
     })
     .await;
+}
+
+/// Clones the workers' image by hand. A worker that writes a VM's settings at that moment makes a clone fail, as on any Mac.
+fn clone_by_hand(mac: &SimHost, name: &str) -> Result<()> {
+    until_blocking("a VM is cloned by hand", PATIENCE, || {
+        mac.tart(&["clone", IMAGE, name]).status().is_ok_and(|status| status.success())
+    })
 }
 
 /// The invocations of a command, in the order of starting.

@@ -1,8 +1,6 @@
 //! VMs that do not come, or come wrong.
 
 use super::*;
-use alloy_tests::farm::IMAGE;
-use alloy_tests::observe::{PATIENCE, until_blocking};
 use alloy_tests::sim_host::Profile;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -27,7 +25,7 @@ async fn f1_a_boot_that_hangs_is_ended_and_made_again_once_before_the_attempt_is
 
 /// A VM of somebody else on the same Mac, and its address.
 fn stranger(mac: &SimHost) -> Result<(std::process::Child, String)> {
-    assert!(mac.tart(&["clone", IMAGE, "stranger"]).status()?.success());
+    clone_by_hand(mac, "stranger")?;
     let run = mac.tart(&["run", "stranger", "--no-graphics"]).spawn()?;
     let mut address = String::new();
     until_blocking("the stranger has an address", PATIENCE, || {
@@ -141,7 +139,7 @@ async fn f16_the_worker_never_suspends_and_takes_no_saved_state_of_an_earlier_ru
     let mac = farm.mac(0);
     until("the dead worker's VM does not run any more", async || Ok(mac.processes().is_empty().then_some(()))).await;
     let before = mac.journal().len();
-    assert!(mac.tart(&["clone", IMAGE, "alloy-earlier-1"]).status()?.success());
+    clone_by_hand(mac, "alloy-earlier-1")?;
     let mut run = mac.tart(&["run", "alloy-earlier-1", "--no-graphics", "--suspendable"]).spawn()?;
     until_blocking("it is suspended", PATIENCE, || {
         mac.tart(&["suspend", "alloy-earlier-1"]).status().is_ok_and(|status| status.success())

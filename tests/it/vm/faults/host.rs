@@ -24,7 +24,7 @@ async fn fine_anywhere(farm: &Farm, shell: &str) -> Result<bool> {
 
 /// A VM with our prefix that no worker has: what a worker of an earlier life might have left.
 async fn stray(mac: &SimHost) -> Result<std::process::Child> {
-    assert!(mac.tart(&["clone", alloy_tests::farm::IMAGE, "alloy-stray-1"]).status()?.success());
+    clone_by_hand(mac, "alloy-stray-1")?;
     let run = mac.tart(&["run", "alloy-stray-1", "--no-graphics"]).spawn()?;
     let socket = mac.home().join("vms/alloy-stray-1/control.sock");
     until("the stray runs", async || Ok(socket.exists().then_some(()))).await;
@@ -265,7 +265,7 @@ async fn f25_settings_that_cannot_be_read_are_removed_if_they_are_ours_and_named
     fine(&farm, "true").await?;
     let mac = farm.mac(0);
     for name in ["alloy-torn-1", "stranger"] {
-        assert!(mac.tart(&["clone", alloy_tests::farm::IMAGE, name]).status()?.success());
+        clone_by_hand(mac, name)?;
     }
     let config = |name: &str| mac.home().join("vms").join(name).join("config.json");
     std::fs::write(config("alloy-torn-1"), "{\"vers")?;
