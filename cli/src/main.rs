@@ -128,6 +128,10 @@ mod tests {
             "worker doctor --fix --json --provider host",
             #[cfg(feature = "farm")]
             "worker install --dry-run --uninstall --service second --state-dir /srv/second",
+            "image pull registry.test/mac/xcode:16 --worker shed --label chip=m4 --detach",
+            "images ls",
+            "image rm registry.test/mac/xcode:16",
+            "image pin registry.test/mac/xcode:16 --off",
             "worker drain shed --wait --note disk",
             "worker resume shed",
             "worker rm shed",

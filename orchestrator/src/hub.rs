@@ -1,11 +1,12 @@
 //! P: the live sessions of workers: their mailboxes, when each was last heard, what each offers.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, WorkerId};
 use alloy_shared::limits::Limits;
+use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::session::SlotView;
 use tokio::sync::mpsc;
 
@@ -25,6 +26,8 @@ pub enum Mail {
     Drain {
         on: bool,
     },
+    /// What the farm wishes of images changed.
+    Wishes,
     /// The worker does not belong to the farm any more.
     Revoked,
     /// The orchestrator stops: tell the worker to come back.
@@ -39,6 +42,7 @@ pub struct LiveWorker {
     /// It said goodbye.
     pub left: bool,
     pub slots: Vec<SlotView>,
+    pub images: Arc<Inventory>,
     /// By its own word.
     pub stopping: bool,
     /// What a person should look after there.
@@ -52,6 +56,7 @@ struct Entry {
     session: Option<Session>,
     left: bool,
     slots: Vec<SlotView>,
+    images: Arc<Inventory>,
     stopping: bool,
     trouble: Option<String>,
 }
@@ -90,6 +95,7 @@ impl Hub {
             session: None,
             left: false,
             slots: Vec::new(),
+            images: Arc::default(),
             stopping: false,
             trouble: None,
         });
@@ -122,9 +128,17 @@ impl Hub {
         }
     }
 
-    pub fn offered(&self, worker: WorkerId, slots: &[SlotView], stopping: bool, trouble: Option<String>) {
+    pub fn offered(
+        &self,
+        worker: WorkerId,
+        slots: &[SlotView],
+        images: &Arc<Inventory>,
+        stopping: bool,
+        trouble: Option<String>,
+    ) {
         if let Some(entry) = self.state().workers.get_mut(&worker) {
             entry.slots = slots.to_vec();
+            entry.images = Arc::clone(images);
             entry.stopping = stopping;
             entry.trouble = trouble;
         }
@@ -150,10 +164,19 @@ impl Hub {
         self.post(worker, Mail::Revoked);
     }
 
+    /// Tells every session that the wishes for images changed.
+    pub fn wishes_moved(&self) {
+        self.post_all(|| Mail::Wishes);
+    }
+
     /// Tells every session that the orchestrator stops.
     pub fn stop(&self) {
+        self.post_all(|| Mail::Stop);
+    }
+
+    fn post_all(&self, mail: impl Fn() -> Mail) {
         let workers: Vec<WorkerId> = self.state().workers.keys().copied().collect();
-        workers.into_iter().for_each(|worker| self.post(worker, Mail::Stop));
+        workers.into_iter().for_each(|worker| self.post(worker, mail()));
     }
 
     fn post(&self, worker: WorkerId, mail: Mail) {
@@ -172,6 +195,7 @@ impl Hub {
             connected: entry.session.is_some(),
             left: entry.left,
             slots: entry.slots.clone(),
+            images: Arc::clone(&entry.images),
             stopping: entry.stopping,
             trouble: entry.trouble.clone(),
         })

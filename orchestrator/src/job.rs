@@ -118,6 +118,10 @@ pub enum Event {
     CancelAsked {
         reason: Reason,
     },
+    /// Every worker that could run it has said that its image is not to be had.
+    NoImage {
+        message: String,
+    },
     /// The state has lasted as long as it may, by the desk's monotonic clock: the wall clock may say anything.
     DeadlinePassed {
         /// Why it still waits, if it does.
@@ -159,7 +163,7 @@ impl Rules {
             lost_max: limits.lost_max,
             queue_ms: spec.queue_timeout_ms.unwrap_or(limits.queue_timeout_ms),
             accept_ms: limits.accept_ms,
-            run_ms: limits.claim_ms + limits.stage_source_ms + timeout + ending,
+            run_ms: limits.image_ms + limits.claim_ms + limits.stage_source_ms + timeout + ending,
             cancel_ms: ending,
         }
     }
@@ -236,7 +240,9 @@ fn check_fence(state: &State, event: &Event) -> Result<(), Refused> {
         | Event::Artifact { attempt }
         | Event::Finished { attempt, .. }
         | Event::Lost { attempt, .. } => *attempt,
-        Event::Assigned { .. } | Event::CancelAsked { .. } | Event::DeadlinePassed { .. } => return Ok(()),
+        Event::Assigned { .. } | Event::CancelAsked { .. } | Event::NoImage { .. } | Event::DeadlinePassed { .. } => {
+            return Ok(());
+        }
     };
     match state.lease() {
         Some(lease) if lease.attempt == attempt => Ok(()),
@@ -252,6 +258,7 @@ fn queued(tries: Tries, event: &Event, now: Ms) -> Result<State, Refused> {
             Ok(State { tries, step: Step::Assigned { lease } })
         }
         Event::CancelAsked { reason } => Ok(done(tries, End::because(*reason, "canceled while it waited"), now)),
+        Event::NoImage { message } => Ok(done(tries, End::because(Reason::ImagePullFailure, message.clone()), now)),
         Event::DeadlinePassed { why } => Ok(done(tries, End::because(Reason::QueueExpired, why.clone()), now)),
         Event::Accepted { .. }
         | Event::Refused { .. }
@@ -273,7 +280,9 @@ fn assigned(tries: Tries, lease: &Lease, event: &Event, now: Ms, rules: &Rules) 
         Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),
         // The worker may have started it without our knowing: revoke first, so that never two of its VMs are alive.
         Event::DeadlinePassed { .. } => Ok(cancel(tries, lease, Then::Requeue(Reason::WorkerLost), now)),
-        Event::Assigned { .. } | Event::Phase { .. } | Event::Artifact { .. } => Err(Refused::Impossible),
+        Event::Assigned { .. } | Event::Phase { .. } | Event::Artifact { .. } | Event::NoImage { .. } => {
+            Err(Refused::Impossible)
+        }
     }
 }
 
@@ -295,7 +304,7 @@ fn running(
         Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),
         Event::DeadlinePassed { .. } => Ok(cancel(tries, lease, Then::End(Reason::RunTimeout), now)),
         Event::Accepted { .. } => Err(Refused::Already),
-        Event::Assigned { .. } | Event::Refused { .. } => Err(Refused::Impossible),
+        Event::Assigned { .. } | Event::Refused { .. } | Event::NoImage { .. } => Err(Refused::Impossible),
     }
 }
 
@@ -330,7 +339,7 @@ fn canceling(
         (Event::DeadlinePassed { .. }, Then::Requeue(_)) => {
             Ok(done(tries, End::because(Reason::InternalError, "the worker neither ran nor released it"), now))
         }
-        (Event::Assigned { .. }, _) => Err(Refused::Impossible),
+        (Event::Assigned { .. } | Event::NoImage { .. }, _) => Err(Refused::Impossible),
     }
 }
 
@@ -353,6 +362,7 @@ fn canceled_end(reason: Reason, event: &Event) -> End {
         | Event::Phase { .. }
         | Event::Artifact { .. }
         | Event::CancelAsked { .. }
+        | Event::NoImage { .. }
         | Event::DeadlinePassed { .. } => String::new(),
     };
     End::because(reason, message)
@@ -362,7 +372,7 @@ fn finished(tries: Tries, lease: &Lease, end: &End, now: Ms, rules: &Rules) -> S
     // A job that was handed back has not run there: that is no try, but it does not go on for ever.
     let handed_back = tries.made.saturating_sub(1 + tries.lost + tries.failed);
     match end.blame() {
-        Some(Blame::Farm) if end.reason == Some(Reason::WorkerDrained) && handed_back < HANDED_BACK_MAX => {
+        Some(Blame::Farm) if is_handed_back(end) && handed_back < HANDED_BACK_MAX => {
             State { tries, step: Step::Queued { since: now, avoid: vec![lease.worker] } }
         }
         Some(Blame::Farm) => lost(tries, lease, end.reason.unwrap_or(Reason::InternalError), &end.message, now, rules),
@@ -372,6 +382,11 @@ fn finished(tries: Tries, lease: &Lease, end: &End, now: Ms, rules: &Rules) -> S
         }
         Some(Blame::User) | Some(Blame::Policy) | None => done(tries, end.clone(), now),
     }
+}
+
+/// True if the worker did not begin with it: it let go, or the image did not come.
+fn is_handed_back(end: &End) -> bool {
+    matches!(end.reason, Some(Reason::WorkerDrained | Reason::ImagePullFailure))
 }
 
 /// The farm's fault: tried again elsewhere, never charged to the user, but not for ever.

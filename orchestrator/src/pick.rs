@@ -1,8 +1,10 @@
 //! D: which waiting job gets which free slot, and why a job waits.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use alloy_shared::id::{JobId, Labels, WorkerId};
+use alloy_shared::wire::image::{Inventory, PullFailed, canonical};
 
 /// What a connected worker has to offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,6 +14,53 @@ pub struct Room {
     pub draining: bool,
     pub slots: u32,
     pub free: u32,
+    /// Sorted by name.
+    pub images: Arc<Inventory>,
+    /// Images of its warm VMs.
+    pub warm: Vec<String>,
+}
+
+/// What a worker's part in a job's image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stance<'a> {
+    /// A VM of it waits.
+    Warm,
+    Here,
+    /// It would have to be brought, or nothing is known.
+    Can,
+    /// It did not come; the worker tries again later.
+    Later(&'a PullFailed),
+    /// It is not to be had there.
+    Refused(&'a PullFailed),
+}
+
+impl Stance<'_> {
+    /// How good a place it is; absent: none.
+    fn rank(self) -> Option<u32> {
+        match self {
+            Self::Warm => Some(2),
+            Self::Here => Some(1),
+            Self::Can => Some(0),
+            Self::Later(_) | Self::Refused(_) => None,
+        }
+    }
+}
+
+impl Room {
+    fn stance(&self, image: Option<&str>) -> Stance<'_> {
+        let name = image.map_or_else(|| self.images.own.clone(), canonical);
+        if self.warm.contains(&name) {
+            return Stance::Warm;
+        }
+        let found = self.images.images.binary_search_by(|report| report.name.as_str().cmp(&name));
+        let Ok(report) = found.map(|at| &self.images.images[at]) else { return Stance::Can };
+        match &report.failed {
+            _ if report.digest.is_some() => Stance::Here,
+            Some(failed) if failed.refused => Stance::Refused(failed),
+            Some(failed) => Stance::Later(failed),
+            None => Stance::Can,
+        }
+    }
 }
 
 /// A waiting job, as far as placement is concerned.
@@ -19,6 +68,8 @@ pub struct Room {
 pub struct Waiting<'a> {
     pub id: JobId,
     pub required: &'a Labels,
+    /// Absent: the worker's own.
+    pub image: Option<&'a str>,
     pub avoid: &'a [WorkerId],
 }
 
@@ -47,15 +98,37 @@ pub fn pick<'a>(
     picked
 }
 
-/// The emptiest worker that qualifies; one that lost the job before only where no other qualifies at all.
+/// The worker that has the job's image nearest at hand, of those the emptiest; one that lost the job before only where no
+/// other qualifies at all.
 fn place(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> Option<WorkerId> {
-    let fits = |room: &Room| !room.draining && room.labels.matches(job.required);
-    let other_exists = rooms.iter().any(|(id, room)| fits(room) && !job.avoid.contains(id));
+    let fits = |room: &Room| {
+        let open = !room.draining && room.labels.matches(job.required);
+        open.then(|| room.stance(job.image).rank()).flatten()
+    };
+    let other_exists = rooms.iter().any(|(id, room)| !job.avoid.contains(id) && fits(room).is_some());
     rooms
         .iter()
-        .filter(|(id, room)| fits(room) && room.free > 0 && !(other_exists && job.avoid.contains(id)))
-        .max_by(|(a_id, a), (b_id, b)| a.free.cmp(&b.free).then(b_id.cmp(a_id)))
-        .map(|(id, _)| *id)
+        .filter(|(id, room)| room.free > 0 && !(other_exists && job.avoid.contains(id)))
+        .filter_map(|(id, room)| Some((fits(room)?, room.free, std::cmp::Reverse(*id))))
+        .max()
+        .map(|(_, _, id)| id.0)
+}
+
+/// Why nobody can ever run a job in this image, as far as is known: every worker that is open to it says that the image is
+/// not to be had.
+pub fn refusal(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> Option<String> {
+    let mut open = rooms.values().filter(|room| !room.draining && room.labels.matches(required)).peekable();
+    open.peek()?;
+    let mut told = Vec::new();
+    for room in open {
+        match room.stance(image) {
+            Stance::Refused(failed) => told.push((room, failed)),
+            Stance::Warm | Stance::Here | Stance::Can | Stance::Later(_) => return None,
+        }
+    }
+    let (room, failed) = told.first()?;
+    let name = image.unwrap_or(&room.images.own);
+    Some(format!("no worker can get the image {name}: {}: {}", room.name, failed.message))
 }
 
 /// Why a job is not running, from what is connected at this moment.
@@ -67,6 +140,8 @@ pub enum WhyNot {
     NoLabels { missing: String },
     /// All that have the labels are draining.
     Draining { workers: u32 },
+    /// The image did not come on any that is open to it. Some try again later.
+    NoImage { why: String },
     /// All slots that fit are taken.
     Busy { workers: u32, slots: u32 },
     /// It is its turn.
@@ -79,6 +154,7 @@ impl WhyNot {
             Self::NoWorker => "no worker is connected".to_owned(),
             Self::NoLabels { missing } => format!("no connected worker has the labels {missing}"),
             Self::Draining { workers } => format!("the {workers} worker(s) with its labels are draining"),
+            Self::NoImage { why } => format!("its image did not come, and is tried again later: {why}"),
             Self::Busy { workers, slots } => {
                 format!("all {slots} slots of the {workers} worker(s) with its labels are taken")
             }
@@ -89,7 +165,11 @@ impl WhyNot {
     /// Why a job was not started before it had waited for too long.
     pub fn late(&self) -> String {
         match self {
-            Self::NoWorker | Self::NoLabels { .. } | Self::Draining { .. } | Self::Busy { .. } => {
+            Self::NoWorker
+            | Self::NoLabels { .. }
+            | Self::Draining { .. }
+            | Self::NoImage { .. }
+            | Self::Busy { .. } => {
                 format!("no worker took it in time: {}", self.sentence())
             }
             Self::Next => "no worker took it in time".to_owned(),
@@ -97,7 +177,7 @@ impl WhyNot {
     }
 }
 
-pub fn why_not(required: &Labels, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
+pub fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
     if rooms.is_empty() {
         return WhyNot::NoWorker;
     }
@@ -110,6 +190,14 @@ pub fn why_not(required: &Labels, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
     if open.is_empty() {
         return WhyNot::Draining { workers: fitting.len() as u32 };
     }
+    let failed = |room: &Room| match room.stance(image) {
+        Stance::Later(failed) | Stance::Refused(failed) => Some(format!("{}: {}", room.name, failed.message)),
+        Stance::Warm | Stance::Here | Stance::Can => None,
+    };
+    let (without, open): (Vec<&&Room>, Vec<&&Room>) = open.into_iter().partition(|room| failed(room).is_some());
+    if open.is_empty() {
+        return WhyNot::NoImage { why: without.first().and_then(|room| failed(room)).unwrap_or_default() };
+    }
     if open.iter().all(|room| room.free == 0) {
         return WhyNot::Busy { workers: open.len() as u32, slots: open.iter().map(|room| room.slots).sum() };
     }
@@ -118,6 +206,8 @@ pub fn why_not(required: &Labels, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::wire::image::ImageReport;
+
     use super::*;
 
     fn worker(n: u128) -> WorkerId {
@@ -131,8 +221,9 @@ mod tests {
     fn rooms(list: &[(u128, &[&str], u32, bool)]) -> BTreeMap<WorkerId, Room> {
         list.iter()
             .map(|(n, l, free, draining)| {
-                let room =
-                    Room { name: format!("w{n}"), labels: labels(l), draining: *draining, slots: 2, free: *free };
+                let name = format!("w{n}");
+                let (images, warm) = (Arc::default(), Vec::new());
+                let room = Room { name, labels: labels(l), draining: *draining, slots: 2, free: *free, images, warm };
                 (worker(*n), room)
             })
             .collect()
@@ -142,7 +233,7 @@ mod tests {
             .iter()
             .map(|(n, l, avoid)| (JobId::from_raw(*n), labels(l), avoid.iter().map(|n| worker(*n)).collect()))
             .collect();
-        let queue = parsed.iter().map(|(id, required, avoid)| Waiting { id: *id, required, avoid });
+        let queue = parsed.iter().map(|(id, required, avoid)| Waiting { id: *id, required, image: None, avoid });
         pick(queue, rooms).into_iter().map(|(job, w)| (job.raw(), w.raw())).collect()
     }
 
@@ -173,17 +264,75 @@ mod tests {
     #[test]
     fn the_reason_names_what_is_missing() {
         let none = BTreeMap::new();
-        assert_eq!(why_not(&labels(&[]), &none), WhyNot::NoWorker);
+        assert_eq!(why_not(&labels(&[]), None, &none), WhyNot::NoWorker);
         let some = rooms(&[(1, &["a=1"], 0, false), (2, &["b=1"], 2, true)]);
-        assert_eq!(why_not(&labels(&["c=1"]), &some), WhyNot::NoLabels { missing: "c=1".into() });
-        assert_eq!(why_not(&labels(&["b=1"]), &some), WhyNot::Draining { workers: 1 });
+        assert_eq!(why_not(&labels(&["c=1"]), None, &some), WhyNot::NoLabels { missing: "c=1".into() });
+        assert_eq!(why_not(&labels(&["b=1"]), None, &some), WhyNot::Draining { workers: 1 });
         for (why, text) in [
             (WhyNot::NoWorker, "no worker took it in time: no worker is connected"),
-            (why_not(&labels(&["c=1"]), &some), "no worker took it in time: no connected worker has the labels c=1"),
+            (
+                why_not(&labels(&["c=1"]), None, &some),
+                "no worker took it in time: no connected worker has the labels c=1",
+            ),
             (WhyNot::Next, "no worker took it in time"),
         ] {
             assert_eq!(why.late(), text);
         }
-        assert_eq!(why_not(&labels(&["a=1"]), &some), WhyNot::Busy { workers: 1, slots: 2 });
+        assert_eq!(why_not(&labels(&["a=1"]), None, &some), WhyNot::Busy { workers: 1, slots: 2 });
+    }
+
+    fn told(name: &str, digest: Option<&str>, refused: Option<bool>) -> ImageReport {
+        let failed = refused.map(|refused| PullFailed { message: "404".into(), refused });
+        ImageReport { name: name.into(), digest: digest.map(str::to_owned), failed, ..ImageReport::default() }
+    }
+
+    /// Five workers: nothing known, failed for now, refused, here, warm.
+    fn imaged() -> BTreeMap<WorkerId, Room> {
+        let mut rooms = rooms(&[
+            (1, &[], 2, false),
+            (2, &[], 2, false),
+            (3, &[], 2, false),
+            (4, &[], 1, false),
+            (5, &[], 1, false),
+        ]);
+        let own = |reports| Arc::new(Inventory { pulls: true, own: "r/own:1".into(), images: reports });
+        for (n, reports) in [
+            (2, vec![told("r/a:latest", None, Some(false))]),
+            (3, vec![told("r/a:latest", None, Some(true)), told("r/own:1", None, Some(true))]),
+            (4, vec![told("r/a:latest", Some("sha256:ab"), Some(true))]),
+        ] {
+            rooms.get_mut(&worker(n)).unwrap().images = own(reports);
+        }
+        rooms.get_mut(&worker(5)).unwrap().warm = vec!["r/a:latest".into()];
+        rooms
+    }
+
+    fn only(workers: &[u128]) -> BTreeMap<WorkerId, Room> {
+        imaged().into_iter().filter(|(id, _)| workers.contains(&id.raw())).collect()
+    }
+
+    #[test]
+    fn a_job_goes_where_its_image_is_nearest_and_never_where_it_does_not_come() {
+        let none = Labels::default();
+        let queue = |n: u128| {
+            let waiting = |n| Waiting { id: JobId::from_raw(n), required: &none, image: Some("r/a"), avoid: &[] };
+            (1..=n).map(waiting)
+        };
+        let picked: Vec<u128> = pick(queue(9), &mut imaged()).into_iter().map(|(_, w)| w.raw()).collect();
+        assert_eq!(picked, [5, 4, 1, 1], "warm, here, and then whoever is not known to fail");
+    }
+
+    #[test]
+    fn a_refusal_is_one_when_every_open_worker_says_so() {
+        let refusal = |workers: &[u128], image| refusal(&Labels::default(), image, &only(workers));
+        assert_eq!(refusal(&[3], Some("r/a")).unwrap(), "no worker can get the image r/a: w3: 404");
+        assert_eq!(refusal(&[3], None).unwrap(), "no worker can get the image r/own:1: w3: 404");
+        for workers in [&[][..], &[1, 3], &[2, 3], &[3, 4], &[3, 5]] {
+            assert_eq!(refusal(workers, Some("r/a")), None, "{workers:?}");
+        }
+        let why = |workers: &[u128]| why_not(&Labels::default(), Some("r/a"), &only(workers));
+        assert_eq!(why(&[2, 3]), WhyNot::NoImage { why: "w2: 404".into() });
+        assert_eq!(why(&[1, 2]), WhyNot::Next);
+        assert!(why(&[2]).sentence().contains("tried again later: w2: 404"));
     }
 }

@@ -29,6 +29,15 @@ pub struct Limits {
     pub claim_ms: u64,
     /// A slot or a host that failed several times in a row rests for so long.
     pub quarantine_ms: u64,
+    /// A download that makes no progress for this long is broken off; what it has stays for the next try.
+    pub pull_stall_ms: u64,
+    /// Between two tries to bring an image that did not come, doubled with each, up to the cap.
+    pub pull_retry_ms: u64,
+    pub pull_retry_cap_ms: u64,
+    /// A registry's refusal is believed for this long.
+    pub pull_refused_ms: u64,
+    /// The longest that an attempt waits for its image.
+    pub image_ms: u64,
     /// A guest that answers by SSH this long, and not by its agent, has none.
     pub agent_grace_ms: u64,
     pub stage_source_ms: u64,
@@ -71,6 +80,11 @@ impl Default for Limits {
             boot_ms: 120_000,
             claim_ms: 360_000,
             quarantine_ms: 60_000,
+            pull_stall_ms: 600_000,
+            pull_retry_ms: 10_000,
+            pull_retry_cap_ms: 600_000,
+            pull_refused_ms: 600_000,
+            image_ms: 3 * 60 * 60_000,
             agent_grace_ms: 20_000,
             stage_source_ms: 600_000,
             collect_ms: 600_000,
@@ -108,7 +122,7 @@ impl Limits {
         Ok(())
     }
 
-    /// The lease timings divided by `factor`, so that tests see hours of protocol in seconds. Deadlines that users set stay.
+    /// The lease timings and the pauses between downloads divided by `factor`, so that tests see hours of protocol in seconds. Deadlines that users set stay.
     pub fn scaled(factor: u64) -> Self {
         let base = Self::default();
         let f = factor.max(1);
@@ -128,6 +142,10 @@ impl Limits {
             boot_ms: base.boot_ms / f,
             claim_ms: base.claim_ms / f,
             quarantine_ms: base.quarantine_ms / f,
+            pull_stall_ms: base.pull_stall_ms / f,
+            pull_retry_ms: base.pull_retry_ms / f,
+            pull_retry_cap_ms: base.pull_retry_cap_ms / f,
+            pull_refused_ms: base.pull_refused_ms / f,
             agent_grace_ms: base.agent_grace_ms / f,
             ..base
         }
@@ -216,6 +234,8 @@ pub const STUCK_TRIES_MAX: u32 = 3;
 pub const TROUBLE_MAX: usize = 400;
 /// How often workers may hand a job back that they did not start, before it counts as lost.
 pub const HANDED_BACK_MAX: u32 = 16;
+/// Images that the farm has wishes about, and that one worker reports.
+pub const IMAGES_MAX: usize = 256;
 /// Attempts of one worker that are not yet closed on both sides.
 pub const HELD_MAX: usize = 256;
 /// Requests that may wait at the desk; the door blocks beyond it.

@@ -126,6 +126,7 @@ fn events(attempt: u32) -> Vec<(String, Event)> {
         ("accepted".to_owned(), Event::Accepted { attempt }),
         ("refused by the worker".to_owned(), Event::Refused { attempt, message: String::new() }),
         ("cancel asked".to_owned(), Event::CancelAsked { reason: Reason::UserCanceled }),
+        ("no worker can get its image".to_owned(), Event::NoImage { message: String::new() }),
         ("deadline passed".to_owned(), Event::DeadlinePassed { why: String::new() }),
         ("worker lost".to_owned(), Event::Lost { attempt, reason: Reason::WorkerLost, message: String::new() }),
         ("command succeeded".to_owned(), Event::Finished { attempt, end: End::success() }),

@@ -31,6 +31,8 @@ pub struct Setup {
     pub image: Profile,
     /// What goes wrong on each simulated Mac from its first moment on.
     pub faults: Vec<Vec<Value>>,
+    /// Of each worker's images; 0: none.
+    pub image_budget_gib: u64,
 }
 
 /// What the workers' VMs are made of.
@@ -38,7 +40,15 @@ pub const IMAGE: &str = "registry.test/alloy/base:latest";
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { workers: 1, slots: 2, time_scale: 1, macs: None, image: Profile::default(), faults: Vec::new() }
+        Self {
+            workers: 1,
+            slots: 2,
+            time_scale: 1,
+            macs: None,
+            image: Profile::default(),
+            faults: Vec::new(),
+            image_budget_gib: 0,
+        }
     }
 }
 
@@ -209,6 +219,7 @@ impl Farm {
             Some(mac) => run.args(["--provider", "tart"]).envs(mac.env()).env("TART_BASE_IMAGE", IMAGE),
             None => run.args(["--provider", "host"]),
         };
+        run.env("ALLOY_IMAGE_BUDGET_GIB", self.setup.image_budget_gib.to_string());
         let name = format!("worker-{number}");
         self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);
         Ok(())

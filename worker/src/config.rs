@@ -62,6 +62,8 @@ pub struct Config {
     pub slots: usize,
     /// What VMs are cloned from unless a job says otherwise.
     pub image: String,
+    /// Bytes that all images together may take. Absent: images are evicted only where the disk is full.
+    pub image_budget: Option<u64>,
     pub tart: Settings,
     pub labels: Labels,
     pub log_format: LogFormat,
@@ -75,6 +77,7 @@ const STATE_DIR: Key = Key { name: "state_dir", flag: Some("--state-dir"), varia
 const PROVIDER: Key = Key { name: "provider", flag: Some("--provider"), variable: Some("ALLOY_PROVIDER") };
 const SLOTS: Key = Key { name: "vm_pool_size", flag: Some("--slots"), variable: Some("VM_POOL_SIZE") };
 const IMAGE: Key = Key { name: "base_image", flag: None, variable: Some("TART_BASE_IMAGE") };
+const IMAGE_BUDGET: Key = Key { name: "image_budget_gib", flag: None, variable: Some("ALLOY_IMAGE_BUDGET_GIB") };
 const LABELS: Key = Key { name: "labels", flag: Some("--label"), variable: Some("ALLOY_LABELS") };
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
 const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
@@ -102,6 +105,7 @@ impl Config {
             provider: Provider::Host,
             slots: DEFAULT_SLOTS,
             image: DEFAULT_IMAGE.to_owned(),
+            image_budget: None,
             tart: Settings::default(),
             labels: Labels::default(),
             log_format: LogFormat::Compact,
@@ -123,6 +127,7 @@ impl Config {
         let provider = layers.take(PROVIDER, Provider::Tart, parse_provider);
         let slots = layers.take(SLOTS, DEFAULT_SLOTS, parse("is no number of slots"));
         let image = layers.take(IMAGE, DEFAULT_IMAGE.to_owned(), |text| Ok(text.trim().to_owned()));
+        let budget_gib = layers.take(IMAGE_BUDGET, 0, parse("is no number of GiB"));
         let tart = tart_settings(&mut layers, variables);
         let labels = layers.take(LABELS, String::new(), |text| parse_labels(text).map(|_| text.to_owned()));
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
@@ -152,6 +157,7 @@ impl Config {
             provider,
             slots,
             image,
+            image_budget: Some(budget_gib).filter(|gib| *gib > 0).map(|gib: u64| gib.saturating_mul(1 << 30)),
             tart,
             labels: parse_labels(&labels).unwrap_or_default(),
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),

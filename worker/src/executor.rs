@@ -434,7 +434,7 @@ fn vm_ended(error: &VmError) -> Ended {
     let reason = match (error.what, error.blame) {
         (VmFault::Disk, _) => Reason::OutOfDisk,
         (VmFault::File, Blame::User) => Reason::SourceError,
-        (VmFault::NoImage | VmFault::Network, Blame::Policy) => Reason::ConfigError,
+        (VmFault::Network, Blame::Policy) => Reason::ConfigError,
         (VmFault::NoImage | VmFault::Pull, _) => Reason::ImagePullFailure,
         // Nothing of the job has run here: it goes elsewhere, uncharged.
         (VmFault::Host | VmFault::Full, _) => Reason::WorkerDrained,

@@ -10,6 +10,9 @@ pub mod doctor;
 pub mod executor;
 pub mod guard;
 pub mod host;
+pub mod image_book;
+pub mod image_plan;
+pub mod images;
 pub mod install;
 pub mod job_env;
 pub mod log_file;
@@ -39,6 +42,7 @@ use tokio::sync::mpsc;
 use crate::config::{Config, Provider};
 use crate::executor::{Ctx, run_attempt};
 use crate::host::{HostError, HostFacts, Identity, Key, StateDir};
+use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::{HOST_IMAGE, Host, Setup};
 use crate::provider::tart::{self, TartHost};
 use crate::provider::{ImageRef, VmError, VmProvider};
@@ -108,6 +112,7 @@ impl Daemon {
                     fence: self.fence.watch(),
                     boot_ms: self.config.limits.boot_ms,
                     agent_grace_ms: self.config.limits.agent_grace_ms,
+                    pull_stall_ms: self.config.limits.pull_stall_ms,
                 };
                 Ok(Arc::new(TartHost::open(setup).await.map_err(RunError::NoTart)?))
             }
@@ -149,7 +154,8 @@ impl Daemon {
             left.push((held, reports));
         }
         let (door, inputs) = mpsc::channel(INPUT_QUEUE);
-        let pool = VmPool::start(self.pool_setup(&env, provider, &door));
+        let images = ImageStore::start(self.image_setup(&env, &provider, &door));
+        let pool = VmPool::start(self.pool_setup(&env, provider, Arc::clone(&images), &door));
         let pool = tokio::select! {
             biased;
             () = life.soft.cancelled() => return Ok(()),
@@ -161,7 +167,7 @@ impl Daemon {
         let core = Core::restore(left, boot, self.config.limits.clone());
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
         let (stop_ms, closing) = (self.config.limits.stop_ms, Arc::clone(&pool));
-        let (state, seams) = self.seams(Arc::clone(&env), life, pool, spool, sources, upstream, door.clone());
+        let (state, seams) = self.seams(Arc::clone(&env), life, pool, images, spool, sources, upstream, door.clone());
         let over = drive(core, seams, door, inputs).await;
         tokio::select! {
             biased;
@@ -175,11 +181,33 @@ impl Daemon {
         }
     }
 
-    fn pool_setup(&self, env: &Arc<dyn Env>, provider: Arc<dyn VmProvider>, door: &Inputs) -> PoolSetup {
-        let image = match self.config.provider {
+    /// What VMs are made of unless a job says otherwise.
+    fn own_image(&self) -> ImageRef {
+        ImageRef(match self.config.provider {
             Provider::Tart => self.config.image.clone(),
             Provider::Host => HOST_IMAGE.to_owned(),
-        };
+        })
+    }
+
+    fn image_setup(&self, env: &Arc<dyn Env>, provider: &Arc<dyn VmProvider>, door: &Inputs) -> ImageSetup {
+        ImageSetup {
+            env: Arc::clone(env),
+            limits: self.config.limits.clone(),
+            provider: Arc::clone(provider),
+            inputs: door.clone(),
+            state_dir: self.state.path().to_owned(),
+            own: self.own_image(),
+            budget: self.config.image_budget,
+        }
+    }
+
+    fn pool_setup(
+        &self,
+        env: &Arc<dyn Env>,
+        provider: Arc<dyn VmProvider>,
+        images: Arc<ImageStore>,
+        door: &Inputs,
+    ) -> PoolSetup {
         PoolSetup {
             env: Arc::clone(env),
             limits: self.config.limits.clone(),
@@ -187,7 +215,8 @@ impl Daemon {
             inputs: door.clone(),
             state_dir: self.state.path().to_owned(),
             slots: self.config.slots,
-            image: ImageRef(image),
+            images,
+            image: self.own_image(),
         }
     }
 
@@ -198,6 +227,7 @@ impl Daemon {
         env: Arc<dyn Env>,
         life: &Lifecycle,
         pool: Arc<VmPool>,
+        images: Arc<ImageStore>,
         spool: Arc<Spool>,
         sources: Sources,
         upstream: Arc<dyn Upstream>,
@@ -228,6 +258,7 @@ impl Daemon {
             fence,
             me,
             start: Box::new(move |assignment, stop| Box::pin(run_attempt(Arc::clone(&ctx), assignment, stop))),
+            wish: Box::new(move |wishes| images.wish(wishes)),
             soft: life.soft.clone(),
             hard: life.hard.clone(),
         };

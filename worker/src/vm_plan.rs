@@ -68,8 +68,8 @@ pub struct View<'a> {
     pub slots: &'a [Slot],
     /// In the order they came.
     pub waiting: &'a [Waiting],
-    /// What an idle slot keeps warm.
-    pub image: &'a ImageRef,
+    /// What an idle slot keeps warm; absent while it is not on this host.
+    pub image: Option<&'a ImageRef>,
     pub warm_age_max_ms: u64,
     pub host: Host,
 }
@@ -129,8 +129,10 @@ pub fn plan(view: &View<'_>, now: Mono) -> Vec<PoolAction> {
     for (index, slot) in view.slots.iter().enumerate().filter(|(index, _)| !used[*index]) {
         match slot {
             Slot::Cold { rest, .. } if *rest <= now && makes > 0 => {
-                makes -= 1;
-                actions.push(PoolAction::Make { slot: index, image: view.image.clone() });
+                if let Some(image) = view.image {
+                    makes -= 1;
+                    actions.push(PoolAction::Make { slot: index, image: image.clone() });
+                }
             }
             Slot::Warm { since, .. } if now.since(*since) >= view.warm_age_max_ms => {
                 actions.push(PoolAction::Unmake { slot: index });
@@ -304,7 +306,7 @@ mod tests {
     }
 
     fn check_on(host: Host, slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
-        let view = View { slots, waiting, image: &image("a"), warm_age_max_ms: 50_000, host };
+        let view = View { slots, waiting, image: Some(&image("a")), warm_age_max_ms: 50_000, host };
         assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
     }
 
@@ -347,10 +349,18 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_made_ahead_of_an_image_that_is_not_here() {
+        let (slots, waiting) = ([cold(), cold()], [wants("b")]);
+        let view = View { slots: &slots, waiting: &waiting, image: None, warm_age_max_ms: 50_000, host: Host::Well };
+        assert_eq!(plan(&view, NOW), [PoolAction::Make { slot: 0, image: image("b") }]);
+    }
+
+    #[test]
     fn the_pool_wakes_when_something_becomes_due() {
         let image = image("a");
         let wake = |slots: &[Slot]| {
-            next_wake(&View { slots, waiting: &[], image: &image, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
+            let image = Some(&image);
+            next_wake(&View { slots, waiting: &[], image, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
         };
         assert_eq!(wake(&[claimed(), booting("a")]), None);
         assert_eq!(wake(&[warm("a", 99_000), rested(1, 60_000, NOW)]), Some(NOW + 1_000));

@@ -15,6 +15,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::images::{ImageStore, Use};
 use crate::provider::{Guest, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
 use crate::vm_care::{Care, Trouble};
@@ -37,6 +38,7 @@ pub struct PoolSetup {
     /// Where the VMs' directories lie.
     pub state_dir: PathBuf,
     pub slots: usize,
+    pub images: Arc<ImageStore>,
     /// What idle slots keep warm, and what a job without an image of its own gets.
     pub image: ImageRef,
 }
@@ -45,6 +47,7 @@ pub struct VmPool {
     env: Arc<dyn Env>,
     limits: Limits,
     provider: Arc<dyn VmProvider>,
+    images: Arc<ImageStore>,
     image: ImageRef,
     asks: mpsc::Sender<Ask>,
     freed: mpsc::Sender<Freed>,
@@ -93,7 +96,7 @@ enum Freed {
 
 struct Claim {
     waiting: Waiting,
-    digest: Digest,
+    image: Use,
     reply: oneshot::Sender<Result<Claimed, VmError>>,
     waited: bool,
     /// VMs for it that did not come.
@@ -120,6 +123,7 @@ impl VmPool {
             env: Arc::clone(&setup.env),
             limits: setup.limits.clone(),
             provider: Arc::clone(&setup.provider),
+            images: Arc::clone(&setup.images),
             image: setup.image.clone(),
             asks,
             freed: freed.clone(),
@@ -138,10 +142,10 @@ impl VmPool {
         network: NetworkPolicy,
     ) -> Result<Claimed, VmError> {
         let image = image.map_or_else(|| self.image.clone(), |name| ImageRef(name.to_owned()));
-        let digest = self.digest_of(&image).await?;
+        let here = self.bring(&image).await?;
         let mut tries = 1;
         loop {
-            let claimed = self.wait(Waiting { attempt, image: image.clone() }, digest).await?;
+            let claimed = self.wait(Waiting { attempt, image: image.clone() }, here.clone()).await?;
             match within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await {
                 Ok(()) => return Ok(claimed),
                 // A VM that is not as it must be is thrown away; nothing of the job was in it.
@@ -155,9 +159,10 @@ impl VmPool {
     }
 
     /// An image that nobody has is the asker's fault and not the slot's. A fault of the host is the pool's to judge.
-    async fn digest_of(&self, image: &ImageRef) -> Result<Digest, VmError> {
+    /// A download goes on for as long as it goes on.
+    async fn bring(&self, image: &ImageRef) -> Result<Use, VmError> {
         loop {
-            match within(&self.env, self.limits.boot_ms, self.provider.pull(image)).await {
+            match within(&self.env, self.limits.image_ms, self.images.get(image)).await {
                 Err(error) if error.what == VmFault::Host => {
                     let (reply, judged) = oneshot::channel();
                     self.asks.send(Ask::Judge { error, reply }).await.map_err(|_| gone())?;
@@ -169,9 +174,9 @@ impl VmPool {
         }
     }
 
-    async fn wait(&self, waiting: Waiting, digest: Digest) -> Result<Claimed, VmError> {
+    async fn wait(&self, waiting: Waiting, image: Use) -> Result<Claimed, VmError> {
         let (reply, answer) = oneshot::channel();
-        let claim = Claim { waiting, digest, reply, waited: false, failures: 0 };
+        let claim = Claim { waiting, image, reply, waited: false, failures: 0 };
         let _tells_the_pool = Interest(self.freed.clone());
         self.asks.send(Ask::Claim(claim)).await.map_err(|_| gone())?;
         within(&self.env, self.limits.claim_ms, async { answer.await.map_err(|_| gone())? }).await
@@ -256,11 +261,11 @@ async fn reclaim_once(setup: &PoolSetup) -> Result<(), VmError> {
 enum Done {
     Cloned {
         slot: usize,
-        digest: Result<Digest, VmError>,
+        image: Result<Use, VmError>,
     },
     Booted {
         slot: usize,
-        digest: Digest,
+        image: Use,
         guest: Result<Arc<dyn Guest>, VmError>,
     },
     Destroyed {
@@ -276,8 +281,8 @@ enum Done {
     },
 }
 
-/// The live part of a slot that has a VM.
-type Running = Option<(Arc<dyn Guest>, Digest)>;
+/// The live part of a slot that has a VM. Its image stays here for as long: the slot will want it again.
+type Running = Option<(Arc<dyn Guest>, Use)>;
 
 struct Runner {
     setup: PoolSetup,
@@ -297,6 +302,8 @@ struct Runner {
     sweeping: bool,
     shown: Vec<SlotView>,
     told: Option<Trouble>,
+    /// VMs can be made of the worker's own image at once.
+    has_own: bool,
     closing: Option<oneshot::Sender<()>>,
     halt: CancellationToken,
 }
@@ -317,6 +324,7 @@ impl Runner {
             sweeping: false,
             shown: Vec::new(),
             told: None,
+            has_own: false,
             closing: None,
             halt: CancellationToken::new(),
             setup,
@@ -325,7 +333,9 @@ impl Runner {
     }
 
     async fn run(mut self, mut asked: mpsc::Receiver<Ask>, mut frees: mpsc::Receiver<Freed>) {
+        let mut own_is_here = self.setup.images.own_is_here();
         loop {
+            self.has_own = *own_is_here.borrow_and_update();
             let wake = self.turn();
             self.publish().await;
             if self.closing.is_some() && self.work.is_empty() && self.running.iter().all(Option::is_none) {
@@ -351,6 +361,7 @@ impl Runner {
                 done = self.work.next(), if !self.work.is_empty() => if let Some(done) = done {
                     self.finish(done);
                 },
+                Ok(()) = own_is_here.changed() => {}
                 () = sleep(&env, wake) => {}
             }
         }
@@ -373,7 +384,7 @@ impl Runner {
             let view = View {
                 slots: &self.slots,
                 waiting: &waiting,
-                image: &self.setup.image,
+                image: self.has_own.then_some(&self.setup.image),
                 warm_age_max_ms: self.setup.limits.warm_age_max_ms,
                 host: self.care.host(),
             };
@@ -427,14 +438,14 @@ impl Runner {
     }
 
     fn give(&mut self, slot: usize, claim: Claim) {
-        let (Slot::Warm { vm, image, .. }, Some((guest, digest))) = (&self.slots[slot], &self.running[slot]) else {
+        let (Slot::Warm { vm, image, .. }, Some((guest, used))) = (&self.slots[slot], &self.running[slot]) else {
             return;
         };
         let claimed = Claimed {
             vm: vm.clone(),
             guest: Arc::clone(guest),
             image: image.clone(),
-            digest: *digest,
+            digest: used.digest(),
             inbox: inbox_of(&self.setup.state_dir, vm),
             hit: !claim.waited,
             slot,
@@ -459,27 +470,27 @@ impl Runner {
         };
         self.made += 1;
         let vm = VmName::mint(self.nonce, self.made);
-        let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.digest);
+        let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.image.clone());
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
-        let (name, halt) = (vm.clone(), self.halt.clone());
+        let (name, images, halt) = (vm.clone(), Arc::clone(&self.setup.images), self.halt.clone());
         self.slots[slot] = Slot::Cloning { vm, image: image.clone(), faults };
         self.work.push(Box::pin(async move {
-            let digest = unless_halted(
+            let image = unless_halted(
                 &halt,
                 within(&env, ms, async {
-                    let digest = match known {
-                        Some(digest) => digest,
-                        None => provider.pull(&image).await?,
+                    let used = match known {
+                        Some(used) => used,
+                        None => images.get(&image).await?,
                     };
-                    provider.create(&name, &digest, &Shape::default()).await.map(|()| digest)
+                    provider.create(&name, &used.digest(), &Shape::default()).await.map(|()| used)
                 }),
             );
-            Done::Cloned { slot, digest: digest.await }
+            Done::Cloned { slot, image: image.await }
         }));
     }
 
-    fn boot(&mut self, slot: usize, digest: Digest) {
+    fn boot(&mut self, slot: usize, used: Use) {
         let Slot::Cloning { vm, image, faults } = &self.slots[slot] else { return };
         let (vm, image, faults) = (vm.clone(), image.clone(), *faults);
         let inbox = inbox_of(&self.setup.state_dir, &vm);
@@ -489,7 +500,7 @@ impl Runner {
         let halt = self.halt.clone();
         self.work.push(Box::pin(async move {
             let guest = unless_halted(&halt, within(&env, ms, provider.boot(&vm, &inbox))).await;
-            Done::Booted { slot, digest, guest }
+            Done::Booted { slot, image: used, guest }
         }));
     }
 
@@ -524,16 +535,16 @@ impl Runner {
     fn finish(&mut self, done: Done) {
         let now = self.setup.env.now().mono;
         match done {
-            Done::Cloned { slot, digest: Ok(digest) } => self.boot(slot, digest),
-            Done::Booted { slot, digest, guest: Ok(guest) } => {
+            Done::Cloned { slot, image: Ok(used) } => self.boot(slot, used),
+            Done::Booted { slot, image: used, guest: Ok(guest) } => {
                 self.care.came_up(slot);
                 if let Slot::Booting { vm, image, .. } = &self.slots[slot] {
                     self.slots[slot] = Slot::Warm { vm: vm.clone(), image: image.clone(), since: now };
                     self.watch(slot, Arc::clone(&guest));
-                    self.running[slot] = Some((guest, digest));
+                    self.running[slot] = Some((guest, used));
                 }
             }
-            Done::Cloned { slot, digest: Err(error) } | Done::Booted { slot, guest: Err(error), .. } => {
+            Done::Cloned { slot, image: Err(error) } | Done::Booted { slot, guest: Err(error), .. } => {
                 self.failed(slot, error);
             }
             Done::Destroyed { slot, result } => self.destroyed(slot, result, now),

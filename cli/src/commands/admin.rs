@@ -239,7 +239,8 @@ async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
     Ok(exit::OK)
 }
 
-async fn find(farm: &Farm, text: &str) -> Result<WorkerView, Failure> {
+/// The worker that this text means.
+pub(crate) async fn find(farm: &Farm, text: &str) -> Result<WorkerView, Failure> {
     let list = farm.client.workers().await.map_err(|error| Failure::of(error, &farm.url))?;
     pick(list.workers, text)
 }

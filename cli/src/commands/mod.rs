@@ -2,6 +2,7 @@
 
 pub(crate) mod admin;
 pub(crate) mod artifacts;
+pub(crate) mod image;
 pub(crate) mod jobs;
 pub(crate) mod run;
 pub(crate) mod setup;
@@ -27,6 +28,8 @@ pub(crate) enum Command {
     Source(SourceVerb),
     #[command(subcommand)]
     Worker(admin::WorkerVerb),
+    #[command(subcommand, visible_alias = "images")]
+    Image(image::ImageVerb),
     Login(setup::LoginArgs),
     #[command(subcommand)]
     Context(setup::ContextVerb),
@@ -72,6 +75,7 @@ impl Command {
             Self::Cancel(args) => jobs::cancel(app, args).await,
             Self::Artifacts(args) => artifacts::artifacts(app, args).await,
             Self::Source(SourceVerb::Ls { size, allow_secret_files }) => source_ls(app, *size, *allow_secret_files),
+            Self::Image(verb) => image::image(app, verb).await,
             Self::Worker(verb) => admin::worker(app, verb).await,
             Self::Login(args) => setup::login(app, args).await,
             Self::Context(verb) => setup::context(app, verb),

@@ -108,6 +108,7 @@ fn attempt_end(event: &Event, after: &State) -> End {
             | Event::Phase { .. }
             | Event::Artifact { .. }
             | Event::CancelAsked { .. }
+            | Event::NoImage { .. }
             | Event::DeadlinePassed { .. },
             _,
         ) => End::because(alloy_shared::wire::job::Reason::WorkerLost, "the assignment was revoked"),

@@ -15,6 +15,7 @@ use alloy_shared::env::{Mono, Ms, Now};
 use alloy_shared::id::{AttemptRef, JobId, Labels, OrgId, WorkerId};
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::FieldError;
+use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::job::{Reason, SubmitJob, Timings};
 use alloy_shared::wire::session::SlotView;
 
@@ -107,6 +108,7 @@ pub struct Offer {
     pub name: String,
     pub labels: Labels,
     pub slots: Vec<SlotView>,
+    pub images: Arc<Inventory>,
     pub draining: bool,
 }
 
@@ -237,6 +239,7 @@ impl Desk {
             self.take(request, now);
         }
         self.due(now);
+        self.refuse(now);
         self.place(now);
         self.drafts.iter().map(Draft::group).collect()
     }
@@ -404,7 +407,11 @@ impl Desk {
             .collect();
         let rooms = if due.is_empty() { BTreeMap::new() } else { self.rooms() };
         for id in due {
-            let why = self.live.get(&id).map(|live| pick::why_not(&live.required, &rooms).late()).unwrap_or_default();
+            let why = self
+                .live
+                .get(&id)
+                .map(|live| pick::why_not(&live.required, rooms::image_of(live), &rooms).late())
+                .unwrap_or_default();
             self.change(None, id, &Event::DeadlinePassed { why }, Guard::Version, None, now);
         }
     }
@@ -417,6 +424,7 @@ impl Desk {
         let waiting = self.queue.iter().filter_map(|(_, id)| self.live.get(id)).map(|live| Waiting {
             id: live.job.id,
             required: &live.required,
+            image: rooms::image_of(live),
             avoid: match &live.job.state.step {
                 Step::Queued { avoid, .. } => avoid,
                 Step::Assigned { .. } | Step::Running { .. } | Step::Canceling { .. } | Step::Done { .. } => &[],

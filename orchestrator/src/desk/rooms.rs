@@ -1,13 +1,18 @@
 //! D: what the connected workers have to offer at this moment.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use alloy_shared::env::Now;
 use alloy_shared::id::{AttemptRef, JobId, WorkerId};
+use alloy_shared::limits;
+use alloy_shared::wire::image::{ImageReport, canonical};
 use alloy_shared::wire::session::{SlotState, SlotView};
 
-use super::{Desk, Offer};
-use crate::job::Step;
+use super::{Desk, Live, Offer};
+use crate::job::{Event, Step};
 use crate::pick::{self, Room, WhyNot};
+use crate::store::Guard;
 
 impl Desk {
     pub(super) fn rooms(&self) -> BTreeMap<WorkerId, Room> {
@@ -28,11 +33,43 @@ impl Desk {
             draining: offer.draining,
             slots,
             free: slots.saturating_sub(taken),
+            images: Arc::clone(&offer.images),
+            warm: usable
+                .iter()
+                .filter(|slot| slot.state == SlotState::Warm)
+                .filter_map(|slot| slot.image.as_deref())
+                .map(canonical)
+                .collect(),
         }
     }
 
     pub(super) fn why_not(&self, id: &JobId) -> Option<WhyNot> {
         let live = self.live.get(id)?;
-        matches!(live.job.state.step, Step::Queued { .. }).then(|| pick::why_not(&live.required, &self.rooms()))
+        matches!(live.job.state.step, Step::Queued { .. })
+            .then(|| pick::why_not(&live.required, image_of(live), &self.rooms()))
     }
+
+    /// Ends jobs whose image is not to be had, once everybody had time to connect and say what they have.
+    pub(super) fn refuse(&mut self, now: Now) {
+        let refuses = |offer: &Offer| {
+            let refused = |report: &ImageReport| report.failed.as_ref().is_some_and(|failed| failed.refused);
+            offer.images.images.iter().any(refused)
+        };
+        if now.mono < self.patient_until || self.queue.is_empty() || !self.offers.values().any(refuses) {
+            return;
+        }
+        let rooms = self.rooms();
+        let oldest = self.queue.iter().take(limits::COMMIT_GROUPS_MAX).filter_map(|(_, id)| self.live.get(id));
+        let refused: Vec<(JobId, String)> = oldest
+            .filter_map(|live| Some((live.job.id, pick::refusal(&live.required, image_of(live), &rooms)?)))
+            .collect();
+        for (id, message) in refused {
+            self.change(None, id, &Event::NoImage { message }, Guard::Version, None, now);
+        }
+    }
+}
+
+/// What it wants to run in; absent: the worker's own.
+pub(super) fn image_of(live: &Live) -> Option<&str> {
+    live.job.spec.image.as_deref()
 }

@@ -35,6 +35,7 @@ fn offer(n: u128, slots: &[(SlotState, Option<AttemptRef>)]) -> Request {
         name: format!("w{n}"),
         labels: Labels::default(),
         slots,
+        images: Default::default(),
         draining: false,
     })
 }

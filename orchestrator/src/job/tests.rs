@@ -51,6 +51,8 @@ fn events(attempt: u32) -> Vec<(&'static str, Event)> {
         ("finished, canceled", because(Reason::UserCanceled)),
         ("finished, vm lost", because(Reason::VmLost)),
         ("finished, handed back", because(Reason::WorkerDrained)),
+        ("finished, no image", because(Reason::ImagePullFailure)),
+        ("no image anywhere", Event::NoImage { message: "404".into() }),
         ("finished, config error", because(Reason::ConfigError)),
         ("lost", lost),
         ("cancel asked", Event::CancelAsked { reason: Reason::UserCanceled }),
@@ -111,10 +113,9 @@ fn the_whole_table_is_as_committed() {
 fn news_of_another_attempt_changes_nothing() {
     for (name, state) in states() {
         for stale in [1, 3] {
-            for (event_name, event) in events(stale)
-                .into_iter()
-                .filter(|(name, _)| !matches!(*name, "assigned" | "cancel asked" | "deadline passed"))
-            {
+            for (event_name, event) in events(stale).into_iter().filter(|(name, _)| {
+                !matches!(*name, "assigned" | "cancel asked" | "no image anywhere" | "deadline passed")
+            }) {
                 let refused = apply(&state, &event, NOW, &rules()).unwrap_err();
                 assert!(matches!(refused, Refused::Stale | Refused::Terminal), "{name}: {event_name}");
             }

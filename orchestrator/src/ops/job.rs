@@ -6,6 +6,7 @@ use std::sync::Arc;
 use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, WorkerId, printable};
 use alloy_shared::limits;
+use alloy_shared::wire::image::canonical;
 use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings};
 use alloy_shared::wire::session::{ArtifactReport, Report, ResultReport, fact};
 use alloy_shared::wire::source::check_path;
@@ -48,6 +49,7 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
         }
     }
     somebody_qualifies(app, who, &body).await?;
+    somebody_has_the_image(app, who, &body).await?;
     let id = app.desk.new_job(&*app.env);
     let by = By { org: who.org, caller: who.caller.to_string() };
     let (body, asked) = (Arc::new(body), key.clone());
@@ -120,6 +122,40 @@ async fn somebody_qualifies(app: &App, who: &Principal, body: &SubmitJob) -> Res
     let wanted: Vec<String> = required.iter().map(|(key, value)| format!("{key}={value}")).collect();
     let why = format!("no worker of this farm has the labels {}", wanted.join(", "));
     Err(OpError::refused(ErrorCode::NoSuchWorker, why).hint("`alloy worker list` shows the labels there are"))
+}
+
+/// A job in an image that every enrolled worker says it cannot get would only come back: it is refused at once. A worker
+/// that is away may be able to.
+async fn somebody_has_the_image(app: &App, who: &Principal, body: &SubmitJob) -> Result<(), OpError> {
+    let (Some(image), Ok(required)) = (&body.spec.image, Labels::try_from(&body.spec.labels)) else { return Ok(()) };
+    let (name, now) = (canonical(image), app.env.now().mono);
+    let mut why = None;
+    for worker in app.store.workers(&who.scope()).await? {
+        let fits = |(key, value)| worker.labels.get(key).or_else(|| worker.host_labels.get(key)) == Some(value);
+        if worker.revoked || !required.iter().all(fits) {
+            continue;
+        }
+        let Some(live) = app.hub.view(&worker.id, now).filter(|live| live.connected) else { return Ok(()) };
+        let report = live.images.images.iter().find(|report| report.name == name);
+        let failed = report.and_then(|report| report.failed.as_ref());
+        let message = match (failed, report.is_some_and(|report| report.digest.is_some())) {
+            (_, true) => return Ok(()),
+            (Some(failed), false) if failed.refused => failed.message.clone(),
+            (_, false) if !live.images.pulls && !live.images.own.is_empty() => {
+                format!("it brings no images and runs jobs in `{}`", live.images.own)
+            }
+            (_, false) => return Ok(()),
+        };
+        why = why.or(Some(format!("{}: {message}", worker.name)));
+    }
+    match why {
+        Some(why) => {
+            Err(OpError::refused(ErrorCode::NoSuchWorker, format!("no worker can get the image {image}: {why}"))
+                .hint("`alloy image list` shows the images there are"))
+        }
+        // There is no worker yet.
+        None => Ok(()),
+    }
 }
 
 pub async fn cancel(app: &App, who: &Principal, id: JobId) -> Result<Job, OpError> {

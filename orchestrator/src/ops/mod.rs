@@ -7,6 +7,7 @@ use crate::store::StoreError;
 
 pub mod access;
 pub mod archive;
+pub mod images;
 pub mod job;
 pub mod upload;
 pub mod workers;

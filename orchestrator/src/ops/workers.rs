@@ -153,7 +153,8 @@ mod tests {
         let limits = Limits::default();
         let live = |silent_ms, connected, busy: &[bool], stopping| {
             let slots = busy.iter().copied().map(slot).collect();
-            Some(LiveWorker { silent_ms, connected, left: false, slots, stopping, trouble: None })
+            let images = Default::default();
+            Some(LiveWorker { silent_ms, connected, left: false, slots, images, stopping, trouble: None })
         };
         let left = |silent_ms| live(silent_ms, false, &[false], true).map(|live| LiveWorker { left: true, ..live });
         for (expect, drained, live) in [

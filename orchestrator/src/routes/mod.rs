@@ -29,6 +29,7 @@ use crate::error::{self, Fault};
 pub mod bytes;
 pub mod extract;
 pub mod farm;
+pub mod images;
 pub mod jobs;
 mod plain;
 mod range;
@@ -87,6 +88,10 @@ fn rows() -> Vec<Row> {
         (Admin, Json, routes!(farm::drain)),
         (Admin, Json, routes!(farm::resume)),
         (Admin, Json, routes!(farm::revoke_worker)),
+        (Viewer, Json, routes!(images::list)),
+        (Admin, Json, routes!(images::pull)),
+        (Admin, Json, routes!(images::pin)),
+        (Admin, Json, routes!(images::remove)),
         (Worker, Stream, routes!(socket::connect)),
         (Admin, Json, routes!(farm::create_token)),
         (Admin, Json, routes!(farm::list_tokens)),

@@ -2,10 +2,12 @@
 //! worker says it has, and sends the difference. No acknowledgement before the disk has it.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Now};
 use alloy_shared::id::{AttemptRef, JobId, Labels, WorkerId};
 use alloy_shared::limits::{self, Limits};
+use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::session::{
     Held, HeldState, Hello, LogChunk, Order, Report, SlotView, ToOrchestrator, ToWorker, Welcome,
 };
@@ -68,6 +70,7 @@ pub struct Core {
     heard_at: Mono,
     labels: Labels,
     slots: Vec<SlotView>,
+    images: Arc<Inventory>,
     worker_draining: bool,
     trouble: Option<String>,
     /// What the operator last said in this session.
@@ -89,6 +92,7 @@ impl Core {
             heard_at: now.mono,
             labels: Labels::default(),
             slots: Vec::new(),
+            images: Arc::default(),
             worker_draining: false,
             trouble: None,
             operator_draining: None,
@@ -142,6 +146,7 @@ impl Core {
                     self.offer(&mut out);
                 }
             }
+            Input::Wishes => out.extend(matches!(self.phase, Phase::Open).then_some(Effect::Wish)),
             Input::Stop { after_ms } => {
                 out.push(Effect::Send(ToWorker::Reconnect { after_ms }));
                 self.hang_up("the orchestrator stops", &mut out);
@@ -189,6 +194,7 @@ impl Core {
                 out.push(Effect::Close { attempt, teardown_ms, log_len });
                 self.forget(&attempt);
             }
+            (Phase::Open, ToOrchestrator::Images(inventory)) => self.inventory(inventory, out),
             (Phase::Open, ToOrchestrator::Goodbye { .. }) => {
                 out.push(Effect::Left);
                 self.hang_up("the worker said goodbye", out);
@@ -246,6 +252,7 @@ impl Core {
             draining,
         })));
         out.push(Effect::Seen);
+        out.push(Effect::Wish);
         for job in jobs {
             // News that came while the session was being opened is newer than this list.
             if self.jobs.get(&job.id).is_none_or(|known| known.version < job.version) {
@@ -313,6 +320,17 @@ impl Core {
         self.prune();
         out.push(Effect::Seen);
         out.push(Effect::Send(ToWorker::HeartbeatAck { n, orders }));
+        self.offer(out);
+    }
+
+    fn inventory(&mut self, inventory: Inventory, out: &mut Vec<Effect>) {
+        if inventory.images.len() > limits::IMAGES_MAX {
+            return self.hang_up("more images than a worker has", out);
+        }
+        let mut inventory = inventory;
+        // Looked up by name.
+        inventory.images.sort_by(|a, b| a.name.cmp(&b.name));
+        self.images = Arc::new(inventory);
         self.offer(out);
     }
 
@@ -539,6 +557,7 @@ impl Core {
         out.push(Effect::Offer {
             labels: self.labels.clone(),
             slots: self.slots.clone(),
+            images: Arc::clone(&self.images),
             draining: self.worker_draining || self.operator_draining == Some(true),
             stopping: self.worker_draining,
             trouble: self.trouble.clone(),

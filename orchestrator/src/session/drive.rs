@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::{AttemptRef, Labels, WorkerId};
+use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::job::Reason;
 use alloy_shared::wire::path;
 use alloy_shared::wire::session::{
@@ -151,10 +152,11 @@ impl Session {
                     self.app.env.spawn("close", Box::pin(close));
                 }
             }
-            Effect::Offer { labels, slots, draining, stopping, trouble } => {
-                self.app.hub.offered(self.worker, &slots, stopping, trouble);
-                self.offer(labels, slots, draining).await;
+            Effect::Offer { labels, slots, images, draining, stopping, trouble } => {
+                self.app.hub.offered(self.worker, &slots, &images, stopping, trouble);
+                self.offer(labels, slots, images, draining).await;
             }
+            Effect::Wish => self.wish().await,
             Effect::Left => self.left = true,
             Effect::Seen => self.app.hub.seen(self.worker, self.app.env.now().mono),
             Effect::Hangup(why) => {
@@ -273,14 +275,32 @@ impl Session {
         }));
     }
 
-    async fn offer(&mut self, host: Labels, slots: Vec<SlotView>, draining: bool) {
+    /// Sends what the farm wishes of images. Whoever cannot read it begins anew.
+    async fn wish(&mut self) {
+        let (scope, store) = (Scope::farm(), &self.app.store);
+        let read =
+            async { Ok::<_, StoreError>((store.worker(&scope, &self.worker).await?, store.images(&scope).await?)) };
+        match read.await {
+            Ok((Some(worker), rows)) => {
+                let wishes = ops::images::wishes(&rows, &worker);
+                self.send(ToWorker::Images { wishes }.encode()).await;
+            }
+            Ok((None, _)) => self.over = true,
+            Err(error) => {
+                warn!(worker.id = %self.worker, %error, "what images worker {} shall have cannot be read", self.worker);
+                self.over = true;
+            }
+        }
+    }
+
+    async fn offer(&mut self, host: Labels, slots: Vec<SlotView>, images: Arc<Inventory>, draining: bool) {
         let mut labels = host;
         for (key, value) in self.given_labels.iter() {
             if let Err(error) = labels.insert(key, value) {
                 warn!(worker.id = %self.worker, %error, "a label of worker {} does not fit", self.worker);
             }
         }
-        let offer = Offer { worker: self.worker, name: self.name.clone(), labels, slots, draining };
+        let offer = Offer { worker: self.worker, name: self.name.clone(), labels, slots, images, draining };
         self.app.desk.tell(Request::Offer(offer)).await;
     }
 
@@ -320,6 +340,7 @@ fn read(letter: Mail, app: &App) -> Input {
         Mail::Durable { attempt, len } => Input::Durable { attempt, len },
         Mail::Superseded => Input::Superseded,
         Mail::Drain { on } => Input::Drain { on },
+        Mail::Wishes => Input::Wishes,
         Mail::Revoked => refused(ops::access::revoked()),
         Mail::Stop => Input::Stop { after_ms: app.env.dice() % app.limits.heartbeat_ms.max(1) },
     }

@@ -1,7 +1,10 @@
 //! T: what goes into a session's core, and what comes out.
 
+use std::sync::Arc;
+
 use alloy_shared::id::{AttemptRef, Digest, Labels};
 use alloy_shared::wire::ErrorCode;
+use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::session::{Hello, LogChunk, Report, SlotView, ToOrchestrator, ToWorker};
 use bytes::Bytes;
 
@@ -48,6 +51,8 @@ pub enum Input {
     Drain {
         on: bool,
     },
+    /// What the farm wishes of images changed.
+    Wishes,
     /// The orchestrator stops.
     Stop {
         after_ms: u64,
@@ -119,12 +124,15 @@ pub enum Effect {
     Offer {
         labels: Labels,
         slots: Vec<SlotView>,
+        images: Arc<Inventory>,
         /// It takes no new work, whoever said so.
         draining: bool,
         /// The worker itself said so: it is stopping, or its disk is full.
         stopping: bool,
         trouble: Option<String>,
     },
+    /// Tell the worker what the farm wishes of images at this moment.
+    Wish,
     Seen,
     /// The worker said goodbye: nobody need wait for it.
     Left,

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 
 use super::write::{Advance, CloseAttempt, Enrol, IdempotencyKey, InsertJob, OpenSession};
 use super::{
-    Artifact, Attempt, Blob, BlobKind, Committed, Group, Guard, Job, JobEventRow, JobFilter, Miss, Scope, Store,
-    StoreError, TokenRow, Worker, Write,
+    Artifact, Attempt, Blob, BlobKind, Committed, Group, Guard, ImageRow, Job, JobEventRow, JobFilter, Miss, Scope,
+    Store, StoreError, TokenRow, Worker, Write,
 };
 
 #[derive(Debug, Default)]
@@ -28,6 +28,7 @@ struct Tables {
     workers: BTreeMap<WorkerId, Worker>,
     tokens: BTreeMap<TokenId, TokenRow>,
     blobs: BTreeMap<(Digest, BlobKind, OrgId), Blob>,
+    images: BTreeMap<(OrgId, String), ImageRow>,
     meta: BTreeMap<String, String>,
 }
 
@@ -82,6 +83,15 @@ impl Tables {
                 token.revoked_at = token.revoked_at.or(Some(*at));
                 Ok(0)
             }
+            Write::SetImage(row) => {
+                let place = (row.org, row.name.clone());
+                if self.images.get(&place).is_some_and(|known| known.generation > row.generation) {
+                    return Err(Miss::Stale);
+                }
+                self.images.insert(place, row.clone());
+                Ok(0)
+            }
+            Write::DropImage { org, name } => self.images.remove(&(*org, name.clone())).map(|_| 0).ok_or(Miss::Stale),
             Write::AddBlobs(blobs) => {
                 for blob in blobs {
                     self.blobs.entry((blob.digest, blob.kind, blob.org)).or_insert_with(|| blob.clone());
@@ -335,6 +345,13 @@ impl Store for MemStore {
         let mut shown: Vec<TokenRow> = shown.cloned().collect();
         shown.sort_by_key(|token| std::cmp::Reverse((token.created_at, token.id)));
         Ok(shown)
+    }
+
+    async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError> {
+        let tables = self.tables();
+        let mut seen: Vec<ImageRow> = tables.images.values().filter(|row| scope.sees(row.org)).cloned().collect();
+        seen.sort_by(|a, b| (&a.name, a.org).cmp(&(&b.name, b.org)));
+        Ok(seen)
     }
 
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError> {

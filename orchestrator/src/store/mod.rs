@@ -7,6 +7,7 @@ use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, TokenId, WorkerId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
+use alloy_shared::wire::image::ImageWant;
 use alloy_shared::wire::job::{End, EventKind, JobSpec, Phase, Reason, StateWord, Timings};
 use async_trait::async_trait;
 
@@ -146,6 +147,21 @@ pub struct TokenRow {
     pub used_by: Option<WorkerId>,
 }
 
+/// What the farm wishes of one image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageRow {
+    pub org: OrgId,
+    pub name: String,
+    pub want: ImageWant,
+    pub pinned: bool,
+    /// Every worker that is named and has the labels is meant; none named: all.
+    pub workers: Vec<WorkerId>,
+    pub labels: Labels,
+    /// Raised with every wish: each worker fulfils each once.
+    pub generation: i64,
+    pub at: Ms,
+}
+
 /// Where a blob's bytes are. The same digest in two organisations is two rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blob {
@@ -226,5 +242,7 @@ pub trait Store: Send + Sync {
     async fn token(&self, hash: &Digest) -> Result<Option<TokenRow>, StoreError>;
     /// Newest first, join tokens left out.
     async fn tokens(&self, scope: &Scope) -> Result<Vec<TokenRow>, StoreError>;
+    /// By name.
+    async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError>;
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError>;
 }

@@ -3,7 +3,7 @@
 use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, WorkerId};
 
-use super::{Artifact, Attempt, Blob, Job, JobEventRow, TokenRow, Worker};
+use super::{Artifact, Attempt, Blob, ImageRow, Job, JobEventRow, TokenRow, Worker};
 
 /// All of it or nothing of it. The guarded write comes first.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +34,12 @@ pub enum Write {
         org: OrgId,
         id: alloy_shared::id::TokenId,
         at: Ms,
+    },
+    /// Misses with `Stale` if the image has a newer wish.
+    SetImage(ImageRow),
+    DropImage {
+        org: OrgId,
+        name: String,
     },
     /// Blobs that are known already stay as they are.
     AddBlobs(Vec<Blob>),

@@ -24,6 +24,7 @@ use crate::wire::farm::{
     DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest,
     TokenView, WhoAmI, WorkerList, WorkerView,
 };
+use crate::wire::image::{ImageList, ImageView, PinRequest, PullRequest, RemoveRequest};
 use crate::wire::job::{ArtifactList, JobPage, JobView, StateWord, SubmitJob};
 use crate::wire::{ErrorCode, Problem, header, path};
 
@@ -236,6 +237,23 @@ impl Client {
     }
 
     /// Makes a token. Sent again only if it surely never arrived: a token nobody sees must not exist.
+    pub async fn images(&self) -> Result<ImageList, ClientError> {
+        self.ask(Call::get(path::IMAGES)).await
+    }
+
+    /// Sent again it is one more wish, which is the same wish.
+    pub async fn pull_image(&self, request: &PullRequest) -> Result<ImageView, ClientError> {
+        self.ask(Call::post(path::IMAGES).json(request)).await
+    }
+
+    pub async fn pin_image(&self, request: &PinRequest) -> Result<ImageView, ClientError> {
+        self.ask(Call::post(path::IMAGE_PIN).json(request)).await
+    }
+
+    pub async fn remove_image(&self, name: &str) -> Result<ImageView, ClientError> {
+        self.ask(Call::post(path::IMAGE_REMOVE).json(&RemoveRequest { name: name.to_owned() })).await
+    }
+
     pub async fn create_token(&self, request: &TokenRequest) -> Result<TokenCreated, ClientError> {
         self.ask(Call::post(path::TOKENS).json(request).once()).await
     }

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::farm::*;
+use super::image::*;
 use super::job::*;
 use super::session::*;
 use super::source::*;
@@ -265,6 +266,52 @@ fn from_workers() {
     );
     check(ToOrchestrator::Goodbye { reason: "stop".into() }, r#"{"type":"goodbye","reason":"stop"}"#);
     check(ToOrchestrator::Unsupported { message: "sing".into() }, r#"{"type":"unsupported","message":"sing"}"#);
+}
+
+#[test]
+fn images() {
+    let wish = ImageWish { name: "r/a:1".into(), want: ImageWant::Present, pinned: true, generation: 7 };
+    check(
+        ToWorker::Images { wishes: vec![wish] },
+        r#"{"type":"images","wishes":[{"name":"r/a:1","want":"present","pinned":true,"generation":7}]}"#,
+    );
+    check([ImageWant::Absent, ImageWant::None], r#"["absent","none"]"#);
+    let report = ImageReport {
+        name: "r/a:1".into(),
+        digest: Some("sha256:ab".into()),
+        size_bytes: Some(9),
+        used_at_ms: Some(5),
+        in_use: true,
+        waiting: false,
+        pulling: Some(PullProgress { percent: 40, total_bytes: Some(9) }),
+        failed: Some(PullFailed { message: "404".into(), refused: true }),
+        generation: 7,
+    };
+    let text = r#""name":"r/a:1","digest":"sha256:ab","size_bytes":9,"used_at_ms":5,"in_use":true,"waiting":false,"pulling":{"percent":40,"total_bytes":9},"failed":{"message":"404","refused":true},"generation":7"#;
+    check(
+        ToOrchestrator::Images(Inventory { pulls: true, own: "o".into(), images: vec![report.clone()] }),
+        &format!(r#"{{"type":"images","pulls":true,"own":"o","images":[{{{text}}}]}}"#),
+    );
+    check(
+        ImageReport { name: "a".into(), ..ImageReport::default() },
+        r#"{"name":"a","in_use":false,"waiting":false,"generation":0}"#,
+    );
+    check(PullRequest { name: "a".into(), ..PullRequest::default() }, r#"{"name":"a"}"#);
+    check(
+        PullRequest { name: "a".into(), workers: vec![WORKER], labels: map([("chip", "m4")]) },
+        r#"{"name":"a","workers":["$WORKER"],"labels":{"chip":"m4"}}"#,
+    );
+    check(PinRequest { name: "a".into(), pinned: false }, r#"{"name":"a","pinned":false}"#);
+    check(RemoveRequest { name: "a".into() }, r#"{"name":"a"}"#);
+    let on = WorkerImage { worker: WORKER, worker_name: "mini".into(), connected: true, wanted: true, report };
+    let view =
+        ImageView { name: "r/a:1".into(), want: ImageWant::None, pinned: false, generation: 7, workers: vec![on] };
+    check(
+        ImageList { images: vec![view] },
+        &format!(
+            r#"{{"images":[{{"name":"r/a:1","want":"none","pinned":false,"generation":7,"workers":[{{"worker":"$WORKER","worker_name":"mini","connected":true,"wanted":true,{text}}}]}}]}}"#
+        ),
+    );
 }
 
 #[test]

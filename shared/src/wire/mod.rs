@@ -3,6 +3,7 @@
 pub mod farm;
 #[cfg(test)]
 mod golden;
+pub mod image;
 pub mod job;
 pub mod session;
 pub mod source;
@@ -59,6 +60,9 @@ pub mod path {
     pub const ATTEMPT_BLOBS: &str = "/v1/attempts/{job}/{attempt}/blobs";
     /// With an attempt's token: `PUT` an artifact's bytes from an offset; `HEAD` tells how much is there.
     pub const ATTEMPT_ARTIFACT: &str = "/v1/attempts/{job}/{attempt}/artifacts/{digest}";
+    pub const IMAGES: &str = "/v1/images";
+    pub const IMAGE_PIN: &str = "/v1/images/pin";
+    pub const IMAGE_REMOVE: &str = "/v1/images/rm";
     pub const TOKENS: &str = "/v1/tokens";
     pub const TOKEN: &str = "/v1/tokens/{id}";
 

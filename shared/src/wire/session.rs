@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::ErrorCode;
+use super::image::{ImageWish, Inventory};
 use super::job::{End, JobSpec, Phase, Timings};
 use crate::id::{AttemptRef, BootId, Digest, Labels, OrgId, WorkerId};
 use crate::limits;
@@ -47,6 +48,8 @@ pub enum ToOrchestrator {
         teardown_ms: u64,
         log_len: u64,
     },
+    /// Which images there are; the whole truth, at the start and with every change.
+    Images(Inventory),
     Goodbye {
         reason: String,
     },
@@ -98,6 +101,10 @@ pub enum ToWorker {
     /// Take no more, finish what is held.
     Drain {
         on: bool,
+    },
+    /// What the farm wishes of images: the whole list, at the start and with every change.
+    Images {
+        wishes: Vec<ImageWish>,
     },
     Superseded,
     /// The orchestrator is stopping: come back after this.
@@ -390,7 +397,7 @@ impl ToOrchestrator {
         encode(self)
     }
     pub fn decode(text: &str) -> Result<Self, BadFrame> {
-        decode(text, &["hello", "heartbeat", "report", "closed", "goodbye", "unsupported"])
+        decode(text, &["hello", "heartbeat", "report", "closed", "images", "goodbye", "unsupported"])
     }
 }
 
@@ -411,6 +418,7 @@ impl ToWorker {
                 "missing",
                 "log_ack",
                 "drain",
+                "images",
                 "superseded",
                 "reconnect",
                 "unsupported",

@@ -17,7 +17,7 @@ pub fn check(spec: &JobSpec) -> Result<Labels, Vec<FieldError>> {
     artifacts(spec, &mut faults);
     durations(spec, &mut faults);
     if let Some(image) = &spec.image {
-        faults.check("image", image_name(image));
+        faults.check("image", check_image(image));
     }
     if spec.retries > limits::RETRIES_MAX {
         faults.add("retries", format!("is {}, at most {} are allowed", spec.retries, limits::RETRIES_MAX));
@@ -149,7 +149,7 @@ fn durations(spec: &JobSpec, faults: &mut Faults) {
 
 /// `[registry/]name[/name…][:tag][@sha256:hex]`. It becomes a word on a command line of the worker's, so it never
 /// starts with a dash and holds nothing that a shell or an option parser could read.
-fn image_name(name: &str) -> Result<(), String> {
+pub fn check_image(name: &str) -> Result<(), String> {
     let fail = |why: &str| Err(format!("`{}` {why}", printable(name)));
     if name.is_empty() || name.len() > 255 {
         return fail("is not 1 to 255 characters long");

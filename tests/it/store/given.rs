@@ -6,10 +6,13 @@ use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, DEFAULT_ORG, Digest, JobId, Labels, OrgId, TokenId, WorkerId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
+use alloy_shared::wire::image::ImageWant;
 use alloy_shared::wire::job::{End, EventKind, GitInfo, JobSpec, Phase, Reason, Timings};
 use orchestrator::job::{Lease, State, Step, Then, Tries};
 use orchestrator::store::write::{Advance, Enrol, IdempotencyKey, InsertJob};
-use orchestrator::store::{Artifact, Attempt, Blob, BlobKind, Guard, Job, JobEventRow, Place, TokenRow, Worker, Write};
+use orchestrator::store::{
+    Artifact, Attempt, Blob, BlobKind, Guard, ImageRow, Job, JobEventRow, Place, TokenRow, Worker, Write,
+};
 
 pub(super) const OTHER_ORG: OrgId = OrgId::from_raw(DEFAULT_ORG.raw() + 1);
 
@@ -181,6 +184,21 @@ pub(super) fn token(n: usize, kind: TokenKind) -> TokenRow {
 
 pub(super) fn enrol(n: usize, token: &TokenRow) -> Write {
     Write::Enrol(Box::new(Enrol { token: token.hash, at: Ms(50), worker: worker(n) }))
+}
+
+pub(super) fn image(name: &str, generation: i64) -> ImageRow {
+    let mut labels = Labels::default();
+    labels.insert("chip", "m4").unwrap();
+    ImageRow {
+        org: DEFAULT_ORG,
+        name: name.to_owned(),
+        want: ImageWant::Present,
+        pinned: false,
+        workers: vec![worker_id(1)],
+        labels,
+        generation,
+        at: Ms(8),
+    }
 }
 
 pub(super) fn blob(n: usize, kind: BlobKind) -> Blob {

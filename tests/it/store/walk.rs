@@ -7,11 +7,12 @@ use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId, Labels, TokenId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
+use alloy_shared::wire::image::ImageWant;
 use alloy_shared::wire::job::StateWord;
 use orchestrator::store::mem::MemStore;
 use orchestrator::store::write::{Advance, CloseAttempt, Enrol, InsertJob, OpenSession, SetWorker};
 use orchestrator::store::{
-    Artifact, Attempt, Blob, BlobKind, Group, Guard, Job, JobFilter, Miss, Place, Scope, Store, Worker, Write,
+    Artifact, Attempt, Blob, BlobKind, Group, Guard, ImageRow, Job, JobFilter, Miss, Place, Scope, Store, Worker, Write,
 };
 
 use super::given::{self, Dice, any_end, any_event, any_job, any_state, any_timings, job_id, org, worker_id};
@@ -127,7 +128,14 @@ async fn any_write(dice: &mut Dice, model: &MemStore) -> Write {
 
 fn any_farm_write(dice: &mut Dice) -> Write {
     let n = dice.below(TOKENS);
-    match dice.below(5) {
+    match dice.below(7) {
+        5 => {
+            let name = dice.of(&["r/a:1", "r/b:1", "base"]);
+            let row = given::image(name, 1 + dice.below(9) as i64);
+            let pinned = dice.once_in(2) && row.want != ImageWant::Absent;
+            Write::SetImage(ImageRow { org: org(dice.below(2)), pinned, labels: labels(dice), ..row })
+        }
+        6 => Write::DropImage { org: org(dice.below(2)), name: dice.of(&["r/a:1", "base"]).to_owned() },
         2 => Write::RevokeWorker { org: org(dice.below(2)), worker: worker_id(dice.below(WORKERS)) },
         0 => Write::Seen { worker: worker_id(dice.below(WORKERS)), at: dice.ms(), left: dice.once_in(3) },
         1 => {
@@ -294,6 +302,7 @@ async fn everything(store: &dyn Store) -> Vec<String> {
             }
         }
         show(&store.workers(scope).await.unwrap());
+        show(&store.images(scope).await.unwrap());
         show(&store.worker(scope, &worker_id(1)).await.unwrap());
         show(&store.tokens(scope).await.unwrap());
         let digests: Vec<_> = (0..70).rev().map(given::digest).collect();

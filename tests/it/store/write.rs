@@ -5,7 +5,7 @@ use alloy_shared::id::{AttemptRef, DEFAULT_ORG, Digest, Labels, OrgId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::job::{End, EventKind, Reason};
 use orchestrator::store::write::{Advance, CloseAttempt, InsertJob, OpenSession, SetWorker};
-use orchestrator::store::{BlobKind, Group, Guard, Miss, Place, Scope, Write};
+use orchestrator::store::{BlobKind, Group, Guard, ImageRow, Miss, Place, Scope, Write};
 
 use super::given::{self, advance, assigned, attempt, insert, job_id, key, queued, worker_id};
 use super::{on_each, put};
@@ -352,6 +352,26 @@ async fn known_blobs_and_values_stay_as_they_are() {
             put(store, Write::AddMeta { name: "secret", value: value.to_owned() }).await.unwrap();
         }
         assert_eq!(store.meta("secret").await.unwrap().as_deref(), Some("first"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_older_wish_for_an_image_changes_nothing() {
+    on_each(async |store| {
+        let first = given::image("r/a:1", 5);
+        assert_eq!(put(store, Write::SetImage(first.clone())).await, Ok(0));
+        assert_eq!(put(store, Write::SetImage(given::image("r/a:1", 4))).await, Err(Miss::Stale));
+        let other = ImageRow { org: given::OTHER_ORG, ..given::image("r/a:1", 1) };
+        assert_eq!(put(store, Write::SetImage(other.clone())).await, Ok(0), "another organisation's");
+        assert_eq!(store.images(&Scope::org(DEFAULT_ORG)).await.unwrap(), std::slice::from_ref(&first));
+        let pinned = ImageRow { pinned: true, workers: Vec::new(), ..first };
+        assert_eq!(put(store, Write::SetImage(pinned.clone())).await, Ok(0), "the same wish, changed");
+        assert_eq!(store.images(&Scope::farm()).await.unwrap(), [pinned.clone(), other]);
+        let drop = |org| Write::DropImage { org, name: "r/a:1".to_owned() };
+        assert_eq!(put(store, drop(OrgId::from_raw(77))).await, Err(Miss::Stale));
+        assert_eq!(put(store, drop(given::OTHER_ORG)).await, Ok(0));
+        assert_eq!(store.images(&Scope::farm()).await.unwrap(), [pinned]);
     })
     .await;
 }

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
 use super::*;
+use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
 use crate::provider::{ArtifactRule, Guest, GuestFile, ImageRef};
@@ -92,7 +93,17 @@ impl Rig {
         let fixture = Fixture::new();
         let (tx, inputs) = mpsc::channel(10_000);
         let farm = Arc::new(farm);
+        let images = ImageStore::start(ImageSetup {
+            env: Arc::clone(&fixture.env),
+            limits: limits.clone(),
+            provider: Arc::clone(&fixture.host) as _,
+            inputs: tx.clone(),
+            state_dir: fixture.dir.path().to_owned(),
+            own: ImageRef(HOST_IMAGE.into()),
+            budget: None,
+        });
         let setup = PoolSetup {
+            images,
             env: Arc::clone(&fixture.env),
             limits: limits.clone(),
             provider: Arc::clone(&fixture.host) as _,
@@ -244,7 +255,7 @@ async fn ends_carry_the_reason_and_the_commands_own_code() {
     }
     let mut image = assignment("true");
     image.spec.image = Some("macos-15".into());
-    assert_eq!(end(&rig.run(image, None).await).0, Some(Reason::ConfigError));
+    assert_eq!(end(&rig.run(image, None).await).0, Some(Reason::ImagePullFailure));
 }
 
 #[test]

@@ -14,6 +14,7 @@ use std::time::Duration;
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::Digest;
 use alloy_shared::limits;
+use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::source::check_path;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -89,17 +90,27 @@ impl VmProvider for Host {
     }
 
     async fn images(&self) -> Result<Vec<Image>, VmError> {
-        Ok(vec![Image { name: ImageRef(HOST_IMAGE.to_owned()), digest: Digest::of(HOST_IMAGE.as_bytes()) }])
+        let names = vec![ImageRef(HOST_IMAGE.to_owned())];
+        Ok(vec![Image { digest: Digest::of(HOST_IMAGE.as_bytes()), names, size_bytes: 0, removable: false }])
     }
 
-    async fn pull(&self, image: &ImageRef) -> Result<Digest, VmError> {
-        match image.0.as_str() {
-            HOST_IMAGE => Ok(Digest::of(HOST_IMAGE.as_bytes())),
-            _ => Err(VmError::policy(
-                VmFault::NoImage,
-                format!("this worker runs jobs on the host; `{image}` is an image of VMs"),
-            )),
-        }
+    fn pulls(&self) -> bool {
+        false
+    }
+
+    async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
+        Ok((image.0 == HOST_IMAGE).then(|| Digest::of(HOST_IMAGE.as_bytes())))
+    }
+
+    async fn pull(&self, image: &ImageRef, _progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+        self.find(image).await?.ok_or_else(|| {
+            let why = format!("this worker runs jobs on the host; `{image}` is an image of VMs");
+            VmError::policy(VmFault::NoImage, why)
+        })
+    }
+
+    async fn remove(&self, _image: &Digest) -> Result<(), VmError> {
+        Err(VmError::policy(VmFault::NoImage, "the host itself cannot be removed"))
     }
 
     async fn create(&self, vm: &VmName, _image: &Digest, _shape: &Shape) -> Result<(), VmError> {

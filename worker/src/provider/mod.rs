@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use alloy_shared::id::{BadName, Digest};
+use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::job::Blame;
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 mod agent;
 pub mod host;
@@ -25,8 +26,15 @@ pub trait VmProvider: Send + Sync {
     async fn list(&self) -> Result<Vec<VmName>, VmError>;
     /// Lists the images that a VM can be made of at once.
     async fn images(&self) -> Result<Vec<Image>, VmError>;
-    /// Brings an image onto this host.
-    async fn pull(&self, image: &ImageRef) -> Result<Digest, VmError>;
+    /// True if images come from somewhere else. Otherwise there are those that there are.
+    fn pulls(&self) -> bool;
+    /// The image's digest, if VMs can be made of it at once. Asks nobody beyond this host.
+    async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError>;
+    /// Brings an image onto this host as its name stands for it now, however long that takes while it goes on. What was
+    /// downloaded before stays of use after a failure.
+    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError>;
+    /// Removes an image with all its names. VMs that were made of it stay. One that is gone already is a success.
+    async fn remove(&self, image: &Digest) -> Result<(), VmError>;
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError>;
     /// Returns when a command can run. The guest sees `inbox` read-only.
     async fn boot(&self, vm: &VmName, inbox: &Path) -> Result<Arc<dyn Guest>, VmError>;
@@ -108,8 +116,12 @@ impl fmt::Display for ImageRef {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    pub name: ImageRef,
     pub digest: Digest,
+    /// What it is called here, in full.
+    pub names: Vec<ImageRef>,
+    pub size_bytes: u64,
+    /// It was brought from somewhere and can be brought again. What is not must never be removed.
+    pub removable: bool,
 }
 
 /// A VM's size. Absent: the image's own.

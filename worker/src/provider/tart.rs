@@ -8,37 +8,38 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::Digest;
 use alloy_shared::secret::Secret;
+use alloy_shared::wire::image::PullProgress;
 use async_trait::async_trait;
 use nix::sys::signal::{Signal, kill};
 use tokio::sync::watch;
 
 use self::boot::Vm;
 use self::command::{CLONE, Failed, QUICK, STOP, Tart};
-use self::says::{Trouble, Version, digest_of, images, is_remote, ours, parse_list, parse_version, repository};
+use self::says::{Trouble, Version, is_remote, ours, parse_list, parse_version, repository};
 use self::ssh::Login;
+use self::unfinished::Unfinished;
 use super::{Guest, Image, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, vm_dir};
 
 mod boot;
 mod command;
 mod guest;
+mod images;
 mod locks;
 pub mod probe;
 mod says;
 mod script;
 mod softnet;
 mod ssh;
+mod unfinished;
 
 /// The oldest release that has what is used here: `exec`'s socket and `list` as JSON.
 const OLDEST: Version = Version(2, 28, 0);
 /// The first one whose packet filter takes orders while the VM runs.
 const LIVE_FILTER: Version = Version(2, 34, 0);
-/// A download that says nothing new for this long is stalled.
-const PULL_SILENCE: Duration = Duration::from_secs(600);
 /// How often a VM that still counts as running is asked to go.
 const DELETE_TRIES: u32 = 40;
 const DELETE_PAUSE_MS: u64 = 250;
@@ -84,6 +85,8 @@ pub struct Setup {
     pub boot_ms: u64,
     /// A guest that answers by SSH this long, and not by its agent, has none.
     pub agent_grace_ms: u64,
+    /// A download without any progress for this long is broken off.
+    pub pull_stall_ms: u64,
 }
 
 pub struct TartHost {
@@ -94,6 +97,8 @@ pub struct TartHost {
     making: tokio::sync::Mutex<()>,
     /// One download at a time: `tart` would let a second one wait in silence.
     pulling: tokio::sync::Mutex<()>,
+    /// What broke off and may be resumed.
+    unfinished: Unfinished,
     live: Mutex<HashMap<VmName, Arc<Vm>>>,
     /// What a digest is called here.
     names: Mutex<HashMap<Digest, String>>,
@@ -105,7 +110,8 @@ impl TartHost {
     /// Looks whether `tart` is here and is one that is known, and makes sure that no other worker uses its VMs.
     pub async fn open(setup: Setup) -> Result<Self, VmError> {
         let Settings { program, home, guest_user, guest_password, .. } = setup.settings.clone();
-        let tart = Tart { program, home };
+        let unfinished = Unfinished::open(&home, setup.env.now().mono);
+        let tart = Tart { program, home, gate: Arc::default() };
         let out = tart
             .must(&["--version"], QUICK)
             .await?
@@ -122,6 +128,7 @@ impl TartHost {
             version,
             making: tokio::sync::Mutex::default(),
             pulling: tokio::sync::Mutex::default(),
+            unfinished,
             live: Mutex::default(),
             names: Mutex::default(),
             login,
@@ -152,30 +159,8 @@ impl TartHost {
         Err(VmError::farm(VmFault::Lost, format!("tart list: {last}")))
     }
 
-    /// The image's digest, if it is on this host.
-    async fn cached(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
-        if !is_remote(&image.0) {
-            // A VM of this host as an image: it has no digest but its name's.
-            let there = self.vm_home_of(&image.0).join("config.json").exists();
-            let digest = Digest::of(format!("local:{}", image.0).as_bytes());
-            return Ok(there.then(|| self.remember(digest, image.0.clone())));
-        }
-        match self.tart.must(&["fqn", &image.0], QUICK).await? {
-            Ok(fqn) => {
-                let digest = digest_of(&fqn).ok_or_else(|| host(&format!("tart fqn: `{}`", fqn.trim())))?;
-                Ok(Some(self.remember(digest, fqn.trim().to_owned())))
-            }
-            Err(_not_cached) => Ok(None),
-        }
-    }
-
     fn vm_home_of(&self, name: &str) -> PathBuf {
         self.tart.home.join("vms").join(name)
-    }
-
-    fn remember(&self, digest: Digest, name: String) -> Digest {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner).insert(digest, name);
-        digest
     }
 
     async fn clone_vm(&self, vm: &VmName, image: &str) -> Result<(), VmError> {
@@ -250,32 +235,23 @@ impl VmProvider for TartHost {
     }
 
     async fn images(&self) -> Result<Vec<Image>, VmError> {
-        Ok(images(&self.listed().await?))
+        self.cache().await
     }
 
-    async fn pull(&self, image: &ImageRef) -> Result<Digest, VmError> {
-        if let Some(digest) = self.cached(image).await? {
-            return Ok(digest);
-        }
-        if !is_remote(&image.0) {
-            return Err(VmError::policy(VmFault::NoImage, format!("there is no VM `{image}` on this host to clone")));
-        }
-        let _one = self.pulling.lock().await;
-        if let Some(digest) = self.cached(image).await? {
-            return Ok(digest);
-        }
-        tracing::info!(%image, "pulling");
-        let said = Arc::new(watch::channel(String::new()).0);
-        // SIGTERM keeps what has been downloaded; SIGINT would throw it away.
-        let ended = self.tart.watched(&["pull", &image.0], PULL_SILENCE, Signal::SIGTERM, Some(said)).await;
-        let ended = ended.map_err(|error| VmError { what: VmFault::Pull, ..error })?;
-        if ended.status != Some(0) {
-            let failed = Failed { trouble: says::judge(&ended), says: says::tail(&ended) };
-            return Err(vm_error(VmFault::Pull, "pull", &failed));
-        }
-        self.cached(image)
-            .await?
-            .ok_or_else(|| VmError::farm(VmFault::Pull, format!("{image} was pulled and is not there")))
+    fn pulls(&self) -> bool {
+        true
+    }
+
+    async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
+        self.cached(image).await
+    }
+
+    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+        self.bring(image, progress).await
+    }
+
+    async fn remove(&self, image: &Digest) -> Result<(), VmError> {
+        self.evict(image).await
     }
 
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError> {

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use alloy_shared::env::{Mono, Now, backoff};
 use alloy_shared::id::{AttemptRef, BootId};
 use alloy_shared::limits::{self, Limits};
+use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::job::{End, Reason as EndReason};
 use alloy_shared::wire::session::{
     Assignment, Heartbeat, Held, Order, Report, ResultReport, SlotView, ToOrchestrator, ToWorker, Welcome,
@@ -51,6 +52,8 @@ pub struct Core {
     last_heard: Mono,
     tries: u32,
     slots: Vec<SlotView>,
+    /// Absent before anybody looked.
+    images: Option<Inventory>,
     /// What the orchestrator was last told about slots or draining is out of date.
     news: bool,
     /// This daemon is stopping.
@@ -85,6 +88,7 @@ impl Core {
             last_heard: Mono(0),
             tries: 0,
             slots: Vec::new(),
+            images: None,
             news: false,
             draining: false,
             full: false,
@@ -161,6 +165,10 @@ impl Core {
                 self.news |= slots != self.slots;
                 self.slots = slots;
             }
+            Input::Images(images) => {
+                self.images = Some(images);
+                self.tell_images(&mut out);
+            }
             Input::NotStarted { attempt, message } => {
                 self.attempts.remove(&attempt);
                 out.push(refuse(attempt, message));
@@ -212,6 +220,7 @@ impl Core {
             | Input::Unknown(_)
             | Input::Garbled(_)
             | Input::Slots(_)
+            | Input::Images(_)
             | Input::NotStarted { .. }
             | Input::Room
             | Input::Full(_)
@@ -274,6 +283,7 @@ impl Core {
             | ToWorker::EventAck { .. }
             | ToWorker::Missing { .. }
             | ToWorker::LogAck { .. }
+            | ToWorker::Images { .. }
             | ToWorker::Drain { .. }
                 if self.line != Line::Up => {}
             ToWorker::HeartbeatAck { n, orders } => {
@@ -296,6 +306,7 @@ impl Core {
                 Some(Effect::Release { attempt, durable })
             }),
             ToWorker::Drain { on } => self.told_to_drain = on,
+            ToWorker::Images { wishes } => out.push(Effect::Wish(wishes)),
         }
     }
 
@@ -342,6 +353,13 @@ impl Core {
         self.limits.self_fence_ms = self.limits.self_fence_ms.min(welcome.self_fence_ms);
         self.next_beat = now + jittered(self.limits.heartbeat_ms, dice);
         self.renew_lease(hello_at, out);
+        self.tell_images(out);
+    }
+
+    fn tell_images(&self, out: &mut Vec<Effect>) {
+        if self.is_up() {
+            out.extend(self.images.clone().map(|images| Effect::Send(ToOrchestrator::Images(images))));
+        }
     }
 
     fn rejected(&mut self, code: ErrorCode, message: String, after_ms: Option<u64>, dice: u64, out: &mut Vec<Effect>) {

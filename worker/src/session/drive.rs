@@ -7,6 +7,7 @@ use std::sync::Arc;
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::{AttemptRef, Digest, Labels, WorkerId};
 use alloy_shared::limits::Limits;
+use alloy_shared::wire::image::ImageWish;
 use alloy_shared::wire::session::{
     Assignment, BadFrame, Frame, Hello, Link, LogChunk, Report, ToOrchestrator, ToWorker, signed_text,
 };
@@ -31,6 +32,8 @@ const STOPS_MAX: usize = 4;
 
 /// Starts an executor. It reports through [`Inputs`] and ends with `Closed`.
 pub type Starter = Box<dyn Fn(Assignment, mpsc::Receiver<Stop>) -> BoxFuture<'static, ()> + Send + Sync>;
+/// Takes the farm's wishes for images.
+pub type Wisher = Box<dyn Fn(Vec<ImageWish>) + Send + Sync>;
 /// Signs a text with the worker's key, base64.
 pub type Signer = Box<dyn Fn(&str) -> String + Send + Sync>;
 
@@ -51,6 +54,7 @@ pub struct Seams {
     pub fence: Arc<Fence>,
     pub me: Me,
     pub start: Starter,
+    pub wish: Wisher,
     /// Finish what is held, take nothing new.
     pub soft: CancellationToken,
     /// Let go of everything.
@@ -264,6 +268,7 @@ impl Session {
             Effect::Upload { attempt, artifacts } => self.upload(attempt, artifacts),
             Effect::Forget { attempt } => self.forget(attempt),
             Effect::FenceAt(at) => self.seams.fence.set(at),
+            Effect::Wish(wishes) => (self.seams.wish)(wishes),
         }
         Ok(None)
     }

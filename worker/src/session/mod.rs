@@ -10,14 +10,15 @@ pub mod drive;
 use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::wire::ErrorCode;
+use alloy_shared::wire::image::{ImageWish, Inventory};
 use alloy_shared::wire::session::{Assignment, Held, Report, SlotView, ToOrchestrator, ToWorker};
 use tokio::sync::{mpsc, watch};
 
 pub use self::core::Core;
 use crate::vm_care::Trouble;
 
-/// The door to a session's core. Executors and the pool send `Report`, `Spooled`, `Slots`, `Trouble` and
-/// `Closed`, nothing else.
+/// The door to a session's core. Executors, the pool and the images send `Report`, `Spooled`, `Slots`, `Images`, `Trouble`
+/// and `Closed`, nothing else.
 pub type Inputs = mpsc::Sender<Input>;
 
 /// Inputs that may wait for the session. A full channel slows the executors, never the session.
@@ -55,6 +56,8 @@ pub enum Input {
         len: u64,
     },
     Slots(Vec<SlotView>),
+    /// What images there are.
+    Images(Inventory),
     /// The executor is gone, the slot is clean.
     Closed {
         attempt: AttemptRef,
@@ -125,6 +128,8 @@ pub enum Effect {
         attempt: AttemptRef,
     },
     FenceAt(Mono),
+    /// What the farm wishes of images: the whole list.
+    Wish(Vec<ImageWish>),
 }
 
 /// How an executor is to stop.

@@ -5,12 +5,14 @@ use std::sync::Mutex;
 use alloy_shared::id::JobId;
 use alloy_shared::limits::{HOST_FAULTS_MAX, STUCK_TRIES_MAX};
 use alloy_shared::runtime::SystemEnv;
+use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::session::SlotState;
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::*;
+use crate::images::ImageSetup;
 use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image};
 
 /// VMs that are only names, and faults on demand.
@@ -55,13 +57,25 @@ impl VmProvider for Fake {
         Ok(self.alive.lock().unwrap().iter().cloned().collect())
     }
     async fn images(&self) -> Result<Vec<Image>, VmError> {
-        Ok(vec![])
+        let image = |name: &str| Image {
+            digest: Digest::of(name.as_bytes()),
+            names: vec![ImageRef(name.into())],
+            size_bytes: 1,
+            removable: true,
+        };
+        Ok(vec![image("own"), image("other")])
     }
-    async fn pull(&self, image: &ImageRef) -> Result<Digest, VmError> {
-        match image.0.as_str() {
-            "absent" => Err(VmError::policy(VmFault::NoImage, "absent")),
-            name => Ok(Digest::of(name.as_bytes())),
-        }
+    fn pulls(&self) -> bool {
+        true
+    }
+    async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
+        Ok((image.0 != "absent").then(|| Digest::of(image.0.as_bytes())))
+    }
+    async fn pull(&self, _: &ImageRef, _: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+        Err(VmError::policy(VmFault::NoImage, "absent"))
+    }
+    async fn remove(&self, _: &Digest) -> Result<(), VmError> {
+        Ok(())
     }
     async fn create(&self, vm: &VmName, _: &Digest, _: &Shape) -> Result<(), VmError> {
         assert!(self.alive.lock().unwrap().insert(vm.clone()), "a name is never used twice");
@@ -124,8 +138,19 @@ impl Rig {
     async fn new(slots: usize, fake: Fake) -> Self {
         let fake = Arc::new(fake);
         let (tx, inputs) = mpsc::channel(1_000);
+        let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
+        let images = ImageStore::start(ImageSetup {
+            env: Arc::clone(&env),
+            limits: Limits::default(),
+            provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
+            inputs: tx.clone(),
+            state_dir: "/state".into(),
+            own: ImageRef("own".into()),
+            budget: None,
+        });
         let setup = PoolSetup {
-            env: Arc::new(SystemEnv::detached()),
+            env,
+            images,
             limits: Limits { quarantine_ms: 200, ..Limits::default() },
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
@@ -181,6 +206,14 @@ async fn until(look: impl Fn() -> bool) {
     panic!("it did not come to this");
 }
 
+/// Lets a claim come as far as it can while all slots are taken.
+async fn waits(mut claim: std::pin::Pin<&mut impl Future<Output = Result<Claimed, VmError>>>) {
+    for _ in 0..100 {
+        assert!(futures_util::poll!(claim.as_mut()).is_pending());
+        tokio::task::yield_now().await;
+    }
+}
+
 fn attempt(n: u32) -> AttemptRef {
     AttemptRef { job: JobId::from_raw(1), attempt: n }
 }
@@ -227,8 +260,9 @@ async fn a_claim_that_is_given_up_is_forgotten() {
     let mut rig = Rig::new(1, Fake::default()).await;
     let (held, pool) = (rig.claim(1).await.unwrap(), Arc::clone(&rig.pool));
     let mut second = std::pin::pin!(pool.claim(attempt(2), None, NetworkPolicy::Default));
-    assert!(futures_util::poll!(&mut second).is_pending());
+    waits(second.as_mut()).await;
     second.set(pool.claim(attempt(3), None, NetworkPolicy::Default));
+    waits(second.as_mut()).await;
     drop(held);
     let third = second.await.unwrap();
     assert!(!third.hit);

@@ -175,6 +175,7 @@ impl World {
             name: String::new(),
             labels: Labels::default(),
             slots,
+            images: Default::default(),
             draining: self.roll(8) == 0,
         })
     }

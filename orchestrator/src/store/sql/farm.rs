@@ -117,7 +117,7 @@ const fn kind_word(kind: TokenKind) -> &'static str {
 }
 
 /// The first and the last organisation that a scope sees.
-fn orgs(scope: &Scope) -> (OrgId, OrgId) {
+pub(super) fn orgs(scope: &Scope) -> (OrgId, OrgId) {
     match scope.filter() {
         Some(org) => (org, org),
         None => (OrgId::from_raw(0), OrgId::from_raw(u128::MAX)),

@@ -119,6 +119,8 @@ pub(super) async fn write(conn: &mut Conn<'_>, writes: &[&Write]) -> Result<bool
             | Write::Seen { .. }
             | Write::AddToken(_)
             | Write::RevokeToken { .. }
+            | Write::SetImage(_)
+            | Write::DropImage { .. }
             | Write::AddBlobs(_)
             | Write::AddMeta { .. } => rows,
         };

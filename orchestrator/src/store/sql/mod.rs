@@ -8,6 +8,7 @@ mod blob;
 mod conn;
 mod farm;
 mod fault;
+mod image;
 mod job;
 mod lock;
 mod open;
@@ -17,8 +18,8 @@ use alloy_shared::limits;
 use async_trait::async_trait;
 
 use super::{
-    Artifact, Attempt, Blob, BlobKind, Committed, Group, Job, JobEventRow, JobFilter, Scope, Store, StoreError,
-    TokenRow, Worker,
+    Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, Scope, Store,
+    StoreError, TokenRow, Worker,
 };
 use conn::{Args, Conn, Db, Row, Wide, end, tx};
 use fault::within;
@@ -36,7 +37,7 @@ macro_rules! statements {
 use statements;
 
 /// Every text that the store sends, by name.
-pub const CATALOGUE: &[&[(&str, &str)]] = &[batch::TEXTS, job::TEXTS, farm::TEXTS, blob::TEXTS];
+pub const CATALOGUE: &[&[(&str, &str)]] = &[batch::TEXTS, job::TEXTS, farm::TEXTS, image::TEXTS, blob::TEXTS];
 
 /// The store on SQLite or Postgres.
 #[derive(Debug)]
@@ -129,6 +130,9 @@ impl Store for SqlStore {
     }
     async fn tokens(&self, scope: &Scope) -> Result<Vec<TokenRow>, StoreError> {
         self.read_tokens(scope).await
+    }
+    async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError> {
+        self.read_images(scope).await
     }
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError> {
         self.read_meta(name).await

@@ -72,11 +72,12 @@ async fn f13_an_image_that_is_here_is_used_without_the_registry_and_one_that_is_
         fine(&farm, "true").await?;
     }
     assert_eq!(calls(farm.mac(0), "pull").len(), pulls, "nobody asked the registry");
-    for code in [404, 401] {
+    for (code, name) in [(404, "absent"), (401, "secret")] {
         farm.mac(0).faults(&[with(rule("pull", "status", 0, 0), json!({ "code": code }))]);
-        let ended = job(&farm, json!({ "shell": "true", "image": "registry.test/alloy/absent:latest" })).await?;
+        let ended =
+            job(&farm, json!({ "shell": "true", "image": format!("registry.test/alloy/{name}:latest") })).await?;
         let told = (&ended["state"], &ended["reason"], &ended["blame"], &ended["attempt"]);
-        assert_eq!(told, (&json!("errored"), &json!("config_error"), &json!("policy"), &json!(1)), "{ended}");
+        assert_eq!(told, (&json!("errored"), &json!("image_pull_failure"), &json!("farm"), &json!(1)), "{ended}");
         assert!(ended["message"].as_str().is_some_and(|why| why.contains(&code.to_string())), "{ended}");
     }
     Ok(())

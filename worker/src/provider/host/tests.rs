@@ -34,7 +34,7 @@ impl Fixture {
 
     async fn guest(&self) -> (VmName, Arc<dyn Guest>) {
         let vm = VmName::mint(7, 1);
-        let image = self.host.pull(&ImageRef(HOST_IMAGE.into())).await.unwrap();
+        let image = self.host.find(&ImageRef(HOST_IMAGE.into())).await.unwrap().unwrap();
         self.host.create(&vm, &image, &Shape::default()).await.unwrap();
         let guest = self.host.boot(&vm, &inbox_of(self.dir.path(), &vm)).await.unwrap();
         (vm, guest)
@@ -284,7 +284,7 @@ async fn nothing_outlives_a_killed_daemon_and_the_next_one_cleans_up() {
 #[tokio::test]
 async fn other_images_are_refused() {
     let fixture = Fixture::new();
-    let error = fixture.host.pull(&ImageRef("macos-15".into())).await.unwrap_err();
+    let error = fixture.host.pull(&ImageRef("macos-15".into()), &Default::default()).await.unwrap_err();
     assert_eq!((error.what, error.retry), (VmFault::NoImage, false));
 }
 

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 use tokio::task::JoinSet;
 
 use super::says::{Ended, Trouble, judge, tail};
@@ -17,6 +17,8 @@ use crate::provider::{VmError, VmFault};
 
 /// What is kept of each stream of a command. Lists of hundreds of VMs fit.
 const KEPT: usize = 1 << 20;
+/// What is longer is no line.
+const LINE: usize = 4 << 10;
 /// A child of `tart` may hold its streams open after it has ended.
 const DRAIN: Duration = Duration::from_secs(1);
 /// From a polite signal to one that cannot be ignored.
@@ -33,11 +35,17 @@ pub(super) const STOP: Duration = Duration::from_secs(20);
 pub(super) struct Tart {
     pub(super) program: PathBuf,
     pub(super) home: PathBuf,
+    /// Whoever has it for writing runs alone: every command but a pull and a clone throws unfinished downloads away.
+    pub(super) gate: Arc<RwLock<()>>,
 }
+
+/// Hears each line of a command's standard output.
+pub(super) type Said = Arc<dyn Fn(&str) + Send + Sync>;
 
 impl Tart {
     /// Runs a command to its end, or to its deadline: then it is killed, and that is an error of its own.
     pub(super) async fn run(&self, args: &[&str], deadline: Duration) -> Result<Ended, VmError> {
+        let _alone = if args.first() == Some(&"clone") { None } else { Some(self.gate.read().await) };
         self.watched(args, deadline, Signal::SIGTERM, None).await
     }
 
@@ -57,7 +65,7 @@ impl Tart {
         args: &[&str],
         silence: Duration,
         polite: Signal,
-        said: Option<Arc<watch::Sender<String>>>,
+        said: Option<Said>,
     ) -> Result<Ended, VmError> {
         let what = args.first().copied().unwrap_or_default();
         let mut child = self.spawn(args)?;
@@ -129,32 +137,37 @@ async fn late(mut child: Child, what: &str, polite: Signal) -> VmError {
 struct Kept(Arc<Mutex<Vec<u8>>>);
 
 impl Kept {
-    async fn read(
-        self,
-        stream: Option<impl AsyncRead + Unpin>,
-        beat: watch::Sender<()>,
-        said: Option<Arc<watch::Sender<String>>>,
-    ) {
+    async fn read(self, stream: Option<impl AsyncRead + Unpin>, beat: watch::Sender<()>, said: Option<Said>) {
         let (Some(mut stream), mut chunk) = (stream, vec![0; 8 << 10]) else { return };
+        let (mut rest, mut last) = (String::new(), String::new());
         while let Ok(len @ 1..) = stream.read(&mut chunk).await {
-            let line = self.add(&chunk[..len]);
-            beat.send_replace(());
-            if let (Some(said), Some(line)) = (&said, line) {
-                said.send_replace(line);
+            self.add(&chunk[..len]);
+            rest.push_str(&String::from_utf8_lossy(&chunk[..len]));
+            while let Some((line, after)) = rest.split_once('\n') {
+                let line = line.trim();
+                if let Some(said) = &said {
+                    said(line);
+                }
+                // A line that is said again is no progress.
+                if line != last {
+                    beat.send_replace(());
+                    last = line.to_owned();
+                }
+                rest = after.to_owned();
+            }
+            if rest.len() > LINE {
+                rest.clear();
             }
         }
     }
 
-    /// Keeps a chunk and returns its last line that says something.
-    fn add(&self, chunk: &[u8]) -> Option<String> {
+    fn add(&self, chunk: &[u8]) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend_from_slice(chunk);
         if kept.len() > 2 * KEPT {
             let surplus = kept.len() - KEPT;
             kept.drain(..surplus);
         }
-        let text = String::from_utf8_lossy(chunk);
-        text.lines().map(str::trim).rfind(|line| !line.is_empty()).map(str::to_owned)
     }
 
     fn text(&self) -> String {

@@ -4,7 +4,7 @@
 use alloy_shared::id::Digest;
 use serde::Deserialize;
 
-use crate::provider::{Image, ImageRef, VmName};
+use crate::provider::VmName;
 
 /// How a `tart` command ended: its status (absent: killed by a signal) and the last of both its streams.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -159,11 +159,19 @@ pub(super) struct Listed {
     running: bool,
     #[serde(default)]
     state: String,
+    /// Gigabytes on the disk; a number or the text of one.
+    #[serde(default)]
+    size: serde_json::Value,
 }
 
 impl Listed {
     pub(super) fn is_running(&self) -> bool {
         self.running || self.state == "running"
+    }
+
+    pub(super) fn size_bytes(&self) -> u64 {
+        let gigabytes = self.size.as_f64().or_else(|| self.size.as_str()?.trim().parse().ok());
+        (gigabytes.unwrap_or(0.0).max(0.0) * 1e9) as u64
     }
 
     pub(super) fn is_image(&self) -> bool {
@@ -184,14 +192,6 @@ pub(super) fn ours(listed: &[Listed]) -> Vec<VmName> {
         .collect()
 }
 
-/// The images in a list, by digest: tags are links to one of them and are asked for by `fqn`.
-pub(super) fn images(listed: &[Listed]) -> Vec<Image> {
-    let cached = listed.iter().filter(|entry| entry.is_image());
-    cached
-        .filter_map(|entry| Some(Image { name: ImageRef(entry.name.clone()), digest: digest_of(&entry.name)? }))
-        .collect()
-}
-
 /// `host/name@sha256:…` → the digest.
 pub(super) fn digest_of(fqn: &str) -> Option<Digest> {
     fqn.trim().rsplit_once("@sha256:").and_then(|(_, hex)| hex.parse().ok())
@@ -209,6 +209,32 @@ pub(super) fn repository(image: &str) -> &str {
         Some((repository, tag)) if !tag.contains('/') => repository,
         Some(_) | None => name,
     }
+}
+
+/// What a line of `tart pull` tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PullStep {
+    /// The download begins: so much of it, compressed.
+    Disk {
+        total_bytes: u64,
+    },
+    Percent(u8),
+    /// There is nothing to download, or it is done.
+    Settled,
+}
+
+pub(super) fn pull_step(line: &str) -> Option<PullStep> {
+    if let Some(size) = line.strip_prefix("pulling disk (") {
+        let gigabytes = size.split_whitespace().next().and_then(|n| n.parse::<f64>().ok()).unwrap_or(0.0);
+        return Some(PullStep::Disk { total_bytes: (gigabytes.max(0.0) * 1e9) as u64 });
+    }
+    // Where lines are drawn again, escape sequences stand before the number.
+    let number = line.strip_suffix('%').map(|text| text.rsplit(|c: char| !c.is_ascii_digit()).next().unwrap_or(""));
+    if let Some(percent) = number.and_then(|text| text.parse::<u8>().ok()) {
+        return Some(PullStep::Percent(percent.min(100)));
+    }
+    let settled = line.contains("is already cached") || line.starts_with("pulling NVRAM");
+    settled.then_some(PullStep::Settled)
 }
 
 /// What a guest runs.
@@ -281,5 +307,34 @@ mod tests {
         ] {
             assert_eq!(judged(text), trouble, "{text}");
         }
+    }
+
+    #[test]
+    fn the_lines_of_a_pull_tell_how_far_it_is() {
+        for (line, step) in [
+            ("pulling r.io/a/b:latest...", None),
+            ("pulling manifest...", None),
+            ("waiting for lock...", None),
+            ("pulling disk (25.0 GB compressed)...", Some(PullStep::Disk { total_bytes: 25_000_000_000 })),
+            ("pulling disk (? GB compressed)...", Some(PullStep::Disk { total_bytes: 0 })),
+            ("0%", Some(PullStep::Percent(0))),
+            ("\u{1b}[1A\u{1b}[2K37%", Some(PullStep::Percent(37))),
+            ("100%", Some(PullStep::Percent(100))),
+            ("999%", None),
+            ("pulling NVRAM...", Some(PullStep::Settled)),
+            ("r.io/a/b@sha256:ab image is already cached and linked!", Some(PullStep::Settled)),
+            ("r.io/a/b@sha256:ab image is already cached! creating a symlink...", Some(PullStep::Settled)),
+        ] {
+            assert_eq!(pull_step(line), step, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_size_is_read_whatever_it_is_written_as() {
+        let size = |text: &str| parse_list(text).unwrap()[0].size_bytes();
+        assert_eq!(size(r#"[{"Name":"a","Source":"OCI","Size":27}]"#), 27_000_000_000);
+        assert_eq!(size(r#"[{"Name":"a","Size":"2.5"}]"#), 2_500_000_000);
+        assert_eq!(size(r#"[{"Name":"a","Size":null}]"#), 0);
+        assert_eq!(size(r#"[{"Name":"a"}]"#), 0);
     }
 }

@@ -106,6 +106,7 @@ where
             assert_eq!(assignment.attempt, AT);
             Box::pin(executor(start_hands.clone(), stop))
         }),
+        wish: Box::new(|_| {}),
         soft: life.soft.clone(),
         hard: life.hard.clone(),
     };

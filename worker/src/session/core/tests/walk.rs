@@ -150,6 +150,7 @@ impl World {
                 assert!(disk.executor.is_none(), "forgotten while it runs");
                 assert!(self.jobs[&attempt].over, "forgotten before the job was done with it");
             }
+            Effect::Wish(_) => panic!("this orchestrator wishes nothing"),
             Effect::FenceAt(at) => assert_eq!(at.0, self.lease, "the guards' fence is the lease"),
         }
     }

@@ -1,0 +1,179 @@
+use super::*;
+
+const NOW: Mono = Mono(1_000_000);
+
+fn digest(name: &str) -> Digest {
+    Digest::of(name.as_bytes())
+}
+
+fn image(name: &str, gigabytes: u64) -> Image {
+    let names = vec![ImageRef(name.into())];
+    Image { digest: digest(name), names, size_bytes: gigabytes << 30, removable: true }
+}
+
+fn named(name: &str) -> ImageRef {
+    ImageRef(name.into())
+}
+
+fn wish(name: &str, want: ImageWant, pinned: bool, generation: i64) -> ImageWish {
+    ImageWish { name: name.into(), want, pinned, generation }
+}
+
+fn store(budget_gib: Option<u64>) -> Images {
+    let budget = budget_gib.map(|gib| gib << 30);
+    Images::new(&named("r/own:1"), budget, true, Limits::default(), Book::default())
+}
+
+/// A store that has these, used in this order.
+fn having(budget_gib: Option<u64>, names: &[&str]) -> Images {
+    let mut images = store(budget_gib);
+    let all = names.iter().map(|name| image(name, 10)).collect();
+    images.found(all, Ms(0));
+    for (at, name) in names.iter().enumerate() {
+        images.used(digest(name), Ms(at as i64 + 1));
+    }
+    images.uses(BTreeSet::new());
+    images
+}
+
+fn farm_fault(what: VmFault) -> VmError {
+    VmError::farm(what, "503")
+}
+
+#[test]
+fn its_own_image_is_brought_unasked_and_then_the_wishes_in_their_order() {
+    let mut images = store(None);
+    images.wish(vec![wish("r/b:1", ImageWant::Present, false, 5), wish("r/a:1", ImageWant::Present, false, 7)]);
+    for name in ["r/own:1", "r/b:1", "r/a:1"] {
+        assert_eq!(images.next(NOW), Next::Pull(named(name)));
+        assert_eq!(images.next(NOW), Next::Wait(None), "one at a time");
+        images.pulled(&Ok(digest(name)), NOW, Ms(1), 0);
+        let known = images.cached.clone().into_iter().chain([image(name, 1)]).collect();
+        images.found(known, Ms(1));
+    }
+    assert_eq!(images.next(NOW), Next::Wait(None));
+    assert_eq!(images.book().done, [("r/a:1".to_owned(), 7), ("r/b:1".to_owned(), 5)].into());
+    // A newer wish asks the registry again, although the image is here.
+    images.wish(vec![wish("r/b:1", ImageWant::Present, false, 9)]);
+    assert_eq!(images.next(NOW), Next::Pull(named("r/b:1")));
+}
+
+#[test]
+fn what_a_job_waits_for_comes_before_the_wishes() {
+    let mut images = having(None, &["r/own:1"]);
+    images.wish(vec![wish("r/a:1", ImageWant::Present, false, 5)]);
+    images.ask(&named("r/job"), NOW).unwrap();
+    assert_eq!(images.next(NOW), Next::Pull(named("r/job:latest")));
+    let shown: Vec<_> = images.view(NOW).into_iter().map(|r| (r.name, r.waiting, r.pulling.is_some())).collect();
+    let row = |name: &str, waiting, pulling| (name.to_owned(), waiting, pulling);
+    assert_eq!(shown, [row("r/a:1", true, false), row("r/job:latest", false, true), row("r/own:1", false, false)]);
+}
+
+#[test]
+fn a_refusal_is_believed_for_a_while_and_other_failures_back_off() {
+    let limits = Limits::default();
+    let mut images = having(None, &["r/own:1"]);
+    let refusal = VmError::policy(VmFault::NoImage, "404");
+    images.ask(&named("r/no:1"), NOW).unwrap();
+    assert_eq!(images.next(NOW), Next::Pull(named("r/no:1")));
+    images.pulled(&Err(refusal.clone()), NOW, Ms(1), 0);
+    images.unask(&named("r/no:1"));
+    assert_eq!(images.ask(&named("r/no:1"), NOW), Err(refusal));
+    let told = |images: &Images, now| images.view(now).into_iter().find(|r| r.name == "r/no:1").and_then(|r| r.failed);
+    assert_eq!(told(&images, NOW), Some(PullFailed { message: "404".into(), refused: true }));
+    let over = NOW + limits.pull_refused_ms;
+    assert_eq!(images.next(NOW), Next::Wait(Some(over)), "the farm is told when it is over");
+    assert_eq!((told(&images, over), images.ask(&named("r/no:1"), over)), (None, Ok(())));
+    images.unask(&named("r/no:1"));
+
+    images.wish(vec![wish("r/a:1", ImageWant::Present, false, 5)]);
+    let mut now = over;
+    for pause in [10_000, 20_000, 40_000, 80_000, 160_000, 320_000, 600_000, 600_000] {
+        assert_eq!(images.next(now), Next::Pull(named("r/a:1")));
+        images.pulled(&Err(farm_fault(VmFault::Pull)), now, Ms(1), 0);
+        assert!(matches!(images.next(now + (pause - 1)), Next::Wait(_)));
+        now = now + pause;
+    }
+    // Whoever wishes anew does not wait for the end of a pause.
+    images.next(now);
+    images.pulled(&Err(farm_fault(VmFault::Pull)), now, Ms(1), 0);
+    images.wish(vec![wish("r/a:1", ImageWant::Present, false, 6)]);
+    assert_eq!(images.next(now), Next::Pull(named("r/a:1")));
+}
+
+#[test]
+fn the_least_recently_used_goes_when_the_budget_is_exceeded() {
+    let mut images = having(Some(25), &["r/own:1", "r/old:1", "r/new:1"]);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/old:1")));
+    assert!(!images.used(digest("r/old:1"), Ms(9)), "whoever comes now must bring it again");
+    images.removed();
+    images.found(vec![image("r/own:1", 10), image("r/new:1", 10)], Ms(9));
+    assert_eq!(images.next(NOW), Next::Wait(None));
+}
+
+#[test]
+fn nothing_that_is_needed_is_ever_evicted() {
+    let keep: [fn(&mut Images); 5] = [
+        |images| images.wish(vec![wish("r/x:1", ImageWant::None, true, 1)]),
+        |images| {
+            images.book.done.insert("r/x:1".into(), 1);
+            images.wish(vec![wish("r/x:1", ImageWant::Present, false, 1)]);
+        },
+        |images| images.uses([digest("r/x:1")].into()),
+        |images| images.ask(&named("r/x:1"), NOW).unwrap(),
+        |images| images.cached[1].removable = false,
+    ];
+    for (case, keep) in keep.iter().enumerate() {
+        let mut images = having(Some(5), &["r/own:1", "r/x:1"]);
+        keep(&mut images);
+        assert!(matches!(images.next(NOW), Next::Wait(_)), "case {case}");
+    }
+    let mut images = having(Some(5), &["r/own:1", "r/x:1"]);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/x:1")), "without a reason it goes");
+}
+
+#[test]
+fn a_full_disk_costs_the_oldest_image_or_is_told_plainly() {
+    let mut images = having(None, &["r/own:1", "r/old:1"]);
+    images.ask(&named("r/big:1"), NOW).unwrap();
+    images.next(NOW);
+    images.pulled(&Err(farm_fault(VmFault::Disk)), NOW, Ms(1), 0);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/old:1")));
+    images.removed();
+    images.found(vec![image("r/own:1", 10)], Ms(1));
+    assert_eq!(images.next(NOW), Next::Pull(named("r/big:1")), "at once");
+    images.pulled(&Err(farm_fault(VmFault::Disk)), NOW, Ms(1), 0);
+    images.unask(&named("r/big:1"));
+    let error = images.ask(&named("r/big:1"), NOW).unwrap_err();
+    assert_eq!(error.what, VmFault::Disk);
+    assert!(error.tail.contains("no room for r/big:1: all 1 images here") && error.tail.contains("503"), "{error}");
+}
+
+#[test]
+fn an_image_is_removed_once_when_nobody_uses_it() {
+    let mut images = having(None, &["r/own:1", "r/x:1"]);
+    images.uses([digest("r/x:1")].into());
+    images.wish(vec![wish("r/x:1", ImageWant::Absent, false, 4), wish("r/never:1", ImageWant::Absent, false, 5)]);
+    assert_eq!(images.next(NOW), Next::Wait(Some(NOW + IN_USE_LOOK_MS)));
+    images.uses(BTreeSet::new());
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/x:1")));
+    images.removed();
+    images.found(vec![image("r/own:1", 10)], Ms(1));
+    assert_eq!(images.next(NOW), Next::Wait(None));
+    assert_eq!(images.book().done, [("r/x:1".to_owned(), 4), ("r/never:1".to_owned(), 5)].into());
+    let told = images.view(NOW).into_iter().find(|report| report.name == "r/x:1").unwrap();
+    assert_eq!((told.digest, told.generation), (None, 4), "whoever asked for it sees that it is done");
+    // A job brings it again, and it stays.
+    images.found(vec![image("r/own:1", 10), image("r/x:1", 10)], Ms(2));
+    assert_eq!(images.next(NOW), Next::Wait(None));
+}
+
+#[test]
+fn a_host_without_images_of_its_own_brings_and_removes_nothing() {
+    let mut images = Images::new(&named("host"), Some(1), false, Limits::default(), Book::default());
+    images.wish(vec![wish("r/a:1", ImageWant::Present, false, 5), wish("host", ImageWant::Absent, false, 6)]);
+    images.found(vec![Image { names: vec![named("host")], removable: false, ..image("host", 9) }], Ms(1));
+    assert_eq!(images.next(NOW), Next::Wait(None));
+    assert!(images.has(&named("host")));
+    assert_eq!(images.ask(&named("r/a:1"), NOW).unwrap_err().what, VmFault::NoImage);
+}

@@ -1,0 +1,171 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Mutex;
+
+use alloy_shared::runtime::SystemEnv;
+use alloy_shared::wire::image::ImageWant;
+use async_trait::async_trait;
+use tokio::sync::Semaphore;
+
+use super::*;
+use crate::provider::{Guest, Image, NetworkPolicy, Shape, VmName};
+
+/// A registry whose pulls end when a permit is given.
+struct Fake {
+    here: Mutex<BTreeMap<String, u64>>,
+    pulls: Semaphore,
+    faults: Mutex<Vec<VmError>>,
+    pulled: Mutex<Vec<String>>,
+}
+
+#[async_trait]
+impl VmProvider for Fake {
+    async fn list(&self) -> Result<Vec<VmName>, VmError> {
+        Ok(vec![])
+    }
+    async fn images(&self) -> Result<Vec<Image>, VmError> {
+        let image = |(name, size): (&String, &u64)| Image {
+            digest: Digest::of(name.as_bytes()),
+            names: vec![ImageRef(name.clone())],
+            size_bytes: *size,
+            removable: true,
+        };
+        Ok(self.here.lock().unwrap().iter().map(image).collect())
+    }
+    fn pulls(&self) -> bool {
+        true
+    }
+    async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
+        Ok(self.here.lock().unwrap().contains_key(&image.0).then(|| Digest::of(image.0.as_bytes())))
+    }
+    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+        progress.send_replace(PullProgress { percent: 40, total_bytes: Some(9) });
+        self.pulled.lock().unwrap().push(image.0.clone());
+        self.pulls.acquire().await.unwrap().forget();
+        if let Some(error) = self.faults.lock().unwrap().pop() {
+            return Err(error);
+        }
+        self.here.lock().unwrap().insert(image.0.clone(), 10);
+        Ok(Digest::of(image.0.as_bytes()))
+    }
+    async fn remove(&self, image: &Digest) -> Result<(), VmError> {
+        self.here.lock().unwrap().retain(|name, _| Digest::of(name.as_bytes()) != *image);
+        Ok(())
+    }
+    async fn create(&self, _: &VmName, _: &Digest, _: &Shape) -> Result<(), VmError> {
+        Ok(())
+    }
+    async fn boot(&self, _: &VmName, _: &Path) -> Result<Arc<dyn Guest>, VmError> {
+        Err(VmError::farm(VmFault::Start, "none"))
+    }
+    async fn restrict(&self, _: &VmName, _: &NetworkPolicy) -> Result<(), VmError> {
+        Ok(())
+    }
+    async fn destroy(&self, _: &VmName) -> Result<(), VmError> {
+        Ok(())
+    }
+}
+
+struct Rig {
+    fake: Arc<Fake>,
+    store: Arc<ImageStore>,
+    inputs: mpsc::Receiver<Input>,
+    _dir: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(here: &[&str], budget: Option<u64>) -> Self {
+        let fake = Arc::new(Fake {
+            here: Mutex::new(here.iter().map(|name| ((*name).to_owned(), 10)).collect()),
+            pulls: Semaphore::new(0),
+            faults: Mutex::default(),
+            pulled: Mutex::default(),
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let (tx, inputs) = mpsc::channel(1_000);
+        let store = ImageStore::start(ImageSetup {
+            env: Arc::new(SystemEnv::detached()),
+            limits: Limits::scaled(20),
+            provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
+            inputs: tx,
+            state_dir: dir.path().to_owned(),
+            own: ImageRef("r/own:1".into()),
+            budget,
+        });
+        Self { fake, store, inputs, _dir: dir }
+    }
+
+    /// Waits for an inventory in which this holds of the image.
+    async fn until(&mut self, name: &str, holds: impl Fn(Option<&ImageReport>) -> bool) {
+        let look = async {
+            loop {
+                if let Some(Input::Images(inventory)) = self.inputs.recv().await
+                    && holds(inventory.images.iter().find(|report| report.name == name))
+                {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(30), look).await.expect("the inventory came to this");
+    }
+}
+
+fn wish(name: &str, want: ImageWant) -> ImageWish {
+    ImageWish { name: name.into(), want, pinned: false, generation: 3 }
+}
+
+fn is_here(report: Option<&ImageReport>) -> bool {
+    report.is_some_and(|report| report.digest.is_some())
+}
+
+#[tokio::test]
+async fn an_image_is_brought_for_whoever_waits_and_its_progress_is_told() {
+    let mut rig = Rig::new(&["r/own:1"], None);
+    let (store, image) = (Arc::clone(&rig.store), ImageRef("r/job:1".into()));
+    let fake = Arc::clone(&rig.fake);
+    let pulling = |report: Option<&ImageReport>| report.and_then(|report| report.pulling).map(|now| now.percent);
+    let look = async {
+        rig.until("r/job:1", |report| pulling(report) == Some(40)).await;
+        fake.pulls.add_permits(1);
+    };
+    let (one, two, ()) = tokio::join!(store.get(&image), store.get(&image), look);
+    assert_eq!(one.unwrap().digest(), two.unwrap().digest());
+    assert_eq!(*rig.fake.pulled.lock().unwrap(), ["r/job:1"], "once for both");
+    rig.until("r/job:1", is_here).await;
+}
+
+#[tokio::test]
+async fn a_failure_is_told_to_whoever_waits_and_to_the_next_one_without_asking_again() {
+    let mut rig = Rig::new(&["r/own:1"], None);
+    rig.fake.faults.lock().unwrap().push(VmError::policy(VmFault::NoImage, "404"));
+    rig.fake.pulls.add_permits(1);
+    for _ in 0..2 {
+        let error = rig.store.get(&ImageRef("r/no:1".into())).await.unwrap_err();
+        assert_eq!((error.what, error.tail.as_str()), (VmFault::NoImage, "404"));
+    }
+    assert_eq!(rig.fake.pulled.lock().unwrap().len(), 1);
+    rig.until("r/no:1", |report| report.is_some_and(|report| report.failed.as_ref().is_some_and(|f| f.refused))).await;
+}
+
+#[tokio::test]
+async fn wishes_are_fulfilled_and_what_is_used_outlives_the_budget() {
+    let mut rig = Rig::new(&["r/own:1", "r/used:1"], Some(25));
+    let used = rig.store.get(&ImageRef("r/used:1".into())).await.unwrap();
+    assert!(rig.store.own_is_here().wait_for(|here| *here).await.is_ok());
+    rig.store.wish(vec![wish("r/new:1", ImageWant::Present)]);
+    rig.fake.pulls.add_permits(1);
+    rig.until("r/new:1", |report| report.is_some_and(|report| report.generation == 3)).await;
+    assert!(rig.fake.here.lock().unwrap().contains_key("r/used:1"));
+    drop(used);
+    rig.until("r/used:1", |report| report.is_none()).await;
+    assert!(rig.fake.here.lock().unwrap().contains_key("r/new:1"), "a wish is kept whatever the budget");
+}
+
+#[tokio::test]
+async fn a_wish_to_remove_is_fulfilled() {
+    let mut rig = Rig::new(&["r/own:1", "r/x:1"], None);
+    rig.until("r/x:1", is_here).await;
+    rig.store.wish(vec![wish("r/x:1", ImageWant::Absent), wish("r/own:1", ImageWant::Absent)]);
+    rig.until("r/x:1", |report| report.is_some_and(|r| r.digest.is_none() && r.generation == 3)).await;
+    assert_eq!(rig.fake.here.lock().unwrap().keys().collect::<Vec<_>>(), ["r/own:1"], "idle slots need it");
+}
