@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use alloy_shared::id::{JobId, Labels, WorkerId};
 use alloy_shared::wire::image::{Inventory, PullFailed, canonical};
+use alloy_shared::wire::network;
 
 /// What a connected worker has to offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,7 +153,7 @@ impl WhyNot {
     pub fn sentence(&self) -> String {
         match self {
             Self::NoWorker => "no worker is connected".to_owned(),
-            Self::NoLabels { missing } => format!("no connected worker has the labels {missing}"),
+            Self::NoLabels { missing } => format!("no connected worker has the labels {missing}{}", wish(missing)),
             Self::Draining { workers } => format!("the {workers} worker(s) with its labels are draining"),
             Self::NoImage { why } => format!("its image did not come, and is tried again later: {why}"),
             Self::Busy { workers, slots } => {
@@ -174,6 +175,14 @@ impl WhyNot {
             }
             Self::Next => "no worker took it in time".to_owned(),
         }
+    }
+}
+
+/// What a label means that no person has asked for.
+pub fn wish(missing: &str) -> &'static str {
+    match missing.split(", ").any(|label| label.split_once('=') == Some(network::LABEL)) {
+        true => " (the job has a network policy of its own, which takes VMs behind a packet filter)",
+        false => "",
     }
 }
 
@@ -273,6 +282,11 @@ mod tests {
             (
                 why_not(&labels(&["c=1"]), None, &some),
                 "no worker took it in time: no connected worker has the labels c=1",
+            ),
+            (
+                why_not(&labels(&["c=1", "network-policy=per-job"]), None, &some),
+                "no worker took it in time: no connected worker has the labels c=1, network-policy=per-job (the job has a \
+                 network policy of its own, which takes VMs behind a packet filter)",
             ),
             (WhyNot::Next, "no worker took it in time"),
         ] {

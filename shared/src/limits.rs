@@ -210,6 +210,8 @@ pub const BLOBS_PER_COMMIT: usize = DIGESTS_PER_READ;
 pub const UPLOAD_DRAIN: u64 = 16 << 20;
 pub const COMMAND_MAX: usize = 128 << 10;
 pub const ARGV_MAX: usize = 4_096;
+/// Ranges that a job may be let through to. A packet filter takes 4096 rules.
+pub const NETWORK_RANGES_MAX: usize = 64;
 pub const ENV_COUNT_MAX: usize = 256;
 pub const ENV_BYTES_MAX: usize = 128 << 10;
 pub const ARTIFACT_RULES_MAX: usize = 64;

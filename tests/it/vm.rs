@@ -2,6 +2,7 @@
 
 mod chaos;
 mod faults;
+mod network;
 
 use std::fs;
 use std::process::Output;

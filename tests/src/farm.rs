@@ -210,6 +210,16 @@ impl Farm {
         Ok(())
     }
 
+    /// Adds a worker that runs jobs on this machine itself, and returns its number.
+    pub async fn add_host_worker(&mut self) -> Result<usize> {
+        let number = self.workers.len();
+        self.enrol(number).await?;
+        self.workers.push(None);
+        self.start_worker(number)?;
+        self.all_connected().await;
+        Ok(number)
+    }
+
     pub fn start_worker(&mut self, number: usize) -> Result<()> {
         ensure!(self.workers[number].is_none(), "it runs");
         let mut run = self.command("worker");

@@ -8,6 +8,7 @@ use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
 use alloy_shared::id::Labels;
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::runtime::LogFormat;
+use alloy_shared::wire::network;
 
 use crate::provider::Shape;
 use crate::provider::tart::Settings;
@@ -235,6 +236,9 @@ fn parse_labels(text: &str) -> Result<Labels, String> {
     for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
         labels.insert_pair(pair).map_err(|bad| bad.to_string())?;
     }
+    if labels.get(network::LABEL.0).is_some() {
+        return Err(format!("{} is for the worker itself to say", network::LABEL.0));
+    }
     Ok(labels)
 }
 
@@ -292,6 +296,12 @@ mod tests {
         let flags = Flags { labels: vec!["a=1".into(), "b=2".into()], ..Flags::default() };
         let (config, _) = resolve(flags, &variables, file).unwrap();
         assert_eq!(config.labels.iter().collect::<Vec<_>>(), [("a", "1"), ("b", "2")]);
+    }
+
+    #[test]
+    fn nobody_but_the_worker_says_that_it_can_restrict_a_network() {
+        let problems = resolve(Flags::default(), &[("ALLOY_LABELS", "network-policy=per-job")], "").unwrap_err();
+        assert!(problems.iter().any(|problem| problem.to_string().contains("for the worker itself")), "{problems:?}");
     }
 
     #[test]

@@ -112,7 +112,8 @@ impl Attempt {
     async fn vm(&mut self) -> Result<(), Ended> {
         let (ctx, start) = (Arc::clone(&self.ctx), self.mono());
         let image = self.assignment.spec.image.clone();
-        let claim = ctx.pool.claim(self.at, image.as_deref(), NetworkPolicy::Default);
+        let network = NetworkPolicy::from(&self.assignment.spec.network);
+        let claim = ctx.pool.claim(self.at, image.as_deref(), network);
         let claimed = or_stop(&mut self.stop, claim).await;
         self.timings.vm_ms = Some(self.mono().since(start));
         self.claimed = Some(claimed?.map_err(|error| vm_ended(&error))?);

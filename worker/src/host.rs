@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use alloy_shared::id::{Labels, WorkerId};
+use alloy_shared::wire::network;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use nix::fcntl::{Flock, FlockArg};
@@ -204,9 +205,12 @@ impl HostFacts {
         }
     }
 
-    /// The labels that every worker has by itself, and then the configured ones, which win.
-    pub fn labels(&self, name: &str, configured: &Labels) -> Labels {
+    /// The labels that every worker has by itself, and then the configured ones, which win. Only the provider says
+    /// whether this worker `restricts` a job's network.
+    pub fn labels(&self, name: &str, configured: &Labels, restricts: bool) -> Labels {
         let mut labels = Labels::default();
+        let ability = restricts.then_some(network::LABEL);
+        let configured = configured.iter().filter(|(key, _)| *key != network::LABEL.0);
         let facts = [
             ("os", &*self.os),
             ("arch", &*self.arch),
@@ -215,7 +219,7 @@ impl HostFacts {
             ("version", &*self.version),
         ];
         // Configured ones come first: together they may be more than fit.
-        for (key, value) in configured.iter().chain(facts) {
+        for (key, value) in ability.into_iter().chain(configured).chain(facts) {
             if labels.get(key).is_none() && labels.insert(key, &plain(value)).is_err() {
                 tracing::warn!(key, "there are too many labels; this one is left out");
             }
@@ -343,12 +347,15 @@ mod tests {
         let mut configured = Labels::default();
         configured.insert_pair("os=macos-15").unwrap();
         configured.insert_pair("site=berlin").unwrap();
-        let labels = facts.labels("mini-1", &configured);
+        configured.insert_pair("network-policy=per-job").unwrap();
+        let labels = facts.labels("mini-1", &configured, false);
         let shown: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
         assert_eq!(
             shown,
             ["arch=arm64", "hostname=Ann-s-Mac-mini", "name=mini-1", "os=macos-15", "site=berlin", "version=0.1.0"]
         );
+        let able = facts.labels("mini-1", &configured, true);
+        assert_eq!((able.get("network-policy"), able.iter().count()), (Some("per-job"), labels.iter().count() + 1));
         assert!(disk_free(Path::new("/")).unwrap() > 0 && HostFacts::read().cpus > 0);
     }
 }

@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use alloy_shared::client::{Client, ClientError, Options};
 use alloy_shared::env::Env;
-use alloy_shared::id::{BadName, BootId, check_name};
+use alloy_shared::id::{BadName, BootId, Labels, check_name};
 use alloy_shared::limits;
 use alloy_shared::runtime::Lifecycle;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
@@ -155,6 +155,7 @@ impl Daemon {
         }
         let (door, inputs) = mpsc::channel(INPUT_QUEUE);
         let images = ImageStore::start(self.image_setup(&env, &provider, &door));
+        let labels = self.facts.labels(&self.identity.name, &self.config.labels, provider.restricts());
         let pool = VmPool::start(self.pool_setup(&env, provider, Arc::clone(&images), &door));
         let pool = tokio::select! {
             biased;
@@ -167,7 +168,8 @@ impl Daemon {
         let core = Core::restore(left, boot, self.config.limits.clone());
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
         let (stop_ms, closing) = (self.config.limits.stop_ms, Arc::clone(&pool));
-        let (state, seams) = self.seams(Arc::clone(&env), life, pool, images, spool, sources, upstream, door.clone());
+        let (state, seams) =
+            self.seams(Arc::clone(&env), life, labels, pool, images, spool, sources, upstream, door.clone());
         let over = drive(core, seams, door, inputs).await;
         tokio::select! {
             biased;
@@ -226,6 +228,7 @@ impl Daemon {
         self,
         env: Arc<dyn Env>,
         life: &Lifecycle,
+        labels: Labels,
         pool: Arc<VmPool>,
         images: Arc<ImageStore>,
         spool: Arc<Spool>,
@@ -244,12 +247,8 @@ impl Daemon {
             inputs,
             worker_name: identity.name.clone(),
         });
-        let me = Me {
-            worker: identity.worker,
-            labels: facts.labels(&identity.name, &config.labels),
-            version: facts.version,
-            sign: Box::new(move |text| key.sign(text)),
-        };
+        let me =
+            Me { worker: identity.worker, labels, version: facts.version, sign: Box::new(move |text| key.sign(text)) };
         let seams = Seams {
             env,
             limits: config.limits,

@@ -8,6 +8,7 @@ use alloy_shared::client::ClientError;
 use alloy_shared::id::{Labels, request_key};
 use alloy_shared::limits;
 use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
+use alloy_shared::wire::network::Network;
 use serde::Serialize;
 
 use crate::context::{App, DEFAULT_ORIGIN, Farm};
@@ -69,6 +70,9 @@ pub(crate) struct RunArgs {
     /// Image of the virtual machine
     #[arg(long, value_name = "IMAGE")]
     pub(crate) image: Option<String>,
+    /// Whom the virtual machine may talk to: `none`, `default`, or `allow=` and IPv4 ranges with commas between
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) network: Option<Network>,
     /// Print the job's id and leave
     #[arg(short, long)]
     pub(crate) detach: bool,
@@ -470,6 +474,7 @@ fn spec(args: &RunArgs, var: &dyn Fn(&str) -> Option<String>) -> Result<JobSpec,
         artifacts: args.artifact.clone(),
         labels: labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         image: args.image.clone(),
+        network: args.network.clone().unwrap_or_default(),
         timeout_ms: args.timeout,
         queue_timeout_ms: args.queue_timeout,
         retries: args.retries,

@@ -235,6 +235,12 @@ fn flag_of(field: &str) -> String {
         "artifacts" => format!("--artifact{}", number()),
         "labels" => format!("--label {name}").trim_end().to_owned(),
         "image" => "--image".to_owned(),
+        "network" => match rest.split_once('[') {
+            Some((_, n)) => {
+                format!("--network (range {})", n.trim_end_matches(']').parse().map_or(0, |n: usize| n + 1))
+            }
+            None => "--network".to_owned(),
+        },
         "timeout_ms" => "--timeout".to_owned(),
         "queue_timeout_ms" => "--queue-timeout".to_owned(),
         "retries" => "--retries".to_owned(),

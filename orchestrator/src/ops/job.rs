@@ -7,9 +7,10 @@ use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, WorkerId, printable};
 use alloy_shared::limits;
 use alloy_shared::wire::image::canonical;
-use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings};
+use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings, required_labels};
 use alloy_shared::wire::session::{ArtifactReport, Report, ResultReport, fact};
 use alloy_shared::wire::source::check_path;
+use alloy_shared::wire::spec::check;
 use alloy_shared::wire::{ErrorCode, path};
 use tracing::{info, warn};
 
@@ -18,6 +19,7 @@ use crate::App;
 use crate::auth::Principal;
 use crate::desk::{Answer, By, From, News, Request};
 use crate::job::{Event, Refused};
+use crate::pick::wish;
 use crate::session::io::Settled;
 use crate::store::write::{CloseAttempt, IdempotencyKey};
 use crate::store::{Artifact, Attempt, BlobKind, Job, Scope};
@@ -108,7 +110,7 @@ fn idempotency_key(who: &Principal, key: String, body: &SubmitJob) -> Result<Ide
 
 /// A job whose labels no enrolled worker has would wait for ever: it is refused at once.
 async fn somebody_qualifies(app: &App, who: &Principal, body: &SubmitJob) -> Result<(), OpError> {
-    let Ok(required) = Labels::try_from(&body.spec.labels) else { return Ok(()) };
+    let Ok(required) = required_labels(&body.spec) else { return Ok(()) };
     if required.is_empty() {
         return Ok(());
     }
@@ -119,15 +121,20 @@ async fn somebody_qualifies(app: &App, who: &Principal, body: &SubmitJob) -> Res
     if workers.iter().any(|worker| !worker.revoked && fits(&worker.labels, &worker.host_labels)) {
         return Ok(());
     }
+    if check(&body.spec).is_err() {
+        // The desk names what is wrong with it, which is what has to change first.
+        return Ok(());
+    }
     let wanted: Vec<String> = required.iter().map(|(key, value)| format!("{key}={value}")).collect();
-    let why = format!("no worker of this farm has the labels {}", wanted.join(", "));
+    let wanted = wanted.join(", ");
+    let why = format!("no worker of this farm has the labels {wanted}{}", wish(&wanted));
     Err(OpError::refused(ErrorCode::NoSuchWorker, why).hint("`alloy worker list` shows the labels there are"))
 }
 
 /// A job in an image that every enrolled worker says it cannot get would only come back: it is refused at once. A worker
 /// that is away may be able to.
 async fn somebody_has_the_image(app: &App, who: &Principal, body: &SubmitJob) -> Result<(), OpError> {
-    let (Some(image), Ok(required)) = (&body.spec.image, Labels::try_from(&body.spec.labels)) else { return Ok(()) };
+    let (Some(image), Ok(required)) = (&body.spec.image, required_labels(&body.spec)) else { return Ok(()) };
     let (name, now) = (canonical(image), app.env.now().mono);
     let mut why = None;
     for worker in app.store.workers(&who.scope()).await? {

@@ -41,6 +41,7 @@ const BURST_BYTES: usize = 256 << 10;
         ("label" = Option<Vec<String>>, Query, description = "With a tar: key=value that the worker must have"),
         ("env" = Option<Vec<String>>, Query, description = "With a tar: NAME=value for the command"),
         ("image" = Option<String>, Query, description = "With a tar: the VM image"),
+        ("network" = Option<String>, Query, description = "With a tar: none, default, or allow= and IPv4 ranges with commas"),
         ("timeout_ms" = Option<u64>, Query, description = "With a tar: how long the command may run"),
         ("retries" = Option<u32>, Query, description = "With a tar: how often a failed command is tried again"),
     ),
@@ -119,6 +120,7 @@ fn spec_of(query: &str) -> Result<JobSpec, Fault> {
                 spec.env.insert(key.to_owned(), value.to_owned());
             }
             "image" => spec.image = Some(value),
+            "network" => spec.network = value.parse().map_err(|why: String| parameter(&name, &showable(&why)))?,
             "timeout_ms" => spec.timeout_ms = Some(number(&name, &value)?),
             "queue_timeout_ms" => spec.queue_timeout_ms = Some(number(&name, &value)?),
             "retries" => spec.retries = number(&name, &value)?,

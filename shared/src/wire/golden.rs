@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use super::farm::*;
 use super::image::*;
 use super::job::*;
+use super::network::Network;
 use super::session::*;
 use super::source::*;
 use super::*;
@@ -47,6 +48,7 @@ fn spec() -> JobSpec {
         artifacts: vec!["=out/*.ipa".into()],
         labels: map([("os", "macos")]),
         image: Some("xcode:16".into()),
+        network: Network::Allow(vec!["10.0.0.0/8".into()]),
         timeout_ms: Some(60_000),
         queue_timeout_ms: Some(5_000),
         retries: 1,
@@ -89,7 +91,7 @@ fn view() -> JobView {
     }
 }
 
-const SPEC: &str = r#"{"shell":"make","env":{"A":"1"},"artifacts":["=out/*.ipa"],"labels":{"os":"macos"},"image":"xcode:16","timeout_ms":60000,"queue_timeout_ms":5000,"retries":1,"git":{"commit":"abc","branch":"main","dirty":true}}"#;
+const SPEC: &str = r#"{"shell":"make","env":{"A":"1"},"artifacts":["=out/*.ipa"],"labels":{"os":"macos"},"image":"xcode:16","network":{"allow":["10.0.0.0/8"]},"timeout_ms":60000,"queue_timeout_ms":5000,"retries":1,"git":{"commit":"abc","branch":"main","dirty":true}}"#;
 const VIEW: &str = r#"{"id":"$JOB","org":"$ORG","state":"queued","spec":{"argv":["true"]},"attempt":0,"lost":0,"created_at":"2026-01-02T03:04:05.678Z","waiting_reason":"all 2 slots are busy","timings":{},"url":"http://farm/jobs/1"}"#;
 
 #[test]

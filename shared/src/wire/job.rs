@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::network::{self, Network};
 use crate::id::{BadName, Digest, JobId, Labels, OrgId, WorkerId};
 
 /// What to run and how. Exactly one of `shell` and `argv`.
@@ -28,6 +29,9 @@ pub struct JobSpec {
     /// The VM image. Absent: the worker's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// Whom the VM may talk to. Anything but the default requires a worker that can restrict a VM.
+    #[serde(default, skip_serializing_if = "Network::is_default")]
+    pub network: Network,
     /// Milliseconds the command may run. Absent: the farm's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
@@ -521,9 +525,13 @@ impl FeedCursor {
     }
 }
 
-/// The labels a spec requires, parsed.
+/// The labels that a worker must have for this spec: those that it names, and what follows from its wishes.
 pub fn required_labels(spec: &JobSpec) -> Result<Labels, BadName> {
-    Labels::try_from(&spec.labels)
+    let mut labels = Labels::try_from(&spec.labels)?;
+    if !spec.network.is_default() {
+        labels.insert(network::LABEL.0, network::LABEL.1)?;
+    }
+    Ok(labels)
 }
 
 #[cfg(test)]

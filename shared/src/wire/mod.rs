@@ -5,6 +5,7 @@ pub mod farm;
 mod golden;
 pub mod image;
 pub mod job;
+pub mod network;
 pub mod session;
 pub mod source;
 pub mod spec;

@@ -2,7 +2,8 @@
 //! Every fault is found at once and named by its field.
 
 use super::FieldError;
-use super::job::JobSpec;
+use super::job::{JobSpec, required_labels};
+use super::network::{Network, check_range};
 use crate::id::{BadName, Labels, printable};
 use crate::limits;
 
@@ -19,6 +20,7 @@ pub fn check(spec: &JobSpec) -> Result<Labels, Vec<FieldError>> {
     if let Some(image) = &spec.image {
         faults.check("image", check_image(image));
     }
+    network(&spec.network, &mut faults);
     if spec.retries > limits::RETRIES_MAX {
         faults.add("retries", format!("is {}, at most {} are allowed", spec.retries, limits::RETRIES_MAX));
     }
@@ -176,12 +178,35 @@ pub fn check_image(name: &str) -> Result<(), String> {
 
 fn labels(spec: &JobSpec, faults: &mut Faults) -> Labels {
     let mut labels = Labels::default();
+    let before = faults.0.len();
     for (key, value) in &spec.labels {
         if let Err(BadName { what, why }) = labels.insert(key, value) {
             faults.add(format!("labels.{}", printable(key)), format!("{what} {why}"));
         }
     }
-    labels
+    match required_labels(spec) {
+        Ok(required) => required,
+        Err(BadName { what, why }) => {
+            if faults.0.len() == before {
+                faults.add("labels", format!("{what} {why}; a network policy takes one"));
+            }
+            labels
+        }
+    }
+}
+
+fn network(network: &Network, faults: &mut Faults) {
+    let Network::Allow(ranges) = network else { return };
+    if ranges.is_empty() {
+        faults.add("network.allow", "is empty; `none` is the policy that lets nobody through");
+    }
+    if ranges.len() > limits::NETWORK_RANGES_MAX {
+        let (have, max) = (ranges.len(), limits::NETWORK_RANGES_MAX);
+        faults.add("network.allow", format!("has {have} ranges, at most {max} are allowed"));
+    }
+    for (i, range) in ranges.iter().enumerate().take(limits::NETWORK_RANGES_MAX) {
+        faults.check(format!("network.allow[{i}]"), check_range(range));
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +225,8 @@ mod tests {
     fn good_specs_pass() {
         for spec in [
             serde_json::json!({"shell": "make -j2"}),
+            serde_json::json!({"shell": "x", "network": "none"}),
+            serde_json::json!({"shell": "x", "network": {"allow": ["10.0.0.0/8", "192.168.7.1/32"]}}),
             serde_json::json!({"argv": ["xcodebuild", "test", "-scheme", "My App"]}),
             serde_json::json!({"shell": "x", "env": {"A_1": "", "_": "é"}, "labels": {"xcode": "16.4"}, "retries": 10,
                 "artifacts": ["=build/*.app", "!**/*.tmp", "out/"], "timeout_ms": 1, "image": "ghcr.io/cirruslabs/macos-sonoma-xcode:latest"}),
@@ -230,6 +257,17 @@ mod tests {
                 serde_json::json!({"shell": "a", "timeout_ms": 0, "queue_timeout_ms": 0, "retries": 11}),
                 vec!["timeout_ms", "queue_timeout_ms", "retries"],
             ),
+            (serde_json::json!({"shell": "a", "network": {"allow": []}}), vec!["network.allow"]),
+            (
+                serde_json::json!({"shell": "a", "network": {"allow": ["10.0.0.0/8", "10.0.0.1/8", "x"]}}),
+                vec!["network.allow[1]", "network.allow[2]"],
+            ),
+            (serde_json::json!({"shell": "a", "network": {"allow": vec!["10.0.0.0/8"; 65]}}), vec!["network.allow"]),
+            (
+                serde_json::json!({"shell": "a", "network": "none", "labels":
+                    (0..32).map(|n| (format!("l{n}"), "x".to_owned())).collect::<std::collections::BTreeMap<_, _>>()}),
+                vec!["labels"],
+            ),
             (serde_json::json!({"shell": "a", "image": "--help"}), vec!["image"]),
             (serde_json::json!({"shell": "a", "image": "a b"}), vec!["image"]),
             (serde_json::json!({"shell": "a", "image": "a@sha256:12"}), vec!["image"]),
@@ -240,6 +278,17 @@ mod tests {
             found.sort();
             assert_eq!(found, expected, "{spec}");
         }
+    }
+
+    #[test]
+    fn a_policy_of_its_own_needs_a_worker_that_can_restrict_it() {
+        let required = |network: Network| {
+            let spec = JobSpec { shell: Some("x".into()), network, ..JobSpec::default() };
+            check(&spec).unwrap().iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>()
+        };
+        assert_eq!(required(Network::Default), Vec::<String>::new());
+        assert_eq!(required(Network::None), ["network-policy=per-job"]);
+        assert_eq!(required(Network::Allow(vec!["10.0.0.0/8".into()])), ["network-policy=per-job"]);
     }
 
     #[test]

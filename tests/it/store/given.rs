@@ -8,6 +8,7 @@ use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::image::ImageWant;
 use alloy_shared::wire::job::{End, EventKind, GitInfo, JobSpec, Phase, Reason, Timings};
+use alloy_shared::wire::network::Network;
 use orchestrator::job::{Lease, State, Step, Then, Tries};
 use orchestrator::store::write::{Advance, Enrol, IdempotencyKey, InsertJob};
 use orchestrator::store::{
@@ -257,6 +258,11 @@ pub(super) fn any_spec(dice: &mut Dice) -> JobSpec {
         artifacts: (0..dice.below(2)).map(|_| dice.text()).collect(),
         labels: (0..dice.below(2)).map(|_| (dice.text(), dice.text())).collect(),
         image: dice.maybe(Dice::text),
+        network: match dice.below(3) {
+            0 => Network::Default,
+            1 => Network::None,
+            _ => Network::Allow((0..dice.below(3)).map(|_| dice.text()).collect()),
+        },
         timeout_ms: dice.maybe(Dice::next),
         queue_timeout_ms: dice.maybe(Dice::next),
         retries: dice.below(4) as u32,

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use alloy_shared::id::{BadName, Digest};
 use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::job::Blame;
+use alloy_shared::wire::network::Network;
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,10 @@ pub trait VmProvider: Send + Sync {
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError>;
     /// Returns when a command can run. The guest sees `inbox` read-only.
     async fn boot(&self, vm: &VmName, inbox: &Path) -> Result<Arc<dyn Guest>, VmError>;
+    /// True when it can put another network policy than its own default in force.
+    fn restricts(&self) -> bool {
+        false
+    }
     /// Puts the job's network policy in force and confirms it; on any doubt it fails and the VM is not used.
     async fn restrict(&self, vm: &VmName, network: &NetworkPolicy) -> Result<(), VmError>;
     /// Kills and removes the VM with its directory on the host. A VM that is gone already is a success.
@@ -141,6 +146,16 @@ pub enum NetworkPolicy {
     None,
     /// These IPv4 ranges and nobody else.
     Only(Vec<String>),
+}
+
+impl From<&Network> for NetworkPolicy {
+    fn from(asked: &Network) -> Self {
+        match asked {
+            Network::Default => Self::Default,
+            Network::None => Self::None,
+            Network::Allow(ranges) => Self::Only(ranges.clone()),
+        }
+    }
 }
 
 /// One rule of a job's artifacts, checked by [`crate::artifacts::parse`].

@@ -280,6 +280,10 @@ impl VmProvider for TartHost {
         Ok(guest)
     }
 
+    fn restricts(&self) -> bool {
+        !self.setup.settings.unfiltered && self.version >= LIVE_FILTER
+    }
+
     async fn restrict(&self, vm: &VmName, network: &NetworkPolicy) -> Result<(), VmError> {
         let machine = self.live().get(vm).cloned();
         let machine = machine.ok_or_else(|| VmError::farm(VmFault::Lost, format!("{vm} is gone")))?;

@@ -2,6 +2,7 @@ use clap::Parser as _;
 
 use super::*;
 use crate::{Cli, commands::Command};
+use alloy_shared::wire::network::Network;
 
 fn parse(line: &[&str]) -> RunArgs {
     match Cli::try_parse_from([&["alloy", "run"], line].concat()).unwrap().command {
@@ -31,6 +32,8 @@ fn arguments_become_a_spec() {
         "2",
         "--image",
         "img",
+        "--network",
+        "allow=10.0.0.0/8,1.1.1.1/32",
         "--queue-timeout",
         "1h30m",
     ]);
@@ -39,6 +42,7 @@ fn arguments_become_a_spec() {
     assert_eq!(spec.shell.as_deref(), Some("make"));
     assert_eq!(spec.env, BTreeMap::from([("A".into(), "1=2".into()), ("HERE".into(), "from here".into())]));
     assert_eq!(spec.artifacts, ["*.ipa", "=out/**"]);
+    assert_eq!(spec.network, Network::Allow(vec!["10.0.0.0/8".into(), "1.1.1.1/32".into()]));
     assert_eq!(spec.labels, BTreeMap::from([("chip".into(), "m4".into())]));
     assert_eq!((spec.timeout_ms, spec.queue_timeout_ms, spec.retries), (Some(600_000), Some(5_400_000), 2));
 
@@ -53,6 +57,7 @@ fn what_makes_no_sense_is_a_usage_error() {
         &["alloy", "run", "-c", "x", "--", "y"],
         &["alloy", "run", "-c", "x", "--timeout", "soon"],
         &["alloy", "run", "-c", "x", "--retries", "11"],
+        &["alloy", "run", "-c", "x", "--network", "off"],
         &["alloy", "run", "-c", "x", "--local", "--url", "http://x"],
     ] {
         assert!(Cli::try_parse_from(line).is_err(), "{line:?}");
@@ -66,6 +71,7 @@ fn what_makes_no_sense_is_a_usage_error() {
         &["-c", "x", "--env", "ALLOY_URL=x"],
         &["-c", "x", "--artifact", "../out"],
         &["-c", "x", "--image", "a b"],
+        &["-c", "x", "--network", "allow=10.1.2.3"],
     ] {
         assert_eq!(spec(&parse(line), &|_| None).unwrap_err().fault, Fault::Usage, "{line:?}");
     }

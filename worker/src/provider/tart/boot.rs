@@ -19,10 +19,10 @@ use super::says::{Ended, GuestOs, judge, parse_os, tail};
 use super::script::quote;
 use super::softnet::Control;
 use super::ssh::Ssh;
-use super::{LIVE_FILTER, TartHost, locks, vm_error};
+use super::{TartHost, locks, vm_error};
 use crate::guard::leash::{Leash, Wires};
 use crate::guard::{CONTROL_FD, Launch};
-use crate::provider::{ExecOutput, NetworkPolicy, VmError, VmFault, VmName, vm_dir};
+use crate::provider::{ExecOutput, NetworkPolicy, VmError, VmFault, VmName, VmProvider as _, vm_dir};
 
 /// What is kept of what `tart run` says.
 const WORDS_MAX: usize = 16 << 10;
@@ -72,8 +72,7 @@ impl TartHost {
         let os = parse_os(&got).map_err(|why| VmError::farm(VmFault::Start, why))?;
         let dir = vm_dir(&self.setup.state_dir, vm);
         let _one = self.making.lock().await;
-        let filter =
-            if self.setup.settings.unfiltered || self.version < LIVE_FILTER { None } else { Some(Door::open(&dir)?) };
+        let filter = if self.restricts() { Some(Door::open(&dir)?) } else { None };
         let leash = Leash::start(&self.setup.guard, dir.join("guard-0"));
         let leash = leash.map_err(|error| VmError::io(VmFault::Start, "start a guard", &error))?;
         let launch = self.launch(vm, inbox, &dir, filter.as_ref());
@@ -114,17 +113,8 @@ impl TartHost {
     }
 
     fn launch(&self, vm: &VmName, inbox: &Path, dir: &Path, filter: Option<&Door>) -> Launch {
-        let mut argv: Vec<String> =
-            ["run", vm.as_str(), "--no-graphics", "--no-audio", "--no-clipboard"].map(str::to_owned).into();
-        argv.insert(0, self.tart.program.display().to_string());
-        argv.push(format!("--dir={SHARE}:{}:ro", inbox.display()));
-        argv.push("--root-disk-opts=sync=none".to_owned());
-        if !self.setup.settings.unfiltered {
-            argv.push("--net-softnet".to_owned());
-        }
-        if filter.is_some() {
-            argv.push(format!("--net-softnet-control-fd={CONTROL_FD}"));
-        }
+        let mut argv = vec![self.tart.program.display().to_string()];
+        argv.extend(run_line(vm, inbox, !self.setup.settings.unfiltered, filter.is_some()));
         // A variable that is no text is none of `tart`'s.
         let mut env: BTreeMap<String, String> = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -264,6 +254,22 @@ impl TartHost {
             }
         }
     }
+}
+
+/// The line of `tart run`. A VM is started before anybody knows whose it will be: a job's own policy is put in force by
+/// the control channel and stands in no line.
+fn run_line(vm: &VmName, inbox: &Path, filtered: bool, controlled: bool) -> Vec<String> {
+    let mut argv: Vec<String> =
+        ["run", vm.as_str(), "--no-graphics", "--no-audio", "--no-clipboard"].map(str::to_owned).into();
+    argv.push(format!("--dir={SHARE}:{}:ro", inbox.display()));
+    argv.push("--root-disk-opts=sync=none".to_owned());
+    if filtered {
+        argv.push("--net-softnet".to_owned());
+    }
+    if controlled {
+        argv.push(format!("--net-softnet-control-fd={CONTROL_FD}"));
+    }
+    argv
 }
 
 /// Follows what `tart run` says, to tell why it ended: no end of it is one that was asked for, as far as a job goes.
@@ -406,6 +412,19 @@ mod tests {
             assert_eq!(about(GuestOs::Mac, &without), None, "{key}");
         }
         assert_eq!(about(GuestOs::Mac, &said.replace("home=/", "home=")), None);
+    }
+
+    #[test]
+    fn the_line_of_a_vm_is_headless_shares_nothing_to_write_and_is_filtered() {
+        let line = |filtered, controlled| {
+            run_line(&VmName::mint(1, 2), Path::new("/s/vms/alloy-1-2/inbox"), filtered, controlled).join(" ")
+        };
+        let plain = "run alloy-00000001-2 --no-graphics --no-audio --no-clipboard \
+                     --dir=inbox:/s/vms/alloy-1-2/inbox:ro --root-disk-opts=sync=none";
+        assert_eq!(line(true, true), format!("{plain} --net-softnet --net-softnet-control-fd=100"));
+        // A `tart` whose filter takes no orders, and a host whose owner wants none.
+        assert_eq!(line(true, false), format!("{plain} --net-softnet"));
+        assert_eq!(line(false, false), plain);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! JSON-RPC 2.0, an object a line, on a Unix socket that `tart run` inherits. An older form wants a revision and answers
 //! with more: what it adds is ignored.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -31,7 +32,10 @@ impl Rules {
             // The filter's own: what is globally routable, DNS and DHCP.
             NetworkPolicy::Default => Self::default(),
             NetworkPolicy::None => Self { allow: Vec::new(), block: vec![EVERYBODY.to_owned()] },
-            NetworkPolicy::Only(ranges) => Self { allow: ranges.clone(), block: vec![EVERYBODY.to_owned()] },
+            NetworkPolicy::Only(ranges) => {
+                let once: BTreeSet<&String> = ranges.iter().collect();
+                Self { allow: once.into_iter().cloned().collect(), block: vec![EVERYBODY.to_owned()] }
+            }
         }
     }
 
@@ -154,6 +158,8 @@ fn refused(fault: &Fault) -> String {
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::wire::network::Network;
+
     use super::*;
 
     /// A filter that answers each request with what `answer` makes of it.
@@ -178,6 +184,24 @@ mod tests {
 
     fn rules(set: &Value) -> Value {
         json!({"result": {"allow": set["params"]["allow"], "block": set["params"]["block"], "ruleCount": 1}})
+    }
+
+    #[test]
+    fn each_wish_of_a_job_is_one_set_of_rules() {
+        let rules = |asked: &Network| {
+            let Rules { allow, block } = Rules::of(&NetworkPolicy::from(asked));
+            (allow.join(" "), block.join(" "))
+        };
+        let ranges = |list: &[&str]| Network::Allow(list.iter().map(|range| (*range).to_owned()).collect());
+        for (asked, allow, block) in [
+            (Network::Default, "", ""),
+            (Network::None, "", "0.0.0.0/0"),
+            (ranges(&["10.0.0.0/8"]), "10.0.0.0/8", "0.0.0.0/0"),
+            // What the filter would tell once is asked for once.
+            (ranges(&["10.0.0.0/8", "1.1.1.1/32", "10.0.0.0/8"]), "1.1.1.1/32 10.0.0.0/8", "0.0.0.0/0"),
+        ] {
+            assert_eq!(rules(&asked), (allow.to_owned(), block.to_owned()), "{asked:?}");
+        }
     }
 
     #[tokio::test]
