@@ -1,6 +1,6 @@
 //! T: whom a job's VM may talk to, as people write it, and the label of workers that can see to it.
 
-use std::net::Ipv4Addr;
+use core::net::Ipv4Addr;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
