@@ -299,6 +299,10 @@ fn running(
         Event::Phase { phase, .. } if *phase < current => Err(Refused::Impossible),
         Event::Phase { phase, .. } => stay(*phase),
         Event::Artifact { .. } => stay(current),
+        // A command that has begun may have done anything: whoever lets go of it then has lost it.
+        Event::Finished { end, .. } if current > Phase::Preparing && is_handed_back(end) => {
+            Ok(lost(tries, lease, end.reason.unwrap_or(Reason::InternalError), &end.message, now, rules))
+        }
         Event::Finished { end, .. } => Ok(finished(tries, lease, end, now, rules)),
         Event::Lost { reason, message, .. } => Ok(lost(tries, lease, *reason, message, now, rules)),
         Event::CancelAsked { reason } => Ok(cancel(tries, lease, Then::End(*reason), now)),

@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_reader_with_a_small_buffer_is_read_ahead_for_and_an_idle_one_holds_nothing() {
+    async fn a_reader_with_a_small_buffer_is_read_ahead_for_until_it_reads_little() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let mut stuck = Stuck::new(listener.accept().await.unwrap().0);

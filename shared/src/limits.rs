@@ -169,7 +169,12 @@ pub const SOCKET_BUFFER: usize = 4 << 10;
 /// One log chunk on any hop.
 pub const LOG_CHUNK_MAX: usize = 64 << 10;
 /// Un-acknowledged log bytes in flight per attempt: a disk that syncs in 10 ms does not hold up a flood.
-pub const LOG_WINDOW: u64 = 16 << 20;
+pub const LOG_WINDOW: u64 = 8 << 20;
+/// A file of a worker's spooled log: small enough that a flood uses the same memory again and again.
+pub const SPOOL_SEGMENT: u64 = 8 << 20;
+/// Log that the farm has and the spool keeps all the same: an orchestrator whose disk was put back gets it again.
+pub const SPOOL_KEEP: u64 = 64 << 20;
+const _: () = assert!(SPOOL_KEEP >= LOG_WINDOW);
 /// Stored log per attempt: head, then a marker, then the last `LOG_TAIL`.
 pub const LOG_CAP: u64 = 1 << 30;
 pub const LOG_TAIL: u64 = 1 << 20;
@@ -234,7 +239,7 @@ pub const HOST_FAULTS_MAX: u32 = 3;
 pub const STUCK_TRIES_MAX: u32 = 3;
 /// What a worker says of its host's trouble, in bytes.
 pub const TROUBLE_MAX: usize = 400;
-/// How often workers may hand a job back that they did not start, before it counts as lost.
+/// How often workers may hand a job back whose command they did not begin, before it counts as lost.
 pub const HANDED_BACK_MAX: u32 = 16;
 /// Images that the farm has wishes about, and that one worker reports.
 pub const IMAGES_MAX: usize = 256;

@@ -177,3 +177,24 @@ async fn a_range_of_the_log_is_those_bytes() -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn a_worker_keeps_little_of_a_flood_that_the_farm_has() -> Result<()> {
+    let farm = Farm::start(Setup { workers: 1, slots: 1, ..Setup::default() }).await?;
+    let program = bin_dir().join("noise");
+    let line = format!("{} {SEED} 100000000; sleep 600", program.display());
+    let job = farm.api().submit(json!({ "argv": ["sh", "-c", line] })).await?;
+    let attempt = farm.worker_dir(0).join("spool").join(format!("{job}.1"));
+    until("the worker has let go of what is stored", async || {
+        let names = std::fs::read_dir(&attempt)?.map(|entry| Ok(entry?.file_name().into_string().unwrap_or_default()));
+        let names = names.collect::<Result<Vec<_>>>()?;
+        let last = names.contains(&"log.11".to_owned());
+        Ok((last && !names.contains(&"log.2".to_owned())).then_some(()))
+    })
+    .await;
+    farm.api().post(&format!("/v1/jobs/{job}/cancel"), &json!({})).await?;
+    farm.api().end(&job).await;
+    let log = follow_raw(&farm.api(), &job).await?;
+    assert_eq!(sha256_of(&log), sha256(SEED, log.len() as u64), "{} bytes", log.len());
+    Ok(())
+}

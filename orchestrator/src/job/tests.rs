@@ -192,6 +192,23 @@ fn a_job_that_was_handed_back_is_not_charged_but_not_for_ever() {
 }
 
 #[test]
+fn a_command_that_has_begun_is_not_handed_back_but_lost() {
+    let mut state = State::new(Ms(0));
+    for lost in 1..=2 {
+        let attempt = state.tries.made + 1;
+        for event in [
+            Event::Assigned { worker: W1 },
+            Event::Accepted { attempt },
+            Event::Phase { attempt, phase: Phase::Executing },
+            Event::Finished { attempt, end: End::because(Reason::WorkerDrained, "stopping") },
+        ] {
+            state = apply(&state, &event, NOW, &rules()).unwrap();
+        }
+        assert_eq!(state.tries.lost, lost);
+    }
+}
+
+#[test]
 fn a_job_that_waited_too_long_says_what_it_waited_for() {
     let after = apply(&State::new(Ms(0)), &late(), NOW, &rules()).unwrap();
     let Step::Done { end, .. } = after.step else { panic!("{after:?}") };

@@ -100,7 +100,8 @@ async fn one_by_one(file: &Path, time: Duration) -> Result<f64> {
         .pragma("temp_store", "MEMORY")
         .pragma("cache_size", "-65536")
         .pragma("wal_autocheckpoint", "4000");
-    let pool = SqlitePoolOptions::new().max_connections(CONNECTIONS).connect_with(connect).await?;
+    let pool =
+        SqlitePoolOptions::new().max_connections(CONNECTIONS).test_before_acquire(false).connect_with(connect).await?;
     let copies = Arc::new(copies(&pool).await?);
     let count = Arc::new(AtomicU64::new(0));
     let env = Arc::new(SystemEnv::detached());

@@ -23,6 +23,8 @@ use crate::provider::{ExecInput, ExecOutput, Exit, Signal, VmError, VmFault};
 #[cfg(test)]
 mod tests;
 
+/// Taken from a command's pipe at once: a flood costs few calls.
+pub const READ_MAX: usize = 4 * LOG_CHUNK_MAX;
 /// A chunk's buffer is replaced when it has less room than this.
 const ROOM_MIN: usize = 8 << 10;
 /// A guard whose leash is cut has this long to end. After that it goes on killing alone, and the VM counts as not destroyed.
@@ -176,11 +178,11 @@ enum Passed {
     Deaf,
 }
 
-/// Takes what the pipe holds, at most a chunk, and passes it on; waits for room first, so that bytes stay in the pipe.
+/// Takes what the pipe holds, at most `READ_MAX`, and passes it on; waits for room first, so that bytes stay in the pipe.
 async fn pass_on(log: &mut pipe::Receiver, buffer: &mut BytesMut, output: &mpsc::Sender<ExecOutput>) -> Passed {
     let Ok(room) = output.reserve().await else { return Passed::Deaf };
     if buffer.capacity() < ROOM_MIN {
-        buffer.reserve(4 * LOG_CHUNK_MAX);
+        buffer.reserve(READ_MAX);
     }
     match log.read_buf(buffer).await {
         Ok(1..) => {

@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::Digest;
-use alloy_shared::limits;
 use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::source::check_path;
 use async_trait::async_trait;
@@ -26,7 +25,7 @@ use super::{
     ArtifactRule, Command, Exec, Guest, GuestFile, Image, ImageRef, NetworkPolicy, Run, Shape, VmError, VmFault,
     VmName, VmProvider, vm_dir,
 };
-use crate::guard::leash::{Leash, Wires};
+use crate::guard::leash::{Leash, READ_MAX, Wires};
 use crate::guard::{self, Launch};
 
 mod files;
@@ -36,7 +35,7 @@ pub(crate) mod tests;
 /// The only image that a plain host has: itself.
 pub const HOST_IMAGE: &str = "host";
 /// Chunks between the log pipe and the spool: with full ones, 1 MiB.
-const CHUNKS: usize = 16;
+const CHUNKS: usize = 4;
 /// Nothing of a VM lives longer than this after it was told to go.
 const KILL_BUDGET: Duration = Duration::from_secs(10);
 
@@ -292,4 +291,4 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, VmError> +
     }
 }
 
-const _: () = assert!(limits::LOG_CHUNK_MAX * CHUNKS == 1 << 20);
+const _: () = assert!(READ_MAX * CHUNKS == 1 << 20);

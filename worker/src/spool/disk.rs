@@ -159,10 +159,9 @@ impl Disk {
 
     pub(super) async fn release(&self, at: AttemptRef, durable: u64) -> io::Result<()> {
         let entry = self.entry(at)?;
-        let doomed = entry.log.release(durable);
-        match doomed.is_empty() {
-            true => Ok(()),
-            false => blocking(move || doomed.iter().try_for_each(fs::remove_file)).await,
+        match entry.log.can_release(durable) {
+            true => blocking(move || entry.log.release(durable)).await,
+            false => Ok(()),
         }
     }
 
@@ -242,9 +241,11 @@ impl Disk {
 
 impl Entry {
     fn extend_log(&self, cap: &mut Cap, bytes: &[u8]) -> io::Result<()> {
-        if self.log.append(bytes)? {
+        let done = self.log.append(bytes);
+        if self.log.take_made() {
             self.rooted.store(false, Ordering::Release);
         }
+        done?;
         cap.len += bytes.len() as u64;
         Ok(())
     }
@@ -398,7 +399,7 @@ fn extend(file: &File, len: u64, bytes: &[u8]) -> io::Result<()> {
     })
 }
 
-pub(super) fn open_rw(path: &Path) -> io::Result<File> {
+fn open_rw(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
 }
 

@@ -1,22 +1,20 @@
 //! S: one attempt's log on disk, in files of equal size: its beginning can be given up while its end still grows.
 
-use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::disk::open_rw;
+use alloy_shared::limits::{LOG_CAP, LOG_TAIL, SPOOL_KEEP, SPOOL_SEGMENT};
 
-/// Small enough that a flood's memory is used again and again, large enough that making a file costs nothing.
-pub(super) const SEGMENT: u64 = 8 << 20;
-/// Acknowledged bytes that stay all the same: an orchestrator whose disk was put back to an earlier state gets them again.
-pub(super) const KEEP: u64 = 64 << 20;
 /// What stands for bytes that were given up and are asked for again. The log keeps its length, and the job its result.
 const LOST: &[u8] = b"[alloy: the farm had stored this part of the log and lost it]\n";
 const NAME: &str = "log.";
+/// Says that files at the beginning were given up. Without it one that is missing is damage.
+const RELEASED: &str = "released";
+const NUMBER_MAX: u64 = (LOG_CAP + 2 * LOG_TAIL) / SPOOL_SEGMENT;
 
 #[derive(Debug)]
 pub(super) struct Segments {
@@ -25,51 +23,59 @@ pub(super) struct Segments {
     len: AtomicU64,
     /// So much is on disk.
     synced: AtomicU64,
+    /// A file was made whose name is not durable.
+    made: AtomicBool,
 }
 
+/// Held open are the file that is written and the one that was read last: a flood has a hundred and more.
 #[derive(Debug, Default)]
 struct Files {
-    /// The number of the first one.
+    /// What lies before this one was given up.
     first: u64,
-    open: VecDeque<Arc<File>>,
+    /// The first one that was not yet deleted.
+    deleted: u64,
+    written: Option<(u64, Arc<File>)>,
+    read: Option<(u64, Arc<File>)>,
 }
 
 impl Segments {
     pub(super) fn create(dir: &Path) -> io::Result<Self> {
-        let files = Files { first: 0, open: VecDeque::from([Arc::new(open_rw(&path(dir, 0))?)]) };
-        Ok(Self { dir: dir.to_owned(), files: Mutex::new(files), len: AtomicU64::new(0), synced: AtomicU64::new(0) })
+        let log = Self::new(dir, 0, 0);
+        log.file_to_write(0)?;
+        log.made.store(false, Ordering::Release);
+        Ok(log)
     }
 
-    /// Opens what an earlier daemon left: the bytes up to the first one that is missing.
+    fn new(dir: &Path, first: u64, len: u64) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            files: Mutex::new(Files { first, deleted: first, ..Files::default() }),
+            len: AtomicU64::new(len),
+            synced: AtomicU64::new(0),
+            made: AtomicBool::new(false),
+        }
+    }
+
+    /// Opens what an earlier daemon left, to be read: the bytes up to the first one that is missing.
     pub(super) fn reopen(dir: &Path) -> io::Result<Self> {
         let mut found: Vec<(u64, u64)> = Vec::new();
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
-            let number = entry.file_name().to_str().and_then(|name| name.strip_prefix(NAME)?.parse().ok());
-            if let Some(number) = number {
+            if let Some(number) = entry.file_name().to_str().and_then(number_of) {
                 found.push((number, entry.metadata()?.len()));
             }
         }
         found.sort_unstable();
-        let log = Self::create_empty(dir, found.first().map_or(0, |(number, _)| *number));
-        let mut whole = true;
+        let released = dir.join(RELEASED).try_exists()?;
+        let first = found.first().filter(|_| released).map_or(0, |(number, _)| *number);
+        let mut len = first * SPOOL_SEGMENT;
         for (number, size) in found {
-            let next = log.len() / SEGMENT;
-            if !whole || number != next {
-                fs::remove_file(path(dir, number))?;
-                continue;
+            if number * SPOOL_SEGMENT != len {
+                break;
             }
-            log.files().open.push_back(Arc::new(open_rw(&path(dir, number))?));
-            log.len.store(number * SEGMENT + size.min(SEGMENT), Ordering::Release);
-            whole = size >= SEGMENT;
+            len += size.min(SPOOL_SEGMENT);
         }
-        Ok(log)
-    }
-
-    fn create_empty(dir: &Path, first: u64) -> Self {
-        let files = Files { first, open: VecDeque::new() };
-        let len = AtomicU64::new(first * SEGMENT);
-        Self { dir: dir.to_owned(), files: Mutex::new(files), len, synced: AtomicU64::new(0) }
+        Ok(Self::new(dir, first, len))
     }
 
     fn files(&self) -> MutexGuard<'_, Files> {
@@ -80,9 +86,13 @@ impl Segments {
         self.len.load(Ordering::Acquire)
     }
 
-    /// Appends, for one caller at a time. A write that fails half-way leaves the log as long as it was. True: a file was
-    /// made, whose name is not durable.
-    pub(super) fn append(&self, bytes: &[u8]) -> io::Result<bool> {
+    /// True once after files were made: their names are not durable.
+    pub(super) fn take_made(&self) -> bool {
+        self.made.swap(false, Ordering::AcqRel)
+    }
+
+    /// Appends, for one caller at a time. A write that fails half-way leaves the log as long as it was.
+    pub(super) fn append(&self, bytes: &[u8]) -> io::Result<()> {
         let start = self.len();
         self.write(start, bytes).inspect_err(|_| {
             if let Err(error) = self.cut(start) {
@@ -91,60 +101,46 @@ impl Segments {
         })
     }
 
-    fn write(&self, mut at: u64, mut bytes: &[u8]) -> io::Result<bool> {
-        let mut made = false;
+    fn write(&self, mut at: u64, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let (file, new) = self.last(at / SEGMENT)?;
-            made |= new;
-            let room = (SEGMENT - at % SEGMENT) as usize;
+            let file = self.file_to_write(at)?;
+            let room = (SPOOL_SEGMENT - at % SPOOL_SEGMENT) as usize;
             let (now, later) = bytes.split_at(bytes.len().min(room));
-            file.write_all_at(now, at % SEGMENT)?;
+            file.write_all_at(now, at % SPOOL_SEGMENT)?;
             (at, bytes) = (at + now.len() as u64, later);
         }
         self.len.store(at, Ordering::Release);
-        Ok(made)
+        Ok(())
     }
 
-    /// The file of this number, the last one or the one to follow it.
-    fn last(&self, number: u64) -> io::Result<(Arc<File>, bool)> {
+    /// The file that holds this offset. One that begins with it is made anew: what an append left there that failed is
+    /// no part of the log.
+    fn file_to_write(&self, at: u64) -> io::Result<Arc<File>> {
+        let (number, begins) = (at / SPOOL_SEGMENT, at.is_multiple_of(SPOOL_SEGMENT));
         let mut files = self.files();
-        if files.open.is_empty() {
-            files.first = number;
+        if let Some((_, file)) = files.written.as_ref().filter(|(open, _)| *open == number) {
+            return Ok(file.clone());
         }
-        if let Some(file) = files.open.get((number - files.first) as usize) {
-            return Ok((file.clone(), false));
-        }
-        let file = Arc::new(open_rw(&path(&self.dir, number))?);
-        files.open.push_back(file.clone());
-        Ok((file, true))
+        let mut how = OpenOptions::new();
+        let file = how.read(true).write(true).create(true).truncate(begins).mode(0o600).open(self.path(number))?;
+        self.made.store(true, Ordering::Release);
+        let file = Arc::new(file);
+        files.written = Some((number, file.clone()));
+        Ok(file)
     }
 
     fn cut(&self, len: u64) -> io::Result<()> {
-        let mut files = self.files();
-        while files.first + files.open.len() as u64 > len / SEGMENT + 1 {
-            let number = files.first + files.open.len() as u64 - 1;
-            files.open.pop_back();
-            fs::remove_file(path(&self.dir, number))?;
-        }
-        match files.open.back() {
-            Some(last) if files.first + files.open.len() as u64 == len / SEGMENT + 1 => last.set_len(len % SEGMENT),
-            Some(_) | None => Ok(()),
-        }
+        self.files().written = None;
+        self.file_to_write(len)?.set_len(len % SPOOL_SEGMENT)
     }
 
     /// Fills `out` with the bytes from `from` on; all of them lie in the log.
     pub(super) fn read(&self, mut from: u64, mut out: &mut [u8]) -> io::Result<()> {
         while !out.is_empty() {
-            let number = from / SEGMENT;
-            let file = {
-                let files = self.files();
-                number.checked_sub(files.first).map(|index| files.open.get(index as usize).cloned())
-            };
-            let room = (SEGMENT - from % SEGMENT) as usize;
+            let room = (SPOOL_SEGMENT - from % SPOOL_SEGMENT) as usize;
             let (now, later) = out.split_at_mut(room.min(out.len()));
-            match file {
-                Some(Some(file)) => file.read_exact_at(now, from % SEGMENT)?,
-                Some(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            match self.file_to_read(from / SPOOL_SEGMENT)? {
+                Some(file) => file.read_exact_at(now, from % SPOOL_SEGMENT)?,
                 None => lost(from, now),
             }
             (from, out) = (from + now.len() as u64, later);
@@ -152,37 +148,71 @@ impl Segments {
         Ok(())
     }
 
+    fn file_to_read(&self, number: u64) -> io::Result<Option<Arc<File>>> {
+        let mut files = self.files();
+        if number < files.first {
+            return Ok(None);
+        }
+        let open = [&files.written, &files.read];
+        if let Some((_, file)) = open.into_iter().flatten().find(|(open, _)| *open == number) {
+            return Ok(Some(file.clone()));
+        }
+        let file = Arc::new(File::open(self.path(number))?);
+        files.read = Some((number, file.clone()));
+        Ok(Some(file))
+    }
+
     /// Makes durable what was appended before the call; returns how much that is.
     pub(super) fn sync(&self) -> io::Result<u64> {
         let len = self.len();
-        let synced = self.synced.load(Ordering::Acquire);
-        if synced < len {
-            let dirty: Vec<_> = {
-                let files = self.files();
-                let clean = (synced / SEGMENT).saturating_sub(files.first);
-                files.open.iter().skip(clean as usize).cloned().collect()
-            };
-            dirty.iter().try_for_each(|file| file.sync_data())?;
-            self.synced.fetch_max(len, Ordering::AcqRel);
+        let mut at = self.synced.load(Ordering::Acquire);
+        while at < len {
+            if let Some(file) = self.file_to_read(at / SPOOL_SEGMENT)? {
+                file.sync_data()?;
+            }
+            at = (at / SPOOL_SEGMENT + 1) * SPOOL_SEGMENT;
         }
+        self.synced.fetch_max(len, Ordering::AcqRel);
         Ok(len)
     }
 
-    /// Lets go of whole files that lie `KEEP` behind what the orchestrator has; the caller deletes the returned ones.
-    pub(super) fn release(&self, durable: u64) -> Vec<PathBuf> {
-        let upto = durable.min(self.len()).saturating_sub(KEEP);
-        let mut files = self.files();
-        let mut doomed = Vec::new();
-        while (files.first + 1) * SEGMENT <= upto && files.open.pop_front().is_some() {
-            doomed.push(path(&self.dir, files.first));
-            files.first += 1;
+    /// True if whole files lie far enough behind what the orchestrator has.
+    pub(super) fn can_release(&self, durable: u64) -> bool {
+        self.files().deleted < self.releasable(durable)
+    }
+
+    /// Deletes those files, the first one first: what a crash or an error leaves has no hole.
+    pub(super) fn release(&self, durable: u64) -> io::Result<()> {
+        let upto = self.releasable(durable);
+        let from = {
+            let mut files = self.files();
+            files.first = files.first.max(upto);
+            files.deleted
+        };
+        if from == 0 && upto > 0 {
+            File::create(self.dir.join(RELEASED))?;
         }
-        doomed
+        for number in from..upto {
+            match fs::remove_file(self.path(number)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => self.files().deleted = number + 1,
+            }
+        }
+        Ok(())
+    }
+
+    fn releasable(&self, durable: u64) -> u64 {
+        durable.min(self.len()).saturating_sub(SPOOL_KEEP) / SPOOL_SEGMENT
+    }
+
+    fn path(&self, number: u64) -> PathBuf {
+        self.dir.join(format!("{NAME}{number}"))
     }
 }
 
-fn path(dir: &Path, number: u64) -> PathBuf {
-    dir.join(format!("{NAME}{number}"))
+fn number_of(name: &str) -> Option<u64> {
+    let number = name.strip_prefix(NAME)?.parse().ok()?;
+    (number <= NUMBER_MAX && name == format!("{NAME}{number}")).then_some(number)
 }
 
 /// The text that stands for lost bytes, from this offset of the log on.

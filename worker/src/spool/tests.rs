@@ -229,19 +229,19 @@ async fn a_flood_gives_up_what_the_farm_has_and_nothing_else() {
     let (spool, _) = Spool::open(dir.path()).unwrap();
     spool.begin(&assignment()).await.unwrap();
     let files = || std::fs::read_dir(journal_of(dir.path()).parent().unwrap()).unwrap().count();
-    let total = segments::KEEP + 3 * segments::SEGMENT + 1_000;
+    let total = limits::SPOOL_KEEP + 3 * limits::SPOOL_SEGMENT + 1_000;
     let mut at = 0;
     while at < total {
         let len = (total - at).min(700_001);
         at = spool.append(AT, flood(at, len as usize).into()).await.unwrap();
     }
-    let across = 2 * segments::SEGMENT - 10;
+    let across = 2 * limits::SPOOL_SEGMENT - 10;
     assert!(spool.read(AT, across, 20, 3).await.unwrap()[3..] == flood(across, 20)[..]);
-    spool.release(AT, segments::KEEP).await.unwrap();
+    spool.release(AT, limits::SPOOL_KEEP).await.unwrap();
     assert_eq!(files(), 1 + 12, "a journal and the whole log");
     spool.release(AT, total).await.unwrap();
-    assert_eq!(files(), 1 + 9);
-    let first = 3 * segments::SEGMENT;
+    assert_eq!(files(), 2 + 9, "and the word that some were given up");
+    let first = 3 * limits::SPOOL_SEGMENT;
     assert!(spool.read(AT, first, 1 << 20, 0).await.unwrap() == flood(first, 1 << 20));
     let lost = spool.read(AT, first - 100, 200, 0).await.unwrap();
     assert!(String::from_utf8_lossy(&lost[..100]).contains("the farm had stored this part"), "{lost:?}");
@@ -254,29 +254,57 @@ async fn a_flood_gives_up_what_the_farm_has_and_nothing_else() {
     assert_eq!(held, [Held { attempt: AT, state: HeldState::ResultPending, log_len: total, seq: 1 }]);
     assert!(spool.read(AT, total - 2_000, 5_000, 0).await.unwrap() == flood(total - 2_000, 2_000));
     drop(spool);
-    // Of a log with a hole what lies before it counts.
-    let hole = journal_of(dir.path()).with_file_name("log.5");
-    std::fs::OpenOptions::new().write(true).open(&hole).unwrap().set_len(7).unwrap();
+    // Of a log with a hole what lies before it counts, and nothing of it is deleted.
+    let log = |number: u64| journal_of(dir.path()).with_file_name(format!("log.{number}"));
+    std::fs::remove_file(log(5)).unwrap();
+    std::fs::write(log(u64::MAX), "a stranger").unwrap();
     let (_, held) = Spool::open(dir.path()).unwrap();
-    assert_eq!((held[0].state, held[0].log_len), (HeldState::Lost, 5 * segments::SEGMENT + 7));
+    assert_eq!((held[0].state, held[0].log_len), (HeldState::Lost, 5 * limits::SPOOL_SEGMENT));
+    assert!(log(6).exists());
+    // Files that nobody gave up are missing.
+    std::fs::remove_file(journal_of(dir.path()).with_file_name("released")).unwrap();
+    let (_, held) = Spool::open(dir.path()).unwrap();
+    assert_eq!((held[0].state, held[0].log_len), (HeldState::Lost, 0));
 }
 
 #[test]
 fn a_write_that_fails_leaves_the_log_as_long_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let log = segments::Segments::create(dir.path()).unwrap();
-    let most = vec![1; segments::SEGMENT as usize - 1];
-    assert!(!log.append(&most).unwrap(), "the first file was there");
+    let most = vec![1; limits::SPOOL_SEGMENT as usize - 1];
+    log.append(&most).unwrap();
+    assert!(!log.take_made(), "the first file was there");
     // Where the next file belongs is a directory.
     std::fs::create_dir(dir.path().join("log.1")).unwrap();
     assert!(log.append(b"abc").is_err());
-    assert_eq!(
-        (log.len(), std::fs::metadata(dir.path().join("log.0")).unwrap().len()),
-        (most.len() as u64, most.len() as u64)
-    );
+    assert_eq!(log.len(), most.len() as u64);
+    assert_eq!(std::fs::metadata(dir.path().join("log.0")).unwrap().len(), most.len() as u64);
     std::fs::remove_dir(dir.path().join("log.1")).unwrap();
-    assert!(log.append(b"abc").unwrap());
+    log.append(b"abc").unwrap();
+    assert!(log.take_made());
     let mut end = [0; 4];
     log.read(most.len() as u64 - 1, &mut end).unwrap();
     assert_eq!(&end, b"\x01abc");
+}
+
+#[test]
+fn a_file_that_cannot_be_deleted_is_tried_again_before_the_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = segments::Segments::create(dir.path()).unwrap();
+    let block = vec![7; limits::SPOOL_SEGMENT as usize];
+    let all = limits::SPOOL_KEEP + 3 * limits::SPOOL_SEGMENT;
+    while log.len() < all {
+        log.append(&block).unwrap();
+    }
+    // A directory cannot be removed like a file.
+    let (first, aside) = (dir.path().join("log.0"), dir.path().join("aside"));
+    std::fs::rename(&first, &aside).unwrap();
+    std::fs::create_dir(&first).unwrap();
+    assert!(log.release(all).is_err() && log.can_release(all));
+    assert!(dir.path().join("log.1").exists());
+    std::fs::remove_dir(&first).unwrap();
+    std::fs::rename(&aside, &first).unwrap();
+    log.release(all).unwrap();
+    assert!(!log.can_release(all) && !first.exists() && !dir.path().join("log.2").exists());
+    assert!(dir.path().join("log.3").exists());
 }

@@ -412,7 +412,8 @@ fn the_log_window_opens_with_acknowledgements() {
         durable += sent;
         windows.push(sent);
         bench.ms += 10;
-        bench.give(Input::Heard(ToWorker::LogAck { attempt: AT, durable }));
+        let effects = bench.give(Input::Heard(ToWorker::LogAck { attempt: AT, durable }));
+        assert!(effects.contains(&Effect::Release { attempt: AT, durable }), "{effects:?}");
     }
     assert_eq!((windows[0], windows[8]), (64 << 10, limits::LOG_WINDOW), "{windows:?}");
     // A slow line: less is in flight, so that heartbeats do not stand behind much.
