@@ -29,7 +29,7 @@ pub struct Tries {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    /// `avoid` lost an attempt of it: another worker is better where one qualifies.
+    /// Any other worker is better than those in `avoid`, where one qualifies.
     Queued {
         since: Ms,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -60,6 +60,17 @@ pub struct Lease {
     pub attempt: u32,
     pub worker: WorkerId,
     pub assigned_at: Ms,
+    /// Whoever lost an earlier attempt, in the order of their last losses. As many as a job may be lost and handed back.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub avoid: Vec<WorkerId>,
+}
+
+impl Lease {
+    /// Whom the job avoids once this worker has lost it too.
+    fn lost(&self) -> Vec<WorkerId> {
+        let others = self.avoid.iter().filter(|worker| **worker != self.worker);
+        others.copied().chain([self.worker]).collect()
+    }
 }
 
 /// How long a state may last, and from when on.
@@ -223,7 +234,7 @@ pub fn apply(state: &State, event: &Event, now: Ms, rules: &Rules) -> Result<Sta
     check_fence(state, event)?;
     let tries = state.tries;
     match &state.step {
-        Step::Queued { .. } => queued(tries, event, now),
+        Step::Queued { avoid, .. } => queued(tries, avoid, event, now),
         Step::Assigned { lease } => assigned(tries, lease, event, now, rules),
         Step::Running { lease, accepted_at, phase } => running(tries, lease, (*accepted_at, *phase), event, now, rules),
         Step::Canceling { lease, since, then } => canceling(tries, lease, (*since, *then), event, now, rules),
@@ -250,11 +261,11 @@ fn check_fence(state: &State, event: &Event) -> Result<(), Refused> {
     }
 }
 
-fn queued(tries: Tries, event: &Event, now: Ms) -> Result<State, Refused> {
+fn queued(tries: Tries, avoid: &[WorkerId], event: &Event, now: Ms) -> Result<State, Refused> {
     match event {
         Event::Assigned { worker } => {
             let tries = Tries { made: tries.made + 1, ..tries };
-            let lease = Lease { attempt: tries.made, worker: *worker, assigned_at: now };
+            let lease = Lease { attempt: tries.made, worker: *worker, assigned_at: now, avoid: avoid.to_vec() };
             Ok(State { tries, step: Step::Assigned { lease } })
         }
         Event::CancelAsked { reason } => Ok(done(tries, End::because(*reason, "canceled while it waited"), now)),
@@ -377,12 +388,12 @@ fn finished(tries: Tries, lease: &Lease, end: &End, now: Ms, rules: &Rules) -> S
     let handed_back = tries.made.saturating_sub(1 + tries.lost + tries.failed);
     match end.blame() {
         Some(Blame::Farm) if is_handed_back(end) && handed_back < HANDED_BACK_MAX => {
-            State { tries, step: Step::Queued { since: now, avoid: vec![lease.worker] } }
+            State { tries, step: Step::Queued { since: now, avoid: lease.lost() } }
         }
         Some(Blame::Farm) => lost(tries, lease, end.reason.unwrap_or(Reason::InternalError), &end.message, now, rules),
         Some(Blame::User) if tries.failed < rules.retries => {
             let tries = Tries { failed: tries.failed + 1, ..tries };
-            State { tries, step: Step::Queued { since: now, avoid: Vec::new() } }
+            State { tries, step: Step::Queued { since: now, avoid: lease.avoid.clone() } }
         }
         Some(Blame::User) | Some(Blame::Policy) | None => done(tries, end.clone(), now),
     }
@@ -399,7 +410,7 @@ fn lost(tries: Tries, lease: &Lease, reason: Reason, message: &str, now: Ms, rul
         return done(tries, End::because(reason, message), now);
     }
     let tries = Tries { lost: tries.lost + 1, ..tries };
-    State { tries, step: Step::Queued { since: now, avoid: vec![lease.worker] } }
+    State { tries, step: Step::Queued { since: now, avoid: lease.lost() } }
 }
 
 fn cancel(tries: Tries, lease: &Lease, then: Then, now: Ms) -> State {

@@ -71,7 +71,15 @@ pub struct Waiting<'a> {
     pub required: &'a Labels,
     /// Absent: the worker's own.
     pub image: Option<&'a str>,
+    /// Whoever lost it, in the order of their last losses.
     pub avoid: &'a [WorkerId],
+}
+
+impl Waiting<'_> {
+    /// How bad a worker's record with this job is: 0 is none, and a loss that lies further back counts less.
+    fn grudge(&self, worker: &WorkerId) -> usize {
+        self.avoid.iter().rposition(|loser| loser == worker).map_or(0, |at| at + 1)
+    }
 }
 
 /// Gives jobs, oldest first, to free slots until one of the two runs out. Lowers `free` as it goes.
@@ -100,16 +108,16 @@ pub fn pick<'a>(
 }
 
 /// The worker that has the job's image nearest at hand, of those the emptiest; one that lost the job before only where no
-/// other qualifies at all.
+/// other qualifies at all, and of such the one whose loss lies furthest back.
 fn place(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> Option<WorkerId> {
     let fits = |room: &Room| {
         let open = !room.draining && room.labels.matches(job.required);
         open.then(|| room.stance(job.image).rank()).flatten()
     };
-    let other_exists = rooms.iter().any(|(id, room)| !job.avoid.contains(id) && fits(room).is_some());
+    let least = rooms.iter().filter(|(_, room)| fits(room).is_some()).map(|(id, _)| job.grudge(id)).min()?;
     rooms
         .iter()
-        .filter(|(id, room)| room.free > 0 && !(other_exists && job.avoid.contains(id)))
+        .filter(|(id, room)| room.free > 0 && job.grudge(id) == least)
         .filter_map(|(id, room)| Some((fits(room)?, room.free, std::cmp::Reverse(*id))))
         .max()
         .map(|(_, _, id)| id.0)
@@ -264,10 +272,26 @@ mod tests {
 
     #[test]
     fn a_worker_that_lost_the_job_gets_it_only_when_no_other_qualifies() {
-        let mut free = rooms(&[(1, &[], 2, false), (2, &[], 0, false)]);
-        assert_eq!(run(&[(10, &[], &[1])], &mut free), []);
-        let mut alone = rooms(&[(1, &[], 2, false)]);
-        assert_eq!(run(&[(10, &[], &[1])], &mut alone), [(10, 1)]);
+        type Rooms<'a> = &'a [(u128, &'a [&'a str], u32, bool)];
+        let cases: [(Rooms<'_>, &[u128], Option<u128>); 8] = [
+            (&[(1, &[], 2, false), (2, &[], 1, false)], &[1], Some(2)),
+            // The other one is busy: its turn is waited for.
+            (&[(1, &[], 2, false), (2, &[], 0, false)], &[1], None),
+            (&[(1, &[], 2, false), (2, &[], 2, false), (3, &[], 1, false)], &[1, 2], Some(3)),
+            (&[(1, &[], 2, false), (2, &[], 2, false), (3, &[], 0, false)], &[1, 2], None),
+            // Nobody else will do.
+            (&[(1, &[], 2, false)], &[1], Some(1)),
+            (&[(1, &["a=1"], 2, false), (2, &[], 2, false), (3, &["a=1"], 2, true)], &[1], Some(1)),
+            // All have lost it: whose loss lies furthest back, also when another has more room.
+            (&[(1, &["a=1"], 1, false), (2, &["a=1"], 2, false)], &[1, 2], Some(1)),
+            (&[(1, &["a=1"], 2, false), (2, &["a=1"], 1, false)], &[2, 1], Some(2)),
+        ];
+        for (workers, avoid, expected) in cases {
+            let required: &[&str] = if workers[0].1.is_empty() { &[] } else { &["a=1"] };
+            let picked = run(&[(10, required, avoid)], &mut rooms(workers));
+            let expected: Vec<_> = expected.map(|worker| (10, worker)).into_iter().collect();
+            assert_eq!(picked, expected, "{workers:?} avoiding {avoid:?}");
+        }
     }
 
     #[test]

@@ -169,6 +169,18 @@ impl Config {
     }
 }
 
+/// The provider that somebody chose, whatever else is wrong with the layers.
+pub fn chosen_provider(
+    flags: &Flags,
+    variables: &BTreeMap<String, String>,
+    file: Option<File>,
+) -> Result<Option<Provider>, Problem> {
+    let mut layers = Layers::new(given(flags), variables.clone(), file);
+    let provider = layers.take_given(PROVIDER, parse_provider);
+    let problems = layers.finish().err().unwrap_or_default();
+    problems.into_iter().find(|problem| problem.name == PROVIDER.name).map_or(Ok(provider), Err)
+}
+
 fn tart_settings(layers: &mut Layers, variables: &BTreeMap<String, String>) -> Settings {
     let standard = Settings::default();
     let home = variables.get("HOME").map(|home| format!("{home}/.tart")).unwrap_or_default();

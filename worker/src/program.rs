@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use alloy_shared::config::File;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry, telemetry_into};
 
-use crate::config::{Config, Flags, default_dir, default_file};
+use crate::config::{Config, Flags, Provider, default_dir, default_file};
 use crate::log_file::LogFile;
 use crate::session::drive::Over;
 use crate::{Daemon, JoinError, RunError, join};
@@ -37,6 +37,9 @@ pub struct Join {
     /// Directory for the worker's key and state [default: ~/.local/share/alloy/worker]
     #[arg(long, value_name = "DIR", env = "ALLOY_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
+    /// What will run the jobs, tart or host: names it in the command that starts the worker
+    #[arg(long, value_name = "PROVIDER")]
+    pub provider: Option<String>,
 }
 
 /// Runs the daemon until a signal, or until the farm refuses it. `guard` is a binary that knows the guard's subcommand.
@@ -100,11 +103,15 @@ pub async fn enrol(verb: &Join) -> ExitCode {
         Some(dir) => dir,
         None => return complain("there is no HOME: say --state-dir", ExitCode::from(2)),
     };
+    let provider = match provider_of(verb.provider.as_deref()) {
+        Ok(provider) => provider,
+        Err(problems) => return complain(&problems, ExitCode::from(2)),
+    };
     let env = Arc::new(SystemEnv::detached());
     match join(&state_dir, &verb.url, &verb.token, verb.name.as_deref(), verb.force, env).await {
         Ok(identity) => {
             eprintln!("{} is a worker of {} now.", identity.name, identity.url);
-            eprintln!("Start it: {}", start_line(&state_dir));
+            eprintln!("Start it: {}", start_line(provider, &state_dir));
             ExitCode::SUCCESS
         }
         Err(error @ (JoinError::Token(_) | JoinError::Kind | JoinError::Name(_))) => {
@@ -116,10 +123,25 @@ pub async fn enrol(verb: &Join) -> ExitCode {
     }
 }
 
-/// What starts a worker with this state directory from anywhere. It names the provider that needs nothing else installed.
-fn start_line(state_dir: &Path) -> String {
+/// What the worker will run its jobs with: whatever flag, environment or file choose, else what this system can have.
+pub fn provider_of(flag: Option<&str>) -> Result<Provider, String> {
+    let flags = Flags { provider: flag.map(str::to_owned), ..Flags::default() };
+    Ok(chosen(&flags, &variables())?.unwrap_or(OWN_PROVIDER))
+}
+
+/// There is no `tart` but on a Mac.
+const OWN_PROVIDER: Provider = if cfg!(target_os = "macos") { Provider::Tart } else { Provider::Host };
+
+/// The provider that somebody chose. What else is wrong with the configuration is said when the worker starts.
+fn chosen(flags: &Flags, variables: &BTreeMap<String, String>) -> Result<Option<Provider>, String> {
+    let file = file_of(flags, variables)?;
+    crate::config::chosen_provider(flags, variables, file).map_err(|problem| problem.to_string())
+}
+
+/// What starts a worker with this state directory from anywhere.
+fn start_line(provider: Provider, state_dir: &Path) -> String {
     let dir = std::path::absolute(state_dir).unwrap_or_else(|_| state_dir.to_owned());
-    format!("worker run --provider host --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
+    format!("worker run --provider {provider} --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
 }
 
 pub(crate) fn variables() -> BTreeMap<String, String> {
@@ -135,22 +157,26 @@ pub(crate) fn resolve(flags: &Flags) -> Result<Config, String> {
 
 /// The configuration of a worker that will have these variables.
 pub(crate) fn resolve_for(flags: &Flags, variables: &BTreeMap<String, String>) -> Result<Config, String> {
-    let file = match &flags.config {
-        Some(path) => Some(read(path).map_err(|error| format!("{}: {error}", path.display()))?),
-        None => match default_file(variables).map(|path| (read(&path), path)) {
-            Some((Ok(file), _)) => Some(file),
-            Some((Err(error), path)) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(format!("{}: {error}", path.display()));
-            }
-            Some(_) | None => None,
-        },
-    };
-    match Config::resolve(flags, variables, file) {
+    match Config::resolve(flags, variables, file_of(flags, variables)?) {
         Ok((config, _)) => Ok(config),
         Err(problems) => {
             let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
             Err(lines.join("\n"))
         }
+    }
+}
+
+/// The configuration file that is named, or the usual one where it is there.
+fn file_of(flags: &Flags, variables: &BTreeMap<String, String>) -> Result<Option<File>, String> {
+    match &flags.config {
+        Some(path) => read(path).map(Some).map_err(|error| format!("{}: {error}", path.display())),
+        None => match default_file(variables).map(|path| (read(&path), path)) {
+            Some((Ok(file), _)) => Ok(Some(file)),
+            Some((Err(error), path)) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(format!("{}: {error}", path.display()))
+            }
+            Some(_) | None => Ok(None),
+        },
     }
 }
 
@@ -171,10 +197,33 @@ mod tests {
 
     #[test]
     fn the_line_that_starts_a_worker_is_one_that_works() {
-        let line = start_line(Path::new("it's here"));
+        let line = start_line(Provider::Host, Path::new("it's here"));
         let cwd = std::env::current_dir().unwrap();
         assert_eq!(line, format!(r"worker run --provider host --state-dir '{}/it'\''s here'", cwd.display()));
         let (_, dir) = line.split_once("--state-dir ").unwrap();
         assert!(dir.starts_with("'/"), "{dir}: only an absolute one is taken");
+        assert!(start_line(Provider::Tart, Path::new("/s")).starts_with("worker run --provider tart "));
+    }
+
+    #[test]
+    fn the_provider_of_the_line_is_the_one_that_was_chosen_anywhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("w.toml");
+        std::fs::write(&file, "provider = \"tart\"\nvm_pool_size = 0\n").unwrap();
+        let none = BTreeMap::new();
+        let variable = BTreeMap::from([("ALLOY_PROVIDER".to_owned(), "host".to_owned())]);
+        let flag = |text: &str| Flags { provider: Some(text.into()), config: Some(file.clone()), ..Flags::default() };
+        let in_file = Flags { config: Some(file.clone()), ..Flags::default() };
+        for (flags, variables, provider) in [
+            (Flags::default(), &none, None),
+            (Flags::default(), &variable, Some(Provider::Host)),
+            (in_file.clone(), &none, Some(Provider::Tart)),
+            (in_file, &variable, Some(Provider::Host)),
+            (flag("tart"), &variable, Some(Provider::Tart)),
+        ] {
+            assert_eq!(chosen(&flags, variables), Ok(provider), "{flags:?}");
+        }
+        let problem = chosen(&flag("docker"), &none).unwrap_err();
+        assert!(problem.contains("--provider") && problem.contains("docker"), "{problem}");
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use worker::JoinError;
+use worker::config::Provider;
 
 use crate::context::{App, check_url, without_user};
 use crate::output::talk::Tone;
@@ -24,6 +25,9 @@ pub(crate) struct JoinArgs {
     /// Give up the worker that this directory belongs to, and join as a new one
     #[arg(long)]
     force: bool,
+    /// What will run the jobs, tart or host: names it in the command that starts the worker
+    #[arg(long, value_name = "PROVIDER")]
+    provider: Option<String>,
     #[command(flatten)]
     place: Place,
 }
@@ -44,6 +48,7 @@ impl Place {
 pub(crate) async fn join(app: &App, args: &JoinArgs) -> Result<i32, Failure> {
     let url = check_url(&args.farm).map_err(|why| Failure::usage(format!("`{}` {why}", without_user(&args.farm))))?;
     let dir = args.place.dir(app);
+    let provider = worker::program::provider_of(args.provider.as_deref()).map_err(Failure::usage)?;
     let identity = worker::join(&dir, &url, &args.token, args.name.as_deref(), args.force, app.env.clone())
         .await
         .map_err(|error| join_failure(error, &url))?;
@@ -53,14 +58,16 @@ pub(crate) async fn join(app: &App, args: &JoinArgs) -> Result<i32, Failure> {
         }))?;
     }
     app.talk.verdict(Tone::Good, "✓", &format!("{} ({}) belongs to {url}", identity.name, identity.worker), None);
-    app.talk.hint(&format!("{}   starts it", run_line(args.place.state_dir.is_some().then_some(dir.as_path()))));
+    let named = args.place.state_dir.is_some().then_some(dir.as_path());
+    app.talk.hint(&format!("{}   starts it", run_line(provider, named)));
     Ok(exit::OK)
 }
 
 /// What starts the worker that was joined: a directory of its own must be named again.
-fn run_line(state_dir: Option<&Path>) -> String {
-    let Some(dir) = state_dir else { return "alloy worker run".into() };
-    format!("alloy worker run --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
+fn run_line(provider: Provider, state_dir: Option<&Path>) -> String {
+    let start = format!("alloy worker run --provider {provider}");
+    let Some(dir) = state_dir else { return start };
+    format!("{start} --state-dir '{}'", dir.display().to_string().replace('\'', r"'\''"))
 }
 
 fn join_failure(error: JoinError, url: &str) -> Failure {
@@ -150,8 +157,8 @@ mod tests {
 
     #[test]
     fn the_line_that_starts_a_worker_names_its_directory() {
-        assert_eq!(run_line(None), "alloy worker run");
-        let line = run_line(Some(Path::new("/tmp/second one's")));
-        assert_eq!(line, r"alloy worker run --state-dir '/tmp/second one'\''s'");
+        assert_eq!(run_line(Provider::Tart, None), "alloy worker run --provider tart");
+        let line = run_line(Provider::Host, Some(Path::new("/tmp/second one's")));
+        assert_eq!(line, r"alloy worker run --provider host --state-dir '/tmp/second one'\''s'");
     }
 }

@@ -13,7 +13,7 @@ fn rules() -> Rules {
 }
 
 fn lease(attempt: u32) -> Lease {
-    Lease { attempt, worker: W1, assigned_at: Ms(0) }
+    Lease { attempt, worker: W1, assigned_at: Ms(0), avoid: Vec::new() }
 }
 
 /// One state of each kind, with and without tries left.
@@ -205,6 +205,35 @@ fn a_command_that_has_begun_is_not_handed_back_but_lost() {
             state = apply(&state, &event, NOW, &rules()).unwrap();
         }
         assert_eq!(state.tries.lost, lost);
+    }
+}
+
+#[test]
+fn whoever_lost_a_job_is_remembered_through_every_later_attempt() {
+    let worker = WorkerId::from_raw;
+    let vm_lost = |attempt| Event::Finished { attempt, end: End::because(Reason::VmLost, "gone") };
+    let failed = |attempt| Event::Finished { attempt, end: End::because(Reason::ScriptFailure, "3") };
+    let handed_back = |attempt| Event::Finished { attempt, end: End::because(Reason::WorkerDrained, "ill") };
+    let lost = |attempt| Event::Lost { attempt, reason: Reason::WorkerLost, message: "gone".into() };
+    type Ends<'a> = &'a [(u128, &'a dyn Fn(u32) -> Event)];
+    let cases: [(Ends<'_>, &[u128]); 5] = [
+        (&[(1, &vm_lost), (2, &lost)], &[1, 2]),
+        (&[(1, &handed_back), (2, &vm_lost), (3, &handed_back)], &[1, 2, 3]),
+        (&[(1, &vm_lost), (2, &lost), (1, &handed_back)], &[2, 1]),
+        // A command that failed by itself says nothing about its worker.
+        (&[(1, &vm_lost), (2, &failed)], &[1]),
+        (&[(2, &failed)], &[]),
+    ];
+    for (number, (ends, avoided)) in cases.into_iter().enumerate() {
+        let mut state = State::new(Ms(0));
+        for (by, end) in ends {
+            let attempt = state.tries.made + 1;
+            let steps = [Event::Assigned { worker: worker(*by) }, Event::Accepted { attempt }, end(attempt)];
+            state = steps.iter().fold(state, |state, event| apply(&state, event, NOW, &rules()).unwrap());
+        }
+        let Step::Queued { avoid, .. } = state.step else { panic!("case {number}: {state:?}") };
+        let avoided: Vec<_> = avoided.iter().copied().map(worker).collect();
+        assert_eq!(avoid, avoided, "case {number}");
     }
 }
 

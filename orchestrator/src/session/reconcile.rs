@@ -56,7 +56,7 @@ mod tests {
 
     #[test]
     fn the_table_is_as_designed() {
-        let lease = Lease { attempt: 1, worker: WorkerId::from_raw(1), assigned_at: Ms(0) };
+        let lease = Lease { attempt: 1, worker: WorkerId::from_raw(1), assigned_at: Ms(0), avoid: Vec::new() };
         let state = |step| State { tries: Tries { made: 1, lost: 0, failed: 0 }, step };
         let assigned = state(Step::Assigned { lease: lease.clone() });
         let running = state(Step::Running { lease: lease.clone(), accepted_at: Ms(0), phase: Phase::Executing });

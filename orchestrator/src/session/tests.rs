@@ -41,7 +41,7 @@ fn job(n: u128, version: i64, step: Step) -> Job {
 }
 
 fn lease(worker: WorkerId) -> Lease {
-    Lease { attempt: 1, worker, assigned_at: Ms(0) }
+    Lease { attempt: 1, worker, assigned_at: Ms(0), avoid: Vec::new() }
 }
 
 fn assigned() -> Step {

@@ -109,7 +109,7 @@ pub(super) fn insert(job: Job, key: Option<IdempotencyKey>) -> Write {
 
 /// The job with its first attempt on this worker.
 pub(super) fn assigned(job: &Job, worker: WorkerId) -> Job {
-    let lease = Lease { attempt: 1, worker, assigned_at: Ms(7) };
+    let lease = Lease { attempt: 1, worker, assigned_at: Ms(7), avoid: Vec::new() };
     let state = State { tries: Tries { made: 1, lost: 0, failed: 0 }, step: Step::Assigned { lease } };
     Job { version: job.version + 1, state, events: job.events + 1, ..job.clone() }
 }
@@ -211,7 +211,7 @@ pub(super) fn blob(n: usize, kind: BlobKind) -> Blob {
 pub(super) fn any_state(dice: &mut Dice, worker: WorkerId) -> State {
     let made = 1 + dice.below(3) as u32;
     let tries = Tries { made, lost: dice.below(3) as u32, failed: dice.below(3) as u32 };
-    let lease = Lease { attempt: made, worker, assigned_at: dice.ms() };
+    let lease = Lease { attempt: made, worker, assigned_at: dice.ms(), avoid: Vec::new() };
     let phase = dice.of(Phase::ALL);
     let reason = dice.of(Reason::ALL);
     let step = match dice.below(7) {

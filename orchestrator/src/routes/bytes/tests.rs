@@ -97,7 +97,7 @@ async fn world() -> World {
 
 async fn insert_job(store: &MemStore, at: AttemptRef) {
     let worker = WorkerId::from_raw(3);
-    let lease = Lease { attempt: at.attempt, worker, assigned_at: Ms(1) };
+    let lease = Lease { attempt: at.attempt, worker, assigned_at: Ms(1), avoid: Vec::new() };
     let state = JobState {
         tries: Tries { made: at.attempt, lost: 1, failed: 0 },
         step: Step::Running { lease, accepted_at: Ms(2), phase: Phase::Executing },
