@@ -174,7 +174,7 @@ impl Rules {
             lost_max: limits.lost_max,
             queue_ms: spec.queue_timeout_ms.unwrap_or(limits.queue_timeout_ms),
             accept_ms: limits.accept_ms,
-            run_ms: limits.image_ms + limits.claim_ms + limits.stage_source_ms + timeout + ending,
+            run_ms: limits.image_ms + limits.claim_ms + limits.hook_ms + limits.stage_source_ms + timeout + ending,
             cancel_ms: ending,
         }
     }

@@ -42,6 +42,10 @@ pub struct Limits {
     pub agent_grace_ms: u64,
     pub stage_source_ms: u64,
     pub collect_ms: u64,
+    /// An operator's hook around a job.
+    pub hook_ms: u64,
+    /// The hook after a job that was taken from this worker, or that it hands back: shorter than a daemon's stop.
+    pub hook_hurried_ms: u64,
     /// SIGTERM to SIGKILL.
     pub cancel_grace_ms: u64,
     pub job_timeout_ms: u64,
@@ -88,6 +92,8 @@ impl Default for Limits {
             agent_grace_ms: 20_000,
             stage_source_ms: 600_000,
             collect_ms: 600_000,
+            hook_ms: 60_000,
+            hook_hurried_ms: 4_000,
             cancel_grace_ms: 10_000,
             job_timeout_ms: 60 * 60_000,
             job_timeout_max_ms: 24 * 60 * 60_000,
@@ -215,6 +221,9 @@ pub const BLOBS_PER_COMMIT: usize = DIGESTS_PER_READ;
 pub const UPLOAD_DRAIN: u64 = 16 << 20;
 pub const COMMAND_MAX: usize = 128 << 10;
 pub const ARGV_MAX: usize = 4_096;
+/// What a hook may say into the worker's log, and a line of it.
+pub const HOOK_WORDS_MAX: usize = 64 << 10;
+pub const HOOK_LINE_MAX: usize = 1 << 10;
 /// Ranges that a job may be let through to. A packet filter takes 4096 rules.
 pub const NETWORK_RANGES_MAX: usize = 64;
 pub const ENV_COUNT_MAX: usize = 256;

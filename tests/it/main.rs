@@ -4,6 +4,7 @@ mod access;
 mod care;
 mod cli;
 mod follow;
+mod hooks;
 mod image;
 mod images;
 mod job;

@@ -66,6 +66,8 @@ pub struct Config {
     /// Bytes that all images together may take. Absent: images are evicted only where the disk is full.
     pub image_budget: Option<u64>,
     pub tart: Settings,
+    /// Where the programs `pre-job` and `post-job` lie, if there are any.
+    pub hooks_dir: PathBuf,
     pub labels: Labels,
     pub log_format: LogFormat,
     /// Absent: stderr.
@@ -79,6 +81,7 @@ const PROVIDER: Key = Key { name: "provider", flag: Some("--provider"), variable
 const SLOTS: Key = Key { name: "vm_pool_size", flag: Some("--slots"), variable: Some("VM_POOL_SIZE") };
 const IMAGE: Key = Key { name: "base_image", flag: None, variable: Some("TART_BASE_IMAGE") };
 const IMAGE_BUDGET: Key = Key { name: "image_budget_gib", flag: None, variable: Some("ALLOY_IMAGE_BUDGET_GIB") };
+const HOOKS_DIR: Key = Key { name: "hooks_dir", flag: None, variable: Some("ALLOY_HOOKS_DIR") };
 const LABELS: Key = Key { name: "labels", flag: Some("--label"), variable: Some("ALLOY_LABELS") };
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
 const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
@@ -95,6 +98,8 @@ const GUEST_PASSWORD: Key = Key { name: "guest_password", flag: None, variable: 
 
 const DEFAULT_IMAGE: &str = "ghcr.io/cirruslabs/macos-sonoma-xcode:latest";
 const DEFAULT_SLOTS: usize = 2;
+/// Below the state directory.
+const HOOKS: &str = "hooks";
 const TIME_SCALE_MAX: u64 = 20;
 
 impl Config {
@@ -102,6 +107,7 @@ impl Config {
     pub fn embedded(url: String, state_dir: PathBuf) -> Self {
         Self {
             url: Some(url),
+            hooks_dir: state_dir.join(HOOKS),
             state_dir,
             provider: Provider::Host,
             slots: DEFAULT_SLOTS,
@@ -130,6 +136,7 @@ impl Config {
         let image = layers.take(IMAGE, DEFAULT_IMAGE.to_owned(), |text| Ok(text.trim().to_owned()));
         let budget_gib = layers.take(IMAGE_BUDGET, 0, parse("is no number of GiB"));
         let tart = tart_settings(&mut layers, variables);
+        let hooks_dir = layers.take(HOOKS_DIR, format!("{state_dir}/{HOOKS}"), |text| Ok(text.to_owned()));
         let labels = layers.take(LABELS, String::new(), |text| parse_labels(text).map(|_| text.to_owned()));
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
         let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
@@ -138,6 +145,9 @@ impl Config {
         if !Path::new(&state_dir).is_absolute() {
             let why = "is no absolute path, and without HOME there is no default".to_owned();
             layers.problem(STATE_DIR.name, layers.origin(STATE_DIR), why);
+        }
+        if layers.origin(HOOKS_DIR) != Origin::Default && !Path::new(&hooks_dir).is_absolute() {
+            layers.problem(HOOKS_DIR.name, layers.origin(HOOKS_DIR), "is no absolute path".to_owned());
         }
         if !log_file.is_empty() && !Path::new(&log_file).is_absolute() {
             layers.problem(LOG_FILE.name, layers.origin(LOG_FILE), "is no absolute path".to_owned());
@@ -154,6 +164,7 @@ impl Config {
         }
         let config = Self {
             url: Some(url).filter(|url| !url.is_empty()),
+            hooks_dir: PathBuf::from(hooks_dir),
             state_dir: PathBuf::from(state_dir),
             provider,
             slots,
@@ -303,6 +314,7 @@ mod tests {
         assert_eq!((config.slots, config.image.as_str(), config.provider), (3, "file", Provider::Host));
         assert_eq!(config.url.as_deref(), Some("http://farm:3000"));
         assert_eq!(config.state_dir, PathBuf::from("/data/worker"));
+        assert_eq!(config.hooks_dir, PathBuf::from("/data/worker/hooks"));
         assert_eq!(config.labels.get("site"), Some("berlin"));
         assert_eq!(config.limits, Limits::scaled(10));
         let flags = Flags { labels: vec!["a=1".into(), "b=2".into()], ..Flags::default() };
@@ -323,14 +335,24 @@ mod tests {
             ("ALLOY_PROVIDER", "docker"),
             ("ALLOY_STATE_DIR", "here"),
             ("ALLOY_LOG_FILE", "here.log"),
+            ("ALLOY_HOOKS_DIR", "here/hooks"),
             ("ORCHESTRATOR_URL", "farm"),
             ("ALLOY_LABELS", "x"),
             ("ALLOY_TIME_SCALE", "21"),
         ];
         let problems = resolve(Flags::default(), &variables, "vm_pol_size = 1\n").unwrap_err();
         let names: Vec<&str> = problems.iter().map(|problem| problem.name.as_str()).collect();
-        for name in ["vm_pool_size", "provider", "state_dir", "log_file", "url", "labels", "time_scale", "vm_pol_size"]
-        {
+        for name in [
+            "vm_pool_size",
+            "provider",
+            "state_dir",
+            "log_file",
+            "hooks_dir",
+            "url",
+            "labels",
+            "time_scale",
+            "vm_pol_size",
+        ] {
             assert!(names.contains(&name), "{name}: {problems:?}");
         }
         let text = problems.iter().map(ToString::to_string).collect::<String>();

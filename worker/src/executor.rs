@@ -18,6 +18,7 @@ use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
 use crate::artifacts::{self, CollectError, Unmet};
+use crate::hooks::Hooks;
 use crate::job_env::{Place, job_env};
 use crate::provider::{Command, Exec, ExecInput, ExecOutput, Exit, NetworkPolicy, Run, Signal, VmError, VmFault};
 use crate::session::{Input, Inputs, KillReason, Stop};
@@ -25,6 +26,8 @@ use crate::sources::{SourceError, Sources};
 use crate::spool::Spool;
 use crate::upstream::{Grant, TransferError, Upstream};
 use crate::vm_pool::{Claimed, VmPool};
+
+mod hook;
 
 /// Between two tries to fetch sources.
 const STAGE_PAUSE_MS: u64 = 500;
@@ -39,6 +42,7 @@ pub struct Ctx {
     pub sources: Arc<Sources>,
     pub upstream: Arc<dyn Upstream>,
     pub inputs: Inputs,
+    pub hooks: Arc<Hooks>,
     /// What the job is told about where it runs.
     pub worker_name: String,
 }
@@ -61,6 +65,8 @@ struct Attempt {
     claimed: Option<Claimed>,
     /// How the command ended, once it has.
     end: Option<End>,
+    /// How the attempt ended, once it has. Absent to its end if nothing is to be said about it.
+    told: Option<End>,
     /// Artifacts that were reported.
     artifacts: AtomicU32,
 }
@@ -91,6 +97,7 @@ async fn run(ctx: Arc<Ctx>, assignment: Assignment, stop: mpsc::Receiver<Stop>) 
         timings: Timings::default(),
         claimed: None,
         end: None,
+        told: None,
         artifacts: AtomicU32::new(0),
     };
     let ended = attempt.stages().await;
@@ -115,9 +122,16 @@ impl Attempt {
         let network = NetworkPolicy::from(&self.assignment.spec.network);
         let claim = ctx.pool.claim(self.at, image.as_deref(), network);
         let claimed = or_stop(&mut self.stop, claim).await;
+        let ready = match claimed {
+            Ok(Ok(claimed)) => {
+                self.claimed = Some(claimed);
+                self.pre_job().await
+            }
+            Ok(Err(error)) => Err(vm_ended(&error)),
+            Err(ended) => Err(ended),
+        };
         self.timings.vm_ms = Some(self.mono().since(start));
-        self.claimed = Some(claimed?.map_err(|error| vm_ended(&error))?);
-        Ok(())
+        ready
     }
 
     async fn source(&mut self) -> Result<(), Ended> {
@@ -196,19 +210,15 @@ impl Attempt {
     fn command(&self, claimed: &Claimed) -> Command {
         let (spec, now) = (&self.assignment.spec, self.ctx.env.now());
         let digest = claimed.digest.to_string();
-        let place = Place {
-            worker: &self.ctx.worker_name,
-            image: &claimed.image.0,
-            image_digest: &digest,
-            warm: claimed.hit,
-            workspace: claimed.guest.workspace(),
-            deadline: now.wall.plus(self.assignment.timeout_ms),
-        };
+        let place =
+            Place { worker: &self.ctx.worker_name, image: &claimed.image.0, image_digest: &digest, warm: claimed.hit };
+        let deadline = now.wall.plus(self.assignment.timeout_ms);
+        let env = job_env(&self.assignment, &place, claimed.guest.workspace(), deadline);
         let run = match &spec.shell {
             Some(line) => Run::Shell(line.clone()),
             None => Run::Argv(spec.argv.clone()),
         };
-        Command { run, env: job_env(&self.assignment, &place), workdir: String::new() }
+        Command { run, env, workdir: String::new() }
     }
 
     /// Collects whatever way the command ended. What goes wrong here counts only if the command itself went well.
@@ -257,6 +267,7 @@ impl Attempt {
             (Err(Ended::End(end)), _) | (Ok(()), Some(end)) => end,
             (Ok(()), None) => End::because(Reason::InternalError, "the command has no end"),
         };
+        self.told = Some(end.clone());
         let (log_len, end) = match self.ctx.spool.seal_log(self.at).await {
             Ok(log_len) => (log_len, end),
             Err(error) => {
@@ -281,7 +292,7 @@ impl Attempt {
     async fn teardown(mut self) -> u64 {
         let start = self.mono();
         if let Some(claimed) = self.claimed.take() {
-            self.ctx.pool.release(claimed).await;
+            self.give_back(claimed).await;
         }
         self.mono().since(start)
     }

@@ -13,19 +13,12 @@ pub struct Place<'a> {
     pub image_digest: &'a str,
     /// True when the VM was waiting.
     pub warm: bool,
-    /// The workspace as the command sees it.
-    pub workspace: &'a str,
-    /// When the command will be stopped.
-    pub deadline: Ms,
 }
 
 /// Returns the variables of a job. The spec's own come last and win. HOME, USER, PATH and TMPDIR are the guest's.
-pub fn job_env(assignment: &Assignment, place: &Place<'_>) -> BTreeMap<String, String> {
-    let spec = &assignment.spec;
-    let mut env = BTreeMap::new();
-    let mut set = |key: &str, value: String| {
-        env.insert(key.to_owned(), value);
-    };
+/// `workspace` is as the command sees it; at `deadline` it will be stopped.
+pub fn job_env(assignment: &Assignment, place: &Place<'_>, workspace: &str, deadline: Ms) -> BTreeMap<String, String> {
+    let mut env = farm_env(assignment, place);
     for (key, value) in [
         ("CI", "true"),
         ("ALLOY", "true"),
@@ -34,12 +27,27 @@ pub fn job_env(assignment: &Assignment, place: &Place<'_>) -> BTreeMap<String, S
         ("TERM", "dumb"),
         // Output of Xcode's tools arrives as it is written, not when a pipe's buffer is full.
         ("NSUnbufferedIO", "YES"),
+        ("ALLOY_WORKSPACE", workspace),
+    ] {
+        env.insert(key.to_owned(), value.to_owned());
+    }
+    env.insert("ALLOY_DEADLINE".to_owned(), deadline.rfc3339());
+    env.extend(assignment.spec.env.iter().map(|(key, value)| (key.clone(), value.clone())));
+    env
+}
+
+/// What the farm says about an attempt, to its command and to the operator's hooks.
+pub fn farm_env(assignment: &Assignment, place: &Place<'_>) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::new();
+    let mut set = |key: &str, value: String| {
+        env.insert(key.to_owned(), value);
+    };
+    for (key, value) in [
         ("ALLOY_JOB_URL", assignment.job_url.as_str()),
         ("ALLOY_WORKER", place.worker),
         ("ALLOY_IMAGE", place.image),
         ("ALLOY_IMAGE_DIGEST", place.image_digest),
         ("ALLOY_VM_SOURCE", if place.warm { "warm" } else { "cold" }),
-        ("ALLOY_WORKSPACE", place.workspace),
     ] {
         set(key, value.to_owned());
     }
@@ -47,18 +55,16 @@ pub fn job_env(assignment: &Assignment, place: &Place<'_>) -> BTreeMap<String, S
     set("ALLOY_JOB_ATTEMPT", assignment.attempt.attempt.to_string());
     set("ALLOY_ORG", assignment.org.to_string());
     set("ALLOY_TIMEOUT_SECONDS", assignment.timeout_ms.div_ceil(1000).to_string());
-    set("ALLOY_DEADLINE", place.deadline.rfc3339());
     if let Some(source) = &assignment.source {
         set("ALLOY_SOURCE_DIGEST", source.to_string());
     }
-    if let Some(git) = &spec.git {
+    if let Some(git) = &assignment.spec.git {
         set("ALLOY_GIT_COMMIT", git.commit.clone());
         set("ALLOY_GIT_DIRTY", git.dirty.to_string());
         if let Some(branch) = &git.branch {
             set("ALLOY_GIT_BRANCH", branch.clone());
         }
     }
-    env.extend(spec.env.iter().map(|(key, value)| (key.clone(), value.clone())));
     env
 }
 
@@ -88,15 +94,8 @@ mod tests {
             cancel_grace_ms: 10,
             job_url: "http://farm/jobs/1".into(),
         };
-        let place = Place {
-            worker: "mini-1",
-            image: "host",
-            image_digest: "d",
-            warm: true,
-            workspace: "/w",
-            deadline: Ms(1_700_000_000_000),
-        };
-        let env = job_env(&assignment, &place);
+        let place = Place { worker: "mini-1", image: "host", image_digest: "d", warm: true };
+        let env = job_env(&assignment, &place, "/w", Ms(1_700_000_000_000));
         let shown: Vec<String> = env.iter().map(|(key, value)| format!("{key}={value}")).collect();
         let digest = Digest::of(b"s");
         let expected = format!(

@@ -9,6 +9,7 @@ pub mod config;
 pub mod doctor;
 pub mod executor;
 pub mod guard;
+pub mod hooks;
 pub mod host;
 pub mod image_book;
 pub mod image_plan;
@@ -41,6 +42,7 @@ use tokio::sync::mpsc;
 
 use crate::config::{Config, Provider};
 use crate::executor::{Ctx, run_attempt};
+use crate::hooks::Hooks;
 use crate::host::{HostError, HostFacts, Identity, Key, StateDir};
 use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::{HOST_IMAGE, Host, Setup};
@@ -138,6 +140,7 @@ impl Daemon {
         life: &Lifecycle,
         provider: Arc<dyn VmProvider>,
         upstream: Arc<dyn Upstream>,
+        hooks: Hooks,
     ) -> Result<(), RunError> {
         let dir = self.state.path().to_owned();
         let at = |name: &str| {
@@ -169,7 +172,7 @@ impl Daemon {
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
         let (stop_ms, closing) = (self.config.limits.stop_ms, Arc::clone(&pool));
         let (state, seams) =
-            self.seams(Arc::clone(&env), life, labels, pool, images, spool, sources, upstream, door.clone());
+            self.seams(Arc::clone(&env), life, labels, hooks, pool, images, spool, sources, upstream, door.clone());
         let over = drive(core, seams, door, inputs).await;
         tokio::select! {
             biased;
@@ -229,6 +232,7 @@ impl Daemon {
         env: Arc<dyn Env>,
         life: &Lifecycle,
         labels: Labels,
+        hooks: Hooks,
         pool: Arc<VmPool>,
         images: Arc<ImageStore>,
         spool: Arc<Spool>,
@@ -245,6 +249,7 @@ impl Daemon {
             sources: Arc::new(sources),
             upstream: Arc::clone(&upstream),
             inputs,
+            hooks: Arc::new(hooks),
             worker_name: identity.name.clone(),
         });
         let me =
@@ -267,9 +272,16 @@ impl Daemon {
 
 /// The daemon whole: the configured provider and the network. `guard` is a binary that knows [`guard::SUBCOMMAND`].
 pub async fn serve(daemon: Daemon, env: Arc<dyn Env>, life: &Lifecycle, guard: PathBuf) -> Result<(), RunError> {
+    let setup = hooks::Setup {
+        dir: daemon.config.hooks_dir.clone(),
+        state_dir: daemon.state.path().to_owned(),
+        guard: guard.clone(),
+        env: Arc::clone(&env),
+    };
+    let hooks = Hooks::open(setup).await;
     let provider = daemon.provider(&env, guard).await?;
     let upstream = Https::new(daemon.url(), daemon.identity.worker, Arc::clone(&env)).map_err(RunError::Farm)?;
-    daemon.run(env, life, provider, Arc::new(upstream)).await
+    daemon.run(env, life, provider, Arc::new(upstream), hooks).await
 }
 
 /// Tells the session when the disk is too full for new work, and when it no longer is.

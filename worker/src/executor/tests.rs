@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
 use super::*;
+use crate::guard::tests::guard_program;
 use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
@@ -70,6 +71,17 @@ impl Upstream for Farm {
     }
 }
 
+/// Hooks of a directory that is not there until a test makes it.
+async fn no_hooks(fixture: &Fixture) -> Hooks {
+    let setup = crate::hooks::Setup {
+        dir: fixture.dir.path().join("hooks"),
+        state_dir: fixture.dir.path().to_owned(),
+        guard: guard_program(fixture.dir.path()),
+        env: Arc::clone(&fixture.env),
+    };
+    Hooks::open(setup).await
+}
+
 struct Rig {
     _fixture: Fixture,
     ctx: Arc<Ctx>,
@@ -120,6 +132,7 @@ impl Rig {
             sources: Arc::new(Sources::open(&fixture.dir.path().join("cache"), 1 << 30).unwrap()),
             upstream: Arc::clone(&farm) as _,
             inputs: tx,
+            hooks: Arc::new(no_hooks(&fixture).await),
             worker_name: "mini".into(),
         });
         Self { _fixture: fixture, ctx, farm, inputs }
@@ -406,6 +419,7 @@ async fn a_command_that_never_pauses_meets_its_time_out() {
         sources: Arc::clone(&rig.ctx.sources),
         upstream: Arc::clone(&rig.ctx.upstream),
         inputs: rig.ctx.inputs.clone(),
+        hooks: Arc::clone(&rig.ctx.hooks),
         worker_name: "mini".into(),
     };
     let mut attempt = Attempt {
@@ -417,6 +431,7 @@ async fn a_command_that_never_pauses_meets_its_time_out() {
         timings: Timings::default(),
         claimed: Some(claimed),
         end: None,
+        told: None,
         artifacts: AtomicU32::new(0),
     };
     attempt.exec().await.unwrap();
