@@ -192,11 +192,11 @@ impl<'a> Follower<'a> {
     }
 
     /// A job that is being canceled is waited for even if its last words reach nobody: the terminal may be gone. One whose
-    /// reader left is canceled, as the reader's leaving ends any other program in a pipe: no machine works for nobody.
+    /// output cannot be written is canceled, as a reader's leaving ends any other program in a pipe: no machine works for
+    /// nobody.
     fn written(&mut self, outcome: Result<(), Failure>) -> Result<(), Failure> {
         let Err(failure) = outcome else { return Ok(()) };
-        let cancels = self.on_interrupt == OnInterrupt::Cancel && failure.fault == Fault::Pipe;
-        if self.cancel == Cancel::NotAsked && !cancels {
+        if self.cancel == Cancel::NotAsked && self.on_interrupt == OnInterrupt::Detach {
             return Err(match failure.fault {
                 Fault::Pipe => failure,
                 _ => {
@@ -205,10 +205,11 @@ impl<'a> Follower<'a> {
             });
         }
         self.mute = true;
-        self.ask_to_cancel(&format!(
-            "Nobody reads standard output any more: canceling {}…  (Ctrl-C to detach)",
-            self.id
-        ));
+        let why = match failure.fault {
+            Fault::Pipe => "Nobody reads standard output any more",
+            _ => &failure.message,
+        };
+        self.ask_to_cancel(&format!("{why}: canceling {}…  (Ctrl-C to detach)", self.id));
         Ok(())
     }
 

@@ -16,7 +16,7 @@ const DEVELOPER: [(&str, &str); 5] = [
     ("POST", "/v1/sources"),
     ("POST", "/v1/packs"),
 ];
-const ADMIN: [(&str, &str); 7] = [
+const ADMIN: [(&str, &str); 10] = [
     ("POST", "/v1/workers/invites"),
     ("POST", "/v1/workers/{id}/drain"),
     ("POST", "/v1/workers/{id}/resume"),
@@ -24,6 +24,9 @@ const ADMIN: [(&str, &str); 7] = [
     ("GET", "/v1/tokens"),
     ("POST", "/v1/tokens"),
     ("DELETE", "/v1/tokens/{id}"),
+    ("POST", "/v1/images"),
+    ("POST", "/v1/images/pin"),
+    ("POST", "/v1/images/rm"),
 ];
 
 async fn empty_farm() -> Result<Farm> {

@@ -46,3 +46,18 @@ async fn a_job_whose_reader_leaves_is_canceled_and_its_end_is_waited_for() -> Re
     assert_eq!(jobs["jobs"][0]["state"], "canceled", "{}", told(&out));
     Ok(())
 }
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_whose_output_cannot_be_written_is_canceled() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    let mut run = farm.alloy(&["run", "-c", "while :; do echo line; sleep 0.05; done"]);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
+    let child = run.stdin(Stdio::null()).stdout(full).stderr(Stdio::piped()).spawn()?;
+    let out = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;
+    assert_eq!(out.status.code(), Some(130), "{}", told(&out));
+    assert!(super::text(&out.stderr).contains("No space left"), "{}", told(&out));
+    let jobs = farm.api().get("/v1/jobs").await?;
+    assert_eq!(jobs["jobs"][0]["state"], "canceled", "{}", told(&out));
+    Ok(())
+}
