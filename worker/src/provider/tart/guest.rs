@@ -225,9 +225,12 @@ impl Guest for TartGuest {
     }
 
     async fn read(&self, path: &str, limit: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
-        let file = quote(&below(&self.workspace, path)?);
+        below(&self.workspace, path)?;
+        let (workspace, file) = (quote(&self.workspace), quote(&format!("./{path}")));
         let mark = Mark::new(self.env.dice());
-        let steps = format!("[ -f {file} ] && [ ! -L {file} ] && head -c {limit} {file}");
+        let steps = format!(
+            "{INSIDE}cd {workspace} && inside {file} && [ -f {file} ] && [ ! -L {file} ] && head -c {limit} {file}"
+        );
         let mut running = self.way.run(&self.env, script::steps(&steps, &mark), mark);
         let (tx, rx) = mpsc::channel(CHUNKS);
         self.env.spawn(
@@ -262,6 +265,19 @@ impl Guest for TartGuest {
     }
 }
 
+/// A step that succeeds for a path `./…` without a link above its last part.
+const INSIDE: &str = r#"inside() {
+at=.
+rest=${1#./}
+while :; do
+case $rest in */*) ;; *) return 0 ;; esac
+at=$at/${rest%%/*}
+rest=${rest#*/}
+if [ -L "$at" ]; then return 1; fi
+done
+}
+"#;
+
 /// A path of the workspace, as the guest sees it.
 fn below(workspace: &str, path: &str) -> Result<String, VmError> {
     if path.is_empty() {
@@ -288,9 +304,12 @@ fn listing(workspace: &str, bases: &[String]) -> String {
     let workspace = quote(workspace);
     let bases = bases.join(" ");
     format!(
-        r#"cd {workspace} || exit 1
+        r#"{INSIDE}cd {workspace} || exit 1
 set --
-for base in {bases}; do if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi; done
+for base in {bases}; do
+inside "$base" || continue
+if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi
+done
 [ $# -gt 0 ] || exit 0
 newline='
 '
@@ -364,7 +383,7 @@ impl Follower {
                 biased;
                 order = self.orders.recv() => match order {
                     Some(ExecInput::Signal(signal)) => { self.signal(signal); continue }
-                    None => return ExecOutput::Lost(lost("nobody follows the command")),
+                    None => return self.left("nobody follows the command"),
                 },
                 next = self.running.next() => match next {
                     Next::Bytes(bytes) => (bytes, None),
@@ -376,12 +395,18 @@ impl Follower {
                 error = &mut pulse => return ExecOutput::Lost(error),
             };
             if !bytes.is_empty() && self.output.send(ExecOutput::Bytes(bytes)).await.is_err() {
-                return ExecOutput::Lost(lost("nobody reads the command's output"));
+                return self.left("nobody reads the command's output");
             }
             if let Some(status) = status {
                 return ExecOutput::Exit(Exit::Code(status));
             }
         }
+    }
+
+    /// The end of the stream ends the script, not what it started.
+    fn left(&self, why: &str) -> ExecOutput {
+        self.signal(Signal::Kill);
+        ExecOutput::Lost(lost(why))
     }
 
     fn signal(&self, signal: Signal) {
@@ -446,7 +471,8 @@ mod tests {
         std::fs::write(at("out/skip.o"), "").unwrap();
         std::fs::write(at("other"), "").unwrap();
         std::os::unix::fs::symlink("deep dir", at("out/link")).unwrap();
-        let matcher = rules(&["out", "!**/*.o", "gone/*"]);
+        std::os::unix::fs::symlink("out", at("alias")).unwrap();
+        let matcher = rules(&["out", "!**/*.o", "gone/*", "alias/deep dir/*", "alias/link"]);
         let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
         let run = |script: String| {
             let out = std::process::Command::new("/bin/sh").arg("-c").arg(script).output().unwrap();
