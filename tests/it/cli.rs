@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use alloy_shared::secret::{Token, TokenKind};
-use alloy_tests::farm::{Farm, Setup, bin_dir, isolated, output};
+use alloy_tests::farm::{Farm, Provider, Setup, bin_dir, isolated, output};
 use alloy_tests::noise::sha256_of;
 use alloy_tests::process::processes_in;
 use anyhow::{Context as _, Result, ensure};
@@ -16,6 +16,13 @@ mod leaving;
 mod local;
 mod terminal;
 mod words;
+
+on_every_provider! {
+    two_runs_at_once_put_their_own_jobs_output_on_stdout_as_written_and_exit_with_its_code,
+    a_command_gets_arguments_as_they_are_and_no_shell_touches_them,
+    uncommitted_edits_go_there_and_the_artifact_comes_back_byte_for_byte,
+    the_exit_codes_are_those_of_the_table,
+}
 
 /// `alloy` without any farm, in a home of its own. Checks at the end that no process is left.
 struct Alone(TempDir);
@@ -87,9 +94,21 @@ async fn two_local_runs_at_once_both_work() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_command_gets_arguments_as_they_are_and_no_shell_touches_them() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn two_runs_at_once_put_their_own_jobs_output_on_stdout_as_written_and_exit_with_its_code(
+    provider: Provider,
+) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
+    let run = |line: &str| output(farm.alloy(&["run", "-c", line]));
+    let lines = "i=0; while [ $i -lt 200 ]; do echo out $i; echo err $i >&2; i=$((i+1)); done; exit 3";
+    let (one, two) = tokio::try_join!(run("echo out; echo err >&2; exit 7"), run(lines))?;
+    assert_eq!((one.status.code(), text(&one.stdout)), (Some(7), "out\nerr\n".into()), "{}", told(&one));
+    let both: String = (0..200).map(|i| format!("out {i}\nerr {i}\n")).collect();
+    assert_eq!((two.status.code(), text(&two.stdout)), (Some(3), both), "{}", told(&two));
+    Ok(())
+}
+
+async fn a_command_gets_arguments_as_they_are_and_no_shell_touches_them(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let tree = farm.scratch("tree")?;
     let mut run = farm.alloy(&["run", "--", "printf", "[%s]", "a b", "$HOME", "*", "it's"]);
     run.current_dir(&tree);
@@ -98,9 +117,8 @@ async fn a_command_gets_arguments_as_they_are_and_no_shell_touches_them() -> Res
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn uncommitted_edits_go_there_and_the_artifact_comes_back_byte_for_byte() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 2, ..Setup::default() }).await?;
+async fn uncommitted_edits_go_there_and_the_artifact_comes_back_byte_for_byte(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup { workers: 2, ..Setup::default() }.on(provider)).await?;
     let tree = farm.scratch("tree")?;
     git(&tree, &["init", "-q"])?;
     fs::write(tree.join("text"), "committed")?;
@@ -158,9 +176,8 @@ async fn json_output_is_json_and_says_whose_exit_code_it_is() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_exit_codes_are_those_of_the_table() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn the_exit_codes_are_those_of_the_table(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let cases: [(&[&str], i32); 9] = [
         (&["run", "--timeout", "2s", "-c", "sleep 60"], 124),
         (&["run", "-c", "kill -TERM $$"], 143),

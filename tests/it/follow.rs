@@ -1,13 +1,17 @@
 //! Followers: late ones, cut ones, several at once. All end with the bytes that the command wrote.
 
-use alloy_tests::farm::{Farm, Setup, bin_dir, full};
+use alloy_tests::farm::{Farm, Provider, Setup, bin_dir, full};
 use alloy_tests::noise::{sha256, sha256_of};
 use alloy_tests::observe::{Api, until};
 use alloy_tests::proxy::{Cuts, Proxy};
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use futures_util::StreamExt as _;
 use serde_json::{Value, json};
+
+on_every_provider! {
+    followers_that_are_early_late_or_cut_ten_times_end_with_the_same_bytes,
+}
 
 const SEED: u64 = 42;
 
@@ -16,8 +20,11 @@ fn size() -> u64 {
 }
 
 async fn noisy_job(farm: &Farm, bytes: u64) -> Result<String> {
-    let program = bin_dir().join("noise");
-    farm.api().submit(json!({ "argv": [program, SEED.to_string(), bytes.to_string()] })).await
+    let tree = farm.scratch("noise")?;
+    std::fs::copy(bin_dir().join("noise"), tree.join("noise"))?;
+    let spec = json!({ "argv": ["./noise", SEED.to_string(), bytes.to_string()] });
+    let job = farm.api().post("/v1/jobs", &json!({ "spec": spec, "source": farm.upload(&tree).await? })).await?;
+    Ok(job["id"].as_str().context("a job has an id")?.to_owned())
 }
 
 /// Follows the raw log, going on from the last byte after each cut; gives up after a hundred of them.
@@ -100,9 +107,8 @@ impl Feed {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn followers_that_are_early_late_or_cut_ten_times_end_with_the_same_bytes() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn followers_that_are_early_late_or_cut_ten_times_end_with_the_same_bytes(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let expected = sha256(SEED, size());
     let id = noisy_job(&farm, size()).await?;
     let plan = Cuts { seed: 3, cuts: 10, least: size() / 100, most: size() / 12 };

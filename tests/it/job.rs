@@ -7,15 +7,22 @@ mod source;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use alloy_tests::farm::{Farm, Setup, full, output};
+use alloy_tests::farm::{Farm, Provider, Setup, full, output};
 use alloy_tests::observe::{Api, now, until, until_blocking};
-use alloy_tests::process::{processes_in, signal};
+use alloy_tests::process::{pid_inside, signal};
+use alloy_tests::sim_host::{Entry, SimHost};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+
+on_every_provider! {
+    many_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undisturbed,
+    a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed,
+    nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren,
+    ends_carry_reason_blame_and_exit_code,
+}
 
 const STAGES: [&str; 6] = ["queue_ms", "assign_ms", "vm_ms", "source_ms", "exec_ms", "collect_ms"];
 /// What the stages may differ from the observer's clock. The gate's debug programs share two cores with whatever else
@@ -47,11 +54,7 @@ impl Seen {
 async fn small_source(farm: &Farm) -> Result<Value> {
     let tree = farm.scratch("small")?;
     fs::write(tree.join("file"), "small\n")?;
-    let out = Command::new("tar").args(["-c", "."]).current_dir(&tree).output()?;
-    let request = farm.api().request(reqwest::Method::POST, "/v1/sources").header("content-type", "application/x-tar");
-    let answer: Value = request.body(out.stdout).send().await?.json().await?;
-    ensure!(answer["digest"].is_string(), "{answer}");
-    Ok(answer["digest"].clone())
+    farm.upload(&tree).await
 }
 
 /// Submits and stays until the end, with the observer's clock running from the 201.
@@ -66,15 +69,21 @@ async fn watch_from(api: Api, id: String, started: Instant) -> Result<Seen> {
     Ok(Seen { job, outside: started.elapsed() })
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fifty_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undisturbed() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 2, slots: 2, time_scale: 1, ..Setup::default() }).await?;
+async fn many_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undisturbed(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup { workers: 2, slots: 2, time_scale: 1, ..Setup::default() }.on(provider)).await?;
     let marks = farm.scratch("marks")?;
-    let count = if full() { 200 } else { 50 };
+    let count = match (provider, full()) {
+        (Provider::Host, false) => 50,
+        (Provider::Host, true) => 200,
+        (Provider::Tart, false) => 12,
+        (Provider::Tart, true) => 50,
+    };
     let source = small_source(&farm).await?;
     let mut jobs = tokio::task::JoinSet::new();
     for number in 0..count {
-        let command = format!("echo $ALLOY_JOB_ID $ALLOY_WORKER >> {}/all; echo job {number}", marks.display());
+        // In a VM this leaves nothing for others to see.
+        let marks = marks.display();
+        let command = format!("mkdir -p {marks}; echo $ALLOY_JOB_ID $ALLOY_WORKER >> {marks}/all; echo job {number}");
         jobs.spawn(watch(farm.api(), json!({ "spec": { "shell": command }, "source": source })));
     }
     let mut workers = BTreeMap::<String, usize>::new();
@@ -89,36 +98,55 @@ async fn fifty_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undistu
         *workers.entry(seen.job["worker_name"].to_string()).or_default() += 1;
         gaps.push((seen.gap_ms()?, seen.job["timings"].to_string()));
     }
-    let text = fs::read_to_string(marks.join("all"))?;
-    let mut lines: Vec<_> = text.lines().collect();
-    assert_eq!(lines.len(), count, "a marker for each job");
-    lines.sort_unstable();
-    lines.dedup();
-    assert_eq!(lines.len(), count, "no job ran twice");
+    match provider {
+        Provider::Host => one_line_each(&fs::read_to_string(marks.join("all"))?, count),
+        Provider::Tart => {
+            farm.all_warm().await;
+            let used: usize = (0..2).map(|number| used_vms(farm.mac(number))).sum();
+            assert_eq!(used, count, "a VM for each job, and no job ran twice");
+        }
+    }
     assert_eq!(workers.len(), 2, "both workers had work: {workers:?}");
     let wrong: Vec<_> = gaps.iter().filter(|(gap, _)| gap.abs() > tolerance_ms()).collect();
     assert!(wrong.is_empty(), "stages against the observer, ms: {wrong:#?}");
     Ok(())
 }
 
+fn one_line_each(text: &str, count: usize) {
+    let mut lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.len(), count, "a marker for each job");
+    lines.sort_unstable();
+    lines.dedup();
+    assert_eq!(lines.len(), count, "no job ran twice");
+}
+
+/// How many VMs were made and are no more.
+fn used_vms(mac: &SimHost) -> usize {
+    let is_made = |entry: &Entry| entry.argv[0] == "clone" && entry.exit == Some(0);
+    mac.journal().iter().filter(|entry| is_made(entry)).count() - mac.vms().len()
+}
+
 /// A command that tells its pid and works for half a second.
 const HALF_A_SECOND: &str = "echo pid=$$=; i=0; while [ $i -lt 10 ]; do sleep 0.05; i=$((i+1)); done";
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
+async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
     let body = json!({ "spec": { "shell": HALF_A_SECOND }, "source": small_source(&farm).await? });
+    farm.all_warm().await;
     let plain = watch(farm.api(), body.clone()).await?;
 
+    farm.all_warm().await;
     let id = farm.api().post("/v1/jobs", &body).await?["id"].as_str().context("an id")?.to_owned();
     let started = now();
     let mut watched = tokio::task::JoinSet::new();
     watched.spawn(watch_from(farm.api(), id.clone(), started));
-    let pid = until("the command tells its pid", async || {
+    let told = until("the command tells its pid", async || {
         let log = String::from_utf8(farm.api().log(&id).await?)?;
         Ok(log.split('=').nth(1).and_then(|pid| pid.parse::<i32>().ok()))
     })
     .await;
+    let commands = farm.processes(0).into_iter().filter(|found| found.line.contains(HALF_A_SECOND));
+    let pid = commands.map(|found| found.pid).find(|pid| pid_inside(*pid) == Some(told)).context("it runs")?;
     signal(pid, Signal::SIGSTOP);
     let stopped = now();
     until("a second has passed", async || Ok((stopped.elapsed() >= Duration::from_secs(1)).then_some(()))).await;
@@ -136,9 +164,10 @@ async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
+async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren(
+    provider: Provider,
+) -> Result<()> {
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
     // It ignores SIGTERM; one grandchild is double-forked into a session of its own, with its own ignorance.
     let command = r#"
         trap '' TERM HUP INT
@@ -150,14 +179,13 @@ async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its
     let api = farm.api();
     let id = api.shell(command).await?;
     api.log_has(&id, "started").await;
-    let vms = farm.worker_dir(0);
     let own = |found: &alloy_tests::process::Found| found.line.contains("while :;") || found.line.contains("sleep 1");
-    let before = processes_in(&vms).into_iter().filter(|found| own(found)).count();
-    assert!(before >= 3, "the command and its grandchildren run: {:?}", processes_in(&vms));
+    let before = farm.processes(0).into_iter().filter(|found| own(found)).count();
+    assert!(before >= 3, "the command and its grandchildren run: {:?}", farm.processes(0));
 
     let asked = now();
     api.post(&format!("/v1/jobs/{id}/cancel"), &json!({})).await?;
-    let left = || processes_in(&vms).into_iter().filter(|found| own(found)).collect::<Vec<_>>();
+    let left = || farm.processes(0).into_iter().filter(|found| own(found)).collect::<Vec<_>>();
     until_blocking("its processes are gone", Duration::from_secs(30), || left().is_empty())?;
     let took = asked.elapsed();
     assert!(took <= Duration::from_secs(12), "gone after {took:?}");
@@ -188,9 +216,8 @@ async fn a_job_that_waits_is_canceled_at_once_and_its_reason_to_wait_is_told() -
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ends_carry_reason_blame_and_exit_code() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn ends_carry_reason_blame_and_exit_code(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let api = farm.api();
     let cases = [
         (json!({ "shell": "exit 7" }), "failed", "script_failure", "user", 7),

@@ -1,5 +1,23 @@
 //! The one integration binary. Names of tests are sentences about what a user sees.
 
+/// Each of these behaviours is two tests: of jobs on the workers' own hosts, and of jobs in the VMs of simulated Macs.
+macro_rules! on_every_provider {
+    (@ $module:ident $provider:ident: $($name:ident)+) => {
+        mod $module {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $name() -> anyhow::Result<()> {
+                    super::$name(alloy_tests::farm::Provider::$provider).await
+                }
+            )+
+        }
+    };
+    ($($name:ident),+ $(,)?) => {
+        on_every_provider!(@ host Host: $($name)+);
+        on_every_provider!(@ tart Tart: $($name)+);
+    };
+}
+
 mod access;
 mod care;
 mod cli;
@@ -9,6 +27,7 @@ mod image;
 mod images;
 mod job;
 mod prose;
+mod provider;
 mod store;
 mod tart;
 mod tidy;

@@ -9,12 +9,16 @@ use std::process::Command;
 
 use alloy_shared::id::Digest;
 use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
-use alloy_tests::farm::{Farm, Setup, isolated, output};
+use alloy_tests::farm::{Farm, Provider, Setup, isolated, output};
 use alloy_tests::observe::Api;
 use anyhow::{Context as _, Result, ensure};
 use archives::{CANARY, hostile};
 use reqwest::Method;
 use serde_json::Value;
+
+on_every_provider! {
+    the_curl_example_runs_as_it_stands_in_the_document,
+}
 
 /// The block of shell after a heading of `docs/API.md`.
 fn example(heading: &str) -> Result<String> {
@@ -25,9 +29,8 @@ fn example(heading: &str) -> Result<String> {
     Ok(block.split_once("```").context("the block ends")?.0.to_owned())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_curl_example_runs_as_it_stands_in_the_document() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn the_curl_example_runs_as_it_stands_in_the_document(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let example = example("## Without the CLI")?;
     let lines: Vec<_> = example.lines().filter(|line| !line.trim().is_empty()).collect();
     assert_eq!(lines.len(), 4, "four lines: {lines:#?}");

@@ -13,7 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::observe::{Api, PATIENCE, is_terminal, until, until_blocking};
-use crate::process::{Daemon, processes_in, signal};
+use crate::process::{Daemon, Found, processes_in, signal};
 use crate::sim_host::{self, Profile, SimHost};
 
 /// How long a daemon may take to stop. Longer than its own grace.
@@ -33,6 +33,27 @@ pub struct Setup {
     pub faults: Vec<Vec<Value>>,
     /// Of each worker's images; 0: none.
     pub image_budget_gib: u64,
+}
+
+/// What the workers of a farm run their jobs in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Provider {
+    /// The worker's own host.
+    Host,
+    /// VMs of a simulated Mac.
+    Tart,
+}
+
+impl Setup {
+    /// The same with workers of this kind. VMs boot on a clock of their own, so leases are not scaled beyond them.
+    pub fn on(self, provider: Provider) -> Self {
+        match provider {
+            Provider::Host => self,
+            Provider::Tart => {
+                Self { macs: Some(sim_host::Setup::default()), time_scale: self.time_scale.min(10), ..self }
+            }
+        }
+    }
 }
 
 /// What the workers' VMs are made of.
@@ -279,6 +300,42 @@ impl Farm {
             Ok((ready.filter(|worker| worker["slots_busy"] == 0).count() == running).then_some(()))
         })
         .await;
+    }
+
+    /// Waits until every slot holds a VM that is ready. A plain host is ready at once.
+    pub async fn all_warm(&self) {
+        if self.macs.is_empty() {
+            return;
+        }
+        let api = self.api();
+        until("every slot holds a warm VM", async || {
+            let list = api.get("/v1/workers").await?;
+            let workers = list["workers"].as_array().context("a list")?;
+            let warm = |worker: &Value| worker["slots_warm"] == worker["slots"];
+            Ok((!workers.is_empty() && workers.iter().all(warm)).then_some(()))
+        })
+        .await;
+    }
+
+    /// Every process of a worker and of the jobs that it runs, wherever these run.
+    pub fn processes(&self, number: usize) -> Vec<Found> {
+        let mut found = processes_in(&self.worker_dir(number));
+        found.extend(self.macs.get(number).map(SimHost::processes).unwrap_or_default());
+        found.sort_by_key(|process| process.pid);
+        found.dedup_by_key(|process| process.pid);
+        found
+    }
+
+    /// Sends a tree as `curl` would, and returns its digest for a job to name.
+    pub async fn upload(&self, tree: &Path) -> Result<Value> {
+        let mut tar = Command::new("tar");
+        tar.args(["-c", "."]).current_dir(tree);
+        let out = output(tar).await?;
+        let request = self.api().request(reqwest::Method::POST, "/v1/sources");
+        let answer = request.header("content-type", "application/x-tar").body(out.stdout).send().await?;
+        let told: Value = answer.json().await?;
+        ensure!(told["digest"].is_string(), "{told}");
+        Ok(told["digest"].clone())
     }
 
     fn log(&self, name: &str) -> PathBuf {

@@ -118,6 +118,19 @@ fn contains(hay: &[u8], needle: &[u8]) -> bool {
     hay.windows(needle.len()).any(|window| window == needle)
 }
 
+/// What a process calls itself: in a PID namespace of its own, another number than ours.
+#[cfg(target_os = "linux")]
+pub fn pid_inside(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().next_back()?.parse().ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+pub fn pid_inside(pid: i32) -> Option<i32> {
+    Some(pid)
+}
+
 pub fn signal(pid: i32, signal: Signal) {
     let _ = kill(Pid::from_raw(pid), signal);
 }

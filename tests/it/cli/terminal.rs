@@ -3,11 +3,16 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use alloy_tests::farm::{Farm, Setup, bin_dir, output};
+use alloy_tests::farm::{Farm, Provider, Setup, bin_dir, output};
 use alloy_tests::observe::until;
 use anyhow::{Context as _, Result, ensure};
 
 use super::told;
+
+on_every_provider! {
+    the_first_ctrl_c_cancels_and_waits_for_the_end,
+    the_second_ctrl_c_detaches_and_tells_the_job,
+}
 
 /// A terminal of its own on a server of its own.
 struct Terminal {
@@ -63,9 +68,8 @@ impl Drop for Terminal {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_first_ctrl_c_cancels_and_waits_for_the_end() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn the_first_ctrl_c_cancels_and_waits_for_the_end(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let terminal =
         Terminal::start(&farm, "run -c 'trap \"echo ending; exit 0\" TERM; echo up; while :; do sleep 0.1; done'")?;
     terminal.shows("up").await?;
@@ -77,9 +81,8 @@ async fn the_first_ctrl_c_cancels_and_waits_for_the_end() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_second_ctrl_c_detaches_and_tells_the_job() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn the_second_ctrl_c_detaches_and_tells_the_job(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     // It takes its time to end.
     let command = "trap : TERM; echo up; i=0; while [ $i -lt 40 ]; do sleep 0.1; i=$((i+1)); done";
     let terminal = Terminal::start(&farm, &format!("run -c '{command}'"))?;

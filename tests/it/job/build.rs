@@ -4,11 +4,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use alloy_tests::farm::{Farm, Setup, full, output};
+use alloy_tests::farm::{Farm, Provider, Setup, full, output};
 use alloy_tests::noise::sha256_of;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::tidy::scan::root;
+
+on_every_provider! {
+    a_real_c_project_with_uncommitted_edits_builds_and_its_binary_comes_back_and_runs,
+    this_repository_builds_itself,
+}
 
 /// The unpacked sources that tests/run fetched. Without it: a skip that is told, or a failure in the gate.
 fn c_project() -> Result<Option<PathBuf>> {
@@ -29,10 +34,11 @@ fn run(program: &str, args: &[&str], dir: &Path) -> Result<String> {
     Ok(String::from_utf8(out.stdout)?)
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_real_c_project_with_uncommitted_edits_builds_and_its_binary_comes_back_and_runs() -> Result<()> {
+async fn a_real_c_project_with_uncommitted_edits_builds_and_its_binary_comes_back_and_runs(
+    provider: Provider,
+) -> Result<()> {
     let Some(project) = c_project()? else { return Ok(()) };
-    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }).await?;
+    let farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
     let tree = farm.scratch("c")?.join("zstd");
     run("cp", &["-a", project.to_str().context("a plain path")?, tree.to_str().context("a plain path")?], farm.dir())?;
     run("git", &["init", "-q"], &tree)?;
@@ -56,9 +62,8 @@ async fn a_real_c_project_with_uncommitted_edits_builds_and_its_binary_comes_bac
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn this_repository_builds_itself() -> Result<()> {
-    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
+async fn this_repository_builds_itself(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
     let tree = farm.scratch("self")?;
     // What git knows, as it is on disk.
     let copy = format!(

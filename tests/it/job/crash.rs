@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
-use alloy_tests::farm::{Farm, Setup, vm_dirs};
+use alloy_tests::farm::{Farm, Provider, Setup, vm_dirs};
 use alloy_tests::observe::{Api, until, until_blocking};
 use alloy_tests::process::processes_in;
 use anyhow::{Context as _, Result};
 use reqwest::Method;
 use serde_json::{Value, json};
+
+on_every_provider! {
+    a_worker_that_dies_for_good_loses_its_job_to_another_one,
+    a_worker_that_dies_and_comes_back_gives_its_job_back_at_once,
+}
 
 /// The first attempt stays for ever, the second ends.
 const TWICE: &str = "echo attempt $ALLOY_JOB_ATTEMPT; [ $ALLOY_JOB_ATTEMPT = 2 ] || sleep 600; echo done";
@@ -23,16 +28,14 @@ fn requeue(events: &[Value]) -> Result<&Value> {
     events.iter().find(|event| event["kind"] == "requeued").context("an event tells that it was tried again")
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_dies_for_good_loses_its_job_to_another_one() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 20, ..Setup::default() }).await?;
+async fn a_worker_that_dies_for_good_loses_its_job_to_another_one(provider: Provider) -> Result<()> {
+    let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 20, ..Setup::default() }.on(provider)).await?;
     let api = farm.api();
     let id = api.shell(TWICE).await?;
     api.log_has(&id, "attempt 1").await;
     let first = holder(&api, &id).await?;
     farm.kill_worker(first);
-    let dir = farm.worker_dir(first);
-    until_blocking("its commands died with it", Duration::from_secs(10), || processes_in(&dir).is_empty())?;
+    until_blocking("its commands died with it", Duration::from_secs(10), || farm.processes(first).is_empty())?;
 
     let job = api.end(&id).await;
     assert_eq!(job["state"], "succeeded", "{job}");
@@ -45,20 +48,19 @@ async fn a_worker_that_dies_for_good_loses_its_job_to_another_one() -> Result<()
     // Its directory is cleaned when it is started again.
     farm.start_worker(first)?;
     farm.all_connected().await;
+    let dir = farm.worker_dir(first);
     until_blocking("the dead VM's directory is gone", Duration::from_secs(20), || {
         vm_dirs(&dir).iter().all(|left| !left.join("workspace").join("mark").exists())
     })
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_dies_and_comes_back_gives_its_job_back_at_once() -> Result<()> {
-    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
+async fn a_worker_that_dies_and_comes_back_gives_its_job_back_at_once(provider: Provider) -> Result<()> {
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
     let api = farm.api();
     let id = api.shell(TWICE).await?;
     api.log_has(&id, "attempt 1").await;
-    let dir = farm.worker_dir(0);
     farm.kill_worker(0);
-    until_blocking("its commands died with it", Duration::from_secs(10), || processes_in(&dir).is_empty())?;
+    until_blocking("its commands died with it", Duration::from_secs(10), || farm.processes(0).is_empty())?;
     farm.start_worker(0)?;
     // The lease would run for a minute: the worker itself says what it lost.
     let job = api.end(&id).await;
