@@ -13,8 +13,8 @@ macro_rules! on_every_provider {
         }
     };
     ($($name:ident),+ $(,)?) => {
-        on_every_provider!(@ host Host: $($name)+);
-        on_every_provider!(@ tart Tart: $($name)+);
+        on_every_provider!(@ on_hosts Host: $($name)+);
+        on_every_provider!(@ in_vms Tart: $($name)+);
     };
 }
 

@@ -276,7 +276,7 @@ async fn what_is_sent_in_and_taken_out_stays_within_the_workspace(provider: Prov
     let through_links = ["alias/a", "made/etc/passwd", "alias/*", "made/etc/**"];
     assert_eq!(list(&guest, &through_links).await?, [""; 0], "no link is followed");
     assert_eq!(
-        list(&guest, &["**/run", "made/sub", "made/sub/run"]).await?,
+        list(&guest, &["*/*/run", "made/sub", "made/sub/run"]).await?,
         ["made/sub/run 2 755", "sub/deep/run 19 755"]
     );
     assert_eq!(list(&guest, &["nothing", "!made"]).await?, [""; 0]);
@@ -348,7 +348,7 @@ async fn a_vm_that_is_destroyed_leaves_nothing(provider: Provider) -> Result<()>
     let bed = Bed::new(provider).await?;
     assert_eq!(bed.vms.list().await?, []);
     let (vm, guest) = bed.guest(1).await?;
-    assert_eq!(bed.vms.list().await?, [vm.clone()]);
+    assert_eq!(bed.vms.list().await?, std::slice::from_ref(&vm));
     let leaves =
         "mkdir -p a/b; echo x > a/b/c; chmod 0 a/b; chmod 500 a; echo mark > \"$HOME/mark\"; echo x > \"$TMPDIR/mark\"";
     said(&guest, leaves).await?;

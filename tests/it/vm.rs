@@ -35,14 +35,7 @@ async fn job(farm: &Farm, spec: Value) -> Result<Value> {
 }
 
 async fn all_warm(farm: &Farm) {
-    let api = farm.api();
-    until("every slot holds a warm VM", async || {
-        let list = api.get("/v1/workers").await?;
-        let workers = list["workers"].as_array().context("a list")?;
-        let warm = |worker: &Value| worker["slots_warm"] == worker["slots"];
-        Ok((!workers.is_empty() && workers.iter().all(warm)).then_some(()))
-    })
-    .await;
+    farm.all_warm().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

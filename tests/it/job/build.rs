@@ -79,8 +79,9 @@ async fn this_repository_builds_itself(provider: Provider) -> Result<()> {
     let (cargo, rustup) = (place("CARGO_HOME", ".cargo"), place("RUSTUP_HOME", ".rustup"));
     let path = format!("PATH={}", std::env::var("PATH")?);
     // The gate asks whether the tree arrives as a workspace that resolves; the full run builds it.
-    let command =
-        if full() { "cargo build --offline -p alloy-shared" } else { "cargo metadata --offline --no-deps >/dev/null" };
+    let cargo_does = if full() { "build --offline -p alloy-shared" } else { "metadata --offline --no-deps >/dev/null" };
+    // A login shell, which is what a Mac's guest has, makes its own PATH.
+    let command = &format!("export PATH=\"$CARGO_HOME/bin:$PATH\"; cargo {cargo_does}");
     let mut build =
         farm.alloy(&["run", "--env", &cargo, "--env", &rustup, "--env", &path, "--timeout", "20m", "-c", command]);
     build.current_dir(&tree);

@@ -156,7 +156,8 @@ mod linux {
         // Last: what is hidden may lie above what was mounted from the host, never above what the guest needs.
         for hidden in &spec.hidden {
             let place = root.join(hidden.strip_prefix("/").unwrap_or(hidden));
-            if place.is_dir() {
+            // Of the host's temporary files the guest's own hide everything.
+            if place.is_dir() && place != root.join("tmp") {
                 tmpfs(&place, "mode=755,size=64k")?;
             }
         }

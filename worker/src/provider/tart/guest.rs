@@ -325,10 +325,10 @@ find "$@" -type l -exec sh -c 'for link; do printf "l 0 777 %s\n%s\n" "$link" "$
 
 fn parse_listing(said: &[u8], matcher: &Matcher) -> Result<Vec<GuestFile>, VmError> {
     let user = |why: String| VmError::user(VmFault::File, why);
-    let text = std::str::from_utf8(said).map_err(|_| user("a name in the workspace is not UTF-8".to_owned()))?;
-    let mut lines = text.lines();
+    let mut lines = said.strip_suffix(b"\n").unwrap_or(said).split(|byte| *byte == b'\n');
     let mut files = Vec::new();
-    while let Some(line) = lines.next() {
+    while let Some(bytes) = lines.next().filter(|_| !said.is_empty()) {
+        let line = &*String::from_utf8_lossy(bytes);
         if line == "newline" {
             return Err(user("a name in the workspace holds a newline".to_owned()));
         }
@@ -340,12 +340,17 @@ fn parse_listing(said: &[u8], matcher: &Matcher) -> Result<Vec<GuestFile>, VmErr
         let path = path.and_then(|path| path.strip_prefix("./")).ok_or_else(broken)?;
         let link = match kind {
             Some("f") => None,
-            Some("l") => Some(lines.next().ok_or_else(broken)?.to_owned()),
+            Some("l") => Some(lines.next().ok_or_else(broken)?),
             Some(_) | None => return Err(broken()),
         };
         if !matcher.takes(path) {
             continue;
         }
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).ok();
+        let link = link.map(|to| text(to).ok_or(())).transpose();
+        let (Ok(link), Some(_)) = (link, text(bytes)) else {
+            return Err(user(format!("{path}: the name is not UTF-8")));
+        };
         check_path(path).map_err(|error| user(error.to_string()))?;
         let mode = if mode & 0o111 == 0 { 0o644 } else { 0o755 };
         files.push(GuestFile { path: path.to_owned(), size, mode, link });
@@ -503,5 +508,7 @@ mod tests {
             assert!(parse_listing(lie.as_bytes(), &matcher).is_err(), "{lie}");
         }
         assert!(parse_listing(b"f 5 644 ./\xff", &matcher).is_err());
+        let others = rules(&["mine"]);
+        assert_eq!(parse_listing(b"f 5 644 ./\xff\nf 5 644 ./mine\n", &others).unwrap().len(), 1, "nobody wants it");
     }
 }
