@@ -67,7 +67,7 @@ pub struct Lease {
 
 impl Lease {
     /// Whom the job avoids once this worker has lost it too.
-    fn lost(&self) -> Vec<WorkerId> {
+    pub fn losers(&self) -> Vec<WorkerId> {
         let others = self.avoid.iter().filter(|worker| **worker != self.worker);
         others.copied().chain([self.worker]).collect()
     }
@@ -153,11 +153,14 @@ pub enum Refused {
     Impossible,
 }
 
-/// The numbers that decide about one job: its own wishes within the farm's limits.
+/// What decides about one job: its own wishes within the farm's limits, and what the desk sees of the farm.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
     pub retries: u32,
     pub lost_max: u32,
+    pub lost_hosts_max: u32,
+    /// A worker is there that could run it and has not lost it. So far its losses may be the other workers' fault.
+    pub untried: bool,
     pub queue_ms: u64,
     pub accept_ms: u64,
     /// From acceptance to the moment when the worker must have ended it by its own timers.
@@ -172,6 +175,8 @@ impl Rules {
         Self {
             retries: spec.retries,
             lost_max: limits.lost_max,
+            lost_hosts_max: limits.lost_hosts_max,
+            untried: false,
             queue_ms: spec.queue_timeout_ms.unwrap_or(limits.queue_timeout_ms),
             accept_ms: limits.accept_ms,
             run_ms: limits.image_ms + limits.claim_ms + limits.hook_ms + limits.stage_source_ms + timeout + ending,
@@ -388,7 +393,7 @@ fn finished(tries: Tries, lease: &Lease, end: &End, now: Ms, rules: &Rules) -> S
     let handed_back = tries.made.saturating_sub(1 + tries.lost + tries.failed);
     match end.blame() {
         Some(Blame::Farm) if is_handed_back(end) && handed_back < HANDED_BACK_MAX => {
-            State { tries, step: Step::Queued { since: now, avoid: lease.lost() } }
+            State { tries, step: Step::Queued { since: now, avoid: lease.losers() } }
         }
         Some(Blame::Farm) => lost(tries, lease, end.reason.unwrap_or(Reason::InternalError), &end.message, now, rules),
         Some(Blame::User) if tries.failed < rules.retries => {
@@ -404,13 +409,15 @@ fn is_handed_back(end: &End) -> bool {
     matches!(end.reason, Some(Reason::WorkerDrained | Reason::ImagePullFailure))
 }
 
-/// The farm's fault: tried again elsewhere, never charged to the user, but not for ever.
+/// The farm's fault: tried again elsewhere, never charged to the user, but not for ever. A job that has killed one worker
+/// after the other does not go through the whole farm.
 fn lost(tries: Tries, lease: &Lease, reason: Reason, message: &str, now: Ms, rules: &Rules) -> State {
-    if tries.lost >= rules.lost_max {
+    let requeues_max = if rules.untried { rules.lost_hosts_max } else { rules.lost_max };
+    if tries.lost >= requeues_max {
         return done(tries, End::because(reason, message), now);
     }
     let tries = Tries { lost: tries.lost + 1, ..tries };
-    State { tries, step: Step::Queued { since: now, avoid: lease.lost() } }
+    State { tries, step: Step::Queued { since: now, avoid: lease.losers() } }
 }
 
 fn cancel(tries: Tries, lease: &Lease, then: Then, now: Ms) -> State {

@@ -110,17 +110,28 @@ pub fn pick<'a>(
 /// The worker that has the job's image nearest at hand, of those the emptiest; one that lost the job before only where no
 /// other qualifies at all, and of such the one whose loss lies furthest back.
 fn place(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> Option<WorkerId> {
-    let fits = |room: &Room| {
-        let open = !room.draining && room.labels.matches(job.required);
-        open.then(|| room.stance(job.image).rank()).flatten()
-    };
-    let least = rooms.iter().filter(|(_, room)| fits(room).is_some()).map(|(id, _)| job.grudge(id)).min()?;
+    let least = least_grudge(job, rooms)?;
     rooms
         .iter()
         .filter(|(id, room)| room.free > 0 && job.grudge(id) == least)
-        .filter_map(|(id, room)| Some((fits(room)?, room.free, std::cmp::Reverse(*id))))
+        .filter_map(|(id, room)| Some((fit(job, room)?, room.free, std::cmp::Reverse(*id))))
         .max()
         .map(|(_, _, id)| id.0)
+}
+
+/// True while a worker that has not lost the job could run it, at once or when its turn comes.
+pub fn untried(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> bool {
+    least_grudge(job, rooms) == Some(0)
+}
+
+fn least_grudge(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> Option<usize> {
+    rooms.iter().filter(|(_, room)| fit(job, room).is_some()).map(|(id, _)| job.grudge(id)).min()
+}
+
+/// How well the worker suits the job; absent: not at all. One whose slots are all in quarantine is waited for by nobody.
+fn fit(job: Waiting<'_>, room: &Room) -> Option<u32> {
+    let open = room.slots > 0 && !room.draining && room.labels.matches(job.required);
+    open.then(|| room.stance(job.image).rank()).flatten()
 }
 
 /// Why nobody can ever run a job in this image, as far as is known: every worker that is open to it says that the image is
@@ -292,6 +303,24 @@ mod tests {
             let expected: Vec<_> = expected.map(|worker| (10, worker)).into_iter().collect();
             assert_eq!(picked, expected, "{workers:?} avoiding {avoid:?}");
         }
+    }
+
+    #[test]
+    fn only_a_worker_that_could_run_the_job_and_has_not_lost_it_is_another_chance() {
+        let required = labels(&["a=1"]);
+        let untried = |rooms, avoid: &[u128]| {
+            let avoid: Vec<WorkerId> = avoid.iter().map(|n| worker(*n)).collect();
+            untried(Waiting { id: JobId::from_raw(1), required: &required, image: None, avoid: &avoid }, &rooms)
+        };
+        let all =
+            || rooms(&[(1, &["a=1"], 2, false), (2, &["a=1"], 0, false), (3, &["a=1"], 2, true), (4, &[], 2, false)]);
+        assert!(untried(all(), &[1]), "a busy one has its turn later");
+        assert!(!untried(all(), &[1, 2]), "one drains, one lacks the label");
+        assert!(!untried(rooms(&[]), &[]));
+        let mut ill = all();
+        ill.get_mut(&worker(2)).unwrap().slots = 0;
+        assert!(!untried(ill.clone(), &[1]), "all its slots are in quarantine");
+        assert_eq!(run(&[(10, &["a=1"], &[1])], &mut ill), [(10, 1)], "nobody waits for such a one");
     }
 
     #[test]

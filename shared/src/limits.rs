@@ -54,8 +54,10 @@ pub struct Limits {
     /// The orchestrator ends a job by itself this long after the worker should have.
     pub backstop_ms: u64,
     pub warm_age_max_ms: u64,
-    /// Lost attempts before a job ends as errored: 2 requeues.
+    /// Requeues of a job that the farm lost, before the next loss ends it as errored.
     pub lost_max: u32,
+    /// The same while a worker is there that has not lost it: one that so many hosts lost is a danger to the others.
+    pub lost_hosts_max: u32,
     /// A worker that drains gives its jobs this long before it hands them back.
     pub drain_ms: u64,
     /// Daemons wait this long for tasks after a stop signal.
@@ -101,6 +103,7 @@ impl Default for Limits {
             backstop_ms: 60_000,
             warm_age_max_ms: 4 * 60 * 60_000,
             lost_max: 2,
+            lost_hosts_max: 5,
             drain_ms: 60 * 60_000,
             stop_ms: 10_000,
             poll_floor_ms: 2_000,
@@ -123,6 +126,12 @@ impl Limits {
             return Err(format!(
                 "heartbeat {} ms leaves fewer than three tries before the self-fence at {} ms",
                 self.heartbeat_ms, self.self_fence_ms
+            ));
+        }
+        if self.lost_hosts_max < self.lost_max {
+            return Err(format!(
+                "lost_hosts_max {} is less than lost_max {}: a worker that has not lost a job would shorten its life",
+                self.lost_hosts_max, self.lost_max
             ));
         }
         Ok(())

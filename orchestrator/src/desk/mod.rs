@@ -337,7 +337,7 @@ impl Desk {
             }
             return;
         };
-        let state = match job::apply(&live.job.state, event, now.wall, &live.rules) {
+        let state = match job::apply(&live.job.state, event, now.wall, &self.rules(live)) {
             Ok(state) => state,
             // Numbered news that changes no state is still written: its number must be remembered.
             Err(Refused::Already | Refused::Impossible) if report.is_some() => live.job.state.clone(),

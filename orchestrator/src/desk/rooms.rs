@@ -10,8 +10,8 @@ use alloy_shared::wire::image::{ImageReport, canonical};
 use alloy_shared::wire::session::{SlotState, SlotView};
 
 use super::{Desk, Live, Offer};
-use crate::job::{Event, Step};
-use crate::pick::{self, Room, WhyNot};
+use crate::job::{Event, Rules, Step};
+use crate::pick::{self, Room, Waiting, WhyNot};
 use crate::store::Guard;
 
 impl Desk {
@@ -41,6 +41,16 @@ impl Desk {
                 .map(canonical)
                 .collect(),
         }
+    }
+
+    /// The rules of a job as they are at this moment. Who else is there decides only when it may have been lost too often.
+    pub(super) fn rules(&self, live: &Live) -> Rules {
+        let untried = live.job.state.lease().is_some_and(|lease| {
+            let avoid = &lease.losers();
+            let job = Waiting { id: live.job.id, required: &live.required, image: image_of(live), avoid };
+            live.job.state.tries.lost >= live.rules.lost_max && pick::untried(job, &self.rooms())
+        });
+        Rules { untried, ..live.rules.clone() }
     }
 
     pub(super) fn why_not(&self, id: &JobId) -> Option<WhyNot> {

@@ -358,3 +358,30 @@ fn what_is_done_with_a_result_until_it_is_decided_belongs_to_collect() {
     let timings = &done.attempt.as_ref().unwrap().timings;
     assert_eq!((timings.exec_ms, timings.collect_ms), (Some(5), Some(27)));
 }
+
+/// Lets whoever holds the job lose it until it ends. Returns who lost it.
+fn losers(desk: &mut Desk, offers: &[u128]) -> Vec<u128> {
+    turn(desk, 0, offers.iter().map(|n| offer(*n, &[FREE])).chain([submit(1, 10)]).collect());
+    let mut losers = Vec::new();
+    while let Some(lease) = desk.live.get(&id(10)).and_then(|live| live.job.state.lease().cloned()) {
+        let (by, attempt) = (lease.worker.raw(), lease.attempt);
+        losers.push(by);
+        let end = End::because(Reason::VmLost, "gone");
+        let lost = report(3, 10, by, 2, Event::Finished { attempt, end });
+        turn(desk, 1, vec![report(2, 10, by, 1, Event::Accepted { attempt }), lost]);
+    }
+    assert!(!desk.live.contains_key(&id(10)), "it ended");
+    losers
+}
+
+#[test]
+fn a_job_ends_by_the_farms_fault_only_when_every_worker_has_lost_it_or_too_many_have() {
+    let farm = |workers: std::ops::RangeInclusive<u128>| {
+        let mut desk = Desk::new(Limits::default(), Mono(0));
+        losers(&mut desk, &workers.collect::<Vec<_>>())
+    };
+    assert_eq!(farm(1..=1), [1, 1, 1]);
+    assert_eq!(farm(1..=2), [1, 2, 1]);
+    assert_eq!(farm(1..=4), [1, 2, 3, 4], "the fourth gets it too");
+    assert_eq!(farm(1..=9), [1, 2, 3, 4, 5, 6], "it does not go through the whole farm");
+}

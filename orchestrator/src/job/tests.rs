@@ -28,6 +28,7 @@ fn states() -> Vec<(&'static str, State)> {
         ("running preparing", state(0, 0, running(Phase::Preparing))),
         ("running executing", state(0, 0, running(Phase::Executing))),
         ("running executing, no tries left", state(2, 1, running(Phase::Executing))),
+        ("running executing, lost by many hosts", state(5, 1, running(Phase::Executing))),
         ("canceling by the user", state(0, 0, canceling(Then::End(Reason::UserCanceled)))),
         ("canceling to requeue", state(0, 0, canceling(Then::Requeue(Reason::WorkerLost)))),
         ("done", state(0, 0, Step::Done { end: End::success(), at: Ms(0) })),
@@ -97,12 +98,16 @@ fn the_whole_table_is_as_committed() {
     for (name, state) in states() {
         writeln!(text, "\n{name}").unwrap();
         for (event_name, event) in events(2) {
-            let after = match apply(&state, &event, NOW, &rules()) {
+            let after = |rules| match apply(&state, &event, NOW, &rules) {
                 Ok(after) if after == state => "the same".to_owned(),
                 Ok(after) => show(&after),
                 Err(refused) => format!("refused: {refused:?}"),
             };
-            writeln!(text, "  {event_name:<24} -> {after}").unwrap();
+            let (alone, untried) = (after(rules()), after(Rules { untried: true, ..rules() }));
+            writeln!(text, "  {event_name:<24} -> {alone}").unwrap();
+            if untried != alone {
+                writeln!(text, "  {:>24} -> {untried}", "(another host is there)").unwrap();
+            }
         }
     }
     let text: String = text.lines().map(|line| format!("{}\n", line.trim_end())).collect();
@@ -144,11 +149,11 @@ fn whatever_happens_the_rules_hold() {
         dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (dice >> 33) % n
     };
-    let rules = rules();
     for _ in 0..2_000 {
         let mut state = State::new(Ms(0));
         let mut now = Ms(0);
         for _ in 0..60 {
+            let rules = Rules { untried: roll(3) > 0, ..rules() };
             now = now.plus(roll(2 * rules.queue_ms / 40));
             let attempt = (state.tries.made + 1).saturating_sub(roll(3) as u32);
             let all = events(attempt);
@@ -156,7 +161,8 @@ fn whatever_happens_the_rules_hold() {
             let Ok(next) = apply(&state, event, now, &rules) else { continue };
             assert!(!state.is_done(), "the end is for ever");
             assert!(next.tries.made >= state.tries.made && next.tries.made <= state.tries.made + 1);
-            assert!(next.tries.lost <= rules.lost_max && next.tries.failed <= rules.retries);
+            let losses_max = if rules.untried { rules.lost_hosts_max } else { rules.lost_max };
+            assert!(next.tries.lost <= losses_max.max(state.tries.lost) && next.tries.failed <= rules.retries);
             let causes = next.tries.lost + next.tries.failed + HANDED_BACK_MAX;
             assert!(next.tries.made <= 1 + causes, "every further try has a cause");
             assert_eq!(next.lease().map(|lease| lease.attempt).unwrap_or(next.tries.made), next.tries.made);
@@ -176,6 +182,26 @@ fn a_farm_fault_is_never_charged_to_the_user() {
     let after = apply(&state, &Event::Finished { attempt: 1, end }, NOW, &rules()).unwrap();
     assert_eq!(after.tries, Tries { made: 1, lost: 1, failed: 0 });
     assert!(matches!(after.step, Step::Queued { avoid, .. } if avoid == [W1]));
+}
+
+#[test]
+fn a_job_is_tried_on_while_another_host_is_there_but_not_through_the_whole_farm() {
+    let losses = |untried: &dyn Fn(u32) -> bool| {
+        let mut state = State::new(Ms(0));
+        while !state.is_done() {
+            let worker = WorkerId::from_raw(u128::from(state.tries.made));
+            let attempt = state.tries.made + 1;
+            let end = Event::Finished { attempt, end: End::because(Reason::VmLost, "gone") };
+            let rules = Rules { untried: untried(attempt), ..rules() };
+            for event in [Event::Assigned { worker }, Event::Accepted { attempt }, end] {
+                state = apply(&state, &event, NOW, &rules).unwrap();
+            }
+        }
+        state.tries.made
+    };
+    assert_eq!(losses(&|_| false), 3, "all there are have lost it");
+    assert_eq!(losses(&|attempt| attempt < 4), 4, "the fourth host was the last one");
+    assert_eq!(losses(&|_| true), 6, "it kills whom it meets");
 }
 
 #[test]
