@@ -113,6 +113,7 @@ mod tests {
             "jobs",
             "status --json",
             "cancel a b c",
+            "cancel --latest",
             "artifacts",
             "artifacts abc123",
             "artifacts get abc123 *.zip -o out/",
@@ -149,7 +150,7 @@ mod tests {
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
         }
         for line in
-            ["", "frobnicate", "login http://farm", "list --state lost", "worker drain", "--url x --context y doctor"]
+            ["", "frobnicate", "login http://farm", "list --state lost", "worker drain", "--url x --context y doctor", "cancel --latest a"]
         {
             let words = std::iter::once("alloy").chain(line.split(' ').filter(|word| !word.is_empty()));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");

@@ -291,6 +291,32 @@ async fn detach_attach_logs_status_list_cancel_and_artifacts_speak_of_the_same_j
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_that_names_no_job_ends_none() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    let tree = farm.scratch("tree")?;
+    let alloy = async |args: &[&str]| {
+        let mut command = farm.alloy(args);
+        command.current_dir(&tree);
+        output(command).await
+    };
+    let out = alloy(&["run", "--detach", "-c", "sleep 600"]).await?;
+    let id = text(&out.stdout).trim().to_owned();
+    for (args, said) in
+        [(&["cancel"][..], "--latest"), (&["cancel", ""], "names no job"), (&["cancel", &id, ""], "names no job")]
+    {
+        let out = alloy(args).await?;
+        assert_eq!(out.status.code(), Some(2), "{args:?}: {}", told(&out));
+        assert!(text(&out.stderr).contains(said), "{args:?}: {}", told(&out));
+        let job = farm.api().job(&id).await?;
+        assert!(job["finished_at"].is_null() && job["state"] != "canceling", "{args:?}: {job}");
+    }
+    let out = alloy(&["cancel", "--latest"]).await?;
+    assert_eq!(out.status.code(), Some(0), "{}", told(&out));
+    assert_eq!(farm.api().end(&id).await["state"], "canceled");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_tree_that_changes_while_it_is_read_is_noticed_and_named() -> Result<()> {
     use std::io::Write as _;
     use std::sync::atomic::{AtomicBool, Ordering};

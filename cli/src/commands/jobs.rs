@@ -1,4 +1,4 @@
-//! S: the verbs on jobs that exist: attach, logs, list, status, cancel.
+//! S: the verbs on jobs that exist: attach, logs, list, status.
 
 use alloy_shared::client::{JobQuery, LogQuery};
 use alloy_shared::env::Ms;
@@ -9,7 +9,6 @@ use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
 use crate::context::{App, Farm};
 use crate::farm::Hosted;
 use crate::follow::{Ending, Follower, OnInterrupt};
-use crate::output::talk::Tone;
 use crate::output::{
     Failure, Fault, Sink, ago, duration, exit, job_exit, print, print_json, stdout_is_terminal, table,
 };
@@ -61,13 +60,6 @@ pub(crate) struct ListArgs {
 pub(crate) struct StatusArgs {
     /// Id, at least 6 of its last characters, or URL; default: the latest job of this directory
     pub(crate) job: Option<String>,
-}
-
-/// Cancel jobs
-#[derive(Debug, clap::Args)]
-pub(crate) struct CancelArgs {
-    /// Ids, at least 6 of their last characters, or URLs; default: the latest job of this directory
-    pub(crate) jobs: Vec<String>,
 }
 
 pub(crate) async fn attach(app: &App, args: &AttachArgs) -> Result<i32, Failure> {
@@ -245,7 +237,7 @@ const fn icon(state: StateWord) -> &'static str {
     }
 }
 
-fn command(spec: &JobSpec) -> String {
+pub(crate) fn command(spec: &JobSpec) -> String {
     let text = spec.shell.clone().unwrap_or_else(|| spec.argv.join(" "));
     let line = text.lines().next().unwrap_or_default();
     let mut short: String = line.chars().take(COMMAND_SHOWN).collect();
@@ -330,38 +322,6 @@ fn stages(job: &JobView) -> Option<String> {
 
 fn precise(ms: u64) -> String {
     if ms < 1_000 { format!("{ms}ms") } else { duration(ms) }
-}
-
-pub(crate) async fn cancel(app: &App, args: &CancelArgs) -> Result<i32, Failure> {
-    let farm = Hosted::open_to_read(app).await?;
-    let farm = farm.farm();
-    let mut worst = exit::OK;
-    let asked: Vec<Option<&str>> =
-        if args.jobs.is_empty() { vec![None] } else { args.jobs.iter().map(|job| Some(job.as_str())).collect() };
-    for job in asked {
-        if let Err(failure) = cancel_one(app, farm, job).await {
-            // One wrong id among several does not keep the others from being canceled.
-            if args.jobs.len() < 2 {
-                return Err(failure);
-            }
-            worst = failure.fault.exit_code();
-            app.talk.fail(&failure, worst);
-        }
-    }
-    Ok(worst)
-}
-
-async fn cancel_one(app: &App, farm: &Farm, asked: Option<&str>) -> Result<(), Failure> {
-    let before = app.job(farm, asked).await?;
-    let id = before.id;
-    if before.state.is_terminal() {
-        app.talk.verdict(Tone::Note, "-", &format!("{id} already finished ({}): nothing to do", before.state), None);
-        return if app.talk.json() { print_json(&before) } else { Ok(()) };
-    }
-    let after = farm.client.cancel(id).await.map_err(|error| Failure::of(error, &farm.url))?;
-    let what = if after.state.is_terminal() { "canceled" } else { "is being canceled" };
-    app.talk.verdict(Tone::Note, "⊘", &format!("{id} {what} (was {})", before.state), None);
-    if app.talk.json() { print_json(&after) } else { Ok(()) }
 }
 
 #[cfg(test)]

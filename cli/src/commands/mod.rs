@@ -2,6 +2,7 @@
 
 pub(crate) mod admin;
 pub(crate) mod artifacts;
+pub(crate) mod cancel;
 pub(crate) mod image;
 pub(crate) mod jobs;
 pub(crate) mod run;
@@ -22,7 +23,7 @@ pub(crate) enum Command {
     #[command(visible_aliases = ["ls", "jobs", "ps"])]
     List(jobs::ListArgs),
     Status(jobs::StatusArgs),
-    Cancel(jobs::CancelArgs),
+    Cancel(cancel::CancelArgs),
     Artifacts(artifacts::ArtifactsArgs),
     #[command(subcommand)]
     Source(SourceVerb),
@@ -72,7 +73,7 @@ impl Command {
             Self::Logs(args) => jobs::logs(app, args).await,
             Self::List(args) => jobs::list(app, args).await,
             Self::Status(args) => jobs::status(app, args).await,
-            Self::Cancel(args) => jobs::cancel(app, args).await,
+            Self::Cancel(args) => cancel::cancel(app, args).await,
             Self::Artifacts(args) => artifacts::artifacts(app, args).await,
             Self::Source(SourceVerb::Ls { size, allow_secret_files }) => source_ls(app, *size, *allow_secret_files),
             Self::Image(verb) => image::image(app, verb).await,

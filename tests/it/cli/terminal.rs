@@ -117,3 +117,21 @@ async fn a_list_is_cut_for_a_terminal_and_whole_in_a_file() -> Result<()> {
     assert!(list.contains(command), "{list}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cancel_without_a_job_asks_a_person_and_takes_only_a_yes() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    let alloy = bin_dir().join("alloy");
+    let cancel = format!("{0} cancel; echo first=$?; {0} cancel", alloy.display());
+    let terminal = Terminal::start(&farm, &format!("run --detach -c 'sleep 600'; {cancel}"))?;
+    terminal.shows("[y/N]").await?;
+    let id = farm.api().get("/v1/jobs").await?["jobs"][0]["id"].as_str().context("a job")?.to_owned();
+    terminal.tmux(&["send-keys", "Enter"])?;
+    let screen = terminal.shows("first=1").await?;
+    assert!(screen.contains(&id) && screen.contains("sleep 600"), "it says which one: {screen}");
+    assert!(farm.api().job(&id).await?["finished_at"].is_null());
+    terminal.tmux(&["send-keys", "y", "Enter"])?;
+    terminal.shows("exit=0").await?;
+    assert_eq!(farm.api().end(&id).await["state"], "canceled");
+    Ok(())
+}
