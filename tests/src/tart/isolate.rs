@@ -1,7 +1,7 @@
 //! A guest of its own: root, processes, host name, network. Linux has what that takes; elsewhere a guest is a directory.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::process::Command;
 
 use super::guest::{Share, Spec, kill_descendants};
@@ -26,15 +26,17 @@ pub(crate) use plain::{
 /// Makes the directory that stands for the guest's root where there are no namespaces.
 pub(crate) fn lay_out(spec: &Spec) -> std::io::Result<()> {
     let root = spec.root();
-    fs::create_dir_all(root.join(spec.home.trim_start_matches('/')))?;
+    make_below(&spec.dir.join("guest"), Path::new("root"))?;
+    make_below(&root, Path::new(&spec.home))?;
     let seeds = spec.dir.join("guest/upper");
     if seeds.exists() && !root.join(".seeded").exists() {
         Command::new("cp").arg("-R").arg(seeds.join(".")).arg(&root).status()?;
         fs::write(root.join(".seeded"), "")?;
     }
     for share in &spec.shares {
-        let place = root.join(place_of(spec, share).trim_start_matches('/'));
-        fs::create_dir_all(place.parent().unwrap_or(&root))?;
+        let place = place_of(spec, share);
+        make_below(&root, Path::new(&place).parent().unwrap_or(Path::new("/")))?;
+        let place = root.join(place.trim_start_matches('/'));
         // What is there belongs to an earlier run: nothing, a link, or an empty directory above named shares.
         let _ = fs::remove_file(&place).or_else(|_| fs::remove_dir(&place));
         std::os::unix::fs::symlink(&share.path, &place)?;
@@ -52,8 +54,22 @@ fn place_of(spec: &Spec, share: &Share) -> String {
 }
 
 fn write_all(root: &Path, spec: &Spec) -> std::io::Result<()> {
-    fs::create_dir_all(root.join(spec.home.trim_start_matches('/')))?;
+    make_below(root, Path::new(&spec.home))?;
     shims::install(root, spec)
+}
+
+/// Makes a directory of the guest, and none above its root: a guest whose `run` was killed may still be on its way up when
+/// its VM is deleted, and must not bring the VM's directory back.
+pub(crate) fn make_below(root: &Path, dir: &Path) -> std::io::Result<()> {
+    let mut at = root.to_owned();
+    for part in dir.components().filter(|part| matches!(part, Component::Normal(_))) {
+        at.push(part);
+        match fs::create_dir(&at) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && at.is_dir() => {}
+            made => made?,
+        }
+    }
+    Ok(())
 }
 
 #[cfg(target_os = "linux")]
@@ -72,7 +88,7 @@ mod linux {
     use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, send, socket};
     use nix::unistd::Pid;
 
-    use super::{Spec, kill_descendants, place_of, write_all};
+    use super::{Spec, kill_descendants, make_below, place_of, write_all};
 
     const NONE: Option<&str> = None;
 
@@ -112,9 +128,9 @@ mod linux {
             copy_seeds()?;
             overlay("small/upper", "small/work")?;
         }
-        let root = std::env::current_dir()?.join("root");
-        furnish(&root, spec)?;
-        std::env::set_current_dir(&root)?;
+        // From inside: by its path on the host it may be gone already, and the same path lead out of it.
+        std::env::set_current_dir("root")?;
+        furnish(Path::new("."), spec)?;
         nix::unistd::pivot_root(".", ".").context("pivot_root")?;
         umount2(".", MntFlags::MNT_DETACH).context("leave the host's root")?;
         std::env::set_current_dir("/")?;
@@ -200,8 +216,9 @@ mod linux {
 
     fn share(root: &Path, spec: &Spec) -> Result<()> {
         for share in &spec.shares {
-            let place = root.join(place_of(spec, share).trim_start_matches('/'));
-            fs::create_dir_all(&place)?;
+            let place = place_of(spec, share);
+            make_below(root, Path::new(&place))?;
+            let place = root.join(place.trim_start_matches('/'));
             fs::set_permissions(&place, fs::Permissions::from_mode(0o755))?;
             bind(&share.path, &place, share.read_only)?;
         }
@@ -319,5 +336,46 @@ mod plain {
             at += 1;
         }
         found.split_off(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::image::Agent;
+    use super::*;
+
+    fn spec(dir: &Path) -> Spec {
+        let share = Share { tag: None, name: Some("in".into()), path: "/nowhere".into(), read_only: true };
+        Spec {
+            dir: dir.to_owned(),
+            runner: 1,
+            os: "darwin".into(),
+            mac: "7e:00:00:00:00:00".into(),
+            home: "/Users/admin".into(),
+            isolated: false,
+            agent: Agent::OfTheRelease,
+            shares: vec![share],
+            hidden: Vec::new(),
+            disk_free_mib: None,
+            clock_offset: 0,
+            host_key: None,
+        }
+    }
+
+    #[test]
+    fn a_guest_of_a_deleted_vm_makes_nothing_above_its_root() {
+        let vms = tempfile::tempdir().unwrap();
+        let spec = spec(&vms.path().join("vm"));
+        assert!(lay_out(&spec).is_err());
+        assert!(write_all(&spec.root(), &spec).is_err());
+        assert!(make_below(&spec.root(), Path::new("/Users/admin")).is_err());
+        assert_eq!(fs::read_dir(vms.path()).unwrap().count(), 0);
+
+        fs::create_dir_all(spec.dir.join("guest")).unwrap();
+        lay_out(&spec).unwrap();
+        lay_out(&spec).unwrap();
+        assert!(spec.root().join("Users/admin").is_dir());
+        let place = spec.root().join(place_of(&spec, &spec.shares[0]).trim_start_matches('/'));
+        assert_eq!(fs::read_link(place).unwrap(), Path::new("/nowhere"));
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
 use super::guest::Spec;
+use super::isolate;
 
 const OURS: &str = "usr/lib/sim-tart";
 
@@ -77,7 +78,7 @@ pub(crate) fn install(root: &Path, spec: &Spec) -> io::Result<()> {
     let ours = root.join(OURS);
     let first = !ours.exists();
     if first {
-        fs::create_dir_all(&ours)?;
+        isolate::make_below(root, Path::new(OURS))?;
         accounts(root, spec)?;
         programs(root, spec)?;
         sshd(root, spec)?;
