@@ -182,7 +182,7 @@ impl Blobs {
     pub async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
         match self {
             Self::Fs(fs) => fs.finish(key, expect).await,
-            Self::Mem(mem) => mem.finish(key, expect),
+            Self::Mem(mem) => mem.finish(key, expect).await,
         }
     }
 
@@ -227,7 +227,7 @@ impl Draft {
     pub async fn finish(self, expect: Option<Digest>) -> Result<Stored, BlobError> {
         match self {
             Self::Fs(draft) => draft.finish(expect).await,
-            Self::Mem(draft) => draft.finish(expect),
+            Self::Mem(draft) => draft.finish(expect).await,
         }
     }
 }

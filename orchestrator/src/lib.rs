@@ -9,10 +9,8 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use alloy_shared::env::{Env, Mono, Now};
-use alloy_shared::limits::Limits;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, random_bytes};
 use alloy_shared::secret::{Secret, Token};
 use async_trait::async_trait;
@@ -24,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub mod admit;
+mod app;
 pub mod auth;
 pub mod blobs;
 pub mod config;
@@ -46,59 +45,15 @@ pub mod store;
 pub mod sums;
 pub mod wake;
 
-use auth::{Auth, Grants};
+pub use app::{App, Ground};
 use blobs::Blobs;
 use config::Config;
-use desk_loop::Door;
-use hub::Hub;
-use log_sync::LogSync;
 use logs::Logs;
 use store::sql::{DataLock, SqlStore};
 use store::{Group, Store, StoreError, Write};
-use wake::Wake;
 
 /// The name under which the store keeps the farm's own secret.
 pub const FARM_SECRET: &str = "farm_secret";
-
-/// One orchestrator, whole. Everything that handles a request gets a reference to it.
-pub struct App {
-    pub store: Arc<dyn Store>,
-    pub desk: Door,
-    pub hub: Arc<Hub>,
-    pub wake: Arc<Wake>,
-    pub logs: Arc<Logs>,
-    pub log_sync: LogSync,
-    pub blobs: Arc<Blobs>,
-    pub env: Arc<dyn Env>,
-    pub limits: Limits,
-    pub auth: Auth,
-    pub grants: Grants,
-    /// Where people and workers reach this farm; without a slash at its end.
-    pub base_url: String,
-    /// Forwarded addresses are believed.
-    pub behind_proxy: bool,
-    /// Bytes for new tokens: the operating system's, or a test's.
-    pub random: fn() -> [u8; 32],
-    /// Cancelled when nothing new is taken: streams end, sessions say goodbye.
-    pub stopping: CancellationToken,
-    /// Requests for new jobs under way. Closed, none is taken any more.
-    pub submits: TaskTracker,
-    /// The sessions of workers; the stop waits for their goodbyes.
-    pub sessions: TaskTracker,
-}
-
-impl App {
-    /// When it returns, no further job comes into being: what a look at the live jobs shows is all there is.
-    pub async fn take_no_more_jobs(&self) {
-        self.submits.close();
-        self.submits.wait().await;
-    }
-
-    /// Takes jobs as before.
-    pub fn take_jobs_again(&self) {
-        self.submits.reopen();
-    }
-}
 
 /// A running orchestrator. It stops with the [`Lifecycle`] that it was given.
 pub struct Served {
@@ -142,14 +97,15 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     let background = life.hard.child_token();
     let system = env;
     let env: Arc<dyn Env> = Arc::new(TaskEnv { system: system.clone(), until: background.clone() });
-    let app = Arc::new(assemble(&config, addr, sql.clone(), env.clone(), life.soft.clone()).await?);
+    let ground = ground(&config, addr, sql.clone(), env, life.soft.clone()).await?;
+    let app = App::on(ground).await?;
     let admin_token_file = dir.join("admin.token");
     let made = ops::access::first_token(&app, async |token| write_private(&admin_token_file, token)).await;
     if made.map_err(|error| start_error("the first token", error))? {
         tracing::info!("a new admin token is in {}", admin_token_file.display());
     }
 
-    env.spawn("sweep", Box::pin(session::drive::sweep(app.clone())));
+    app.begin();
     let stop = Stop { life, background, sql, _lock: lock };
     system.spawn("http", Box::pin(run(app.clone(), listener, stop)));
     tracing::info!("listening on http://{addr}, data in {}", dir.display());
@@ -173,9 +129,7 @@ async fn run(app: Arc<App>, listener: TcpListener, stop: Stop) {
     let listening = listen::serve(listener, router, connections.clone(), app.stopping.clone(), grace_ms);
     let goodbyes = async {
         app.stopping.cancelled().await;
-        app.hub.stop();
-        app.sessions.close();
-        tokio::time::timeout(Duration::from_millis(grace_ms), app.sessions.wait()).await.is_ok()
+        app.say_goodbye(grace_ms).await
     };
     tokio::select! {
         biased;
@@ -186,48 +140,31 @@ async fn run(app: Arc<App>, listener: TcpListener, stop: Stop) {
             }
         }
     }
-    if !app.log_sync.flush().await {
-        tracing::warn!("the last log bytes are perhaps not on the disk; their workers still have them");
-    }
+    app.settle().await;
     stop.background.cancel();
     stop.sql.close().await;
 }
 
-async fn assemble(
+async fn ground(
     config: &Config,
     addr: SocketAddr,
     store: Arc<dyn Store>,
     env: Arc<dyn Env>,
     stopping: CancellationToken,
-) -> Result<App, ServeError> {
+) -> Result<Ground, ServeError> {
     let dir = config.farm_dir();
-    let limits = config.limits.clone();
-    let now = env.now();
-    let hub = Arc::new(Hub::new(limits.clone(), now.mono));
-    let wake = Arc::new(Wake::default());
     let logs = Logs::open(dir.join("logs")).map_err(|error| start_error("the log directory", error))?;
-    let logs = Arc::new(logs);
-    let blobs = Blobs::open(dir.join("blobs"), now.wall).await;
-    let blobs = Arc::new(blobs.map_err(|error| start_error("the blob directory", error))?);
-    let secret = farm_secret(&*store).await?;
-    let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limits.clone()).await?;
-    Ok(App {
-        log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
-        auth: Auth::new(env.clone()),
-        grants: Grants::new(&secret),
+    let blobs = Blobs::open(dir.join("blobs"), env.now().wall).await;
+    Ok(Ground {
+        logs,
+        blobs: blobs.map_err(|error| start_error("the blob directory", error))?,
+        secret: farm_secret(&*store).await?,
+        store,
+        env,
+        limits: config.limits.clone(),
         base_url: config.url(addr),
         behind_proxy: config.behind_proxy,
         random: random_bytes,
-        submits: TaskTracker::new(),
-        sessions: TaskTracker::new(),
-        store,
-        desk,
-        hub,
-        wake,
-        logs,
-        blobs,
-        env,
-        limits,
         stopping,
     })
 }

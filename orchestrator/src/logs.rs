@@ -66,7 +66,7 @@ impl Logs {
     pub async fn sync(&self) -> Result<Vec<(AttemptRef, u64)>, LogError> {
         match self {
             Self::Files(files) => files.sync().await,
-            Self::Mem(mem) => Ok(mem.sync()),
+            Self::Mem(mem) => Ok(mem.sync().await),
         }
     }
 
@@ -98,7 +98,7 @@ impl Logs {
     pub async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         match self {
             Self::Files(files) => files.seal(at).await,
-            Self::Mem(mem) => Ok(mem.seal(at)),
+            Self::Mem(mem) => mem.seal(at).await,
         }
     }
 }

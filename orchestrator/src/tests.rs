@@ -17,15 +17,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
-use crate::App;
-use crate::auth::{Auth, Grants};
 use crate::blobs::Blobs;
-use crate::hub::Hub;
-use crate::log_sync::LogSync;
 use crate::logs::Logs;
 use crate::store::mem::MemStore;
 use crate::store::{Group, TokenRow, Worker, Write};
-use crate::wake::Wake;
+use crate::{App, Ground};
 
 mod access;
 mod auth;
@@ -81,32 +77,19 @@ fn random() -> [u8; 32] {
 async fn app() -> (Arc<App>, Arc<TestEnv>) {
     let clock = TestEnv::new();
     let env: Arc<dyn Env> = clock.clone();
-    let limits = Limits::default();
-    let store = Arc::new(MemStore::default());
-    let hub = Arc::new(Hub::new(limits.clone(), Mono(0)));
-    let wake = Arc::new(Wake::default());
-    let logs = Arc::new(Logs::memory());
-    let desk = crate::desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limits.clone()).await;
-    let app = App {
-        desk: desk.unwrap(),
-        log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
-        blobs: Arc::new(Blobs::memory()),
-        auth: Auth::new(env.clone()),
-        grants: Grants::new(&Secret::new([3; 32])),
+    let ground = Ground {
+        store: Arc::new(MemStore::default()),
+        logs: Logs::memory(),
+        blobs: Blobs::memory(),
+        env,
+        limits: Limits::default(),
+        secret: Secret::new([3; 32]),
         base_url: "http://farm.test".into(),
         behind_proxy: false,
         random,
         stopping: CancellationToken::new(),
-        submits: TaskTracker::new(),
-        sessions: TaskTracker::new(),
-        store,
-        hub,
-        wake,
-        logs,
-        env,
-        limits,
     };
-    (Arc::new(app), clock)
+    (App::on(ground).await.unwrap(), clock)
 }
 
 async fn write(app: &App, write: Write) {

@@ -9,6 +9,7 @@ pub mod config;
 pub mod env;
 pub mod id;
 pub mod limits;
+pub mod mem_disk;
 pub mod runtime;
 pub mod secret;
 pub mod wire;

@@ -54,7 +54,8 @@ pub struct Setup {
 }
 
 pub struct Hooks {
-    setup: Setup,
+    /// Absent: there are none.
+    setup: Option<Setup>,
     nonce: u32,
     runs: AtomicU32,
 }
@@ -67,7 +68,12 @@ impl Hooks {
         if !matches!(swept, Ok(true)) {
             tracing::warn!("processes of a hook of an earlier run do not die");
         }
-        Self { nonce: setup.env.dice() as u32, setup, runs: AtomicU32::new(0) }
+        Self { nonce: setup.env.dice() as u32, setup: Some(setup), runs: AtomicU32::new(0) }
+    }
+
+    /// Hooks of a host without any.
+    pub fn none() -> Self {
+        Self { nonce: 0, setup: None, runs: AtomicU32::new(0) }
     }
 
     /// Runs a hook to its end, if there is one. An error says in a sentence's end what was wrong with it. Dropping the
@@ -79,25 +85,26 @@ impl Hooks {
         about: BTreeMap<String, String>,
         within_ms: u64,
     ) -> Result<(), String> {
-        let program = self.setup.dir.join(hook.name());
+        let Some(setup) = &self.setup else { return Ok(()) };
+        let program = setup.dir.join(hook.name());
         if !is_there(&program).await? {
             return Ok(());
         }
-        let run = self.setup.state_dir.join(RUNS).join(self.next());
-        let leash = start_guard(&self.setup.guard, &run).map_err(|error| format!("cannot be guarded: {error}"))?;
-        let env = self.setup.env.as_ref();
+        let run = setup.state_dir.join(RUNS).join(self.next());
+        let leash = start_guard(&setup.guard, &run).map_err(|error| format!("cannot be guarded: {error}"))?;
+        let env = setup.env.as_ref();
         let (input, orders) = mpsc::channel::<ExecInput>(1);
         let (bytes, output) = mpsc::channel(16);
         let doom = CancellationToken::new();
         let wires = Wires {
-            env: Arc::clone(&self.setup.env),
+            env: Arc::clone(&setup.env),
             // A hook is the operator's and not the attempt's: no lease ends it.
             fence: watch::channel(Mono(u64::MAX)).1,
             doom: doom.clone(),
             input: orders,
             output: bytes,
         };
-        let launch = self.launch(hook, &program, &run, about);
+        let launch = setup.launch(hook, &program, &run, about);
         env.spawn("hook", Box::pin(leash.run(launch, wires)));
         let _kills = (doom.drop_guard(), input);
         let mut words = Words { hook: hook.name(), attempt, line: Vec::new(), left: HOOK_WORDS_MAX, dropped: 0 };
@@ -111,7 +118,9 @@ impl Hooks {
     fn next(&self) -> String {
         format!("{:08x}-{}", self.nonce, self.runs.fetch_add(1, Ordering::Relaxed))
     }
+}
 
+impl Setup {
     /// Nothing of the daemon's own environment is passed on but what a program needs to find things.
     fn launch(&self, hook: Hook, program: &Path, run: &Path, about: BTreeMap<String, String>) -> Launch {
         let mut env = about;
@@ -124,7 +133,7 @@ impl Hooks {
         Launch {
             argv: vec![program.display().to_string()],
             env: env.into_iter().collect(),
-            dir: self.setup.dir.display().to_string(),
+            dir: self.dir.display().to_string(),
             vm_dir: run.display().to_string(),
             control: None,
         }

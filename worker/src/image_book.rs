@@ -1,32 +1,43 @@
-//! S: the file in which a worker remembers its images: which wishes it fulfilled, and when each was used last.
+//! S: where a worker remembers its images: which wishes it fulfilled, and when each was used last.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::image_plan::Book;
 
 const FILE: &str = "images.json";
 
-#[derive(Debug)]
-pub struct BookFile {
-    path: PathBuf,
+#[derive(Debug, Clone)]
+pub enum BookFile {
+    Disk(PathBuf),
+    Mem(Arc<Mutex<Book>>),
 }
 
 impl BookFile {
     pub fn new(state_dir: &Path) -> Self {
-        Self { path: state_dir.join(FILE) }
+        Self::Disk(state_dir.join(FILE))
+    }
+
+    /// Survives whoever does not hold it alone. For the simulator.
+    pub fn memory() -> Self {
+        Self::Mem(Arc::default())
     }
 
     /// A file that is missing or damaged is an empty book: wishes are fulfilled again, which harms nothing.
     pub fn load(&self) -> Book {
-        match std::fs::read(&self.path) {
+        let path = match self {
+            Self::Disk(path) => path,
+            Self::Mem(book) => return book.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        };
+        match std::fs::read(path) {
             Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(%error, "{} cannot be read; beginning anew", self.path.display());
+                tracing::warn!(%error, "{} cannot be read; beginning anew", path.display());
                 Book::default()
             }),
             Err(error) if error.kind() == ErrorKind::NotFound => Book::default(),
             Err(error) => {
-                tracing::warn!(%error, "{} cannot be read; beginning anew", self.path.display());
+                tracing::warn!(%error, "{} cannot be read; beginning anew", path.display());
                 Book::default()
             }
         }
@@ -34,9 +45,16 @@ impl BookFile {
 
     /// Whole or not at all.
     pub fn save(&self, book: &Book) -> io::Result<()> {
-        let part = self.path.with_extension("part");
+        let path = match self {
+            Self::Disk(path) => path,
+            Self::Mem(kept) => {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).clone_from(book);
+                return Ok(());
+            }
+        };
+        let part = path.with_extension("part");
         std::fs::write(&part, serde_json::to_vec(book).map_err(io::Error::other)?)?;
-        std::fs::rename(part, &self.path)
+        std::fs::rename(part, path)
     }
 }
 

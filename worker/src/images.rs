@@ -1,7 +1,6 @@
 //! P: the images of this worker: brings what is wanted, one at a time, evicts what nobody needs, tells the farm what is here.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono};
@@ -32,7 +31,8 @@ pub struct ImageSetup {
     pub limits: Limits,
     pub provider: Arc<dyn VmProvider>,
     pub inputs: Inputs,
-    pub state_dir: PathBuf,
+    /// What it remembers over a restart.
+    pub book: BookFile,
     /// What idle slots are made of: always wanted.
     pub own: ImageRef,
     /// Bytes for all images together.
@@ -129,7 +129,7 @@ struct Runner {
 
 impl Runner {
     fn new(setup: ImageSetup, tell_own: watch::Sender<bool>) -> Self {
-        let book = BookFile::new(&setup.state_dir);
+        let book = setup.book.clone();
         let (pulls, known) = (setup.provider.pulls(), book.load());
         Self {
             images: Images::new(&setup.own, setup.budget, pulls, setup.limits.clone(), known),

@@ -1,9 +1,11 @@
 //! S: the worker: runs jobs of a farm on this machine.
 //!
 //! [`session`] is the conversation with the orchestrator, [`executor`] runs one attempt from top to bottom, [`vm_pool`]
-//! holds the VMs, [`spool`] what must survive. [`serve`] is the daemon whole; [`Daemon::run`] the same on other seams.
+//! holds the VMs, [`spool`] what must survive. [`body`] puts them together; [`serve`] is the daemon whole, with the
+//! configured provider and the network.
 
 pub mod artifacts;
+pub mod body;
 pub mod care;
 pub mod config;
 pub mod doctor;
@@ -33,32 +35,27 @@ use std::sync::Arc;
 
 use alloy_shared::client::{Client, ClientError, Options};
 use alloy_shared::env::Env;
-use alloy_shared::id::{BadName, BootId, Labels, check_name};
-use alloy_shared::limits;
+use alloy_shared::id::{BadName, check_name};
 use alloy_shared::runtime::Lifecycle;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
 use alloy_shared::wire::farm::EnrolRequest;
-use tokio::sync::mpsc;
 
+use crate::body::Parts;
 use crate::config::{Config, Provider};
-use crate::executor::{Ctx, run_attempt};
 use crate::hooks::Hooks;
 use crate::host::{HostError, HostFacts, Identity, Key, StateDir};
-use crate::images::{ImageSetup, ImageStore};
+use crate::image_book::BookFile;
 use crate::provider::host::{HOST_IMAGE, Host, Setup};
 use crate::provider::tart::{self, TartHost};
 use crate::provider::{ImageRef, VmError, VmProvider};
-use crate::session::drive::{Me, Over, Seams, drive};
-use crate::session::{Core, Fence, INPUT_QUEUE, Input, Inputs};
+use crate::session::Fence;
+use crate::session::drive::{Me, Over};
 use crate::sources::Sources;
 use crate::spool::Spool;
 use crate::upstream::{Https, Upstream};
-use crate::vm_pool::{PoolSetup, VmPool};
 
 /// Source blobs kept between jobs.
 const CACHE_BYTES: u64 = 20 << 30;
-/// Between two looks at the free disk.
-const DISK_LOOK_MS: u64 = 2_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -133,7 +130,7 @@ impl Daemon {
         }
     }
 
-    /// Runs until `life` stops it. Nothing is offered to the farm before nothing of an earlier run is left.
+    /// Runs until `life` stops it.
     pub async fn run(
         self,
         env: Arc<dyn Env>,
@@ -149,36 +146,32 @@ impl Daemon {
         };
         let (spool, held) = Spool::open(&dir.join("spool")).map_err(at("spool"))?;
         let sources = Sources::open(&dir.join("cache"), CACHE_BYTES).map_err(at("cache"))?;
-        let spool = Arc::new(spool);
-        let mut left = Vec::new();
-        for held in held {
-            tracing::info!(attempt = %held.attempt, state = ?held.state, "an earlier run left an attempt");
-            let reports = spool.reports(held.attempt, 0).await.unwrap_or_default();
-            left.push((held, reports));
-        }
-        let (door, inputs) = mpsc::channel(INPUT_QUEUE);
-        let images = ImageStore::start(self.image_setup(&env, &provider, &door));
-        let labels = self.facts.labels(&self.identity.name, &self.config.labels, provider.restricts());
-        let pool = VmPool::start(self.pool_setup(&env, provider, Arc::clone(&images), &door));
-        let pool = tokio::select! {
-            biased;
-            () = life.soft.cancelled() => return Ok(()),
-            () = life.hard.cancelled() => return Ok(()),
-            pool = pool => pool,
-        };
-        env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), dir, door.clone(), life.clone())));
-        let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
-        let core = Core::restore(left, boot, self.config.limits.clone());
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
-        let (stop_ms, closing) = (self.config.limits.stop_ms, Arc::clone(&pool));
-        let (state, seams) =
-            self.seams(Arc::clone(&env), life, labels, hooks, pool, images, spool, sources, upstream, door.clone());
-        let over = drive(core, seams, door, inputs).await;
-        tokio::select! {
-            biased;
-            () = closing.close() => {}
-            () = env.sleep_until(env.now().mono + stop_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
-        }
+        let image = self.own_image();
+        let Self { config, state, identity, key, facts, fence } = self;
+        let labels = facts.labels(&identity.name, &config.labels, provider.restricts());
+        let sign = Box::new(move |text: &str| key.sign(text));
+        let parts = Parts {
+            env,
+            limits: config.limits,
+            provider,
+            upstream,
+            hooks,
+            spool,
+            held,
+            sources,
+            book: BookFile::new(&dir),
+            me: Me { worker: identity.worker, labels, version: facts.version, sign },
+            name: identity.name,
+            fence,
+            state_dir: dir.clone(),
+            slots: config.slots,
+            image,
+            image_budget: config.image_budget,
+            free: Box::new(move || host::disk_free(&dir)),
+        };
+        let over = body::run(parts, life).await;
+        // The lock on the state directory outlives all that uses it.
         drop(state);
         match over {
             Over::Stopped => Ok(()),
@@ -192,81 +185,6 @@ impl Daemon {
             Provider::Tart => self.config.image.clone(),
             Provider::Host => HOST_IMAGE.to_owned(),
         })
-    }
-
-    fn image_setup(&self, env: &Arc<dyn Env>, provider: &Arc<dyn VmProvider>, door: &Inputs) -> ImageSetup {
-        ImageSetup {
-            env: Arc::clone(env),
-            limits: self.config.limits.clone(),
-            provider: Arc::clone(provider),
-            inputs: door.clone(),
-            state_dir: self.state.path().to_owned(),
-            own: self.own_image(),
-            budget: self.config.image_budget,
-        }
-    }
-
-    fn pool_setup(
-        &self,
-        env: &Arc<dyn Env>,
-        provider: Arc<dyn VmProvider>,
-        images: Arc<ImageStore>,
-        door: &Inputs,
-    ) -> PoolSetup {
-        PoolSetup {
-            env: Arc::clone(env),
-            limits: self.config.limits.clone(),
-            provider,
-            inputs: door.clone(),
-            state_dir: self.state.path().to_owned(),
-            slots: self.config.slots,
-            images,
-            image: self.own_image(),
-        }
-    }
-
-    /// Ties everything to the session. The lock on the state directory is handed back: it outlives the session.
-    #[allow(clippy::too_many_arguments, reason = "the one place where all parts meet")]
-    fn seams(
-        self,
-        env: Arc<dyn Env>,
-        life: &Lifecycle,
-        labels: Labels,
-        hooks: Hooks,
-        pool: Arc<VmPool>,
-        images: Arc<ImageStore>,
-        spool: Arc<Spool>,
-        sources: Sources,
-        upstream: Arc<dyn Upstream>,
-        inputs: Inputs,
-    ) -> (StateDir, Seams) {
-        let Self { config, state, identity, key, facts, fence } = self;
-        let ctx = Arc::new(Ctx {
-            env: Arc::clone(&env),
-            limits: config.limits.clone(),
-            pool,
-            spool: Arc::clone(&spool),
-            sources: Arc::new(sources),
-            upstream: Arc::clone(&upstream),
-            inputs,
-            hooks: Arc::new(hooks),
-            worker_name: identity.name.clone(),
-        });
-        let me =
-            Me { worker: identity.worker, labels, version: facts.version, sign: Box::new(move |text| key.sign(text)) };
-        let seams = Seams {
-            env,
-            limits: config.limits,
-            upstream,
-            spool,
-            fence,
-            me,
-            start: Box::new(move |assignment, stop| Box::pin(run_attempt(Arc::clone(&ctx), assignment, stop))),
-            wish: Box::new(move |wishes| images.wish(wishes)),
-            soft: life.soft.clone(),
-            hard: life.hard.clone(),
-        };
-        (state, seams)
     }
 }
 
@@ -282,29 +200,6 @@ pub async fn serve(daemon: Daemon, env: Arc<dyn Env>, life: &Lifecycle, guard: P
     let provider = daemon.provider(&env, guard).await?;
     let upstream = Https::new(daemon.url(), daemon.identity.worker, Arc::clone(&env)).map_err(RunError::Farm)?;
     daemon.run(env, life, provider, Arc::new(upstream), hooks).await
-}
-
-/// Tells the session when the disk is too full for new work, and when it no longer is.
-async fn watch_disk(env: Arc<dyn Env>, dir: PathBuf, inputs: Inputs, life: Lifecycle) {
-    let mut full = false;
-    loop {
-        match host::disk_free(&dir) {
-            Ok(free) if full != (free < limits::DISK_FLOOR) => {
-                full = !full;
-                tracing::warn!(free, full, "free disk crossed its floor of {} bytes", limits::DISK_FLOOR);
-                if inputs.send(Input::Full(full)).await.is_err() {
-                    return;
-                }
-            }
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "free disk cannot be read"),
-        }
-        tokio::select! {
-            biased;
-            () = life.soft.cancelled() => return,
-            () = env.sleep_until(env.now().mono + DISK_LOOK_MS) => {}
-        }
-    }
 }
 
 #[derive(Debug, thiserror::Error)]

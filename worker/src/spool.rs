@@ -5,7 +5,7 @@
 
 mod disk;
 mod journal;
-mod mem;
+pub mod mem;
 mod segments;
 
 use std::collections::VecDeque;
@@ -72,7 +72,7 @@ impl Spool {
     pub async fn seal_log(&self, at: AttemptRef) -> io::Result<u64> {
         match self {
             Self::Disk(disk) => disk.seal_log(at).await,
-            Self::Mem(mem) => mem.seal_log(at),
+            Self::Mem(mem) => mem.seal_log(at).await,
         }
     }
 
@@ -80,7 +80,7 @@ impl Spool {
     pub async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
         match self {
             Self::Disk(disk) => disk.sync(at).await,
-            Self::Mem(mem) => mem.log_len(at),
+            Self::Mem(mem) => mem.sync(at).await,
         }
     }
 
@@ -104,7 +104,7 @@ impl Spool {
     pub async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
         match self {
             Self::Disk(disk) => disk.record(at, reports).await,
-            Self::Mem(mem) => mem.record(at, reports),
+            Self::Mem(mem) => mem.record(at, reports).await,
         }
     }
 
@@ -161,10 +161,7 @@ impl StashFile {
     pub async fn write(&mut self, bytes: Bytes) -> io::Result<()> {
         match self {
             Self::Disk(file) => file.write(&bytes),
-            Self::Mem(file) => {
-                file.write(&bytes);
-                Ok(())
-            }
+            Self::Mem(file) => file.write(&bytes),
         }
     }
 
@@ -172,7 +169,7 @@ impl StashFile {
     pub async fn finish(self) -> io::Result<(Digest, u64)> {
         match self {
             Self::Disk(file) => file.finish().await,
-            Self::Mem(file) => file.finish(),
+            Self::Mem(file) => file.finish().await,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::Digest;
+use alloy_shared::mem_disk::MemDisk;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, stream};
 
@@ -12,7 +13,10 @@ use super::{BlobError, BlobKey, Body, Stored, check};
 use crate::sums::BLOCK;
 
 #[derive(Debug, Clone, Default)]
-pub struct Mem(Arc<Mutex<Shelves>>);
+pub struct Mem {
+    shelves: Arc<Mutex<Shelves>>,
+    disk: Arc<MemDisk>,
+}
 
 #[derive(Debug, Default)]
 struct Shelves {
@@ -21,8 +25,25 @@ struct Shelves {
 }
 
 impl Mem {
+    pub fn on(disk: Arc<MemDisk>) -> Self {
+        Self { shelves: Arc::default(), disk }
+    }
+
+    /// What a power cut leaves of unfinished uploads: as many of their bytes as `keep` says.
+    pub fn cut_power(&self, mut keep: impl FnMut(u64) -> u64) {
+        for bytes in self.lock().partial.values_mut() {
+            let kept = keep(bytes.len() as u64) as usize;
+            bytes.truncate(kept);
+        }
+    }
+
+    /// An object as it is, for whoever checks what the farm lists.
+    pub fn object(&self, key: &BlobKey) -> Option<Bytes> {
+        self.lock().objects.get(key).cloned()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Shelves> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The keys of all objects.
@@ -34,12 +55,18 @@ impl Mem {
         Draft { mem: self.clone(), key: key.clone(), bytes: BytesMut::new() }
     }
 
-    fn insert(&self, key: &BlobKey, bytes: Bytes, expect: Option<Digest>) -> Result<Stored, BlobError> {
+    async fn insert(&self, key: &BlobKey, bytes: Bytes, expect: Option<Digest>) -> Result<Stored, BlobError> {
         let sha256 = Digest::of(&bytes);
         check(expect, sha256)?;
+        self.room()?;
+        self.disk.sync().await.map_err(|error| BlobError::Io { what: "sync an object", error })?;
         let size = bytes.len() as u64;
         self.lock().objects.insert(key.clone(), bytes);
         Ok(Stored { size, sha256 })
+    }
+
+    fn room(&self) -> Result<(), BlobError> {
+        self.disk.room().map_err(|_| BlobError::Full)
     }
 
     pub(super) fn read(&self, key: &BlobKey, range: Range<u64>) -> Result<Body, BlobError> {
@@ -72,6 +99,7 @@ impl Mem {
         }
         while let Some(part) = body.next().await {
             let part = part.map_err(BlobError::Body)?;
+            self.room()?;
             let mut shelves = self.lock();
             let bytes = shelves.partial.entry(key.clone()).or_default();
             if bytes.len() as u64 != have {
@@ -83,13 +111,13 @@ impl Mem {
         Ok(have)
     }
 
-    pub(super) fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
+    pub(super) async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
         let partial = self.lock().partial.remove(key);
         let bytes = match partial {
             Some(bytes) => bytes.freeze(),
             None => self.lock().objects.get(key).cloned().unwrap_or_default(),
         };
-        self.insert(key, bytes, Some(expect))
+        self.insert(key, bytes, Some(expect)).await
     }
 }
 
@@ -109,7 +137,7 @@ impl Draft {
         self.bytes.extend_from_slice(bytes);
     }
 
-    pub(super) fn finish(self, expect: Option<Digest>) -> Result<Stored, BlobError> {
-        self.mem.insert(&self.key, self.bytes.freeze(), expect)
+    pub(super) async fn finish(self, expect: Option<Digest>) -> Result<Stored, BlobError> {
+        self.mem.insert(&self.key, self.bytes.freeze(), expect).await
     }
 }

@@ -1,15 +1,20 @@
 //! P: logs in memory, with the same rules.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::mem_disk::MemDisk;
 use bytes::Bytes;
 
 use super::{LogError, news};
 
-#[derive(Debug, Default)]
-pub struct Mem(Mutex<BTreeMap<AttemptRef, Log>>);
+/// Its clones are the same logs.
+#[derive(Debug, Clone, Default)]
+pub struct Mem {
+    logs: Arc<Mutex<BTreeMap<AttemptRef, Log>>>,
+    disk: Arc<MemDisk>,
+}
 
 #[derive(Debug, Default)]
 struct Log {
@@ -18,9 +23,33 @@ struct Log {
     sealed: bool,
 }
 
+impl Log {
+    fn len(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+}
+
 impl Mem {
+    pub fn on(disk: Arc<MemDisk>) -> Self {
+        Self { logs: Arc::default(), disk }
+    }
+
+    /// What a process finds that starts on this disk: opening a log makes durable what an earlier process wrote.
+    pub fn reopen(&self) {
+        self.lock().values_mut().for_each(|log| log.durable = log.len());
+    }
+
+    /// What a power cut leaves: of the bytes that were not synced, as many as `keep` says.
+    pub fn cut_power(&self, mut keep: impl FnMut(u64) -> u64) {
+        for log in self.lock().values_mut() {
+            let unsynced = log.len() - log.durable;
+            let kept = if unsynced > 0 { keep(unsynced).min(unsynced) } else { 0 };
+            log.bytes.truncate((log.durable + kept) as usize);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<AttemptRef, Log>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.logs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn append(&self, at: &AttemptRef, offset: u64, bytes: &Bytes) -> Result<u64, LogError> {
@@ -29,20 +58,23 @@ impl Mem {
         if log.sealed {
             return Err(LogError::Sealed);
         }
-        let news = news(log.bytes.len() as u64, offset, bytes)?;
+        let news = news(log.len(), offset, bytes)?;
+        if !news.is_empty() {
+            self.disk.room().map_err(|_| LogError::Full)?;
+        }
         log.bytes.extend_from_slice(&news);
-        Ok(log.bytes.len() as u64)
+        Ok(log.len())
     }
 
-    pub(super) fn sync(&self) -> Vec<(AttemptRef, u64)> {
+    pub(super) async fn sync(&self) -> Vec<(AttemptRef, u64)> {
+        let grown = |(at, log): (&AttemptRef, &Log)| (log.durable < log.len()).then(|| (*at, log.len()));
+        let dirty: Vec<(AttemptRef, u64)> = self.lock().iter().filter_map(grown).collect();
+        if dirty.is_empty() {
+            return dirty;
+        }
+        let synced = self.disk.sync().await.is_ok();
         let mut logs = self.lock();
-        let grown = logs.iter_mut().filter(|(_, log)| log.durable < log.bytes.len() as u64);
-        grown
-            .map(|(at, log)| {
-                log.durable = log.bytes.len() as u64;
-                (*at, log.durable)
-            })
-            .collect()
+        dirty.into_iter().filter_map(|(at, len)| Some((at, logs.get_mut(&at)?.settle(len, synced)?))).collect()
     }
 
     pub(super) fn read(&self, at: &AttemptRef, from: u64, max: u32) -> Vec<Bytes> {
@@ -53,18 +85,31 @@ impl Mem {
     }
 
     pub(super) fn len(&self, at: &AttemptRef) -> u64 {
-        self.lock().get(at).map_or(0, |log| log.bytes.len() as u64)
+        self.lock().get(at).map_or(0, Log::len)
     }
 
     pub(super) fn durable(&self, at: &AttemptRef) -> u64 {
         self.lock().get(at).map_or(0, |log| log.durable)
     }
 
-    pub(super) fn seal(&self, at: &AttemptRef) -> Digest {
+    pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
+        self.disk.sync().await.map_err(|error| LogError::Io { what: "seal a log", error })?;
         let mut logs = self.lock();
         let log = logs.entry(*at).or_default();
         log.sealed = true;
-        log.durable = log.bytes.len() as u64;
-        Digest::of(&log.bytes)
+        log.durable = log.len();
+        Ok(Digest::of(&log.bytes))
+    }
+}
+
+impl Log {
+    /// Takes the end of a sync of the first `len` bytes. After one that failed, what it was for counts as never written.
+    fn settle(&mut self, len: u64, synced: bool) -> Option<u64> {
+        if !synced {
+            self.bytes.truncate(self.durable as usize);
+            return None;
+        }
+        self.durable = self.durable.max(len.min(self.len()));
+        Some(self.durable)
     }
 }

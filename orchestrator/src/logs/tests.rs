@@ -1,4 +1,7 @@
+use std::sync::Arc;
+
 use alloy_shared::id::JobId;
+use alloy_shared::mem_disk::MemDisk;
 
 use super::*;
 
@@ -216,4 +219,24 @@ async fn appends_during_a_seal_are_in_it_or_refused() {
     assert_eq!(digest.unwrap(), Digest::of(&stored));
     assert_eq!(again.unwrap(), Digest::of(&stored));
     assert_eq!(gather(&files(&dir), &at, 0, 1 << 20).await, stored);
+}
+
+#[tokio::test]
+async fn memory_keeps_over_a_power_cut_what_was_synced_and_over_a_failed_sync_too() {
+    let disk = Arc::new(MemDisk::default());
+    let mem = Mem::on(Arc::clone(&disk));
+    let (logs, at) = (Logs::Mem(mem.clone()), at(1, 1));
+    logs.append(&at, 0, Bytes::from_static(b"synced")).await.unwrap();
+    assert_eq!(logs.sync().await.unwrap(), [(at, 6)]);
+    logs.append(&at, 6, Bytes::from_static(b" and not")).await.unwrap();
+    mem.cut_power(|unsynced| unsynced / 2);
+    assert_eq!((logs.len(&at).await.unwrap(), logs.durable(&at).await.unwrap()), (10, 6));
+    mem.reopen();
+    assert_eq!(logs.durable(&at).await.unwrap(), 10, "opening a log makes durable what is there");
+    logs.append(&at, 10, Bytes::from_static(b"more")).await.unwrap();
+    disk.set_broken(true);
+    assert_eq!(logs.sync().await.unwrap(), []);
+    assert_eq!(logs.len(&at).await.unwrap(), 10, "what was not synced counts as never written");
+    disk.set_full(true);
+    assert!(matches!(logs.append(&at, 10, Bytes::from_static(b"x")).await, Err(LogError::Full)));
 }

@@ -110,7 +110,7 @@ impl Rig {
             limits: limits.clone(),
             provider: Arc::clone(&fixture.host) as _,
             inputs: tx.clone(),
-            state_dir: fixture.dir.path().to_owned(),
+            book: crate::image_book::BookFile::new(fixture.dir.path()),
             own: ImageRef(HOST_IMAGE.into()),
             budget: None,
         });

@@ -88,7 +88,7 @@ impl Rig {
             limits: Limits::scaled(20),
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
-            state_dir: dir.path().to_owned(),
+            book: crate::image_book::BookFile::new(dir.path()),
             own: ImageRef("r/own:1".into()),
             budget,
         });

@@ -1,11 +1,13 @@
-//! S: the spool in memory, for the simulator. No task, no system call: a crash is survived by whoever holds the value.
+//! P: the spool in memory, for the simulator. No task, no system call: a crash is survived by whoever holds the value, and
+//! what a power cut leaves is what was synced.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
+use alloy_shared::mem_disk::MemDisk;
 use alloy_shared::wire::session::{Assignment, Held, Report};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
@@ -13,7 +15,10 @@ use tokio::sync::mpsc;
 use super::{Cap, PIECE, gone, judge};
 
 #[derive(Debug, Clone, Default)]
-pub struct Mem(Arc<Mutex<HashMap<AttemptRef, Entry>>>);
+pub struct Mem {
+    entries: Arc<Mutex<BTreeMap<AttemptRef, Entry>>>,
+    disk: Arc<MemDisk>,
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -21,12 +26,40 @@ struct Entry {
     log: Vec<u8>,
     cap: Cap,
     reports: Vec<(u64, Report)>,
-    stash: HashMap<Digest, Bytes>,
+    stash: BTreeMap<Digest, Bytes>,
+    /// Bytes of the log, and reports, that survive a power cut.
+    synced: (usize, usize),
+    /// A sync has failed: no later one is believed.
+    suspect: bool,
 }
 
 impl Mem {
-    fn entries(&self) -> MutexGuard<'_, HashMap<AttemptRef, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn on(disk: Arc<MemDisk>) -> Self {
+        Self { entries: Arc::default(), disk }
+    }
+
+    /// What a power cut leaves of what was not synced: as many bytes of each log, and as many reports, as `keep` says.
+    pub fn cut_power(&self, mut keep: impl FnMut(u64) -> u64) {
+        let mut kept = |synced: usize, len: usize| match len - synced {
+            0 => len,
+            unsynced => synced + (keep(unsynced as u64) as usize).min(unsynced),
+        };
+        let mut entries = self.entries();
+        for entry in entries.values_mut() {
+            entry.log.truncate(kept(entry.synced.0, entry.log.len()));
+            entry.reports.truncate(kept(entry.synced.1, entry.reports.len()));
+        }
+        // Its directory is durable with its first report.
+        entries.retain(|_, entry| !entry.reports.is_empty());
+    }
+
+    /// The attempts that it holds.
+    pub fn attempts(&self) -> Vec<AttemptRef> {
+        self.entries().keys().copied().collect()
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<AttemptRef, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn with<T>(&self, at: AttemptRef, f: impl FnOnce(&mut Entry) -> io::Result<T>) -> io::Result<T> {
@@ -35,24 +68,26 @@ impl Mem {
 
     /// What a daemon finds that starts on this memory.
     pub(super) fn reopen(&self) -> Vec<Held> {
-        let mut held = Vec::new();
-        for (at, entry) in self.entries().iter_mut() {
+        let view = |(at, entry): (&AttemptRef, &mut Entry)| {
             let log_len = entry.log.len() as u64;
             entry.cap = Cap::sealed(log_len);
+            entry.suspect = false;
             let state = judge(&entry.reports, log_len, |digest| entry.stash.contains_key(digest));
-            held.push(Held { attempt: *at, state, log_len, seq: entry.reports.last().map_or(0, |(seq, _)| *seq) });
-        }
-        held.sort_by_key(|held| held.attempt);
-        held
+            Held { attempt: *at, state, log_len, seq: entry.reports.last().map_or(0, |(seq, _)| *seq) }
+        };
+        self.entries().iter_mut().map(view).collect()
     }
 
     pub(super) fn begin(&self, assignment: &Assignment) -> io::Result<()> {
+        self.disk.room()?;
         self.entries().entry(assignment.attempt).or_insert_with(|| Entry {
             assignment: assignment.clone(),
             log: Vec::new(),
             cap: Cap::new(limits::LOG_CAP),
             reports: Vec::new(),
-            stash: HashMap::new(),
+            stash: BTreeMap::new(),
+            synced: (0, 0),
+            suspect: false,
         });
         Ok(())
     }
@@ -60,6 +95,12 @@ impl Mem {
     pub(super) fn append(&self, at: AttemptRef, bytes: &[u8]) -> io::Result<u64> {
         self.with(at, |entry| {
             let (now, later) = entry.cap.split(bytes)?;
+            if self.disk.is_full() {
+                // The job goes on; its log keeps the end, like any log that is too long.
+                entry.cap.limit = entry.cap.len;
+                entry.cap.keep(bytes);
+                return Ok(entry.cap.len);
+            }
             entry.log.extend_from_slice(now);
             entry.cap.len += now.len() as u64;
             entry.cap.keep(later);
@@ -67,19 +108,36 @@ impl Mem {
         })
     }
 
-    pub(super) fn seal_log(&self, at: AttemptRef) -> io::Result<u64> {
+    pub(super) async fn seal_log(&self, at: AttemptRef) -> io::Result<u64> {
         self.with(at, |entry| {
             if !entry.cap.sealed {
+                self.disk.room()?;
                 let end = entry.cap.take_end();
                 entry.cap.len += end.len() as u64;
                 entry.log.extend(end);
             }
-            Ok(entry.cap.len)
-        })
+            Ok(())
+        })?;
+        self.sync(at).await
     }
 
-    pub(super) fn log_len(&self, at: AttemptRef) -> io::Result<u64> {
-        self.with(at, |entry| Ok(entry.log.len() as u64))
+    /// Makes durable what was written before the call.
+    pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
+        let len = self.with(at, |entry| Ok(entry.log.len()))?;
+        self.synced(at, (len, 0)).await?;
+        Ok(len as u64)
+    }
+
+    async fn synced(&self, at: AttemptRef, upto: (usize, usize)) -> io::Result<()> {
+        let done = self.disk.sync().await;
+        self.with(at, |entry| {
+            entry.suspect |= done.is_err();
+            if entry.suspect {
+                return Err(io::Error::other("a sync failed"));
+            }
+            entry.synced = (entry.synced.0.max(upto.0), entry.synced.1.max(upto.1));
+            Ok(())
+        })
     }
 
     pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32, head: usize) -> io::Result<BytesMut> {
@@ -92,11 +150,14 @@ impl Mem {
         })
     }
 
-    pub(super) fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
-        self.with(at, |entry| {
+    pub(super) async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
+        let is_end = reports.iter().any(|(_, report)| matches!(report, Report::Result(_)));
+        let upto = self.with(at, |entry| {
+            self.disk.room()?;
             entry.reports.extend_from_slice(reports);
-            Ok(())
-        })
+            Ok((if is_end { entry.log.len() } else { 0 }, entry.reports.len()))
+        })?;
+        self.synced(at, upto).await
     }
 
     pub(super) fn reports(&self, at: AttemptRef, after: u64) -> io::Result<Vec<(u64, Report)>> {
@@ -129,11 +190,15 @@ pub struct Stashing {
 }
 
 impl Stashing {
-    pub(super) fn write(&mut self, bytes: &[u8]) {
+    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.mem.disk.room()?;
         self.bytes.extend_from_slice(bytes);
+        Ok(())
     }
 
-    pub(super) fn finish(self) -> io::Result<(Digest, u64)> {
+    pub(super) async fn finish(self) -> io::Result<(Digest, u64)> {
+        // A sync that found no room is no write that did: nobody may try it again.
+        self.mem.disk.sync().await?;
         let bytes = self.bytes.freeze();
         let (digest, len) = (Digest::of(&bytes), bytes.len() as u64);
         self.mem.with(self.at, |entry| {

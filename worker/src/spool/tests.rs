@@ -1,6 +1,8 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use alloy_shared::id::{DEFAULT_ORG, JobId};
+use alloy_shared::mem_disk::MemDisk;
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::job::{End, JobSpec, Phase, Timings};
 use alloy_shared::wire::session::{ArtifactReport, ResultReport};
@@ -307,4 +309,30 @@ fn a_file_that_cannot_be_deleted_is_tried_again_before_the_next_one() {
     log.release(all).unwrap();
     assert!(!log.can_release(all) && !first.exists() && !dir.path().join("log.2").exists());
     assert!(dir.path().join("log.3").exists());
+}
+
+#[tokio::test]
+async fn memory_keeps_over_a_power_cut_what_was_synced_and_over_a_crash_what_was_written() {
+    let disk = Arc::new(MemDisk::default());
+    let mem = mem::Mem::on(Arc::clone(&disk));
+    let spool = Spool::Mem(mem.clone());
+    spool.begin(&assignment()).await.unwrap();
+    mem.cut_power(|_| 0);
+    assert!(mem.attempts().is_empty(), "an attempt is durable with its first report");
+    spool.begin(&assignment()).await.unwrap();
+    spool.record(AT, &[(1, Report::Accepted)]).await.unwrap();
+    spool.append(AT, Bytes::from_static(b"synced")).await.unwrap();
+    spool.sync(AT).await.unwrap();
+    spool.append(AT, Bytes::from_static(b" and not")).await.unwrap();
+    disk.set_broken(true);
+    assert!(spool.record(AT, &[(2, phase())]).await.is_err());
+    disk.set_broken(false);
+    assert!(spool.sync(AT).await.is_err(), "after a failed sync no later one is believed");
+    let (spool, held) = spool.reopen().unwrap();
+    assert_eq!((held[0].log_len, held[0].seq), (14, 2), "a crash loses nothing that was written");
+    mem.cut_power(|unsynced| unsynced / 2);
+    let (_, held) = spool.reopen().unwrap();
+    assert_eq!((held[0].log_len, held[0].seq), (10, 1));
+    disk.set_full(true);
+    assert_eq!(spool.record(AT, &[(2, phase())]).await.unwrap_err().kind(), io::ErrorKind::StorageFull);
 }

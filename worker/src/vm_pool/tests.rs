@@ -144,7 +144,7 @@ impl Rig {
             limits: Limits::default(),
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx.clone(),
-            state_dir: "/state".into(),
+            book: crate::image_book::BookFile::memory(),
             own: ImageRef("own".into()),
             budget: None,
         });

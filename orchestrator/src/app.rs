@@ -1,0 +1,125 @@
+//! P: one orchestrator, whole: what it stands on, how it begins, how it says goodbye.
+
+use std::sync::Arc;
+
+use alloy_shared::env::Env;
+use alloy_shared::limits::Limits;
+use alloy_shared::secret::Secret;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::auth::{Auth, Grants};
+use crate::blobs::Blobs;
+use crate::desk_loop::{self, Door};
+use crate::hub::Hub;
+use crate::log_sync::LogSync;
+use crate::logs::Logs;
+use crate::session::drive::sweep;
+use crate::store::{Store, StoreError};
+use crate::wake::Wake;
+
+/// Everything that handles a request gets a reference to it.
+pub struct App {
+    pub store: Arc<dyn Store>,
+    pub desk: Door,
+    pub hub: Arc<Hub>,
+    pub wake: Arc<Wake>,
+    pub logs: Arc<Logs>,
+    pub log_sync: LogSync,
+    pub blobs: Arc<Blobs>,
+    pub env: Arc<dyn Env>,
+    pub limits: Limits,
+    pub auth: Auth,
+    pub grants: Grants,
+    /// Where people and workers reach this farm; without a slash at its end.
+    pub base_url: String,
+    /// Forwarded addresses are believed.
+    pub behind_proxy: bool,
+    /// Bytes for new tokens: the operating system's, or a test's.
+    pub random: fn() -> [u8; 32],
+    /// Cancelled when nothing new is taken: streams end, sessions say goodbye.
+    pub stopping: CancellationToken,
+    /// Requests for new jobs under way. Closed, none is taken any more.
+    pub submits: TaskTracker,
+    /// The sessions of workers; the stop waits for their goodbyes.
+    pub sessions: TaskTracker,
+}
+
+/// What an orchestrator stands on.
+pub struct Ground {
+    pub store: Arc<dyn Store>,
+    pub logs: Logs,
+    pub blobs: Blobs,
+    pub env: Arc<dyn Env>,
+    pub limits: Limits,
+    /// The farm's own secret.
+    pub secret: Secret<[u8; 32]>,
+    pub base_url: String,
+    pub behind_proxy: bool,
+    pub random: fn() -> [u8; 32],
+    pub stopping: CancellationToken,
+}
+
+impl App {
+    /// Loads the live jobs. Nobody is served yet.
+    pub async fn on(ground: Ground) -> Result<Arc<Self>, StoreError> {
+        let Ground { store, logs, blobs, env, limits, secret, base_url, behind_proxy, random, stopping } = ground;
+        let hub = Arc::new(Hub::new(limits.clone(), env.now().mono));
+        let wake = Arc::new(Wake::default());
+        let logs = Arc::new(logs);
+        let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limits.clone()).await?;
+        Ok(Arc::new(Self {
+            log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
+            auth: Auth::new(env.clone()),
+            grants: Grants::new(&secret),
+            base_url,
+            behind_proxy,
+            random,
+            submits: TaskTracker::new(),
+            sessions: TaskTracker::new(),
+            blobs: Arc::new(blobs),
+            store,
+            desk,
+            hub,
+            wake,
+            logs,
+            env,
+            limits,
+            stopping,
+        }))
+    }
+
+    /// Starts what an orchestrator does although nobody asks.
+    pub fn begin(self: &Arc<Self>) {
+        self.env.spawn("sweep", Box::pin(sweep(self.clone())));
+    }
+
+    /// When it returns, no further job comes into being: what a look at the live jobs shows is all there is.
+    pub async fn take_no_more_jobs(&self) {
+        self.submits.close();
+        self.submits.wait().await;
+    }
+
+    /// Takes jobs as before.
+    pub fn take_jobs_again(&self) {
+        self.submits.reopen();
+    }
+
+    /// Tells the workers to come back and waits until their sessions have ended. False: some did not in time.
+    pub async fn say_goodbye(&self, grace_ms: u64) -> bool {
+        self.hub.stop();
+        self.sessions.close();
+        tokio::select! {
+            biased;
+            () = self.sessions.wait() => true,
+            () = self.env.sleep_until(self.env.now().mono + grace_ms) => false,
+        }
+    }
+
+    /// The last thing of all: log bytes become durable.
+    pub async fn settle(&self) {
+        if !self.log_sync.flush().await {
+            tracing::warn!("the last log bytes are perhaps not on the disk; their workers still have them");
+        }
+    }
+}

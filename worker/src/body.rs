@@ -1,0 +1,150 @@
+//! P: a worker's parts put together, from what an earlier run left to the last VM of this one.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use alloy_shared::env::Env;
+use alloy_shared::id::BootId;
+use alloy_shared::limits::{self, Limits};
+use alloy_shared::runtime::Lifecycle;
+use alloy_shared::wire::session::Held;
+use tokio::sync::mpsc;
+
+use crate::executor::{Ctx, run_attempt};
+use crate::hooks::Hooks;
+use crate::image_book::BookFile;
+use crate::images::{ImageSetup, ImageStore};
+use crate::provider::{ImageRef, VmProvider};
+use crate::session::drive::{Me, Over, Seams, drive};
+use crate::session::{Core, Fence, INPUT_QUEUE, Input, Inputs};
+use crate::sources::Sources;
+use crate::spool::Spool;
+use crate::upstream::Upstream;
+use crate::vm_pool::{PoolSetup, VmPool};
+
+/// Between two looks at the free disk.
+const DISK_LOOK_MS: u64 = 2_000;
+
+/// Asks how many bytes are free on the disk of the state directory.
+pub type FreeBytes = Box<dyn Fn() -> io::Result<u64> + Send + Sync>;
+
+/// What a worker is made of.
+pub struct Parts {
+    pub env: Arc<dyn Env>,
+    pub limits: Limits,
+    pub provider: Arc<dyn VmProvider>,
+    pub upstream: Arc<dyn Upstream>,
+    pub hooks: Hooks,
+    pub spool: Spool,
+    /// What an earlier run left in the spool.
+    pub held: Vec<Held>,
+    pub sources: Sources,
+    pub book: BookFile,
+    pub me: Me,
+    /// What jobs are told about where they run.
+    pub name: String,
+    pub fence: Arc<Fence>,
+    /// Where the VMs' directories lie.
+    pub state_dir: PathBuf,
+    pub slots: usize,
+    /// What VMs are made of unless a job says otherwise.
+    pub image: ImageRef,
+    pub image_budget: Option<u64>,
+    pub free: FreeBytes,
+}
+
+/// Runs until `life` stops it. Nothing is offered to the farm before nothing of an earlier run is left.
+pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
+    let mut left = Vec::new();
+    for held in parts.held {
+        tracing::info!(attempt = %held.attempt, state = ?held.state, "an earlier run left an attempt");
+        let reports = parts.spool.reports(held.attempt, 0).await.unwrap_or_default();
+        left.push((held, reports));
+    }
+    let (env, limits) = (parts.env, parts.limits);
+    let (door, inputs) = mpsc::channel(INPUT_QUEUE);
+    let images = ImageStore::start(ImageSetup {
+        env: Arc::clone(&env),
+        limits: limits.clone(),
+        provider: Arc::clone(&parts.provider),
+        inputs: door.clone(),
+        book: parts.book,
+        own: parts.image.clone(),
+        budget: parts.image_budget,
+    });
+    let pool = VmPool::start(PoolSetup {
+        env: Arc::clone(&env),
+        limits: limits.clone(),
+        provider: parts.provider,
+        inputs: door.clone(),
+        state_dir: parts.state_dir,
+        slots: parts.slots,
+        images: Arc::clone(&images),
+        image: parts.image,
+    });
+    let pool = tokio::select! {
+        biased;
+        () = life.soft.cancelled() => return Over::Stopped,
+        () = life.hard.cancelled() => return Over::Stopped,
+        pool = pool => pool,
+    };
+    env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), parts.free, door.clone(), life.clone())));
+    let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
+    let core = Core::restore(left, boot, limits.clone());
+    let spool = Arc::new(parts.spool);
+    let ctx = Arc::new(Ctx {
+        env: Arc::clone(&env),
+        limits: limits.clone(),
+        pool: Arc::clone(&pool),
+        spool: Arc::clone(&spool),
+        sources: Arc::new(parts.sources),
+        upstream: Arc::clone(&parts.upstream),
+        inputs: door.clone(),
+        hooks: Arc::new(parts.hooks),
+        worker_name: parts.name,
+    });
+    let stop_ms = limits.stop_ms;
+    let seams = Seams {
+        env: Arc::clone(&env),
+        limits,
+        upstream: parts.upstream,
+        spool,
+        fence: parts.fence,
+        me: parts.me,
+        start: Box::new(move |assignment, stop| Box::pin(run_attempt(Arc::clone(&ctx), assignment, stop))),
+        wish: Box::new(move |wishes| images.wish(wishes)),
+        soft: life.soft.clone(),
+        hard: life.hard.clone(),
+    };
+    let over = drive(core, seams, door, inputs).await;
+    tokio::select! {
+        biased;
+        () = pool.close() => {}
+        () = env.sleep_until(env.now().mono + stop_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
+    }
+    over
+}
+
+/// Tells the session when the disk is too full for new work, and when it no longer is.
+async fn watch_disk(env: Arc<dyn Env>, free_bytes: FreeBytes, inputs: Inputs, life: Lifecycle) {
+    let mut full = false;
+    loop {
+        match free_bytes() {
+            Ok(free) if full != (free < limits::DISK_FLOOR) => {
+                full = !full;
+                tracing::warn!(free, full, "free disk crossed its floor of {} bytes", limits::DISK_FLOOR);
+                if inputs.send(Input::Full(full)).await.is_err() {
+                    return;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "free disk cannot be read"),
+        }
+        tokio::select! {
+            biased;
+            () = life.soft.cancelled() => return,
+            () = env.sleep_until(env.now().mono + DISK_LOOK_MS) => {}
+        }
+    }
+}
