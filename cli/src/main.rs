@@ -149,9 +149,15 @@ mod tests {
             let words = std::iter::once("alloy").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
         }
-        for line in
-            ["", "frobnicate", "login http://farm", "list --state lost", "worker drain", "--url x --context y doctor", "cancel --latest a"]
-        {
+        for line in [
+            "",
+            "frobnicate",
+            "login http://farm",
+            "list --state lost",
+            "worker drain",
+            "--url x --context y doctor",
+            "cancel --latest a",
+        ] {
             let words = std::iter::once("alloy").chain(line.split(' ').filter(|word| !word.is_empty()));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");
         }

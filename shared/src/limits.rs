@@ -251,6 +251,8 @@ pub const LIVE_JOBS_MAX: usize = 200_000;
 pub const PAGE_MAX: u32 = 200;
 /// Slots of one worker.
 pub const SLOTS_MAX: usize = 64;
+/// VMs that run at once on a Mac: its licence and its kernel allow two macOS guests, whoever starts them.
+pub const MACOS_GUESTS_MAX: usize = 2;
 /// Faults of a host in a row after which it takes no jobs.
 pub const HOST_FAULTS_MAX: u32 = 3;
 /// How often a VM is told to go before its host asks for a reboot.

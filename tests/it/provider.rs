@@ -25,8 +25,8 @@ use tokio::sync::watch;
 use worker::provider::host::{self, HOST_IMAGE, Host};
 use worker::provider::tart::{self, Settings, TartHost};
 use worker::provider::{
-    Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, ImageRef, NetworkPolicy, Run, Shape, Signal, VmName,
-    VmProvider, inbox_of, vm_dir,
+    Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, ImageRef, NetworkPolicy, Run, Shape, Signal, VmFault,
+    VmName, VmProvider, inbox_of, vm_dir,
 };
 
 on_every_provider! {
@@ -43,44 +43,33 @@ struct Bed {
     image: Digest,
     mac: Option<SimHost>,
     /// Guards kill when nobody says any more that they need not.
-    _fence: watch::Sender<Mono>,
+    fence: watch::Sender<Mono>,
 }
 
 impl Bed {
     async fn new(provider: Provider) -> Result<Bed> {
         let state = tempfile::Builder::new().prefix("alloy-provider-").tempdir()?;
-        let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
         let fence = watch::Sender::new(Mono(u64::MAX));
-        let (state_dir, guard) = (state.path().to_owned(), bin_dir().join("worker"));
+        let state_dir = state.path().to_owned();
         let (vms, mac): (Arc<dyn VmProvider>, _) = match provider {
             Provider::Host => {
+                let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
                 let (user, path) = ("somebody".to_owned(), std::env::var("PATH")?);
+                let guard = bin_dir().join("worker");
                 let setup = host::Setup { state_dir, guard, user, path, env, fence: fence.subscribe() };
                 (Arc::new(Host::new(setup)?), None)
             }
             Provider::Tart => {
                 let mac = SimHost::new(sim_host::Setup::default())?;
                 mac.publish(IMAGE, &Profile::default())?;
-                let settings = Settings { program: on_its_host(&mac)?, home: mac.home(), ..Settings::default() };
-                let limits = Limits::default();
-                let setup = tart::Setup {
-                    settings,
-                    state_dir,
-                    guard,
-                    env,
-                    fence: fence.subscribe(),
-                    boot_ms: limits.boot_ms,
-                    agent_grace_ms: limits.agent_grace_ms,
-                    pull_stall_ms: limits.pull_stall_ms,
-                };
-                (Arc::new(TartHost::open(setup).await?), Some(mac))
+                (Arc::new(tart_of(&mac, mac.home(), state_dir, fence.subscribe()).await?), Some(mac))
             }
         };
         let image = match provider {
             Provider::Host => vms.find(&ImageRef(HOST_IMAGE.into())).await?.context("a host has its image")?,
             Provider::Tart => vms.pull(&ImageRef(IMAGE.into()), &watch::Sender::default()).await?,
         };
-        Ok(Bed { state, vms, image, mac, _fence: fence })
+        Ok(Bed { state, vms, image, mac, fence })
     }
 
     /// A VM that was made, booted and given to a job.
@@ -109,9 +98,31 @@ impl Bed {
     }
 }
 
-/// The simulated `tart` as a program that needs nothing of the environment.
+/// The VMs of one worker of this Mac.
+async fn tart_of(mac: &SimHost, home: PathBuf, state_dir: PathBuf, fence: watch::Receiver<Mono>) -> Result<TartHost> {
+    let settings =
+        Settings { program: on_its_host(mac)?, home, host_dir: mac.dir().join("mac"), ..Settings::default() };
+    let limits = Limits::default();
+    let setup = tart::Setup {
+        settings,
+        state_dir,
+        guard: bin_dir().join("worker"),
+        env: Arc::new(SystemEnv::detached()),
+        fence,
+        boot_ms: limits.boot_ms,
+        agent_grace_ms: limits.agent_grace_ms,
+        pull_stall_ms: limits.pull_stall_ms,
+    };
+    Ok(TartHost::open(setup).await?)
+}
+
+/// The simulated `tart` as a program that needs nothing of the environment but its home.
 fn on_its_host(mac: &SimHost) -> Result<PathBuf> {
-    let exports = mac.env().into_iter().map(|(name, value)| format!("export {name}='{value}'\n"));
+    let exports = mac
+        .env()
+        .into_iter()
+        .filter(|(name, _)| name != "TART_HOME")
+        .map(|(name, value)| format!("export {name}='{value}'\n"));
     let program = mac.dir().join("tart");
     let script = format!("#!/bin/sh\n{}exec '{}' \"$@\"\n", exports.collect::<String>(), mac.tart_path().display());
     fs::write(&program, script)?;
@@ -372,5 +383,31 @@ async fn a_vm_that_is_destroyed_leaves_nothing(provider: Provider) -> Result<()>
     if let Some(mac) = &bed.mac {
         mac.assert_no_leak();
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_workers_of_one_mac_run_two_vms_together() -> Result<()> {
+    let bed = Bed::new(Provider::Tart).await?;
+    let mac = bed.mac.as_ref().context("it is one of tart")?;
+    let state = mac.dir().join("user/second");
+    let other = tart_of(mac, mac.other_home("second-home"), state.clone(), bed.fence.subscribe()).await?;
+    other.pull(&ImageRef(IMAGE.into()), &watch::Sender::default()).await?;
+    let (first, guest) = bed.guest(1).await?;
+    let (second, _guest) = bed.guest(2).await?;
+    drop(guest);
+
+    let third = VmName::mint(8, 1);
+    other.create(&third, &bed.image, &Shape::default()).await?;
+    let refused = other.boot(&third, &inbox_of(&state, &third)).await.err().context("a third VM was started")?;
+    assert!(refused.what == VmFault::Full && refused.tail.contains("another worker"), "{refused}");
+    let runs = |vm: &VmName| mac.journal().iter().any(|entry| entry.argv.starts_with(&["run".into(), vm.to_string()]));
+    assert!(runs(&second) && !runs(&third), "it was not even tried");
+
+    bed.vms.destroy(&first).await?;
+    drop(other.boot(&third, &inbox_of(&state, &third)).await?);
+    other.destroy(&third).await?;
+    bed.vms.destroy(&second).await?;
+    mac.assert_no_leak();
     Ok(())
 }

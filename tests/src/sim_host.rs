@@ -110,6 +110,7 @@ impl SimHost {
             ("PATH", format!("{}:{machine}", text(self.bin()))),
             ("HOME", text(self.dir().join("user"))),
             ("TART_HOME", text(self.home())),
+            ("ALLOY_HOST_DIR", text(self.host())),
             ("TART_NO_AUTO_PRUNE", "1".into()),
             ("CI", "1".into()),
             ("SIM_TART_HOST", text(self.host())),

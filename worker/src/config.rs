@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
 use alloy_shared::id::Labels;
-use alloy_shared::limits::{self, Limits};
+use alloy_shared::limits::{Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
 use alloy_shared::runtime::LogFormat;
 use alloy_shared::wire::network;
 
@@ -89,6 +89,7 @@ const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("AL
 
 const TART: Key = Key { name: "tart_program", flag: None, variable: Some("ALLOY_TART") };
 const TART_HOME: Key = Key { name: "tart_home", flag: None, variable: Some("TART_HOME") };
+const HOST_DIR: Key = Key { name: "host_dir", flag: None, variable: Some("ALLOY_HOST_DIR") };
 const VM_CPUS: Key = Key { name: "vm_cpus", flag: None, variable: Some("ALLOY_VM_CPUS") };
 const VM_MEMORY: Key = Key { name: "vm_memory_mib", flag: None, variable: Some("ALLOY_VM_MEMORY_MIB") };
 const UNFILTERED: Key =
@@ -152,8 +153,8 @@ impl Config {
         if !log_file.is_empty() && !Path::new(&log_file).is_absolute() {
             layers.problem(LOG_FILE.name, layers.origin(LOG_FILE), "is no absolute path".to_owned());
         }
-        if slots == 0 || slots > limits::SLOTS_MAX {
-            layers.problem(SLOTS.name, layers.origin(SLOTS), format!("is 1 to {}", limits::SLOTS_MAX));
+        if let Some(why) = bad_slots(slots, provider) {
+            layers.problem(SLOTS.name, layers.origin(SLOTS), why);
         }
         if scale == 0 || scale > TIME_SCALE_MAX {
             layers.problem(TIME_SCALE.name, layers.origin(TIME_SCALE), format!("is 1 to {TIME_SCALE_MAX}"));
@@ -180,6 +181,15 @@ impl Config {
     }
 }
 
+/// Slots are VMs with tart, and macOS counts them.
+fn bad_slots(slots: usize, provider: Provider) -> Option<String> {
+    let (most, why) = match provider {
+        Provider::Tart => (MACOS_GUESTS_MAX, " with the provider tart: macOS runs two macOS guests on a host at most"),
+        Provider::Host => (SLOTS_MAX, ""),
+    };
+    (slots == 0 || slots > most).then(|| format!("is 1 to {most}{why}"))
+}
+
 /// The provider that somebody chose, whatever else is wrong with the layers.
 pub fn chosen_provider(
     flags: &Flags,
@@ -197,6 +207,10 @@ fn tart_settings(layers: &mut Layers, variables: &BTreeMap<String, String>) -> S
     let home = variables.get("HOME").map(|home| format!("{home}/.tart")).unwrap_or_default();
     let program = layers.take(TART, standard.program.display().to_string(), |text| Ok(text.to_owned()));
     let home = layers.take(TART_HOME, home, |text| Ok(text.to_owned()));
+    let host_dir = layers.take(HOST_DIR, standard.host_dir.display().to_string(), |text| Ok(text.to_owned()));
+    if !Path::new(&host_dir).is_absolute() {
+        layers.problem(HOST_DIR.name, layers.origin(HOST_DIR), "is no absolute path".to_owned());
+    }
     let cpus = layers.take(VM_CPUS, 0, parse("is no number of CPUs"));
     let memory_mib = layers.take(VM_MEMORY, 0, parse("is no number of MiB"));
     let unfiltered = layers.take(UNFILTERED, false, parse("is neither `true` nor `false`"));
@@ -209,6 +223,7 @@ fn tart_settings(layers: &mut Layers, variables: &BTreeMap<String, String>) -> S
     Settings {
         program: PathBuf::from(program),
         home: PathBuf::from(home),
+        host_dir: PathBuf::from(host_dir),
         shape: Shape { cpus: given(cpus), memory_mib: given(memory_mib) },
         unfiltered,
         guest_user,
@@ -329,6 +344,26 @@ mod tests {
     }
 
     #[test]
+    fn more_slots_than_a_mac_runs_guests_are_refused_for_vms_only() {
+        for (provider, slots, fine) in [
+            ("tart", "1", true),
+            ("tart", "2", true),
+            ("tart", "3", false),
+            ("tart", "64", false),
+            ("host", "64", true),
+            ("host", "65", false),
+        ] {
+            let resolved = resolve(Flags::default(), &[("ALLOY_PROVIDER", provider), ("VM_POOL_SIZE", slots)], "");
+            assert_eq!(resolved.is_ok(), fine, "{provider} {slots}");
+            let Err(problems) = resolved else { continue };
+            let text = problems.iter().map(ToString::to_string).collect::<String>();
+            assert!(text.contains("environment VM_POOL_SIZE"), "{text}");
+            let told = text.contains("is 1 to 2") && text.contains("macOS runs two macOS guests on a host at most");
+            assert_eq!(told, provider == "tart", "{text}");
+        }
+    }
+
+    #[test]
     fn every_problem_is_named_at_once() {
         let variables = [
             ("VM_POOL_SIZE", "0"),
@@ -336,6 +371,7 @@ mod tests {
             ("ALLOY_STATE_DIR", "here"),
             ("ALLOY_LOG_FILE", "here.log"),
             ("ALLOY_HOOKS_DIR", "here/hooks"),
+            ("ALLOY_HOST_DIR", "here/host"),
             ("ORCHESTRATOR_URL", "farm"),
             ("ALLOY_LABELS", "x"),
             ("ALLOY_TIME_SCALE", "21"),
@@ -348,6 +384,7 @@ mod tests {
             "state_dir",
             "log_file",
             "hooks_dir",
+            "host_dir",
             "url",
             "labels",
             "time_scale",

@@ -4,20 +4,18 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use alloy_shared::id::{Labels, WorkerId};
 use alloy_shared::wire::network;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use nix::fcntl::{Flock, FlockArg};
 use ring::rand::SystemRandom;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde::{Deserialize, Serialize};
 
+use crate::lock::{self, NotTaken};
+
 const LOCK: &str = "lock";
-const LOCK_TRIES: u32 = 30;
-const LOCK_PAUSE: Duration = Duration::from_millis(100);
 const IDENTITY: &str = "identity.json";
 const KEY: &str = "worker.key";
 /// The key of a worker that takes the place of one whose key is `KEY`, and so on in turn.
@@ -43,50 +41,26 @@ fn io_at(path: &Path) -> impl FnOnce(io::Error) -> HostError + '_ {
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: Flock<File>,
+    _lock: lock::Held,
 }
 
 impl StateDir {
     pub fn lock(path: &Path) -> Result<Self, HostError> {
         make_dir(path)?;
         let file = path.join(LOCK);
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&file);
-        let open = open.map_err(io_at(&file))?;
-        match take(open, &file) {
-            Ok(mut lock) => {
-                lock.set_len(0).map_err(io_at(&file))?;
-                writeln!(lock, "{}", std::process::id()).map_err(io_at(&file))?;
-                Ok(Self { path: path.to_owned(), _lock: lock })
-            }
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                let pid = fs::read_to_string(&file).unwrap_or_default();
-                let pid = pid.trim().parse::<u32>().map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+        match lock::take(&file) {
+            Ok(held) => Ok(Self { path: path.to_owned(), _lock: held }),
+            Err(NotTaken::Taken { pid }) => {
+                let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
                 Err(HostError::Taken { dir: path.to_owned(), pid })
             }
-            Err((_, errno)) => Err(io_at(&file)(errno.into())),
+            Err(NotTaken::Io(error)) => Err(io_at(&file)(error)),
         }
     }
 
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
-
-/// Takes the lock. A worker that was killed leaves it for a moment to a child that it was about to start: then it is waited for.
-fn take(mut open: File, path: &Path) -> Result<Flock<File>, (File, nix::errno::Errno)> {
-    for _ in 0..LOCK_TRIES {
-        match Flock::lock(open, FlockArg::LockExclusiveNonblock) {
-            Err((again, nix::errno::Errno::EWOULDBLOCK)) if !is_held_by_the_living(path) => open = again,
-            done => return done,
-        }
-        std::thread::sleep(LOCK_PAUSE);
-    }
-    Flock::lock(open, FlockArg::LockExclusiveNonblock)
-}
-
-fn is_held_by_the_living(path: &Path) -> bool {
-    let pid = fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<i32>().ok());
-    pid.is_none_or(|pid| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None) != Err(nix::errno::Errno::ESRCH))
 }
 
 /// What `join` leaves behind.

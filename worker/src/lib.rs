@@ -18,6 +18,7 @@ pub mod image_plan;
 pub mod images;
 pub mod install;
 pub mod job_env;
+mod lock;
 pub mod log_file;
 pub mod program;
 pub mod provider;

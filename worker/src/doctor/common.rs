@@ -41,13 +41,6 @@ pub(super) fn provider(facts: &Facts, report: &mut Report) {
                 Code::Provider,
                 format!("{} slots, a VM of {} for every job", facts.slots, printable(&facts.image)),
             );
-            if facts.slots > 2 {
-                report.warning(
-                    Code::Provider,
-                    format!("{} slots, but a Mac runs two macOS guests at most", facts.slots),
-                    Fix::by_hand("VM_POOL_SIZE=2"),
-                );
-            }
         }
         (Provider::Tart, System::Linux | System::Other) => report.error(
             Code::Provider,

@@ -79,7 +79,6 @@ fn each_fault_is_found_alone_and_has_a_fix() {
     let free = |gb| with(move |f| f.disks[0].as_mut().unwrap().free = gb * GB);
     let listed = |name: &str| Listed { name: name.into(), image: false, running: true };
     let cases: Vec<(&str, Facts, Code, Severity)> = vec![
-        ("slots", with(|f| f.slots = 3), Code::Provider, Warning),
         ("linux", with(|f| f.system = System::Linux), Code::Provider, Error),
         ("not joined", with(|f| f.identity = Identity::Missing), Code::Identity, Error),
         ("damaged", with(|f| f.identity = Identity::Damaged("x".into())), Code::Identity, Error),

@@ -43,6 +43,11 @@ const LIVE_FILTER: Version = Version(2, 34, 0);
 /// How often a VM that still counts as running is asked to go.
 const DELETE_TRIES: u32 = 40;
 const DELETE_PAUSE_MS: u64 = 250;
+/// Every user of a Mac may write there, and nothing tidies it up.
+#[cfg(target_os = "macos")]
+const HOST_DIR: &str = "/Users/Shared/alloy";
+#[cfg(not(target_os = "macos"))]
+const HOST_DIR: &str = "/tmp/alloy";
 
 /// What a person decides about the VMs of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +56,8 @@ pub struct Settings {
     pub program: PathBuf,
     /// Where it keeps VMs and images.
     pub home: PathBuf,
+    /// Where all workers of this host count the VMs that run.
+    pub host_dir: PathBuf,
     /// Every VM's size.
     pub shape: Shape,
     /// VMs may run without a packet filter: they reach whatever this host reaches.
@@ -65,6 +72,7 @@ impl Default for Settings {
         Self {
             program: PathBuf::from("tart"),
             home: PathBuf::new(),
+            host_dir: PathBuf::from(HOST_DIR),
             shape: Shape::default(),
             unfiltered: false,
             guest_user: "admin".to_owned(),
@@ -103,7 +111,7 @@ pub struct TartHost {
     /// What a digest is called here.
     names: Mutex<HashMap<Digest, String>>,
     login: Login,
-    _only_one: std::fs::File,
+    _only_one: crate::lock::Held,
 }
 
 impl TartHost {

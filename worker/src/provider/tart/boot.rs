@@ -22,6 +22,7 @@ use super::ssh::Ssh;
 use super::{TartHost, locks, vm_error};
 use crate::guard::leash::{Leash, Wires};
 use crate::guard::{CONTROL_FD, Launch};
+use crate::lock;
 use crate::provider::{ExecOutput, NetworkPolicy, VmError, VmFault, VmName, VmProvider as _, vm_dir};
 
 /// What is kept of what `tart run` says.
@@ -49,6 +50,7 @@ pub(super) struct Vm {
     ended: watch::Receiver<Option<VmError>>,
     doom: CancellationToken,
     running: TaskTracker,
+    _place: Arc<lock::Held>,
 }
 
 impl Vm {
@@ -72,6 +74,7 @@ impl TartHost {
         let os = parse_os(&got).map_err(|why| VmError::farm(VmFault::Start, why))?;
         let dir = vm_dir(&self.setup.state_dir, vm);
         let _one = self.making.lock().await;
+        let place = Arc::new(locks::place(&self.setup.settings.host_dir)?);
         let filter = if self.restricts() { Some(Door::open(&dir)?) } else { None };
         let leash = Leash::start(&self.setup.guard, dir.join("guard-0"));
         let leash = leash.map_err(|error| VmError::io(VmFault::Start, "start a guard", &error))?;
@@ -96,6 +99,7 @@ impl TartHost {
             ended: ended.clone(),
             doom: doom.clone(),
             running: running.clone(),
+            _place: Arc::clone(&place),
         };
         let control = match filter {
             None => None,

@@ -1,32 +1,45 @@
 //! S: the files of `tart` and of ours that are looked at directly: locks, directories, settings.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::time::Duration;
 
+use alloy_shared::limits::MACOS_GUESTS_MAX;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::Pid;
 
-const CLAIM_TRIES: u32 = 10;
-const CLAIM_PAUSE: Duration = Duration::from_millis(50);
+use crate::lock::{self, NotTaken};
+use crate::provider::{VmError, VmFault};
 
-/// Takes the right to make VMs below this home, for as long as the file is open. Two workers would take each other's
+/// Takes the right to make VMs below this home, for as long as the lock is held. Two workers would take each other's
 /// VMs for left-overs.
-pub(super) fn claim(home: &Path) -> io::Result<File> {
+pub(super) fn claim(home: &Path) -> io::Result<lock::Held> {
     std::fs::create_dir_all(home)?;
-    let file = OpenOptions::new().create(true).truncate(false).write(true).open(home.join(".alloy-worker.lock"))?;
-    // A worker that was killed leaves it for a moment to a child that it was about to start.
-    for _ in 0..CLAIM_TRIES {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(CLAIM_PAUSE),
-            Err(std::fs::TryLockError::Error(error)) => return Err(error),
+    lock::take(&home.join(".alloy-worker.lock")).map_err(|why| match why {
+        NotTaken::Taken { pid } => io::Error::other(format!("another worker{} makes its VMs here", number(pid))),
+        NotTaken::Io(error) => error,
+    })
+}
+
+/// Takes one of the host's places for a VM, which all workers of this host share, whatever their homes are.
+pub(super) fn place(dir: &Path) -> Result<lock::Held, VmError> {
+    lock::take_place(dir, MACOS_GUESTS_MAX).map_err(|why| match why {
+        NotTaken::Taken { pid } => {
+            let who = number(pid);
+            let why =
+                format!("{MACOS_GUESTS_MAX} VMs run on this host, some for another worker{who}; macOS allows no more");
+            VmError::farm(VmFault::Full, why)
         }
-    }
-    Err(io::Error::other("another worker makes its VMs here"))
+        NotTaken::Io(error) => {
+            VmError::io(VmFault::Host, &format!("count the VMs of this host in {}", dir.display()), &error)
+        }
+    })
+}
+
+fn number(pid: Option<i32>) -> String {
+    pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
 }
 
 /// Who holds the lock that makes a VM count as running.
@@ -85,6 +98,19 @@ mod tests {
         assert!(claim(home.path()).unwrap_err().to_string().contains("another worker"));
         drop(first);
         claim(home.path()).unwrap();
+    }
+
+    #[test]
+    fn a_host_runs_two_vms_for_all_of_its_workers() {
+        let shared = tempfile::tempdir().unwrap();
+        let (first, _second) = (place(shared.path()).unwrap(), place(shared.path()).unwrap());
+        let error = place(shared.path()).unwrap_err();
+        assert!(error.what == VmFault::Full && error.tail.contains("macOS allows no more"), "{error}");
+        drop(first);
+        place(shared.path()).unwrap();
+        let file = shared.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(place(&file.join("below")).unwrap_err().what, VmFault::Host);
     }
 
     #[test]
