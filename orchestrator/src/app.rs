@@ -1,8 +1,10 @@
 //! P: one orchestrator, whole: what it stands on, how it begins, how it says goodbye.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy_shared::env::Env;
+use alloy_shared::id::JobId;
 use alloy_shared::limits::Limits;
 use alloy_shared::secret::Secret;
 use tokio_util::sync::CancellationToken;
@@ -10,6 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::{Auth, Grants};
 use crate::blobs::Blobs;
+use crate::desk::Request;
 use crate::desk_loop::{self, Door};
 use crate::hub::Hub;
 use crate::log_sync::LogSync;
@@ -103,6 +106,12 @@ impl App {
     /// Takes jobs as before.
     pub fn take_jobs_again(&self) {
         self.submits.reopen();
+    }
+
+    /// Gives these jobs to no worker, as long as this process is the farm's host.
+    pub async fn leave_asleep(&self, jobs: BTreeSet<JobId>) {
+        // Without an answer the desk is gone, and gives no job to anybody.
+        let _ = self.desk.ask(|ticket| Request::Asleep { ticket, jobs }).await;
     }
 
     /// Tells the workers to come back and waits until their sessions have ended. False: some did not in time.

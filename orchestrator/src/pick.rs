@@ -164,6 +164,8 @@ pub enum WhyNot {
     NoImage { why: String },
     /// All slots that fit are taken.
     Busy { workers: u32, slots: u32 },
+    /// It waits for a farm that runs for everybody.
+    Asleep,
     /// It is its turn.
     Next,
 }
@@ -178,6 +180,7 @@ impl WhyNot {
             Self::Busy { workers, slots } => {
                 format!("all {slots} slots of the {workers} worker(s) with its labels are taken")
             }
+            Self::Asleep => "nobody waits for it, and this farm lives only as long as `alloy run --local`".to_owned(),
             Self::Next => "it is next".to_owned(),
         }
     }
@@ -189,6 +192,7 @@ impl WhyNot {
             | Self::NoLabels { .. }
             | Self::Draining { .. }
             | Self::NoImage { .. }
+            | Self::Asleep
             | Self::Busy { .. } => {
                 format!("no worker took it in time: {}", self.sentence())
             }

@@ -1,19 +1,18 @@
 //! S: a farm inside this process: the same orchestrator on a loopback port, and a worker that enrols itself by the normal
 //! call. Nothing of it is special but that both live and end with a command.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use alloy_shared::client::{ClientError, JobQuery};
 use alloy_shared::env::Env as _;
-use alloy_shared::limits::PAGE_MAX;
+use alloy_shared::id::JobId;
 use alloy_shared::runtime::{Lifecycle, LogFormat, SystemEnv, telemetry};
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::farm::{InviteRequest, WorkerState, WorkerView};
-use alloy_shared::wire::job::{JobView, Reason, StateWord};
+use alloy_shared::wire::job::Reason;
 use alloy_shared::wire::{ErrorCode, PROTOCOL};
 use orchestrator::ServeError;
 use orchestrator::auth::Principal;
@@ -25,22 +24,17 @@ use worker::host::{HostError, Identity};
 
 use super::data::{DataDir, Note};
 use super::here::own_binary;
-use super::lease::{Dead, Leases};
+use super::lease::{Alive, Dead, Leases};
 use crate::context::{App, Farm};
-use crate::output::{Failure, plural};
-use crate::signals::Signals;
+use crate::output::Failure;
 
 /// The worker says hello after this time, or something is wrong with it.
 const READY_MS: u64 = 30_000;
 const LOOK_AGAIN_MS: u64 = 10;
-const JOBS_LOOK_MS: u64 = 100;
 /// Between two looks for jobs whose command is dead.
 const LEASES_LOOK_MS: u64 = 1_000;
-/// A wait that is over this soon is not worth a line.
-const QUIET_MS: u64 = 1_000;
 /// An orderly end. What is not over then is cut: every part of the farm heals from a crash.
 const STOP_MS: u64 = 10_000;
-const LIVE: [StateWord; 4] = [StateWord::Queued, StateWord::Assigned, StateWord::Running, StateWord::Canceling];
 
 /// What a host is wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,15 +59,17 @@ pub(crate) struct Host {
     /// Under which address people see it.
     pub(crate) base_url: String,
     pub(crate) token: Secret<String>,
-    data: DataDir,
-    app: Arc<orchestrator::App>,
+    pub(super) data: DataDir,
+    pub(super) app: Arc<orchestrator::App>,
     orchestrator: Lifecycle,
-    worker: Option<LocalWorker>,
+    pub(super) worker: Option<LocalWorker>,
+    /// Jobs that this farm does not run: nobody waits for them here.
+    pub(super) asleep: BTreeSet<JobId>,
 }
 
-struct LocalWorker {
-    id: alloy_shared::id::WorkerId,
-    life: Lifecycle,
+pub(super) struct LocalWorker {
+    pub(super) id: alloy_shared::id::WorkerId,
+    pub(super) life: Lifecycle,
     /// Why it stopped by itself; its other end is gone when the worker is.
     fault: watch::Receiver<Option<String>>,
 }
@@ -108,6 +104,7 @@ pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start
         app: served.app,
         orchestrator: life,
         worker: None,
+        asleep: BTreeSet::new(),
     };
     match host.finish_start(app, url, wish).await {
         Ok(()) => Ok(Start::Running(Box::new(host))),
@@ -167,7 +164,10 @@ impl Host {
             return Ok(());
         }
         // Before there is a worker: what is ended here does not run again.
-        self.end_unwanted(app).await;
+        let living = self.end_unwanted(app).await;
+        if wish == Wish::Work {
+            self.leave_asleep(app, &living).await?;
+        }
         self.worker = Some(self.start_worker(app, &url).await?);
         self.data.write_note(&Note {
             url,
@@ -252,8 +252,8 @@ impl Host {
         }
     }
 
-    /// Ends the jobs of commands that died without a word. True if living ones have a job here, or are about to.
-    async fn end_unwanted(&self, app: &App) -> bool {
+    /// Ends the jobs of commands that died without a word. Returns the leases of those that live.
+    pub(super) async fn end_unwanted(&self, app: &App) -> Vec<Alive> {
         let Leases { dead, living } = Leases::look(&self.data, app.env.now().wall);
         if !dead.is_empty()
             && let Some(who) = self.user().await
@@ -262,11 +262,11 @@ impl Host {
                 self.end_job_of(app, &who, lease).await;
             }
         }
-        living > 0
+        living
     }
 
     /// Whom the commands of this machine are to the farm.
-    async fn user(&self) -> Option<Principal> {
+    pub(super) async fn user(&self) -> Option<Principal> {
         let header = format!("Bearer {}", self.token.expose());
         // Without an answer the next look asks again.
         self.app.auth.principal(&*self.app.store, Some(&header)).await.ok()
@@ -292,61 +292,6 @@ impl Host {
         }
     }
 
-    /// Waits for the jobs that still run here: others may have sent them. A signal ends the wait, and so does the end of the
-    /// worker. Once there is none, none is taken any more, and only then does the last look count.
-    pub(crate) async fn wait_for_jobs(&self, app: &App, signals: &mut Signals) -> bool {
-        let (mut said, mut said_readers, mut last_look) = (0, false, false);
-        let quiet_until = app.env.now().mono + QUIET_MS;
-        loop {
-            let look = async {
-                // A guest may still fetch what came of its job, or be about to submit one.
-                let wanted = self.end_unwanted(app).await;
-                // What cannot be asked is not waited for.
-                let jobs = self.try_live_jobs().await.unwrap_or_default();
-                if last_look && (wanted || !jobs.is_empty()) {
-                    self.app.take_jobs_again();
-                }
-                if wanted || !jobs.is_empty() {
-                    app.env.sleep_until(app.env.now().mono + JOBS_LOOK_MS).await;
-                }
-                (jobs, wanted)
-            };
-            let Ok((jobs, wanted)) = signals.unless_told(look).await else { return false };
-            if jobs.is_empty() && !wanted {
-                if last_look {
-                    return true;
-                }
-                self.app.take_no_more_jobs().await;
-                last_look = true;
-                continue;
-            }
-            last_look = false;
-            if self.worker.as_ref().is_some_and(|local| local.ended().is_some()) {
-                return false;
-            }
-            if jobs.is_empty() && !said_readers && app.env.now().mono >= quiet_until {
-                said_readers = true;
-                app.talk.say(
-                    "another command still reads from the farm of this process: waiting for it  (Ctrl-C stops at once)",
-                );
-            }
-            if !jobs.is_empty() && jobs.len() != said && app.env.now().mono >= quiet_until {
-                said = jobs.len();
-                let first = jobs.first().map_or(String::new(), |job| job.id.to_string());
-                let more = if said > 1 { ", …" } else { "" };
-                app.talk.say(&format!(
-                    "{} still in the farm of this process ({first}{more}): waiting for it to end  (Ctrl-C stops at once)",
-                    plural(said as u64, "job")
-                ));
-            }
-        }
-    }
-
-    async fn try_live_jobs(&self) -> Result<Vec<JobView>, ClientError> {
-        let query = JobQuery { limit: Some(PAGE_MAX), cursor: None, state: LIVE.to_vec(), mine: false };
-        self.farm.client.jobs(&query).await.map(|page| page.jobs)
-    }
-
     /// Ends the worker, then the orchestrator that hears its last words.
     pub(crate) async fn stop(self, at_once: bool) {
         self.data.remove_note();
@@ -359,7 +304,7 @@ impl Host {
 
 impl LocalWorker {
     /// Why it does not run any more.
-    fn ended(&self) -> Option<String> {
+    pub(super) fn ended(&self) -> Option<String> {
         let why = self.fault.borrow().clone();
         why.or_else(|| self.fault.has_changed().is_err().then(|| "it ended".to_owned()))
     }

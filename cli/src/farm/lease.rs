@@ -72,7 +72,16 @@ impl Drop for Lease {
 pub(super) struct Leases {
     pub(super) dead: Vec<Dead>,
     /// Commands that live: each has a job, or is about to.
-    pub(super) living: usize,
+    pub(super) living: Vec<Alive>,
+}
+
+/// The lease of a command that lives.
+#[cfg(feature = "farm")]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Alive {
+    /// The command's process.
+    pub(super) pid: String,
+    pub(super) key: String,
 }
 
 /// The lease of a command that is no more.
@@ -105,11 +114,18 @@ impl Leases {
             let key = fs::read_to_string(&path).unwrap_or_default().trim_end().to_owned();
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(_nobody_has_it) => leases.dead.push(Dead { path, key, settled }),
-                Err(_) => leases.living += 1,
+                Err(_) => leases.living.push(Alive { pid: pid_of(&path), key }),
             }
         }
         leases
     }
+}
+
+/// The process that a lease is named after.
+#[cfg(feature = "farm")]
+fn pid_of(path: &Path) -> String {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.split('-').next().unwrap_or_default().to_owned()
 }
 
 #[cfg(feature = "farm")]
@@ -141,7 +157,12 @@ mod tests {
         let later = now.plus(2 * SETTLED_MS);
         assert_eq!(Leases::look(&data, now), Leases::default());
         let lease = Lease::take_in(&data.leases(), "1-a", "k1").unwrap();
-        assert_eq!(Leases::look(&data, later), Leases { dead: vec![], living: 1 }, "also before it has a job");
+        let alive = Alive { pid: "1".into(), key: "k1".into() };
+        assert_eq!(
+            Leases::look(&data, later),
+            Leases { dead: vec![], living: vec![alive] },
+            "also before it has a job"
+        );
 
         // As if the process had died: the lock goes, the file stays.
         let kept = data.leases().join("2-b.lease");
@@ -164,7 +185,7 @@ mod tests {
         lease.stays(true);
         drop(lease);
         let left = Leases::look(&data, Ms(0));
-        assert_eq!((left.living, left.dead.len()), (0, 1), "{left:?}");
+        assert_eq!((left.living.len(), left.dead.len()), (0, 1), "{left:?}");
         assert_eq!(left.dead[0].key, "k1");
     }
 

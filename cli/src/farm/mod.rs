@@ -7,6 +7,8 @@ pub(crate) mod here;
 mod host;
 mod lease;
 #[cfg(feature = "farm")]
+mod leave;
+#[cfg(feature = "farm")]
 pub(crate) mod up;
 
 use alloy_shared::id::JobId;

@@ -42,10 +42,7 @@ pub(crate) async fn up(app: &App, args: &UpArgs) -> Result<i32, Failure> {
         Ok(()) => {
             tokio::select! {
                 biased;
-                _ = signals.next() => {
-                    app.talk.say("Stopping.");
-                    !host.wait_for_jobs(app, &mut signals).await
-                }
+                _ = signals.next() => !host.drain(app, &mut signals).await,
                 why = host.fault(app) => {
                     outcome = Err(Failure::error(format!("the worker of this machine stopped: {why}")));
                     true

@@ -4,6 +4,7 @@
 //! that make it true; `committed` takes what the store did with them and returns the answers and effects. Between the two
 //! nothing may be answered: an answer follows the commit. There are never two commits in flight.
 
+mod asked;
 mod books;
 mod due;
 mod rooms;
@@ -12,151 +13,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Ms, Now};
-use alloy_shared::id::{AttemptRef, JobId, Labels, OrgId, WorkerId};
+use alloy_shared::id::{AttemptRef, JobId, Labels, WorkerId};
 use alloy_shared::limits::{self, Limits};
-use alloy_shared::wire::FieldError;
-use alloy_shared::wire::image::Inventory;
-use alloy_shared::wire::job::{Reason, SubmitJob, Timings};
-use alloy_shared::wire::session::SlotView;
+use alloy_shared::wire::job::{Reason, SubmitJob};
 
 use crate::admit::admit;
 use crate::job::{self, Event, Refused, Rules, Step};
-use crate::pick::{self, Waiting, WhyNot};
+use crate::pick::{self, Waiting};
 use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
-use crate::store::{Artifact, Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
+use crate::store::{Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
+pub use asked::{Answer, By, Effect, From, News, Offer, Request, Ticket};
 use due::Due;
-
-/// Ties an answer to its question.
-pub type Ticket = u64;
-
-pub enum Request {
-    Submit {
-        ticket: Ticket,
-        id: JobId,
-        by: By,
-        body: Arc<SubmitJob>,
-        key: Option<IdempotencyKey>,
-    },
-    Cancel {
-        ticket: Ticket,
-        job: JobId,
-        reason: Reason,
-    },
-    /// A worker's numbered news of an attempt.
-    Report {
-        ticket: Ticket,
-        from: From,
-        seq: u64,
-        event: Event,
-        news: Box<News>,
-    },
-    /// The worker's session found that the worker does not have the attempt.
-    NotHeld {
-        ticket: Ticket,
-        from: From,
-        reason: Reason,
-        message: String,
-    },
-    Close {
-        ticket: Ticket,
-        close: CloseAttempt,
-    },
-    Offer(Offer),
-    /// The worker's connection is gone. Its jobs stay its own until it is silent for too long.
-    Gone(WorkerId),
-    Silent(WorkerId),
-    /// Which workers hold jobs?
-    Holders {
-        ticket: Ticket,
-    },
-    Why {
-        ticket: Ticket,
-        job: JobId,
-    },
-}
-
-#[derive(Debug, Clone)]
-pub struct By {
-    pub org: OrgId,
-    pub caller: String,
-}
-
-/// Who says something about which attempt, over which session.
-#[derive(Debug, Clone, Copy)]
-pub struct From {
-    pub at: AttemptRef,
-    pub worker: WorkerId,
-    pub epoch: i64,
-}
-
-/// What a report brings besides its event.
-#[derive(Debug, Clone, Default)]
-pub struct News {
-    pub timings: Timings,
-    pub artifact: Option<Artifact>,
-    pub message: Option<String>,
-    /// Of the attempt's VM. They stay once they are known.
-    pub facts: BTreeMap<String, String>,
-    /// For a result: when it was heard. What is done with it until it is decided belongs to `collect`.
-    pub heard: Option<Mono>,
-}
-
-/// A connected worker, as its last heartbeat describes it.
-#[derive(Debug, Clone)]
-pub struct Offer {
-    pub worker: WorkerId,
-    pub name: String,
-    pub labels: Labels,
-    pub slots: Vec<SlotView>,
-    pub images: Arc<Inventory>,
-    pub draining: bool,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub enum Answer {
-    /// The job as it is after the commit.
-    Job(Box<Job>),
-    /// The idempotency key names this job.
-    Exists {
-        job: JobId,
-        body: alloy_shared::id::Digest,
-    },
-    Rejected(Vec<FieldError>),
-    /// Too many live jobs.
-    Full,
-    /// This report was applied before.
-    Applied,
-    /// Reports in between are missing: the newest applied one is `have`.
-    Gap {
-        have: u64,
-    },
-    /// The state does not allow it.
-    Refused(Refused),
-    /// No live job of that id.
-    NotLive,
-    /// Somebody else was faster, or the session is not the worker's newest.
-    Stale,
-    Done,
-    Holders(BTreeSet<WorkerId>),
-    Why(Option<WhyNot>),
-    /// The store did not commit; nothing happened.
-    Failed(StoreError),
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub enum Effect {
-    Answer {
-        ticket: Ticket,
-        answer: Answer,
-    },
-    /// The job changed. `left` is a worker whose attempt this change ended or took away.
-    Moved {
-        job: Box<Job>,
-        left: Option<WorkerId>,
-    },
-    /// The picture of this job is not to be trusted: load it again.
-    Reload(JobId),
-}
 
 /// A job in memory with all that decides about it.
 #[derive(Debug, Clone)]
@@ -185,6 +52,8 @@ pub struct Desk {
     deadlines: BTreeSet<(Mono, JobId)>,
     leased: BTreeMap<WorkerId, BTreeSet<AttemptRef>>,
     offers: BTreeMap<WorkerId, Offer>,
+    /// Jobs that no worker gets.
+    asleep: BTreeSet<JobId>,
     drafts: Vec<Draft>,
     /// Position among the drafts of jobs that are being inserted.
     fresh: BTreeMap<JobId, usize>,
@@ -204,6 +73,7 @@ impl Desk {
             deadlines: BTreeSet::new(),
             leased: BTreeMap::new(),
             offers: BTreeMap::new(),
+            asleep: BTreeSet::new(),
             drafts: Vec::new(),
             fresh: BTreeMap::new(),
             before: BTreeMap::new(),
@@ -266,6 +136,10 @@ impl Desk {
             Request::Holders { ticket } => {
                 let holders = self.leased.iter().filter(|(_, held)| !held.is_empty()).map(|(id, _)| *id).collect();
                 self.answers.push((ticket, None, Answer::Holders(holders)));
+            }
+            Request::Asleep { ticket, jobs } => {
+                self.asleep = jobs;
+                self.answers.push((ticket, None, Answer::Done));
             }
             Request::Why { ticket, job } => {
                 let why = self.why_not(&job);
@@ -421,7 +295,8 @@ impl Desk {
             return;
         }
         let mut rooms = self.rooms();
-        let waiting = self.queue.iter().filter_map(|(_, id)| self.live.get(id)).map(|live| Waiting {
+        let awake = self.queue.iter().filter(|(_, id)| !self.asleep.contains(id));
+        let waiting = awake.filter_map(|(_, id)| self.live.get(id)).map(|live| Waiting {
             id: live.job.id,
             required: &live.required,
             image: rooms::image_of(live),

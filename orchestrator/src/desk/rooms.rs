@@ -55,6 +55,9 @@ impl Desk {
 
     pub(super) fn why_not(&self, id: &JobId) -> Option<WhyNot> {
         let live = self.live.get(id)?;
+        if self.asleep.contains(id) && matches!(live.job.state.step, Step::Queued { .. }) {
+            return Some(WhyNot::Asleep);
+        }
         matches!(live.job.state.step, Step::Queued { .. })
             .then(|| pick::why_not(&live.required, image_of(live), &self.rooms()))
     }

@@ -1,7 +1,7 @@
 use alloy_shared::env::Mono;
 use alloy_shared::id::{DEFAULT_ORG, Digest};
-use alloy_shared::wire::job::{End, JobSpec, Phase, StateWord};
-use alloy_shared::wire::session::SlotState;
+use alloy_shared::wire::job::{End, JobSpec, Phase, StateWord, Timings};
+use alloy_shared::wire::session::{SlotState, SlotView};
 
 use super::*;
 
@@ -90,6 +90,20 @@ fn with_a_free_slot_a_job_is_born_assigned_in_one_group() {
     assert_eq!(first.events.iter().map(|event| event.seq).collect::<Vec<_>>(), [1, 2]);
     assert_eq!(moved(&effects), [(10, StateWord::Assigned), (11, StateWord::Queued)]);
     assert_eq!(groups.len(), 2);
+}
+
+#[test]
+fn a_job_that_sleeps_is_given_to_nobody_and_can_be_canceled() {
+    let mut desk = Desk::new(Limits::default(), Mono(0));
+    turn(&mut desk, 0, vec![submit(1, 10), submit(2, 11), submit(3, 12)]);
+    turn(&mut desk, 1, vec![Request::Asleep { ticket: 4, jobs: BTreeSet::from([id(10), id(12)]) }]);
+    let (_, effects) = turn(&mut desk, 2, vec![offer(1, &[FREE, FREE])]);
+    assert_eq!(moved(&effects), [(11, StateWord::Assigned)]);
+    assert_eq!((desk.why_not(&id(10)), desk.why_not(&id(11))), (Some(pick::WhyNot::Asleep), None));
+    let cancel = Request::Cancel { ticket: 5, job: id(10), reason: Reason::UserCanceled };
+    assert_eq!(moved(&turn(&mut desk, 3, vec![cancel]).1), [(10, StateWord::Canceled)]);
+    let awake = Request::Asleep { ticket: 6, jobs: BTreeSet::new() };
+    assert_eq!(moved(&turn(&mut desk, 4, vec![awake]).1), [(12, StateWord::Assigned)]);
 }
 
 #[test]

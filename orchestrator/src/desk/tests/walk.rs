@@ -8,7 +8,7 @@ use alloy_shared::id::{DEFAULT_ORG, Digest, TokenId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::job::{End, EventKind, JobSpec, Phase};
-use alloy_shared::wire::session::SlotState;
+use alloy_shared::wire::session::{SlotState, SlotView};
 use futures_util::FutureExt;
 
 use super::super::*;
