@@ -48,6 +48,12 @@ async fn until_report(farm: &Farm, name: &str, what: &str, holds: impl Fn(&Value
     until(what, async || Ok(reports(farm, name).await?.iter().any(&holds).then_some(()))).await;
 }
 
+/// Layers of unfinished downloads.
+fn layers(farm: &Farm) -> usize {
+    let dirs = std::fs::read_dir(farm.mac(0).home().join("tmp")).into_iter().flatten().flatten();
+    dirs.map(|dir| std::fs::read_dir(dir.path()).map_or(0, Iterator::count)).sum()
+}
+
 fn is_here(report: &Value) -> bool {
     report["digest"].is_string()
 }
@@ -126,15 +132,10 @@ async fn a_download_goes_on_where_a_killed_worker_left_it() -> Result<()> {
     until_report(&farm, OTHER, "four layers are here", |report| percent(report) >= 40).await;
     farm.kill_worker(0);
     farm.start_worker(0)?;
-    let work = farm.mac(0).home().join("tmp");
-    let layers = || -> usize {
-        let dirs = std::fs::read_dir(&work).into_iter().flatten().flatten();
-        dirs.map(|dir| std::fs::read_dir(dir.path()).map_or(0, Iterator::count)).sum()
-    };
     until("the new worker pulls, with what was there", async || {
         let mac = farm.mac(0);
         let pulls = mac.journal().iter().filter(|entry| entry.argv.iter().any(|arg| arg == "pull")).count();
-        assert!(layers() >= 4 || reports(&farm, OTHER).await?.iter().any(is_here), "what was downloaded is gone");
+        assert!(layers(&farm) >= 4 || reports(&farm, OTHER).await?.iter().any(is_here), "what was downloaded is gone");
         Ok((pulls >= 3).then_some(()))
     })
     .await;
@@ -183,5 +184,24 @@ async fn a_registry_that_is_ill_for_a_while_costs_time_and_not_the_job() -> Resu
     let ended = job(&farm, json!({ "shell": "true", "image": OTHER })).await?;
     let told = (&ended["state"], &ended["attempt"], &ended["lost"]);
     assert_eq!(told, (&json!("succeeded"), &json!(4), &json!(0)), "{ended}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_download_whose_job_is_canceled_makes_room_for_the_next_and_is_resumed() -> Result<()> {
+    let farm = Farm::start(macs()).await?;
+    farm.mac(0).publish(OTHER, &Profile { layers: 10, pull_seconds: 3_000.0, ..profile(30.0) })?;
+    farm.mac(0).publish(THIRD, &profile(24.0))?;
+    let id = farm.api().submit(json!({ "shell": "true", "image": OTHER })).await?;
+    let percent = |report: &Value| report["pulling"]["percent"].as_u64().unwrap_or(0);
+    until_report(&farm, OTHER, "a layer is here", |report| percent(report) >= 10).await;
+    done(&farm, &["cancel", &id]).await?;
+    assert_eq!(job(&farm, json!({ "shell": "true", "image": THIRD })).await?["state"], "succeeded");
+    assert!(!reports(&farm, OTHER).await?.iter().any(is_here), "the job waited for a download that nobody wanted");
+    assert!(layers(&farm) >= 1, "what was downloaded is gone");
+
+    done(&farm, &["image", "pull", OTHER, "--detach"]).await?;
+    until_report(&farm, OTHER, "it goes on behind what was there", |report| percent(report) >= 10).await;
+    until_report(&farm, OTHER, "the image is here", is_here).await;
     Ok(())
 }

@@ -40,6 +40,7 @@ enum Busy {
         /// Fulfilled if it comes.
         generation: i64,
         progress: PullProgress,
+        broken_off: bool,
     },
     Removing(Digest),
 }
@@ -48,6 +49,8 @@ enum Busy {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Next {
     Pull(ImageRef),
+    /// Nobody wants what is being pulled any more: others wait for their turn.
+    BreakOff,
     Remove(Digest),
     Wait(Option<Mono>),
 }
@@ -203,6 +206,9 @@ impl Images {
         let rest = self.limits.pull_retry_cap_ms;
         self.failed.retain(|_, failed| failed.until + rest > now);
         let over = self.failed.values().map(|failed| failed.until).filter(|until| *until > now).min();
+        if self.break_off() {
+            return Next::BreakOff;
+        }
         if self.busy.is_some() || !self.pulls {
             return Next::Wait(over);
         }
@@ -210,12 +216,25 @@ impl Images {
         self.busy = match &next {
             Next::Pull(image) => {
                 let generation = self.wishes.get(&image.0).map_or(0, |wish| wish.generation);
-                Some(Busy::Pulling { name: image.0.clone(), generation, progress: PullProgress::default() })
+                let progress = PullProgress::default();
+                Some(Busy::Pulling { name: image.0.clone(), generation, progress, broken_off: false })
             }
             Next::Remove(digest) => Some(Busy::Removing(*digest)),
-            Next::Wait(_) => None,
+            Next::BreakOff | Next::Wait(_) => None,
         };
         next
+    }
+
+    /// True, once, when the pull that runs is for nobody.
+    fn break_off(&mut self) -> bool {
+        let Some(Busy::Pulling { name, broken_off: false, .. }) = &self.busy else { return false };
+        if self.asked.contains_key(name) || *name == self.own || self.is_due(name) {
+            return false;
+        }
+        if let Some(Busy::Pulling { broken_off, .. }) = &mut self.busy {
+            *broken_off = true;
+        }
+        true
     }
 
     fn decide(&mut self, now: Mono) -> Next {
@@ -309,8 +328,10 @@ impl Images {
 
     /// The pull is over.
     pub fn pulled(&mut self, result: &Result<Digest, VmError>, now: Mono, wall: Ms, dice: u64) {
-        let Some(Busy::Pulling { name, generation, .. }) = self.busy.take() else { return };
+        let Some(Busy::Pulling { name, generation, broken_off, .. }) = self.busy.take() else { return };
         match result {
+            // It says nothing about the image.
+            Err(_) if broken_off => {}
             Ok(digest) => {
                 self.failed.remove(&name);
                 self.book.used_at.insert(*digest, wall);

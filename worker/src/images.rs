@@ -7,7 +7,7 @@ use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::Digest;
 use alloy_shared::limits::{HELD_MAX, Limits};
 use alloy_shared::wire::image::{ImageReport, ImageWish, Inventory, PullProgress};
-use futures_util::future::{BoxFuture, OptionFuture};
+use futures_util::future::{BoxFuture, OptionFuture, select_all};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::image_book::BookFile;
@@ -152,11 +152,10 @@ impl Runner {
             let wake = self.turn().await;
             let env = Arc::clone(&self.setup.env);
             let gone = async {
-                match self.waiting.first_mut() {
-                    // One who waits for long may go before the others; they are looked at with every turn.
-                    Some((_, reply)) => reply.closed().await,
-                    None => std::future::pending().await,
+                if self.waiting.is_empty() {
+                    return std::future::pending().await;
                 }
+                select_all(self.waiting.iter_mut().map(|(_, reply)| Box::pin(reply.closed()))).await;
             };
             tokio::select! {
                 biased;
@@ -190,6 +189,10 @@ impl Runner {
         let before = self.images.book().clone();
         let wake = match self.images.next(now.mono) {
             Next::Pull(image) => self.pull(image),
+            Next::BreakOff => {
+                self.setup.provider.break_off();
+                None
+            }
             Next::Remove(digest) => self.remove(digest),
             Next::Wait(wake) => wake,
         };

@@ -177,3 +177,35 @@ fn a_host_without_images_of_its_own_brings_and_removes_nothing() {
     assert!(images.has(&named("host")));
     assert_eq!(images.ask(&named("r/a:1"), NOW).unwrap_err().what, VmFault::NoImage);
 }
+
+#[test]
+fn a_pull_that_nobody_wants_any_more_is_broken_off_once_and_counts_as_no_failure() {
+    let broken = Err(farm_fault(VmFault::Pull));
+    let mut images = having(None, &["r/own:1"]);
+    for image in ["r/job", "r/next"] {
+        images.ask(&named(image), NOW).unwrap();
+    }
+    assert_eq!(images.next(NOW), Next::Pull(named("r/job:latest")));
+    assert_eq!(images.next(NOW), Next::Wait(None), "somebody waits");
+    images.unask(&named("r/job"));
+    assert_eq!(images.next(NOW), Next::BreakOff);
+    assert_eq!(images.next(NOW), Next::Wait(None), "it is ending");
+    images.pulled(&broken, NOW, Ms(1), 0);
+    assert_eq!(images.next(NOW), Next::Pull(named("r/next:latest")));
+    images.pulled(&Ok(digest("r/next:latest")), NOW, Ms(1), 0);
+    images.unask(&named("r/next"));
+    images.ask(&named("r/job"), NOW).unwrap();
+    assert_eq!(images.next(NOW), Next::Pull(named("r/job:latest")), "it did not fail");
+
+    // The farm's wish carries it on, and its end ends it.
+    images.wish(vec![wish("r/job:latest", ImageWant::Present, false, 5)]);
+    images.unask(&named("r/job"));
+    assert_eq!(images.next(NOW), Next::Wait(None));
+    images.wish(vec![]);
+    assert_eq!(images.next(NOW), Next::BreakOff);
+    images.pulled(&broken, NOW, Ms(1), 0);
+
+    let mut images = store(None);
+    assert_eq!(images.next(NOW), Next::Pull(named("r/own:1")));
+    assert_eq!(images.next(NOW), Next::Wait(None), "idle slots always want it");
+}

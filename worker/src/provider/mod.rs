@@ -34,6 +34,8 @@ pub trait VmProvider: Send + Sync {
     /// Brings an image onto this host as its name stands for it now, however long that takes while it goes on. What was
     /// downloaded before stays of use after a failure.
     async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError>;
+    /// Ends the pull that runs, which is then an error. What it has stays for the next one.
+    fn break_off(&self) {}
     /// Removes an image with all its names. VMs that were made of it stay. One that is gone already is a success.
     async fn remove(&self, image: &Digest) -> Result<(), VmError>;
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError>;

@@ -16,6 +16,7 @@ use alloy_shared::wire::image::PullProgress;
 use async_trait::async_trait;
 use nix::sys::signal::{Signal, kill};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use self::boot::Vm;
 use self::command::{CLONE, Failed, QUICK, STOP, Tart};
@@ -105,6 +106,8 @@ pub struct TartHost {
     making: tokio::sync::Mutex<()>,
     /// One download at a time: `tart` would let a second one wait in silence.
     pulling: tokio::sync::Mutex<()>,
+    /// Ends the newest download.
+    broken_off: Mutex<CancellationToken>,
     /// What broke off and may be resumed.
     unfinished: Unfinished,
     live: Mutex<HashMap<VmName, Arc<Vm>>>,
@@ -136,6 +139,7 @@ impl TartHost {
             version,
             making: tokio::sync::Mutex::default(),
             pulling: tokio::sync::Mutex::default(),
+            broken_off: Mutex::default(),
             unfinished,
             live: Mutex::default(),
             names: Mutex::default(),
@@ -256,6 +260,10 @@ impl VmProvider for TartHost {
 
     async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
         self.bring(image, progress).await
+    }
+
+    fn break_off(&self) {
+        self.broken_off.lock().unwrap_or_else(PoisonError::into_inner).cancel();
     }
 
     async fn remove(&self, image: &Digest) -> Result<(), VmError> {

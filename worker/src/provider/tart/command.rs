@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 use tokio::sync::{RwLock, watch};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::says::{Ended, Trouble, judge, tail};
 use crate::provider::{VmError, VmFault};
@@ -46,7 +47,7 @@ impl Tart {
     /// Runs a command to its end, or to its deadline: then it is killed, and that is an error of its own.
     pub(super) async fn run(&self, args: &[&str], deadline: Duration) -> Result<Ended, VmError> {
         let _alone = if args.first() == Some(&"clone") { None } else { Some(self.gate.read().await) };
-        self.watched(args, deadline, Signal::SIGTERM, None).await
+        self.watched(args, deadline, Signal::SIGTERM, None, &CancellationToken::new()).await
     }
 
     /// Like [`Tart::run`], for a command that must succeed: whatever it says otherwise is judged.
@@ -59,13 +60,14 @@ impl Tart {
     }
 
     /// Runs a command that may go on as long as it says something new: `silence` is how long it may say nothing. Each
-    /// line is passed to `said`.
+    /// line is passed to `said`. `stop` ends it early, which is an error of its own, too.
     pub(super) async fn watched(
         &self,
         args: &[&str],
         silence: Duration,
         polite: Signal,
         said: Option<Said>,
+        stop: &CancellationToken,
     ) -> Result<Ended, VmError> {
         let what = args.first().copied().unwrap_or_default();
         let mut child = self.spawn(args)?;
@@ -81,7 +83,14 @@ impl Tart {
                 status = child.wait() => break status,
                 // Closed streams: only its end is left to wait for.
                 more = beats.changed(), if talks => talks = more.is_ok(),
-                () = tokio::time::sleep(silence) => return Err(late(child, what, polite).await),
+                () = stop.cancelled() => {
+                    end(child, polite).await;
+                    return Err(VmError::farm(VmFault::Start, format!("tart {what} was broken off: nobody waits for it")));
+                }
+                () = tokio::time::sleep(silence) => {
+                    end(child, polite).await;
+                    return Err(VmError::farm(VmFault::Start, format!("tart {what} did not end in time and was killed")));
+                }
             }
         };
         let status = status.map_err(|error| VmError::farm(VmFault::Start, format!("tart {what}: {error}")))?;
@@ -122,14 +131,13 @@ pub(super) fn environment(home: &Path) -> [(String, String); 3] {
     ]
 }
 
-async fn late(mut child: Child, what: &str, polite: Signal) -> VmError {
+async fn end(mut child: Child, polite: Signal) {
     if let Some(pid) = child.id() {
         let _gone = kill(Pid::from_raw(pid as i32), polite);
     }
     if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
         let _gone = child.kill().await;
     }
-    VmError::farm(VmFault::Start, format!("tart {what} did not end in time and was killed"))
 }
 
 /// The last of a stream.

@@ -8,6 +8,7 @@ use alloy_shared::id::Digest;
 use alloy_shared::wire::image::PullProgress;
 use nix::sys::signal::Signal;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::command::{Failed, QUICK, Said};
 use super::says::{self, PullStep, Trouble, digest_of, is_remote};
@@ -85,8 +86,10 @@ impl TartHost {
             });
         }
         let _one = self.pulling.lock().await;
+        let stop = CancellationToken::new();
+        *self.broken_off.lock().unwrap_or_else(PoisonError::into_inner) = stop.clone();
         tracing::info!(%image, "pulling");
-        let ended = self.download(image, progress).await;
+        let ended = self.download(image, progress, &stop).await;
         // Before anybody's next command of `tart` clears it away.
         self.unfinished.hold(self.setup.env.now().mono);
         let ended = ended.map_err(|error| VmError { what: VmFault::Pull, ..error })?;
@@ -104,7 +107,12 @@ impl TartHost {
 
     /// Runs the pull. While it begins and there are unfinished downloads, nothing else of `tart` runs: one of them may be
     /// this image's, which the pull must find unlocked and which any other command would throw away.
-    async fn download(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<says::Ended, VmError> {
+    async fn download(
+        &self,
+        image: &ImageRef,
+        progress: &watch::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> Result<says::Ended, VmError> {
         let steps = progress.clone();
         let (began, mut begins) = watch::channel(false);
         let said: Said = std::sync::Arc::new(move |line: &str| match says::pull_step(line) {
@@ -130,7 +138,7 @@ impl TartHost {
         // SIGTERM keeps what has been downloaded; SIGINT would throw it away.
         let stall = Duration::from_millis(self.setup.pull_stall_ms);
         let arguments = ["pull", &image.0];
-        let mut run = std::pin::pin!(self.tart.watched(&arguments, stall, Signal::SIGTERM, Some(said)));
+        let mut run = std::pin::pin!(self.tart.watched(&arguments, stall, Signal::SIGTERM, Some(said), stop));
         tokio::select! {
             biased;
             ended = &mut run => return ended,
