@@ -10,7 +10,9 @@ use sha2::Digest as _;
 use crate::env::Ms;
 
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
-const ID_CHARS: usize = 26;
+pub const ID_CHARS: usize = 26;
+/// The shortest ending of a job's id that may stand for it.
+pub const ID_ENDING_MIN: usize = 6;
 
 /// What was wrong with a name that somebody typed or sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use alloy_shared::env::Mono;
-use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, WorkerId, printable};
+use alloy_shared::id::{AttemptRef, Digest, ID_CHARS, ID_ENDING_MIN, JobId, Labels, WorkerId, printable};
 use alloy_shared::limits;
 use alloy_shared::wire::image::canonical;
 use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings, required_labels};
@@ -378,10 +378,13 @@ pub async fn resolve(app: &App, scope: &Scope, text: &str) -> Result<Job, OpErro
     let id = match text.parse::<JobId>() {
         Ok(id) => id,
         Err(_) => {
-            let fine =
-                (6..26).contains(&text.len()) && text.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+            let fine = (ID_ENDING_MIN..ID_CHARS).contains(&text.len())
+                && text.bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
             if !fine {
-                let why = format!("`{}` is no job id: job_ and 26 characters, or at least its last 6", printable(text));
+                let why = format!(
+                    "`{}` is no job id: job_ and {ID_CHARS} characters, or at least its last {ID_ENDING_MIN}",
+                    printable(text)
+                );
                 return Err(OpError::refused(ErrorCode::InvalidParameter, why));
             }
             match app.store.jobs_ending(scope, text).await?.as_slice() {
