@@ -70,7 +70,10 @@ fn note(
     if let Some((seq, news)) = report {
         attempt.seq = seq;
         merge(&mut attempt.timings, &news.timings);
-        attempt.facts.extend(news.facts);
+        // What was said first was acted upon, and shown: a later word does not change it.
+        for (name, value) in news.facts {
+            attempt.facts.entry(name).or_insert(value);
+        }
         change.artifacts.extend(news.artifact);
         message = news.message;
         change.attempt = true;

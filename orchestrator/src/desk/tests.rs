@@ -399,3 +399,29 @@ fn a_job_ends_by_the_farms_fault_only_when_every_worker_has_lost_it_or_too_many_
     assert_eq!(farm(1..=4), [1, 2, 3, 4], "the fourth gets it too");
     assert_eq!(farm(1..=9), [1, 2, 3, 4, 5, 6], "it does not go through the whole farm");
 }
+
+#[test]
+fn a_fact_stays_what_it_was_said_to_be_first() {
+    let mut desk = Desk::new(Limits::default(), Mono(0));
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let say = |seq, event, facts: &[(&str, &str)]| {
+        let mut request = report(2, 10, 1, seq, event);
+        if let Request::Report { news, .. } = &mut request {
+            news.facts = facts.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        }
+        request
+    };
+    let phase = |phase| Event::Phase { attempt: 1, phase };
+    let (groups, _) = turn(
+        &mut desk,
+        1,
+        vec![
+            say(1, Event::Accepted { attempt: 1 }, &[]),
+            say(2, phase(Phase::Executing), &[("image", "r/a:1"), ("vm_source", "warm")]),
+            say(3, phase(Phase::Collecting), &[("image", "r/b:1"), ("image_digest", "sha256:ab")]),
+        ],
+    );
+    let [Write::Advance(last)] = groups[2].0.as_slice() else { panic!("{groups:?}") };
+    let facts = last.attempt.as_ref().unwrap().facts.iter().map(|(name, value)| format!("{name}={value}"));
+    assert_eq!(facts.collect::<Vec<_>>(), ["image=r/a:1", "image_digest=sha256:ab", "vm_source=warm"]);
+}
