@@ -4,7 +4,7 @@ mod build;
 mod crash;
 mod source;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,11 +17,14 @@ use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
+use crate::prose::variables_of_a_job;
+
 on_every_provider! {
     many_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undisturbed,
     a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed,
     nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren,
     ends_carry_reason_blame_and_exit_code,
+    a_job_finds_the_environment_that_is_promised_and_nothing_of_the_daemons,
 }
 
 const STAGES: [&str; 6] = ["queue_ms", "assign_ms", "vm_ms", "source_ms", "exec_ms", "collect_ms"];
@@ -308,11 +311,15 @@ async fn worker_is(api: &Api, id: &str, state: &str) {
     .await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_finds_the_environment_that_is_promised_and_nothing_of_the_daemons() -> Result<()> {
-    let farm = Farm::start(Setup::default()).await?;
+async fn a_job_finds_the_environment_that_is_promised_and_nothing_of_the_daemons(provider: Provider) -> Result<()> {
+    let farm = Farm::start(Setup::default().on(provider)).await?;
     let api = farm.api();
-    let id = api.submit(json!({ "shell": "env; echo PWD=$(pwd)", "env": { "MINE": "a b" } })).await?;
+    let tree = farm.dir().join("tree");
+    fs::create_dir(&tree)?;
+    let git = json!({ "commit": "abc", "branch": "main", "dirty": true });
+    let spec = json!({ "shell": "env; echo PWD=$(pwd)", "env": { "MINE": "a b" }, "git": git });
+    let body = json!({ "spec": spec, "source": farm.upload(&tree).await? });
+    let id = api.post("/v1/jobs", &body).await?["id"].as_str().context("an id")?.to_owned();
     assert_eq!(api.end(&id).await["state"], "succeeded");
     let log = String::from_utf8(api.log(&id).await?)?;
     for line in ["CI=true", "ALLOY=true", "ALLOY_JOB_ATTEMPT=1", "MINE=a b", &format!("ALLOY_JOB_ID={id}")] {
@@ -325,6 +332,17 @@ async fn a_job_finds_the_environment_that_is_promised_and_nothing_of_the_daemons
     let workspace = log.lines().find_map(|line| line.strip_prefix("ALLOY_WORKSPACE=")).context("a workspace")?;
     let pwd = log.lines().rev().find_map(|line| line.strip_prefix("PWD=")).context("a directory")?;
     assert_eq!(Path::new(workspace), Path::new(pwd));
+
+    // What shells set by themselves, and what the job brought.
+    let own = ["PWD", "OLDPWD", "SHLVL", "_", "MINE"];
+    let names = log.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name.to_owned());
+    let found: BTreeSet<String> = names.filter(|name| !own.contains(&name.as_str())).collect();
+    let (mut told, absent) = variables_of_a_job();
+    if provider == Provider::Tart {
+        told.remove("ALLOY_VM_DIR");
+    }
+    assert_eq!(found, told, "docs/OPERATIONS.md says what a job finds");
+    assert!(absent.len() > 8 && absent.is_disjoint(&found), "{absent:?}");
     Ok(())
 }
 
