@@ -205,3 +205,26 @@ async fn a_download_whose_job_is_canceled_makes_room_for_the_next_and_is_resumed
     until_report(&farm, OTHER, "the image is here", is_here).await;
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tag_is_removed_alone_while_its_image_has_another() -> Result<()> {
+    const LATER: &str = "registry.test/alloy/other:2";
+    let farm = Farm::start(macs()).await?;
+    for name in [OTHER, LATER] {
+        farm.mac(0).publish(name, &profile(26.0))?;
+        done(&farm, &["image", "pull", name]).await?;
+    }
+    let said = done(&farm, &["image", "rm", OTHER]).await?;
+    assert!(said.contains("no worker has"), "{said}");
+    assert!(reports(&farm, LATER).await?.iter().all(is_here), "the other tag stays");
+    assert_eq!(job(&farm, json!({ "shell": "true", "image": LATER })).await?["state"], "succeeded");
+    let listed = String::from_utf8(farm.mac(0).tart(&["list"]).output()?.stdout)?;
+    assert!(listed.contains(LATER) && !listed.contains(OTHER), "{listed}");
+    // The job's VM may still be going.
+    done(&farm, &["image", "rm", LATER]).await?;
+    until("the image goes with its last tag", async || {
+        Ok((!reports(&farm, LATER).await?.iter().any(is_here)).then_some(()))
+    })
+    .await;
+    Ok(())
+}

@@ -43,6 +43,7 @@ enum Busy {
         broken_off: bool,
     },
     Removing(Digest),
+    Untagging,
 }
 
 /// What to do, and when to ask again at the latest.
@@ -52,6 +53,8 @@ pub enum Next {
     /// Nobody wants what is being pulled any more: others wait for their turn.
     BreakOff,
     Remove(Digest),
+    /// The image has other tags.
+    Untag(ImageRef),
     Wait(Option<Mono>),
 }
 
@@ -220,6 +223,7 @@ impl Images {
                 Some(Busy::Pulling { name: image.0.clone(), generation, progress, broken_off: false })
             }
             Next::Remove(digest) => Some(Busy::Removing(*digest)),
+            Next::Untag(_) => Some(Busy::Untagging),
             Next::BreakOff | Next::Wait(_) => None,
         };
         next
@@ -244,10 +248,13 @@ impl Images {
                 return Next::Remove(digest);
             }
         }
-        let (gone, kept) = self.unwanted();
+        let Unwanted { gone, tags, kept } = self.unwanted();
         for name in gone {
             let generation = self.wishes.get(&name).map_or(0, |wish| wish.generation);
             self.book.done.insert(name, generation);
+        }
+        if let Some(tag) = tags.iter().find(|tag| !self.is_kept(tag)) {
+            return Next::Untag(ImageRef(tag.clone()));
         }
         if let Some(digest) = kept.iter().copied().find(|digest| !self.is_protected(digest)) {
             return Next::Remove(digest);
@@ -262,23 +269,28 @@ impl Images {
             return Next::Pull(ImageRef((**name).clone()));
         }
         let retries = due.iter().filter_map(|name| self.failed.get(*name)).map(|failed| failed.until).min();
-        let looks = (over || !kept.is_empty()).then_some(now + IN_USE_LOOK_MS);
+        let looks = (over || !kept.is_empty() || !tags.is_empty()).then_some(now + IN_USE_LOOK_MS);
         let over_failures = self.failed.values().map(|failed| failed.until).filter(|until| *until > now).min();
         Next::Wait(retries.into_iter().chain(looks).chain(over_failures).min())
     }
 
-    /// Names whose wish to be absent holds: those that are gone, and digests of those that are not.
-    fn unwanted(&self) -> (Vec<String>, Vec<Digest>) {
-        let (mut gone, mut kept) = (Vec::new(), Vec::new());
+    /// Names whose wish to be absent holds.
+    fn unwanted(&self) -> Unwanted {
+        let mut unwanted = Unwanted::default();
+        let is_tag = |name: &str| !name.contains('@');
         for (name, wish) in &self.wishes {
-            if wish.want == ImageWant::Absent && self.done(name) < wish.generation {
-                match self.digest(name) {
-                    Some(digest) => kept.push(digest),
-                    None => gone.push(name.clone()),
+            if wish.want != ImageWant::Absent || self.done(name) >= wish.generation {
+                continue;
+            }
+            match self.cached.iter().find(|image| image.names.iter().any(|own| own.0 == *name)) {
+                None => unwanted.gone.push(name.clone()),
+                Some(image) if is_tag(name) && image.names.iter().any(|own| is_tag(&own.0) && own.0 != *name) => {
+                    unwanted.tags.push(name.clone());
                 }
+                Some(image) => unwanted.kept.push(image.digest),
             }
         }
-        (gone, kept)
+        unwanted
     }
 
     /// Images to bring, in this order.
@@ -317,11 +329,14 @@ impl Images {
         free.min_by_key(|digest| (self.book.used_at.get(digest).copied().unwrap_or(Ms(0)), *digest))
     }
 
+    /// The name is wanted.
+    fn is_kept(&self, name: &str) -> bool {
+        let wished = |wish: &ImageWish| wish.pinned || wish.want == ImageWant::Present;
+        name == self.own || self.asked.contains_key(name) || self.wishes.get(name).is_some_and(wished)
+    }
+
     fn is_protected(&self, digest: &Digest) -> bool {
-        let kept = |name: &ImageRef| {
-            let wished = |wish: &ImageWish| wish.pinned || wish.want == ImageWant::Present;
-            name.0 == self.own || self.asked.contains_key(&name.0) || self.wishes.get(&name.0).is_some_and(wished)
-        };
+        let kept = |name: &ImageRef| self.is_kept(&name.0);
         let image = self.cached.iter().find(|image| image.digest == *digest);
         self.in_use.contains(digest) || image.is_some_and(|image| !image.removable || image.names.iter().any(kept))
     }
@@ -392,7 +407,7 @@ impl Images {
         let failed = self.failed.get(&name).filter(|failed| failed.until > now);
         let pulling = match &self.busy {
             Some(Busy::Pulling { name: busy, progress, .. }) if *busy == name => Some(*progress),
-            Some(Busy::Pulling { .. } | Busy::Removing(_)) | None => None,
+            Some(Busy::Pulling { .. } | Busy::Removing(_) | Busy::Untagging) | None => None,
         };
         ImageReport {
             digest: digest.map(|digest| format!("sha256:{digest}")),
@@ -409,6 +424,17 @@ impl Images {
             name,
         }
     }
+}
+
+/// What shall not be here.
+#[derive(Default)]
+struct Unwanted {
+    /// It is not.
+    gone: Vec<String>,
+    /// It is one of several tags of its image.
+    tags: Vec<String>,
+    /// Their images are.
+    kept: Vec<Digest>,
 }
 
 /// True if trying again would give the same answer.

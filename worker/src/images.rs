@@ -109,7 +109,7 @@ fn over() -> VmError {
 /// The end of a piece of work.
 enum Done {
     Pulled { image: ImageRef, result: Result<Digest, VmError> },
-    Removed { digest: Digest, result: Result<(), VmError> },
+    Removed { what: String, result: Result<(), VmError> },
 }
 
 struct Runner {
@@ -194,6 +194,7 @@ impl Runner {
                 None
             }
             Next::Remove(digest) => self.remove(digest),
+            Next::Untag(tag) => self.untag(tag),
             Next::Wait(wake) => wake,
         };
         if before != *self.images.book() {
@@ -281,7 +282,17 @@ impl Runner {
     fn remove(&mut self, digest: Digest) -> Option<Mono> {
         tracing::info!(%digest, "removing an image");
         let provider = Arc::clone(&self.setup.provider);
-        self.work = Some(Box::pin(async move { Done::Removed { digest, result: provider.remove(&digest).await } }));
+        self.work = Some(Box::pin(async move {
+            Done::Removed { what: digest.to_string(), result: provider.remove(&digest).await }
+        }));
+        None
+    }
+
+    fn untag(&mut self, tag: ImageRef) -> Option<Mono> {
+        tracing::info!(%tag, "removing a tag of an image that has others");
+        let provider = Arc::clone(&self.setup.provider);
+        self.work =
+            Some(Box::pin(async move { Done::Removed { result: provider.untag(&tag).await, what: tag.to_string() } }));
         None
     }
 
@@ -297,9 +308,9 @@ impl Runner {
                 self.images.pulled(&result, now.mono, now.wall, self.setup.env.dice());
                 self.save();
             }
-            Done::Removed { digest, result } => {
+            Done::Removed { what, result } => {
                 if let Err(error) = result {
-                    tracing::warn!(%digest, %error, "an image cannot be removed");
+                    tracing::warn!(image = what, %error, "an image cannot be removed");
                 }
                 self.images.removed();
             }

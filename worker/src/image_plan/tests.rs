@@ -209,3 +209,32 @@ fn a_pull_that_nobody_wants_any_more_is_broken_off_once_and_counts_as_no_failure
     assert_eq!(images.next(NOW), Next::Pull(named("r/own:1")));
     assert_eq!(images.next(NOW), Next::Wait(None), "idle slots always want it");
 }
+
+#[test]
+fn of_several_tags_one_goes_alone_and_the_image_with_the_last() {
+    let mut images = having(None, &["r/own:1"]);
+    let tags = |names: &[&str]| Image {
+        names: names.iter().chain(&["r/a@sha256:1"]).map(|name| named(name)).collect(),
+        ..image("r/a", 10)
+    };
+    let absent = |name| wish(name, ImageWant::Absent, false, 4);
+    let own = image("r/own:1", 10);
+    images.found(vec![own.clone(), tags(&["r/a:1", "r/a:2", "r/a:3"])], Ms(9));
+    images.uses([digest("r/a")].into());
+    images.wish(vec![absent("r/a:1"), absent("r/a:2"), wish("r/a:3", ImageWant::Present, true, 1)]);
+    assert_eq!(images.next(NOW), Next::Untag(named("r/a:1")), "whatever the image is used for");
+    assert_eq!(images.next(NOW), Next::Wait(None));
+    images.removed();
+    images.found(vec![own.clone(), tags(&["r/a:2", "r/a:3"])], Ms(9));
+    images.ask(&named("r/a:2"), NOW).unwrap();
+    assert!(!matches!(images.next(NOW), Next::Untag(_) | Next::Remove(_)), "somebody waits for it");
+    images.pulled(&Ok(digest("r/a")), NOW, Ms(9), 0);
+    images.unask(&named("r/a:2"));
+    assert_eq!(images.next(NOW), Next::Untag(named("r/a:2")));
+    images.removed();
+
+    images.uses(BTreeSet::new());
+    images.found(vec![own, tags(&["r/a:3"])], Ms(9));
+    images.wish(vec![absent("r/a:3")]);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/a")));
+}

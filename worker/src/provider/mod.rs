@@ -38,6 +38,10 @@ pub trait VmProvider: Send + Sync {
     fn break_off(&self) {}
     /// Removes an image with all its names. VMs that were made of it stay. One that is gone already is a success.
     async fn remove(&self, image: &Digest) -> Result<(), VmError>;
+    /// Removes one of several tags of an image. One that is gone already is a success.
+    async fn untag(&self, tag: &ImageRef) -> Result<(), VmError> {
+        Err(VmError::farm(VmFault::Destroy, format!("images have one name each here: {tag} cannot go alone")))
+    }
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError>;
     /// Returns when a command can run. The guest sees `inbox` read-only.
     async fn boot(&self, vm: &VmName, inbox: &Path) -> Result<Arc<dyn Guest>, VmError>;

@@ -270,6 +270,10 @@ impl VmProvider for TartHost {
         self.evict(image).await
     }
 
+    async fn untag(&self, tag: &ImageRef) -> Result<(), VmError> {
+        self.delete_name(tag).await
+    }
+
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError> {
         let name = self.names.lock().unwrap_or_else(PoisonError::into_inner).get(image).cloned();
         let name = name.ok_or_else(|| VmError::farm(VmFault::NoImage, format!("no image {image} was asked for")))?;

@@ -156,14 +156,19 @@ impl TartHost {
             return Ok(());
         };
         for name in &image.names {
-            match self.tart.must(&["delete", &name.0], QUICK).await? {
-                Ok(_) | Err(Failed { trouble: Trouble::Missing, .. }) => {}
-                Err(failed) => return Err(vm_error(VmFault::Destroy, "delete", &failed)),
-            }
+            self.delete_name(name).await?;
         }
         match self.cache().await?.iter().any(|image| image.digest == *digest) {
             true => Err(VmError::farm(VmFault::Destroy, format!("image {digest} was deleted and is still listed"))),
             false => Ok(()),
+        }
+    }
+
+    /// With the last tag goes the image.
+    pub(super) async fn delete_name(&self, name: &ImageRef) -> Result<(), VmError> {
+        match self.tart.must(&["delete", &name.0], QUICK).await? {
+            Ok(_) | Err(Failed { trouble: Trouble::Missing, .. }) => Ok(()),
+            Err(failed) => Err(vm_error(VmFault::Destroy, "delete", &failed)),
         }
     }
 }
