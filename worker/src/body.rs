@@ -8,7 +8,7 @@ use alloy_shared::env::Env;
 use alloy_shared::id::BootId;
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::runtime::Lifecycle;
-use alloy_shared::wire::session::Held;
+use alloy_shared::wire::session::{Held, Report};
 use tokio::sync::mpsc;
 
 use crate::executor::{Ctx, run_attempt};
@@ -56,12 +56,7 @@ pub struct Parts {
 
 /// Runs until `life` stops it. Nothing is offered to the farm before nothing of an earlier run is left.
 pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
-    let mut left = Vec::new();
-    for held in parts.held {
-        tracing::info!(attempt = %held.attempt, state = ?held.state, "an earlier run left an attempt");
-        let reports = parts.spool.reports(held.attempt, 0).await.unwrap_or_default();
-        left.push((held, reports));
-    }
+    let left = left_behind(parts.held, &parts.spool).await;
     let (env, limits) = (parts.env, parts.limits);
     let (door, inputs) = mpsc::channel(INPUT_QUEUE);
     let images = ImageStore::start(ImageSetup {
@@ -124,6 +119,17 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         () = env.sleep_until(env.now().mono + stop_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
     }
     over
+}
+
+/// The attempts of an earlier run, with all that was reported of each.
+async fn left_behind(all: Vec<Held>, spool: &Spool) -> Vec<(Held, Vec<(u64, Report)>)> {
+    let mut left = Vec::with_capacity(all.len());
+    for held in all {
+        tracing::info!(attempt = %held.attempt, state = ?held.state, "an earlier run left an attempt");
+        let reports = spool.reports(held.attempt, 0).await.unwrap_or_default();
+        left.push((held, reports));
+    }
+    left
 }
 
 /// Tells the session when the disk is too full for new work, and when it no longer is.
