@@ -29,6 +29,26 @@ mod routes;
 mod serve;
 mod submit;
 
+/// A worker as it is right after it was enrolled.
+pub(crate) fn enrolled(n: u128) -> Worker {
+    Worker {
+        id: WorkerId::from_raw(n),
+        org: DEFAULT_ORG,
+        name: format!("w{n}"),
+        public_key: [n as u8; 32],
+        labels: Labels::default(),
+        host_labels: Labels::default(),
+        version: String::new(),
+        epoch: 0,
+        boot: String::new(),
+        draining: false,
+        drain_note: None,
+        enrolled_at: Ms(0),
+        seen_at: None,
+        revoked: false,
+    }
+}
+
 const START: Ms = Ms(1_700_000_000_000);
 
 /// Time stands still until the test moves it.

@@ -216,22 +216,7 @@ mod tests {
     fn worker(n: u128, label: &str) -> Worker {
         let mut labels = Labels::default();
         labels.insert_pair(label).unwrap();
-        Worker {
-            id: WorkerId::from_raw(n),
-            org: DEFAULT_ORG,
-            name: "mini".into(),
-            public_key: [0; 32],
-            labels: Labels::default(),
-            host_labels: labels,
-            version: String::new(),
-            epoch: 1,
-            boot: String::new(),
-            draining: false,
-            drain_note: None,
-            enrolled_at: Ms(0),
-            seen_at: None,
-            revoked: false,
-        }
+        Worker { host_labels: labels, ..crate::tests::enrolled(n) }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use serde::de::DeserializeOwned;
 
-use super::plain::plain;
+use super::plain::{plain, plain_json};
 use crate::auth::{AttemptGrant, Denied, Principal};
 use crate::error::{Fault, showable};
 
@@ -195,12 +195,12 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Fault> {
         let message = if is_private(&path) {
             format!("the value has the wrong form (line {})", error.inner().line())
         } else {
-            showable(&plain(&error.inner().to_string()))
+            showable(&plain_json(error.inner()))
         };
         Fault::new(ErrorCode::InvalidBody, format!("{field}: {message}")).field(field, message)
     })?;
     json.end().map_err(|error| {
-        let message = showable(&plain(&error.to_string()));
+        let message = showable(&plain_json(&error));
         Fault::new(ErrorCode::InvalidBody, format!("body: {message}")).field("body", message)
     })?;
     Ok(value)

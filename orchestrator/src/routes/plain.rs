@@ -1,33 +1,12 @@
 //! D: what a parser says, in words for somebody who never saw the parser.
 
-/// What a parser of JSON calls text that is none.
-const NO_JSON: [&str; 13] = [
-    "EOF while",
-    "expected ",
-    "key must be",
-    "trailing c",
-    "control character",
-    "invalid escape",
-    "invalid number",
-    "invalid unicode",
-    "lone leading surrogate",
-    "unexpected end of hex",
-    "number out of range",
-    "recursion limit",
-    "float key",
-];
+use serde_json::error::Category;
+
 const NO_NUMBER: [&str; 4] = ["invalid digit", "number too", "cannot parse integer", "invalid float"];
 
 /// The sentence of serde's or serde_json's without its jargon.
 pub(super) fn plain(said: &str) -> String {
-    let (what, place) = match said.rsplit_once(" at line ") {
-        Some((what, place)) => (what, format!(" (line {})", place.replace(" column", ", column"))),
-        None => (said, String::new()),
-    };
-    let what = after_value(what);
-    if NO_JSON.iter().any(|start| what.starts_with(start)) {
-        return format!("this is no JSON{place}: {what}");
-    }
+    let what = after_value(placed(said).0);
     if NO_NUMBER.iter().any(|start| what.starts_with(start)) {
         return "is a whole number".to_owned();
     }
@@ -47,6 +26,26 @@ pub(super) fn plain(said: &str) -> String {
     match wrong.and_then(|rest| rest.rsplit_once(", expected ")) {
         Some((found, expected)) => format!("is {}, not {}", noun(expected), noun(found)),
         None => what.to_owned(),
+    }
+}
+
+/// The same of an error in JSON: its class tells text that is no JSON at all from JSON that is not what was asked for.
+pub(super) fn plain_json(error: &serde_json::Error) -> String {
+    let said = error.to_string();
+    match error.classify() {
+        Category::Syntax | Category::Eof => {
+            let (what, place) = placed(&said);
+            format!("this is no JSON{place}: {what}")
+        }
+        Category::Data | Category::Io => plain(&said),
+    }
+}
+
+/// What is wrong, and where.
+fn placed(said: &str) -> (&str, String) {
+    match said.rsplit_once(" at line ") {
+        Some((what, place)) => (what, format!(" (line {})", place.replace(" column", ", column"))),
+        None => (said, String::new()),
     }
 }
 
@@ -84,7 +83,7 @@ fn noun(kind: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use super::plain;
+    use super::{plain, plain_json};
 
     #[test]
     fn no_sentence_needs_a_dictionary() {
@@ -111,11 +110,6 @@ mod tests {
             ),
             ("invalid type: sequence, expected struct SubmitJob at line 1 column 0", "is an object, not a list"),
             ("invalid type: null, expected a string at line 1 column 2", "is text, not null"),
-            (
-                "EOF while parsing an object at line 1 column 1",
-                "this is no JSON (line 1, column 1): EOF while parsing an object",
-            ),
-            ("trailing characters at line 1 column 13", "this is no JSON (line 1, column 13): trailing characters"),
             ("invalid digit found in string", "is a whole number"),
             (
                 "Cannot parse `id` with value `mini`: a worker id is written wkr_ and 26 characters",
@@ -128,5 +122,23 @@ mod tests {
         ] {
             assert_eq!(plain(said), plainly);
         }
+    }
+
+    #[test]
+    fn text_that_is_no_json_is_told_from_json_of_another_form() {
+        let said =
+            |text: &str| plain_json(&serde_json::from_str::<std::collections::BTreeMap<String, u8>>(text).unwrap_err());
+        for (text, what) in [
+            ("{", "EOF"),
+            ("{\"a\":1}}", "trailing characters"),
+            ("{'a':1}", "key must be"),
+            ("{\"a\":1e999}", "number out of range"),
+            ("{\"a\":tru}", "expected ident"),
+        ] {
+            let said = said(text);
+            assert!(said.starts_with("this is no JSON (line 1, column ") && said.contains(what), "{text}: {said}");
+        }
+        assert_eq!(said("[]"), "is an object, not a list");
+        assert_eq!(said("{\"a\":\"expected value\"}"), "is a whole number from 0, not string \"expected value\"");
     }
 }

@@ -14,7 +14,7 @@ use futures_util::FutureExt;
 use super::super::*;
 use crate::store::mem::MemStore;
 use crate::store::write::{Enrol, OpenSession};
-use crate::store::{Scope, Store, TokenRow, Worker};
+use crate::store::{Scope, Store, TokenRow};
 
 const WORKERS: u128 = 3;
 const SLOTS: usize = 2;
@@ -60,23 +60,7 @@ fn enrolment(n: u128) -> Vec<Group> {
         revoked_at: None,
         used_by: None,
     };
-    let worker = Worker {
-        id: WorkerId::from_raw(n),
-        org: DEFAULT_ORG,
-        name: format!("w{n}"),
-        public_key: [n as u8; 32],
-        labels: Labels::default(),
-        host_labels: Labels::default(),
-        version: String::new(),
-        epoch: 0,
-        boot: String::new(),
-        draining: false,
-        drain_note: None,
-        enrolled_at: Ms(0),
-        seen_at: None,
-        revoked: false,
-    };
-    let enrol = Enrol { token: hash, at: Ms(1), worker };
+    let enrol = Enrol { token: hash, at: Ms(1), worker: crate::tests::enrolled(n) };
     vec![Group(vec![Write::AddToken(token)]), Group(vec![Write::Enrol(Box::new(enrol))])]
 }
 
