@@ -351,6 +351,10 @@ impl<'a> Follower<'a> {
                     self.unwritten = Some(bytes);
                 }
             }
+            FeedFrame::Worker(news) => {
+                self.stop_waiting();
+                if news.silent { self.app.talk.warn(&news.message) } else { self.app.talk.say(&news.message) }
+            }
             FeedFrame::End { job } => self.ended = Some(job),
         }
         Ok(())

@@ -121,6 +121,7 @@ pub(crate) mod tests {
             attempt: 1,
             worker: None,
             worker_name: None,
+            worker_state: None,
             image: None,
             image_digest: None,
             vm_source: None,

@@ -14,7 +14,7 @@ pub fn admit(spec: &JobSpec, limits: &Limits) -> Result<Labels, Vec<FieldError>>
     };
     for (field, value, max) in [
         ("timeout_ms", spec.timeout_ms, limits.job_timeout_max_ms),
-        ("queue_timeout_ms", spec.queue_timeout_ms, 7 * limits.queue_timeout_ms),
+        ("queue_timeout_ms", spec.queue_timeout_ms, limits.queue_timeout_max_ms()),
     ] {
         if let Some(ms) = value.filter(|ms| *ms > max) {
             let message = format!("is {ms}, at most {max} ms are allowed");

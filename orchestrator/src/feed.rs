@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use alloy_shared::env::Env;
-use alloy_shared::id::{AttemptRef, JobId};
+use alloy_shared::id::{AttemptRef, JobId, WorkerId};
 use alloy_shared::limits;
-use alloy_shared::wire::job::{ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, LogFrame};
+use alloy_shared::wire::job::{ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, LogFrame, WorkerNews};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -33,7 +33,7 @@ enum Stop {
 pub fn follow(app: Arc<App>, scope: Scope, job: JobId, cursor: FeedCursor) -> mpsc::Receiver<(FeedCursor, FeedFrame)> {
     let (tx, rx) = mpsc::channel(FRAMES);
     let env = app.env.clone();
-    let follower = Follower { app, scope, job, cursor, tx };
+    let follower = Follower { app, scope, job, cursor, tx, holder: None };
     env.spawn(
         "feed",
         Box::pin(async move {
@@ -49,6 +49,16 @@ struct Follower {
     job: JobId,
     cursor: FeedCursor,
     tx: mpsc::Sender<(FeedCursor, FeedFrame)>,
+    holder: Option<Holder>,
+}
+
+/// Who has the job's newest attempt.
+#[derive(Debug, Clone, Copy)]
+struct Holder {
+    worker: WorkerId,
+    attempt: u32,
+    /// The follower was told that it is not heard.
+    silent: bool,
 }
 
 impl Follower {
@@ -63,6 +73,7 @@ impl Follower {
             if attempt > 0 {
                 self.log(attempt, false).await?;
             }
+            self.hear().await?;
             self.pause().await;
             let floor = self.app.limits.poll_floor_ms;
             look = tokio::select! {
@@ -78,6 +89,7 @@ impl Follower {
         if *attempt == 0 {
             let job = self.app.store.job(&self.scope, &self.job).await.map_err(failed)?.ok_or(Stop::Failed)?;
             *attempt = job.state.tries.made;
+            self.holder = job.state.lease().map(|lease| Holder::new(lease.worker, lease.attempt));
             if job.state.is_done() && self.cursor.event >= job.events {
                 self.rest(job.state.tries.made).await?;
                 return Ok(true);
@@ -94,6 +106,15 @@ impl Follower {
                     self.rest(row.attempt).await?;
                 }
                 *attempt = (*attempt).max(row.attempt);
+                self.holder = match row.kind {
+                    EventKind::Assigned => row.worker.map(|worker| Holder::new(worker, row.attempt)),
+                    EventKind::Requeued | EventKind::Finished => None,
+                    EventKind::Submitted
+                    | EventKind::Accepted
+                    | EventKind::Phase
+                    | EventKind::Artifact
+                    | EventKind::CancelRequested => self.holder,
+                };
                 let event = self.event(row).await?;
                 self.send(FeedFrame::Event(event)).await?;
             }
@@ -101,6 +122,39 @@ impl Follower {
                 return Ok(true);
             }
         }
+    }
+
+    /// Says once that the job's worker is not heard, and once that it is back.
+    async fn hear(&mut self) -> Result<(), Stop> {
+        let Some(mut holder) = self.holder else { return Ok(()) };
+        let now = self.app.env.now();
+        let silence = self.app.hub.silence(&holder.worker, now.mono);
+        let silent = silence.ms >= self.app.limits.suspect_ms();
+        if silent == holder.silent {
+            return Ok(());
+        }
+        holder.silent = silent;
+        self.holder = Some(holder);
+        let known = self.app.store.worker(&self.scope, &holder.worker).await.map_err(failed)?;
+        let name = known.map_or_else(|| holder.worker.to_string(), |worker| worker.name);
+        let retry_at = silent.then(|| now.wall.plus(silence.lost_at.since(now.mono)).rfc3339());
+        let message = match &retry_at {
+            Some(at) => format!(
+                "worker {name} was not heard for {} s; if that goes on, the job is tried elsewhere at {at}",
+                silence.ms / 1_000
+            ),
+            None => format!("worker {name} is heard again"),
+        };
+        let news = WorkerNews {
+            at: now.wall.rfc3339(),
+            attempt: holder.attempt,
+            worker: holder.worker,
+            worker_name: name,
+            silent,
+            retry_at,
+            message,
+        };
+        self.send(FeedFrame::Worker(news)).await
     }
 
     /// The stored log of every attempt up to this one.
@@ -184,6 +238,12 @@ impl Follower {
     /// With many followers of one job, each of them reads less often and more at once.
     async fn pause(&self) {
         pause(&self.app, self.job).await;
+    }
+}
+
+impl Holder {
+    fn new(worker: WorkerId, attempt: u32) -> Self {
+        Self { worker, attempt, silent: false }
     }
 }
 

@@ -49,6 +49,13 @@ pub struct LiveWorker {
     pub trouble: Option<String>,
 }
 
+/// What the farm does not hear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Silence {
+    pub ms: u64,
+    pub lost_at: Mono,
+}
+
 struct Entry {
     seen: Mono,
     /// The newest session's, whether it still lives or not.
@@ -216,6 +223,15 @@ impl Hub {
         workers.into_iter().filter(|worker| now.since(since(worker)) > self.limits.expiry_ms).collect()
     }
 
+    /// For how long a worker was not heard, and when what it holds counts as lost if that goes on.
+    pub fn silence(&self, worker: &WorkerId, now: Mono) -> Silence {
+        let state = self.state();
+        let listening = state.listening_since;
+        let seen = state.workers.get(worker).map_or(listening, |entry| entry.seen.max(listening));
+        let lost_at = (seen + self.limits.expiry_ms).max(listening + self.limits.startup_grace_ms);
+        Silence { ms: now.since(seen), lost_at }
+    }
+
     /// This process itself was away: what it did not hear proves nothing.
     pub fn listen_anew(&self, now: Mono) {
         self.state().listening_since = now;
@@ -237,6 +253,20 @@ mod tests {
         assert_eq!(hub.silent([a, b], later), [b]);
         hub.listen_anew(later);
         assert!(hub.silent([a, b], later + 10).is_empty() && hub.is_in_grace(later + 10));
+    }
+
+    #[test]
+    fn silence_counts_from_when_somebody_listened() {
+        let limits = Limits::default();
+        let hub = Hub::new(limits.clone(), Mono(0));
+        let worker = WorkerId::from_raw(1);
+        assert_eq!(hub.silence(&worker, Mono(9)), Silence { ms: 9, lost_at: Mono(limits.startup_grace_ms) });
+        let _letters = hub.open(worker, 1, Mono(70_000));
+        hub.seen(worker, Mono(80_000));
+        let lost_at = Mono(80_000 + limits.expiry_ms);
+        assert_eq!(hub.silence(&worker, Mono(95_000)), Silence { ms: 15_000, lost_at });
+        hub.listen_anew(Mono(200_000));
+        assert_eq!(hub.silence(&worker, Mono(200_000)).ms, 0);
     }
 
     #[test]

@@ -137,6 +137,16 @@ impl Limits {
         Ok(())
     }
 
+    /// The longest that a job may ask to wait.
+    pub fn queue_timeout_max_ms(&self) -> u64 {
+        7 * self.queue_timeout_ms
+    }
+
+    /// A worker that missed three heartbeats is named as not heard.
+    pub fn suspect_ms(&self) -> u64 {
+        3 * self.heartbeat_ms
+    }
+
     /// The lease timings and the pauses between downloads divided by `factor`, so that tests see hours of protocol in seconds. Deadlines that users set stay.
     pub fn scaled(factor: u64) -> Self {
         let base = Self::default();

@@ -220,6 +220,7 @@ async fn a_farm_out_of_reach_is_125_from_run_and_7_elsewhere_with_a_hint() -> Re
         assert_eq!(out.status.code(), Some(code), "alloy {args:?}: {}", told(&out));
         let said = text(&out.stderr);
         assert!(said.contains("127.0.0.1:9") && said.contains("hint"), "alloy {args:?}: {}", told(&out));
+        assert_eq!(said.contains("waiting for it, up to 12s"), args[0] == "run", "alloy {args:?}: {}", told(&out));
         assert_eq!(text(&out.stdout), "", "talk goes to stderr");
     }
     Ok(())

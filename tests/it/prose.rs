@@ -82,6 +82,39 @@ fn every_variable_is_documented_and_no_other() {
     assert!(unknown.is_empty(), "docs/OPERATIONS.md tells of {unknown:?}, which no code reads");
 }
 
+#[test]
+fn how_things_end_is_told_with_the_numbers_of_the_code() {
+    let page = page("docs/OPERATIONS.md");
+    let (_, after) = page.split_once("## How things end").unwrap();
+    let (told, _) = after.split_once("\n## ").unwrap();
+    let limits = Limits::default();
+    for sentence in [
+        format!("gets SIGTERM and then {} s of grace", limits.cancel_grace_ms / 1_000),
+        format!("below {} GiB free a worker takes no new job", alloy_shared::limits::DISK_FLOOR >> 30),
+        "Nothing is deleted yet".to_owned(),
+    ] {
+        assert!(told.contains(&sentence), "docs/OPERATIONS.md does not say `{sentence}`");
+    }
+    let (_, hangup) = told.split_once("SIGHUP").unwrap();
+    for program in ["`alloy run`", "`alloy attach`", "`alloy up`", "`orchestrator`", "`worker`"] {
+        assert!(hangup.contains(program), "docs/OPERATIONS.md does not say what SIGHUP does to {program}");
+    }
+    // Each row with its example; those that need no farm are tried.
+    let home = tempfile::tempdir().unwrap();
+    for code in [0, 1, 2, 4, 5, 7] {
+        let row =
+            told.lines().find(|line| line.starts_with(&format!("| {code} |"))).unwrap_or_else(|| panic!("{code}"));
+        let example = row.rsplit('|').nth(1).unwrap().split('`').nth(1).unwrap();
+        let words: Vec<&str> = example.split(' ').collect();
+        assert_eq!(words[0], "alloy", "{row}");
+        if matches!(code, 2 | 7) {
+            let alloy = Command::new(bin_dir().join("alloy"));
+            let out = { alloy }.args(&words[1..]).env("HOME", home.path()).env("ALLOY_TOKEN", "").output().unwrap();
+            assert_eq!(out.status.code(), Some(code), "`{example}`: {}", String::from_utf8_lossy(&out.stderr));
+        }
+    }
+}
+
 /// Every command line of ours in the fenced blocks of a page.
 fn command_lines(page: &str) -> Vec<String> {
     let mut out = Vec::new();

@@ -11,6 +11,7 @@ use alloy_shared::config::File;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry, telemetry_into};
 
 use crate::config::{Config, Flags, Provider, default_dir, default_file};
+use crate::host::HostError;
 use crate::log_file::LogFile;
 use crate::session::drive::Over;
 use crate::{Daemon, JoinError, RunError, join};
@@ -53,6 +54,9 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     }
     let daemon = match Daemon::open(config) {
         Ok(daemon) => daemon,
+        Err(error @ RunError::Host(HostError::NotJoined { .. })) => {
+            return complain(&format!("{error}\nan admin makes the token: alloy worker invite"), ExitCode::from(2));
+        }
         Err(error) => return complain(&error.to_string(), ExitCode::FAILURE),
     };
     let life = Lifecycle::new();

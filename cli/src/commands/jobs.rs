@@ -4,6 +4,7 @@ use alloy_shared::client::{JobQuery, LogQuery};
 use alloy_shared::env::Ms;
 use alloy_shared::id::BadName;
 use alloy_shared::limits;
+use alloy_shared::wire::farm::WorkerState;
 use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
 
 use crate::context::{App, Farm};
@@ -276,7 +277,9 @@ fn facts(job: &JobView, now: Ms) -> Vec<(&'static str, String)> {
         fact("end", Some(verdict(job).text));
         fact("exit code", job.exit_code.map(|code| code.to_string()));
     }
-    fact("worker", job.worker_name.clone());
+    let silent = matches!(job.worker_state, Some(WorkerState::Suspect | WorkerState::Lost));
+    let heard = job.worker_state.filter(|_| silent).map_or(String::new(), |state| format!(" ({})", state.as_str()));
+    fact("worker", job.worker_name.as_ref().map(|name| format!("{name}{heard}")));
     fact("image", image(job));
     fact("attempt", (job.attempt > 0).then(|| job.attempt.to_string()));
     fact("lost", (job.lost > 0).then(|| format!("{} of them, by the farm", job.lost)));
@@ -345,6 +348,8 @@ mod tests {
         assert_eq!(fact("exit code"), Some("125"));
         assert_eq!(fact("stages"), Some("queue 12ms · exec 1m 01s"));
         assert_eq!(fact("waits for"), None);
+        let job = JobView { worker_name: Some("shed".into()), worker_state: Some(WorkerState::Suspect), ..job };
+        assert!(super::facts(&job, now).contains(&("worker", "shed (suspect)".to_owned())));
     }
 
     #[test]

@@ -5,8 +5,11 @@ pub(crate) mod artifacts;
 pub(crate) mod cancel;
 pub(crate) mod image;
 pub(crate) mod jobs;
+mod reach;
 pub(crate) mod run;
 pub(crate) mod setup;
+
+use alloy_shared::wire::source::{Entry, EntryKind};
 
 use crate::context::App;
 use crate::output::sanitize::one_line;
@@ -88,17 +91,42 @@ impl Command {
     }
 }
 
+/// Lists also what `alloy run` would refuse, and marks it: whoever looks wants to see why.
 fn source_ls(app: &App, with_size: bool, allow_secret_files: bool) -> Result<i32, Failure> {
-    let scan = source::scan(&app.dir, allow_secret_files)?;
+    let scan = source::scan(&app.dir, true)?;
     for warning in &scan.warnings {
         app.talk.warn(warning);
     }
+    let mark = |path: &str| scan.secrets.get(path).copied();
     if app.talk.json() {
         for entry in scan.manifest.entries() {
-            print_json(entry)?;
+            print_json(&Listed { entry, secret: mark(&entry.path) })?;
         }
-        return Ok(exit::OK);
+    } else {
+        print(&lines(&scan, with_size))?;
+        let total = size(scan.manifest.total_bytes());
+        app.talk.say(&format!("{}, {total}, manifest {}", plural(scan.files(), "file"), scan.manifest.digest()));
     }
+    if !scan.secrets.is_empty() && !allow_secret_files {
+        let (many, verb) =
+            (plural(scan.secrets.len() as u64, "file"), if scan.secrets.len() == 1 { "looks" } else { "look" });
+        app.talk.warn(&format!("{many} {verb} like a secret: `alloy run` refuses this tree"));
+        app.talk.hint("list it in .gitignore or .alloyignore, or send it with --allow-secret-files");
+    }
+    Ok(exit::OK)
+}
+
+/// One line of `--json`.
+#[derive(serde::Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    entry: &'a Entry,
+    /// Why it looks like a secret.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    secret: Option<&'static str>,
+}
+
+fn lines(scan: &source::Scan, with_size: bool) -> String {
     let mut out = String::new();
     for entry in scan.manifest.entries() {
         if with_size {
@@ -107,13 +135,13 @@ fn source_ls(app: &App, with_size: bool, allow_secret_files: bool) -> Result<i32
         out.push_str(&one_line(&entry.path));
         match &entry.target {
             Some(target) => out.push_str(&format!(" -> {}", one_line(target))),
-            None if entry.kind == alloy_shared::wire::source::EntryKind::Dir => out.push('/'),
+            None if entry.kind == EntryKind::Dir => out.push('/'),
             None => {}
+        }
+        if let Some(why) = scan.secrets.get(&entry.path) {
+            out.push_str(&format!("  (secret: {why})"));
         }
         out.push('\n');
     }
-    print(&out)?;
-    let total = size(scan.manifest.total_bytes());
-    app.talk.say(&format!("{}, {total}, manifest {}", plural(scan.files(), "file"), scan.manifest.digest()));
-    Ok(exit::OK)
+    out
 }

@@ -11,6 +11,7 @@ use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
 use alloy_shared::wire::network::Network;
 use serde::Serialize;
 
+use super::reach::{check_times, reach};
 use crate::context::{App, DEFAULT_ORIGIN, Farm};
 use crate::download::{Downloads, Report};
 use crate::farm::{Hosted, Lease};
@@ -260,13 +261,22 @@ async fn prepare(
     hosted: &Hosted,
     signals: &mut Signals,
 ) -> Result<SubmitJob, Failure> {
-    let (scan, git, ignored) = signals
+    let patience_ms = first_answer_ms(app, hosted)?;
+    let reached = reach(app, hosted.farm(), patience_ms);
+    // A limit of the farm's that may matter is asked for before the work that it may spare; else both are done at once.
+    let asks_for_time = spec.timeout_ms.is_some() || spec.queue_timeout_ms.is_some();
+    if asks_for_time && let Some(info) = signals.unless_told(reach(app, hosted.farm(), patience_ms)).await?? {
+        check_times(&spec, &info)?;
+    }
+    let (reached, scan, git, ignored) = signals
         .unless_told(async {
             let tree = read_tree(app, args.allow_secret_files);
-            tokio::join!(tree, git::record(&app.dir), git::tracked_but_ignored(&app.dir))
+            let reached = async { if asks_for_time || app.globals.local { Ok(None) } else { reached.await } };
+            tokio::join!(reached, tree, git::record(&app.dir), git::tracked_but_ignored(&app.dir))
         })
         .await?;
     let scan = scan?;
+    reached?;
     if let Some(warning) = scan.left_out(ignored) {
         app.talk.warn(&warning);
     }

@@ -406,6 +406,8 @@ mod tests {
             capabilities: vec![],
             base_url: String::new(),
             time: time.into(),
+            timeout_max_ms: None,
+            queue_timeout_max_ms: None,
         }
     }
 

@@ -8,7 +8,7 @@ mod secret;
 pub(crate) mod upload;
 mod walk;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use alloy_shared::limits;
@@ -18,7 +18,7 @@ use crate::output::{Failure, plural};
 use walk::Found;
 
 /// Names listed in one message; the rest is counted.
-const NAMED_MAX: usize = 10;
+const NAMED_MAX: usize = 20;
 
 /// A tree that was read without a change in it.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub(crate) struct Scan {
     pub(crate) manifest: Manifest,
     /// What the sender should know and the farm need not.
     pub(crate) warnings: Vec<String>,
+    /// Files that look like a secret, and why.
+    pub(crate) secrets: BTreeMap<String, &'static str>,
 }
 
 impl Scan {
@@ -56,8 +58,9 @@ pub(crate) fn scan(root: &Path, allow_secret_files: bool) -> Result<Scan, Failur
         return Err(Failure::error(format!("the tree cannot be sent: {}", named(list)))
             .hint("list it in .alloyignore, or remove it"));
     }
+    let secrets = secrets(&walked.found);
     if !allow_secret_files {
-        refuse_secrets(&walked.found)?;
+        refuse_secrets(&secrets)?;
     }
     let mut warnings = walked.warnings;
     warnings.extend(
@@ -67,7 +70,7 @@ pub(crate) fn scan(root: &Path, allow_secret_files: bool) -> Result<Scan, Failur
     );
     walk::assert_unchanged(&root, &walked.found)?;
     let manifest = Manifest::new(entries(walked.found)).map_err(|error| Failure::error(error.to_string()))?;
-    Ok(Scan { root, manifest, warnings })
+    Ok(Scan { root, manifest, warnings, secrets })
 }
 
 /// Directories follow from their files; only those without anything in them are entries.
@@ -92,16 +95,18 @@ fn entries(found: Vec<Found>) -> Vec<Entry> {
     .collect()
 }
 
-fn refuse_secrets(found: &[Found]) -> Result<(), Failure> {
-    let secrets = found.iter().filter(|found| found.kind == EntryKind::File);
-    let mut secrets: Vec<String> =
-        secrets.filter_map(|found| found.secret.map(|why| format!("{} ({why})", found.path))).collect();
+fn secrets(found: &[Found]) -> BTreeMap<String, &'static str> {
+    let files = found.iter().filter(|found| found.kind == EntryKind::File);
+    files.filter_map(|found| Some((found.path.clone(), found.secret?))).collect()
+}
+
+fn refuse_secrets(secrets: &BTreeMap<String, &'static str>) -> Result<(), Failure> {
     if secrets.is_empty() {
         return Ok(());
     }
-    secrets.sort();
+    let list: Vec<String> = secrets.iter().map(|(path, why)| format!("{path} ({why})")).collect();
     let what = if secrets.len() == 1 { "this file looks" } else { "these files look" };
-    Err(Failure::error(format!("{what} like a secret and would be sent: {}", named(secrets)))
+    Err(Failure::error(format!("{what} like a secret and would be sent: {}", named(list)))
         .hint("list it in .gitignore or .alloyignore, or send it with --allow-secret-files"))
 }
 

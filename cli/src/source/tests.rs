@@ -136,12 +136,35 @@ fn what_cannot_travel_is_refused_by_name() {
 }
 
 #[test]
+fn every_name_that_cannot_go_is_told_at_once_up_to_twenty() {
+    let tree = Tree::new(&[("fine", "1")]);
+    let deep: String = (0..limits::PATH_DEPTH_MAX).map(|_| "d/").collect();
+    for n in 0..3 {
+        nix::unistd::mkfifo(&tree.path(&format!("pipe-{n}")), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        tree.write(&format!("{deep}deep-{n}"), "1");
+    }
+    let message = tree.scan().unwrap_err().message;
+    for n in 0..3 {
+        assert!(message.contains(&format!("pipe-{n} is a FIFO")), "{message}");
+        assert!(message.contains(&format!("deep-{n} cannot go: ")), "{message}");
+    }
+    let tree = Tree::new(&[("fine", "1")]);
+    for n in 10..35 {
+        nix::unistd::mkfifo(&tree.path(&format!("pipe-{n}")), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    let message = tree.scan().unwrap_err().message;
+    assert!(message.contains("pipe-29") && !message.contains("pipe-30"), "{message}");
+    assert!(message.ends_with("and 5 files more"), "{message}");
+}
+
+#[test]
 fn secrets_stay_at_home_unless_allowed() {
     let tree = Tree::new(&[("app/.env", "TOKEN=1"), ("id_rsa", "k"), ("fine", "1")]);
     let failure = tree.scan().unwrap_err();
     assert!(failure.message.contains("app/.env (") && failure.message.contains("id_rsa ("), "{}", failure.message);
     assert!(failure.hint.unwrap().contains("--allow-secret-files"));
-    assert_eq!(scan(tree.0.path(), true).unwrap().files(), 3);
+    let all = scan(tree.0.path(), true).unwrap();
+    assert_eq!((all.files(), all.secrets.keys().map(String::as_str).collect()), (3, vec!["app/.env", "id_rsa"]));
     tree.write(".gitignore", ".env\nid_rsa\n");
     assert_eq!(tree.names(), [".gitignore", "app", "fine"]);
 

@@ -342,7 +342,7 @@ mod tests {
         });
         let manifest = Manifest::new(entries.collect()).unwrap();
         let all = manifest.blobs().into_iter().collect();
-        let scan = Scan { root: "/".into(), manifest, warnings: Vec::new() };
+        let scan = Scan { root: "/".into(), manifest, warnings: Vec::new(), secrets: Default::default() };
         let packs = plan(&scan, &all);
         assert_eq!(packs.iter().flatten().flatten().count(), 400);
         assert!(packs.len() > 2);

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use alloy_shared::id::{Digest, printable};
 use alloy_shared::limits;
-use alloy_shared::wire::source::EntryKind;
+use alloy_shared::wire::source::{BadSource, EntryKind, check_path};
 use ignore::{DirEntry, ParallelVisitor, ParallelVisitorBuilder, WalkBuilder, WalkState};
 use nix::fcntl::OFlag;
 use sha2::Digest as _;
@@ -208,6 +208,11 @@ impl ParallelVisitor for Visitor<'_> {
 impl Visitor<'_> {
     fn look(&mut self, entry: &DirEntry, name: &Path) -> Result<Option<Found>, String> {
         let path = name.to_str().ok_or("is a name that is not UTF-8")?.to_owned();
+        match check_path(&path) {
+            Ok(()) => {}
+            Err(BadSource::Path { why, .. }) => return Err(format!("cannot go: {why}")),
+            Err(bad) => return Err(bad.to_string()),
+        }
         let meta = fs::symlink_metadata(entry.path()).map_err(|error| error.to_string())?;
         let stamp = Stamp::of(&meta);
         let kind = meta.file_type();

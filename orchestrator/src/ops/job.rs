@@ -6,6 +6,7 @@ use std::sync::Arc;
 use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, Digest, ID_CHARS, ID_ENDING_MIN, JobId, Labels, WorkerId, printable};
 use alloy_shared::limits;
+use alloy_shared::wire::farm::WorkerState;
 use alloy_shared::wire::image::canonical;
 use alloy_shared::wire::job::{End, JobView, Reason, SubmitJob, Timings, required_labels};
 use alloy_shared::wire::session::{ArtifactReport, Report, ResultReport, fact};
@@ -420,7 +421,7 @@ pub async fn view(app: &App, job: &Job) -> Result<JobView, OpError> {
 }
 
 pub async fn views(app: &App, jobs: &[Job]) -> Result<Vec<JobView>, OpError> {
-    let mut names: BTreeMap<WorkerId, String> = BTreeMap::new();
+    let mut holders: BTreeMap<WorkerId, (String, WorkerState)> = BTreeMap::new();
     let mut out = Vec::with_capacity(jobs.len());
     for job in jobs {
         let scope = Scope::org(job.org);
@@ -430,10 +431,11 @@ pub async fn views(app: &App, jobs: &[Job]) -> Result<Vec<JobView>, OpError> {
         };
         let worker = attempt.as_ref().map(|attempt| attempt.worker);
         if let Some(id) = worker
-            && !names.contains_key(&id)
+            && !holders.contains_key(&id)
             && let Some(known) = app.store.worker(&scope, &id).await?
         {
-            names.insert(id, known.name);
+            let state = super::workers::state_of_holder(app, &known);
+            holders.insert(id, (known.name, state));
         }
         let why = match job.state.step {
             crate::job::Step::Queued { .. } => why(app, job.id).await,
@@ -442,8 +444,8 @@ pub async fn views(app: &App, jobs: &[Job]) -> Result<Vec<JobView>, OpError> {
             | crate::job::Step::Canceling { .. }
             | crate::job::Step::Done { .. } => None,
         };
-        let name = worker.and_then(|id| names.get(&id).cloned());
-        out.push(show(job, attempt.as_ref(), name, why, &app.base_url));
+        let holder = worker.and_then(|id| holders.get(&id).cloned());
+        out.push(show(job, attempt.as_ref(), holder, why, &app.base_url));
     }
     Ok(out)
 }
@@ -455,7 +457,14 @@ async fn why(app: &App, job: JobId) -> Option<String> {
     }
 }
 
-fn show(job: &Job, attempt: Option<&Attempt>, worker_name: Option<String>, why: Option<String>, base: &str) -> JobView {
+fn show(
+    job: &Job,
+    attempt: Option<&Attempt>,
+    holder: Option<(String, WorkerState)>,
+    why: Option<String>,
+    base: &str,
+) -> JobView {
+    let (worker_name, worker_state) = holder.unzip();
     let done = match &job.state.step {
         crate::job::Step::Done { end, at } => Some((end, *at)),
         crate::job::Step::Queued { .. }
@@ -475,6 +484,7 @@ fn show(job: &Job, attempt: Option<&Attempt>, worker_name: Option<String>, why: 
         attempt: job.state.tries.made,
         worker: attempt.map(|attempt| attempt.worker),
         worker_name,
+        worker_state: worker_state.filter(|_| job.state.lease().is_some()),
         image: fact(fact::IMAGE),
         image_digest: fact(fact::IMAGE_DIGEST),
         vm_source: fact(fact::VM_SOURCE),

@@ -90,6 +90,12 @@ pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
     })
 }
 
+/// How the holder of a job is at this moment.
+pub fn state_of_holder(app: &App, worker: &Worker) -> WorkerState {
+    let now = app.env.now().mono;
+    state(worker, true, app.hub.view(&worker.id, now).as_ref(), app.hub.is_in_grace(now), &app.limits)
+}
+
 fn state(worker: &Worker, has_jobs: bool, live: Option<&LiveWorker>, in_grace: bool, limits: &Limits) -> WorkerState {
     let silent = |silent_ms: u64| match in_grace {
         // Nobody had time to come back yet.
@@ -104,7 +110,7 @@ fn state(worker: &Worker, has_jobs: bool, live: Option<&LiveWorker>, in_grace: b
     if live.left {
         return WorkerState::Offline;
     }
-    if !live.connected || live.silent_ms > 2 * limits.heartbeat_ms + limits.heartbeat_ms / 2 {
+    if !live.connected || live.silent_ms >= limits.suspect_ms() {
         return silent(live.silent_ms);
     }
     let busy = has_jobs || live.slots.iter().any(|slot| slot.attempt.is_some());
@@ -118,29 +124,13 @@ fn state(worker: &Worker, has_jobs: bool, live: Option<&LiveWorker>, in_grace: b
 
 #[cfg(test)]
 mod tests {
-    use alloy_shared::env::Ms;
-    use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId, Labels};
+    use alloy_shared::id::{AttemptRef, JobId};
     use alloy_shared::wire::session::{SlotState, SlotView};
 
     use super::*;
 
     fn worker(draining: bool) -> Worker {
-        Worker {
-            id: WorkerId::from_raw(1),
-            org: DEFAULT_ORG,
-            name: "mini".into(),
-            public_key: [0; 32],
-            labels: Labels::default(),
-            host_labels: Labels::default(),
-            version: String::new(),
-            epoch: 1,
-            boot: "boot_1".into(),
-            draining,
-            drain_note: None,
-            enrolled_at: Ms(0),
-            seen_at: None,
-            revoked: false,
-        }
+        Worker { boot: "boot_1".into(), epoch: 1, draining, ..crate::tests::enrolled(1) }
     }
 
     fn slot(busy: bool) -> SlotView {
@@ -161,7 +151,8 @@ mod tests {
             (WorkerState::Lost, false, None),
             (WorkerState::Lost, false, live(60_001, true, &[false], false)),
             (WorkerState::Suspect, false, live(0, false, &[false], false)),
-            (WorkerState::Suspect, false, live(12_501, true, &[false], false)),
+            (WorkerState::Suspect, false, live(15_000, true, &[false], false)),
+            (WorkerState::Ready, false, live(14_999, true, &[false], false)),
             (WorkerState::Offline, false, left(0)),
             (WorkerState::Offline, true, left(60_001)),
             (WorkerState::Ready, false, live(5_000, true, &[false, true], false)),

@@ -52,6 +52,8 @@ pub async fn info(State(app): State<Arc<App>>, Viewer(_who): Viewer) -> Json<Inf
         capabilities: Vec::new(),
         base_url: app.base_url.clone(),
         time: app.env.now().wall.rfc3339(),
+        timeout_max_ms: Some(app.limits.job_timeout_max_ms),
+        queue_timeout_max_ms: Some(app.limits.queue_timeout_max_ms()),
     })
 }
 

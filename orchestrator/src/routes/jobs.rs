@@ -345,6 +345,7 @@ impl Framing {
                 let kind = match frame {
                     FeedFrame::Event(_) => "event",
                     FeedFrame::Log(_) => "log",
+                    FeedFrame::Worker(_) => "worker",
                     FeedFrame::End { .. } => "end",
                 };
                 out.put_slice(format!("id: {cursor}\nevent: {kind}\ndata: ").as_bytes());

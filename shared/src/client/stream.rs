@@ -419,7 +419,7 @@ fn fit(frame: FeedFrame, cursor: &mut FeedCursor) -> Result<Option<FeedFrame>, S
             Ok(if next_event(event.seq, cursor)? { Some(FeedFrame::Event(event)) } else { None })
         }
         FeedFrame::Log(log) => Ok(next_log(log, cursor)?.map(FeedFrame::Log)),
-        FeedFrame::End { .. } => Ok(Some(frame)),
+        FeedFrame::Worker(_) | FeedFrame::End { .. } => Ok(Some(frame)),
     }
 }
 

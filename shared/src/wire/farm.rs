@@ -18,6 +18,11 @@ pub struct Info {
     pub base_url: String,
     /// The orchestrator's wall clock, RFC 3339: `alloy doctor` compares it.
     pub time: String,
+    /// The longest that a job may ask to run, and to wait. Absent: an older farm, which says so when the job comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_max_ms: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_timeout_max_ms: Option<u64>,
 }
 
 /// `GET /v1/whoami`.
@@ -113,7 +118,7 @@ pub enum WorkerState {
     Draining,
     /// Draining and empty.
     Drained,
-    /// Not heard for more than two heartbeats, or not yet since the orchestrator started.
+    /// Its connection is gone, or it missed three heartbeats, or it was not heard yet since the orchestrator started.
     Suspect,
     /// It went without a word and did not come back in time.
     Lost,

@@ -71,6 +71,7 @@ fn view() -> JobView {
         attempt: 0,
         worker: None,
         worker_name: None,
+        worker_state: None,
         image: None,
         image_digest: None,
         vm_source: None,
@@ -182,6 +183,19 @@ fn feed_frames() {
     );
     check(FeedFrame::Log(LogFrame::new(1, 9, b"a\n")), r#"{"type":"log","attempt":1,"offset":9,"text":"a\n"}"#);
     check(FeedFrame::Log(LogFrame::new(1, 9, b"\xff")), r#"{"type":"log","attempt":1,"offset":9,"base64":"/w=="}"#);
+    let news = WorkerNews {
+        at: "2026-01-02T03:04:05.678Z".into(),
+        attempt: 2,
+        worker: WORKER,
+        worker_name: "shed".into(),
+        silent: true,
+        retry_at: Some("2026-01-02T03:04:05.678Z".into()),
+        message: "m".into(),
+    };
+    check(
+        FeedFrame::Worker(news),
+        r#"{"type":"worker","at":"2026-01-02T03:04:05.678Z","attempt":2,"worker":"$WORKER","worker_name":"shed","silent":true,"retry_at":"2026-01-02T03:04:05.678Z","message":"m"}"#,
+    );
     check(FeedFrame::End { job: Box::new(view()) }, &format!(r#"{{"type":"end","job":{VIEW}}}"#));
     check(
         ArtifactList { artifacts: vec![artifact(Some("b"))] },
@@ -425,10 +439,12 @@ fn the_farm() {
         capabilities: vec![],
         base_url: "http://farm".into(),
         time: "2026-01-02T03:04:05.678Z".into(),
+        timeout_max_ms: Some(9),
+        queue_timeout_max_ms: None,
     };
     check(
         info,
-        r#"{"version":"0.1.0","protocol_min":1,"protocol_max":1,"capabilities":[],"base_url":"http://farm","time":"2026-01-02T03:04:05.678Z"}"#,
+        r#"{"version":"0.1.0","protocol_min":1,"protocol_max":1,"capabilities":[],"base_url":"http://farm","time":"2026-01-02T03:04:05.678Z","timeout_max_ms":9}"#,
     );
     check(
         WhoAmI { name: "ada".into(), role: Role::Developer, org: DEFAULT_ORG },

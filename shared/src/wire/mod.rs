@@ -1,6 +1,7 @@
 //! T: everything that crosses a process border: paths, versions, errors, and one file per noun.
 
 pub mod farm;
+pub mod feed;
 #[cfg(test)]
 mod golden;
 pub mod image;

@@ -16,8 +16,9 @@ async fn a_local_run_does_not_touch_the_identity_of_a_joined_worker() -> Result<
     let out = output(alone.alloy(&["run", "--local", "-c", "true"])).await?;
     assert_eq!(out.status.code(), Some(0), "{}", told(&out));
     let out = output(alone.alloy(&["worker", "run", "--provider", "host"])).await?;
-    assert_eq!(out.status.code(), Some(1), "{}", told(&out));
-    assert!(text(&out.stderr).contains("worker join"), "{}", told(&out));
+    assert_eq!(out.status.code(), Some(2), "{}", told(&out));
+    let said = text(&out.stderr);
+    assert!(said.contains("worker join URL TOKEN") && said.contains("alloy worker invite"), "{}", told(&out));
 
     let invite = farm.api().post("/v1/workers/invites", &serde_json::json!({})).await?;
     let token = invite["token"].as_str().context("an invitation has a token")?;

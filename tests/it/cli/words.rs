@@ -63,7 +63,7 @@ async fn local_says_what_to_do_about_an_orchestrator_on_its_data_directory() -> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_run_waits_for_a_named_farm_that_restarts() -> Result<()> {
     let mut farm = Farm::start(Setup::default()).await?;
-    for (name, word) in [("empty", "waiting for it"), ("full", "reconnecting")] {
+    for (name, word) in [("empty", "waiting for it"), ("full", "waiting for it")] {
         let tree = farm.scratch(name)?;
         if name == "full" {
             std::fs::write(tree.join("file"), "content")?;
@@ -80,5 +80,62 @@ async fn a_run_waits_for_a_named_farm_that_restarts() -> Result<()> {
         assert_eq!(run.log_text().matches(word).count(), 1, "one line: {}", run.log_text());
     }
     farm.all_connected().await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_not_heard_is_named_once_and_once_more_when_it_is_back() -> Result<()> {
+    let mut farm = Farm::start(Setup { time_scale: 4, ..Setup::default() }).await?;
+    let gate = farm.dir().join("gate");
+    let line = format!("echo up; while [ ! -e {} ]; do sleep 0.05; done", gate.display());
+    let mut run = Daemon::start("run", farm.alloy(&["run", "-c", &line]), &farm.scratch("logs")?.join("run"))?;
+    until("the command runs", async || Ok(run.log_text().contains("up\n").then_some(()))).await;
+    farm.worker(0).signal(nix::sys::signal::Signal::SIGSTOP);
+    until("the farm says it", async || Ok(run.log_text().contains("was not heard for").then_some(()))).await;
+    let job = farm.api().get("/v1/jobs").await?["jobs"][0].clone();
+    let workers = farm.api().get("/v1/workers").await?;
+    farm.worker(0).signal(nix::sys::signal::Signal::SIGCONT);
+    assert_eq!(job["worker_state"], "suspect", "{job}");
+    assert_eq!(workers["workers"][0]["state"], "suspect", "{workers}");
+    until("it is back", async || Ok(run.log_text().contains("is heard again").then_some(()))).await;
+    std::fs::write(&gate, "")?;
+    assert_eq!(run.wait(PATIENCE)?.code(), Some(0), "{}", run.log_text());
+    let said = run.log_text();
+    assert_eq!((said.matches("was not heard for").count(), said.matches("is heard again").count()), (1, 1), "{said}");
+    assert!(said.contains("tried elsewhere at 20"), "{said}");
+    let id = job["id"].as_str().context("a job")?;
+    let kinds = farm.api().events(id).await?;
+    assert!(kinds.iter().all(|event| event["type"] != "worker"), "it is not in the books: {kinds:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn source_ls_lists_what_a_run_would_refuse_and_marks_it() -> Result<()> {
+    let alone = Alone::new()?;
+    std::fs::write(alone.tree().join("fine"), "1")?;
+    std::fs::write(alone.tree().join(".env"), "TOKEN=1")?;
+    let out = output(alone.alloy(&["source", "ls"])).await?;
+    assert_eq!(out.status.code(), Some(0), "{}", told(&out));
+    assert_eq!(text(&out.stdout), ".env  (secret: environment variables)\nfine\n", "{}", told(&out));
+    assert!(text(&out.stderr).contains("1 file looks like a secret"), "{}", told(&out));
+    let out = output(alone.alloy(&["source", "ls", "--json"])).await?;
+    let lines = text(&out.stdout).lines().map(serde_json::from_str::<Value>).collect::<Result<Vec<_>, _>>()?;
+    assert_eq!((&lines[0]["secret"], &lines[1]["secret"]), (&"environment variables".into(), &Value::Null));
+    let out = output(alone.alloy(&["source", "ls", "--allow-secret-files"])).await?;
+    assert!(!text(&out.stderr).contains("refuses"), "{}", told(&out));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_time_out_beyond_the_farms_limit_is_refused_before_the_tree_is_packed() -> Result<()> {
+    let farm = Farm::orchestrator_only(Setup::default()).await?;
+    let tree = farm.scratch("tree")?;
+    std::fs::write(tree.join("file"), "content")?;
+    let mut run = farm.alloy(&["run", "--timeout", "9999h", "-c", "true"]);
+    run.current_dir(&tree);
+    let out = output(run).await?;
+    assert_eq!(out.status.code(), Some(125), "{}", told(&out));
+    let said = text(&out.stderr);
+    assert!(said.contains("--timeout is at most ") && !said.contains("packing"), "{}", told(&out));
     Ok(())
 }

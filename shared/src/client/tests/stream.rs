@@ -133,7 +133,9 @@ async fn a_feed_cut_anywhere_loses_and_doubles_nothing() {
                     events += 1;
                     assert_eq!(event.seq, events, "seed {seed}");
                 }
-                FeedItem::Frame(FeedFrame::End { .. }) | FeedItem::Reconnecting { .. } | FeedItem::Reconnected => {}
+                FeedItem::Frame(FeedFrame::Worker(_) | FeedFrame::End { .. })
+                | FeedItem::Reconnecting { .. }
+                | FeedItem::Reconnected => {}
             }
         }
         assert!(got == whole, "seed {seed}: {} of {} bytes", got.len(), whole.len());
