@@ -146,8 +146,8 @@ fn every_name_that_cannot_go_is_told_at_once_up_to_twenty() {
     let message = tree.scan().unwrap_err().message;
     for n in 0..3 {
         assert!(message.contains(&format!("pipe-{n} is a FIFO")), "{message}");
-        assert!(message.contains(&format!("deep-{n} cannot go: ")), "{message}");
     }
+    assert_eq!(message.matches("cannot go: the path is deeper than 64 directories").count(), 3, "{message}");
     let tree = Tree::new(&[("fine", "1")]);
     for n in 10..35 {
         nix::unistd::mkfifo(&tree.path(&format!("pipe-{n}")), nix::sys::stat::Mode::S_IRWXU).unwrap();
