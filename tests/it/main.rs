@@ -20,6 +20,7 @@ macro_rules! on_every_provider {
 
 mod access;
 mod care;
+mod chaos;
 mod cli;
 mod follow;
 mod hooks;

@@ -81,6 +81,8 @@ pub struct Farm {
     orchestrator: Option<Daemon>,
     workers: Vec<Option<Daemon>>,
     macs: Vec<SimHost>,
+    /// Where a worker finds the orchestrator, if it goes through a proxy.
+    routes: Vec<Option<String>>,
     /// The test leaves jobs behind on purpose.
     pub leaves_live_jobs: bool,
 }
@@ -118,6 +120,11 @@ impl Farm {
         &self.macs[number]
     }
 
+    /// True if its workers make VMs.
+    pub fn has_macs(&self) -> bool {
+        self.setup.macs.is_some()
+    }
+
     /// An orchestrator without a worker.
     pub async fn orchestrator_only(setup: Setup) -> Result<Farm> {
         let dir = tempfile::Builder::new().prefix("alloy-farm-").tempdir()?;
@@ -131,6 +138,7 @@ impl Farm {
             orchestrator: None,
             workers: Vec::new(),
             macs: Vec::new(),
+            routes: Vec::new(),
             leaves_live_jobs: false,
         };
         farm.start_orchestrator().await?;
@@ -241,6 +249,18 @@ impl Farm {
         Ok(number)
     }
 
+    /// Adds a worker, on a simulated Mac of its own if the setup says so, that finds the orchestrator at `route`.
+    pub async fn add_worker_through(&mut self, route: String) -> Result<usize> {
+        let number = self.workers.len();
+        self.add_mac()?;
+        self.enrol(number).await?;
+        self.workers.push(None);
+        self.routes.resize(number, None);
+        self.routes.push(Some(route));
+        self.start_worker(number)?;
+        Ok(number)
+    }
+
     pub fn start_worker(&mut self, number: usize) -> Result<()> {
         ensure!(self.workers[number].is_none(), "it runs");
         let mut run = self.command("worker");
@@ -250,6 +270,9 @@ impl Farm {
             Some(mac) => run.args(["--provider", "tart"]).envs(mac.env()).env("TART_BASE_IMAGE", IMAGE),
             None => run.args(["--provider", "host"]),
         };
+        if let Some(Some(route)) = self.routes.get(number) {
+            run.env("ORCHESTRATOR_URL", route);
+        }
         run.env("ALLOY_IMAGE_BUDGET_GIB", self.setup.image_budget_gib.to_string());
         let name = format!("worker-{number}");
         self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);

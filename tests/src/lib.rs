@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod chaos;
 pub mod farm;
+pub mod history;
 pub mod noise;
 pub mod observe;
 pub mod pg;
@@ -11,3 +12,4 @@ pub mod process;
 pub mod proxy;
 pub mod sim_host;
 pub mod tart;
+pub mod teller;

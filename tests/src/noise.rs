@@ -15,6 +15,42 @@ pub fn blocks(seed: u64, len: u64) -> impl Iterator<Item = Vec<u8>> {
     })
 }
 
+/// The stream that an attempt prints: its byte at an offset is a function of job, attempt and offset, so whoever reads some
+/// bytes and knows where they belong can tell alone whether they are right.
+pub fn stream(job: &str, attempt: u32) -> u64 {
+    job.bytes().fold(mix(u64::from(attempt)), |state, byte| mix(state ^ u64::from(byte)))
+}
+
+/// The bytes `[from, from + len)` of a stream.
+pub fn range(seed: u64, from: u64, len: u64) -> Vec<u8> {
+    let (first, end) = (from / BLOCK as u64, from + len);
+    let mut out: Vec<u8> = (first..end.div_ceil(BLOCK as u64)).flat_map(|index| block(seed, index)).collect();
+    out.drain(..usize::try_from(from - first * BLOCK as u64).unwrap_or(usize::MAX).min(out.len()));
+    out.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+    out
+}
+
+/// What a record keeps of bytes: enough to tell other bytes, another order, or another length.
+pub fn sum(bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(bytes.len() as u64, |state, word| {
+        let mut padded = [0; 8];
+        padded[..word.len()].copy_from_slice(word);
+        mix(state ^ u64::from_le_bytes(padded))
+    })
+}
+
+/// The bytes `[from, from + len)` of a flood: 4 KiB blocks that begin with their number and have no line end. Cheap to make.
+pub fn flood(from: u64, len: u64) -> Vec<u8> {
+    let (first, end) = (from / BLOCK as u64, from + len);
+    let mut out = vec![b'.'; usize::try_from(end.div_ceil(BLOCK as u64) - first).unwrap_or(0) * BLOCK];
+    for (index, block) in (first..).zip(out.chunks_mut(BLOCK)) {
+        block[..16].copy_from_slice(format!("{index:016x}").as_bytes());
+    }
+    out.drain(..usize::try_from(from - first * BLOCK as u64).unwrap_or(usize::MAX).min(out.len()));
+    out.truncate(usize::try_from(len).unwrap_or(usize::MAX));
+    out
+}
+
 pub fn sha256(seed: u64, len: u64) -> String {
     let mut hash = Sha256::new();
     blocks(seed, len).for_each(|block| hash.update(&block));
@@ -74,6 +110,21 @@ mod tests {
         assert_eq!(long.len(), 50_001);
         assert_eq!(long[..12_345], short[..]);
         assert_ne!(sha256(7, 12_345), sha256(8, 12_345));
+    }
+
+    #[test]
+    fn any_range_is_that_part_of_the_stream() {
+        let (noise, flooded) = (range(7, 0, 20_000), flood(0, 20_000));
+        for (from, len) in [(0, 1), (4_095, 2), (5_000, 9_000), (19_999, 1), (8_192, 0)] {
+            let part = from as usize..(from + len) as usize;
+            assert_eq!(range(7, from, len), noise[part.clone()], "{from} {len}");
+            assert_eq!(flood(from, len), flooded[part], "{from} {len}");
+        }
+        assert_eq!(noise, blocks(7, 20_000).flatten().collect::<Vec<_>>());
+        assert!(!flooded.contains(&b'\n'));
+        let streams = [stream("job_a", 1), stream("job_a", 2), stream("job_b", 1)];
+        assert!(streams[0] != streams[1] && streams[0] != streams[2]);
+        assert!(sum(b"ab") != sum(b"ba") && sum(b"a") != sum(b"a\0") && sum(&noise[..99]) != sum(&noise[..98]));
     }
 
     #[test]

@@ -9,6 +9,9 @@ use serde_json::Value;
 /// How long a fact may take to become true before a test gives up. Generous: it costs nothing when all is well.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Between two looks.
+pub const BEAT: Duration = Duration::from_millis(20);
+
 /// The observer's clock.
 #[expect(clippy::disallowed_methods, reason = "the observer stands outside of the farm and has a clock of its own")]
 pub fn now() -> Instant {
@@ -25,7 +28,7 @@ pub async fn until<T>(what: &str, mut look: impl AsyncFnMut() -> Result<Option<T
             Err(error) => format!("; the last look: {error:#}"),
         };
         assert!(now() < end, "gave up waiting until {what}{last}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(BEAT).await;
     }
 }
 
@@ -36,7 +39,7 @@ pub fn until_blocking(what: &str, patience: Duration, mut look: impl FnMut() -> 
         if now() > end {
             bail!("gave up waiting until {what}");
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(BEAT);
     }
     Ok(())
 }
@@ -108,7 +111,7 @@ impl Api {
                 Err(error) => format!("{error:#}"),
             };
             assert!(now() < end, "gave up waiting for the end of {id}; the last look: {last}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(BEAT).await;
         }
     }
 

@@ -1,0 +1,306 @@
+//! `kill -9` of every process in every phase of a job, aimed by what is seen. Whoever was killed is started again at once; no
+//! job is lost, none ends twice, no byte is wrong, nothing is left, and nobody waits long.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use alloy_tests::chaos::Dice;
+use alloy_tests::chaos::stage::{Client, Plan, Stage, is_what_was_printed};
+use alloy_tests::farm::{Provider, Setup, full};
+use alloy_tests::history::Seen;
+use alloy_tests::noise;
+use alloy_tests::observe::{now, until};
+use alloy_tests::proxy::{Then, Way};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use super::aim::{Aim, PHASES, Phase, blockers_gate, install_hooks, lift, named, reach};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Process {
+    Orchestrator,
+    Worker,
+    /// `alloy run`; after its death, `alloy attach`.
+    Follower,
+}
+
+use Process::{Follower, Orchestrator, Worker};
+
+type Cell = (Process, Phase);
+
+/// Cells without a sense, and why.
+const NOT_MEANT: [(Cell, &str); 4] = [
+    ((Worker, 0), "a worker has nothing of a job before it is assigned: that is p13"),
+    ((Worker, 1), "the same"),
+    ((Follower, 12), "it has gone with the result: a teardown delays nobody"),
+    ((Follower, 13), "nobody follows where there is no job"),
+];
+
+/// Who is struck where, on which kind of farm.
+const LANES: [(&str, Provider, Process, &[Phase]); 6] = [
+    ("orchestrator", Provider::Host, Orchestrator, &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 13]),
+    ("worker", Provider::Host, Worker, &[2, 3, 5, 6, 7, 8, 9, 10, 11, 13]),
+    ("follower", Provider::Host, Follower, &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]),
+    ("vms-orchestrator", Provider::Tart, Orchestrator, &[4, 12]),
+    ("vms-worker", Provider::Tart, Worker, &[4, 12]),
+    ("vms-follower", Provider::Tart, Follower, &[4]),
+];
+
+const RECOVERY_P99_MS: u64 = 10_000;
+
+/// How long each recovery took, by cell.
+type Tally = BTreeMap<Cell, Vec<u64>>;
+
+#[test]
+fn every_cell_is_struck_or_has_a_reason() {
+    let struck = LANES.iter().flat_map(|(_, _, process, phases)| phases.iter().map(|phase| (*process, *phase)));
+    let mut cells: Vec<Cell> = struck.chain(NOT_MEANT.iter().map(|(cell, _)| *cell)).collect();
+    cells.sort_unstable();
+    let all =
+        [Orchestrator, Worker, Follower].into_iter().flat_map(|process| (0..14).map(move |phase| (process, phase)));
+    assert_eq!(cells, all.collect::<Vec<_>>());
+}
+
+/// Each cell of a lane once, and more of them up to this number, in the order of the dice.
+fn schedule(process: Process, phases: &[Phase], count: usize, dice: &mut Dice) -> Vec<Cell> {
+    let mut cells: Vec<Cell> = phases.iter().map(|phase| (process, *phase)).collect();
+    while cells.len() < count {
+        let mut more: Vec<Cell> = phases.iter().map(|phase| (process, *phase)).collect();
+        dice.shuffle(&mut more);
+        cells.extend(more.into_iter().take(count - cells.len()));
+    }
+    dice.shuffle(&mut cells);
+    cells
+}
+
+#[test]
+fn no_process_that_is_killed_in_any_phase_costs_a_job_a_byte_or_a_vm() -> Result<()> {
+    let dice = Dice::from_environment();
+    let (on_hosts, in_vms) = if full() { (84, 16) } else { (17, 3) };
+    let lanes = LANES.into_iter().enumerate().map(|(part, (name, provider, process, phases))| {
+        let mut dice = dice.apart(part as u64);
+        let count = if provider == Provider::Host { on_hosts } else { in_vms };
+        let cells = schedule(process, phases, count, &mut dice);
+        // A thread each: stopping a farm blocks.
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+            runtime.block_on(lane(name, provider, cells, dice)).with_context(|| name.to_owned())
+        })
+    });
+    let mut tally = Tally::new();
+    // All have begun before the first one is waited for.
+    for lane in lanes.collect::<Vec<_>>() {
+        let done = lane.join().map_err(|_| anyhow::anyhow!("a lane panicked"))?;
+        for (cell, took) in done? {
+            tally.entry(cell).or_default().extend(took);
+        }
+    }
+    tell(&tally)
+}
+
+/// Prints how often each cell was hit and how fast it recovered. An empty cell fails.
+fn tell(tally: &Tally) -> Result<()> {
+    let mut all: Vec<u64> = tally.values().flatten().copied().collect();
+    all.sort_unstable();
+    for (process, phase) in
+        LANES.iter().flat_map(|(_, _, process, phases)| phases.iter().map(|phase| (*process, *phase)))
+    {
+        let took = tally.get(&(process, phase)).filter(|took| !took.is_empty());
+        let took = took.with_context(|| format!("{process:?} was never killed in p{phase}"))?;
+        let slowest = took.iter().max().copied().unwrap_or(0);
+        println!("{process:?} p{phase} ({}): {} kills, slowest {slowest} ms", PHASES[usize::from(phase)], took.len());
+    }
+    for ((process, phase), why) in NOT_MEANT {
+        println!("{process:?} p{phase} ({}): not meant: {why}", PHASES[usize::from(phase)]);
+    }
+    let at = |percent: usize| all[(all.len() * percent).div_ceil(100).saturating_sub(1)];
+    println!("{} kills, recovery p50 {} ms, p99 {} ms", all.len(), at(50), at(99));
+    ensure!(at(99) <= RECOVERY_P99_MS, "recovery p99 is {} ms", at(99));
+    Ok(())
+}
+
+async fn lane(name: &str, provider: Provider, cells: Vec<Cell>, dice: Dice) -> Result<Tally> {
+    let workers = if provider == Provider::Host { 2 } else { 1 };
+    let mut stage =
+        Stage::new(name, Setup { workers, slots: 1, time_scale: 1, ..Setup::default() }, provider, dice).await?;
+    install_hooks(&stage)?;
+    let mut tally = Tally::new();
+    for cell in cells {
+        let (process, phase) = cell;
+        let took = strike(&mut stage, cell).await.with_context(|| format!("{process:?} p{phase}"))?;
+        tally.entry(cell).or_default().push(took);
+    }
+    stage.leave().await?;
+    Ok(tally)
+}
+
+/// Kills the process in the phase, starts it again, and sees everything through. Returns how long it took until the process
+/// did its work again.
+async fn strike(stage: &mut Stage, (process, phase): Cell) -> Result<u64> {
+    println!("{process:?} p{phase}…");
+    let mut aim = reach(stage, phase, process == Follower).await?;
+    let words = (format!("{process:?}"), format!("p{phase}"));
+    stage.recorder.write(Seen::Killed { process: words.0.clone(), phase: words.1.clone() });
+    let started = now();
+    let second = match process {
+        Orchestrator => {
+            stage.farm.kill_orchestrator();
+            lift(stage, true)?;
+            stage.farm.start_orchestrator().await?;
+            stage.all_online().await;
+            None
+        }
+        Worker => {
+            let victim = match &aim.job {
+                Some(job) if phase != 2 => stage.holder(job).await?,
+                _ => stage.dice.roll(stage.links.len() as u64) as usize,
+            };
+            kill_worker(stage, &aim, phase, victim).await?;
+            None
+        }
+        Follower => Some(kill_follower(stage, &mut aim, phase).await?),
+    };
+    let took_ms = u64::try_from(started.elapsed().as_millis())?;
+    stage.recorder.write(Seen::Back { process: words.0, phase: words.1, took_ms });
+    see_through(stage, aim, (process, phase), second).await?;
+    Ok(took_ms)
+}
+
+async fn kill_worker(stage: &mut Stage, aim: &Aim, phase: Phase, victim: usize) -> Result<()> {
+    stage.farm.kill_worker(victim);
+    lift(stage, true)?;
+    let greeted = stage.links[victim].trap(Way::Down, "\"welcome\"", 1, Then::Note);
+    stage.farm.start_worker(victim)?;
+    until("the worker is welcome again", async || Ok((greeted.borrow().seen == 1).then_some(()))).await;
+    let Some(job) = aim.job.as_deref().filter(|_| (4..=9).contains(&phase)) else { return Ok(()) };
+    // Its job is lost and runs again.
+    let api = stage.api();
+    until("the job runs again", async || {
+        let view = api.job(job).await?;
+        let again = view["attempt"].as_u64() > Some(1) && (view["state"] == "running" || view["state"] == "succeeded");
+        ensure!(again, "{view}");
+        Ok(Some(()))
+    })
+    .await;
+    Ok(())
+}
+
+/// A follower that takes over from one that died.
+enum Second {
+    Again(Box<super::aim::Aim>),
+    Attached(Client),
+    Fetched,
+}
+
+async fn kill_follower(stage: &mut Stage, aim: &mut Aim, phase: Phase) -> Result<Second> {
+    let run = aim.run.as_mut().context("a run")?;
+    run.client.kill();
+    let (dir, plan, artifact) = (run.dir.clone(), run.plan.clone(), run.artifact.clone());
+    lift(stage, false)?;
+    let Some(job) = aim.job.clone() else {
+        let run = stage.run(Plan { steps: vec!["bytes:1000".into()], ..plan })?;
+        let (job, progress) = named(stage, &run).await;
+        return Ok(Second::Again(Box::new(Aim {
+            run: Some(run),
+            job: Some(job),
+            progress: Some(progress),
+            blockers: vec![],
+        })));
+    };
+    if phase == 11 {
+        let mut get = stage.alloy(&["artifacts", "get", &job]);
+        get.current_dir(dir.join("tree"));
+        let mut client = Client::start(get, &dir.join("get"))?;
+        let status = client.ends().await?;
+        ensure!(status.success(), "{}", client.said());
+        let got = fs::read(dir.join("tree/alloy-out").join(&job).join(&artifact))?;
+        ensure!(noise::sha256_of(&got) == noise::sha256(noise::stream(&artifact, 0), 20_000), "{} bytes", got.len());
+        return Ok(Second::Fetched);
+    }
+    let there = aim.progress.as_ref().map_or(0, |progress| progress.borrow().offset);
+    let client = Client::start(stage.alloy(&["attach", &job]), &dir.join("attach"))?;
+    until("the second follower has what there was", async || {
+        ensure!(client.job().is_some(), "{}", client.said());
+        Ok((client.printed().len() as u64 >= there).then_some(()))
+    })
+    .await;
+    Ok(Second::Attached(client))
+}
+
+/// Opens what holds the jobs, waits for every end, and compares.
+async fn see_through(stage: &mut Stage, mut aim: Aim, cell: Cell, second: Option<Second>) -> Result<()> {
+    let (process, phase) = cell;
+    if let Some(run) = &aim.run {
+        run.open_gate()?;
+    }
+    fs::write(blockers_gate(stage), "")?;
+    let dead = process == Follower;
+    if aim.job.is_none() && phase < 2 && !dead {
+        let run = aim.run.as_ref().context("a run")?;
+        let (job, progress) = named(stage, run).await;
+        (aim.job, aim.progress) = (Some(job), Some(progress));
+    }
+    // Whatever a dead client left: an accepted job, never half of one.
+    for job in stage.unnamed().await? {
+        ensure!(dead && phase == 0, "{job} is a second job of one submit, or one whose upload never ended");
+        stage.follow(&job);
+        stage.settle(&job).await?;
+    }
+    for job in &aim.blockers {
+        stage.settle(job).await?;
+    }
+    fs::remove_file(blockers_gate(stage))?;
+    if let Some(job) = aim.job.clone() {
+        let view = stage.settle(&job).await?;
+        attempts_are_as_they_must(&view, cell)?;
+        told_to_the_end(stage, &mut aim, &view, !dead).await?;
+        if let Some(Second::Attached(mut client)) = second {
+            compare(stage, &mut client, &view).await?;
+        } else if let Some(Second::Again(mut again)) = second {
+            let view = stage.settle(again.job.as_deref().context("a job")?).await?;
+            told_to_the_end(stage, &mut again, &view, true).await?;
+        }
+    } else if let Some(Second::Again(mut again)) = second {
+        let view = stage.settle(again.job.as_deref().context("a job")?).await?;
+        told_to_the_end(stage, &mut again, &view, true).await?;
+    } else if phase == 13 {
+        let job = stage.submit(&["bytes:1000".to_owned()]).await?;
+        stage.follow(&job);
+        stage.settle(&job).await?;
+    }
+    stage.farm.all_connected().await;
+    Ok(())
+}
+
+/// The follower of the feed has the end, and the client, if it lives, says the same and printed every byte.
+async fn told_to_the_end(stage: &Stage, aim: &mut Aim, view: &Value, with_client: bool) -> Result<()> {
+    if let Some(progress) = &mut aim.progress {
+        tokio::time::timeout(alloy_tests::observe::PATIENCE, progress.wait_for(|at| at.end.is_some())).await??;
+    }
+    match &mut aim.run {
+        Some(run) if with_client => compare(stage, &mut run.client, view).await,
+        Some(_) | None => Ok(()),
+    }
+}
+
+async fn compare(stage: &Stage, client: &mut Client, view: &Value) -> Result<()> {
+    let status = client.ends().await?;
+    ensure!(status.code() == Some(0), "{status}: {}", client.said());
+    let (job, attempts) =
+        (view["id"].as_str().context("an id")?, u32::try_from(view["attempt"].as_u64().unwrap_or(0))?);
+    let last = stage.api().log(job).await?.len() as u64;
+    is_what_was_printed(job, attempts, last, &client.printed())
+}
+
+/// What a kill may cost.
+fn attempts_are_as_they_must(view: &Value, (process, phase): Cell) -> Result<()> {
+    let allowed = match (process, phase) {
+        (Worker, 4..=9) => 2..=2,
+        // One that never heard of it gets it again; one that had accepted it has lost it.
+        (Worker, 3) => 1..=2,
+        (Worker | Orchestrator | Follower, _) => 1..=1,
+    };
+    let told = view["attempt"].as_u64().unwrap_or(0);
+    ensure!(allowed.contains(&told), "attempt {told}: {view}");
+    Ok(())
+}
