@@ -296,6 +296,15 @@ impl Farm {
         self.orchestrator.take().expect("the orchestrator runs").kill();
     }
 
+    /// SIGTERM, and the end of it.
+    pub fn stop_orchestrator(&mut self) -> Result<()> {
+        let mut daemon = self.orchestrator.take().context("the orchestrator runs")?;
+        daemon.signal(Signal::SIGTERM);
+        let status = daemon.wait(STOP)?;
+        ensure!(status.success(), "the orchestrator ended with {status}");
+        Ok(())
+    }
+
     /// Waits for a worker that ends by itself. Returns how, and all that it said.
     pub fn ended_worker(&mut self, number: usize) -> Result<(ExitStatus, String)> {
         let mut daemon = self.workers[number].take().context("this worker runs")?;
