@@ -103,6 +103,26 @@ async fn a_vm_that_dies_under_a_job_costs_another_try_and_not_the_job() -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_whose_image_nobody_keeps_warm_is_told_why_it_waits() -> Result<()> {
+    const OTHER: &str = "registry.test/alloy/other:latest";
+    let farm = Farm::start(macs()).await?;
+    farm.mac(0).publish(OTHER, &Profile::default())?;
+    all_warm(&farm).await;
+    let ended = job(&farm, json!({ "shell": "true", "image": OTHER })).await?;
+    let stages = &ended["timings"]["vm"];
+    assert_eq!((&stages["warm"], &stages["why"]), (&json!(false), &json!("no_warm_vm")), "{ended}");
+    let made: u64 = ["clone_ms", "boot_ms", "agent_ms", "clock_ms"].iter().filter_map(|s| stages[s].as_u64()).sum();
+    assert!(made <= ended["timings"]["vm_ms"].as_u64().context("vm_ms")? + 3, "{ended}");
+    let id = ended["id"].as_str().context("an id")?;
+    let told = "a cold VM: no warm VM of this image";
+    let events = farm.api().events(id).await?;
+    assert!(events.iter().any(|event| event["message"] == told), "{events:#?}");
+    let status = text(&output(farm.alloy(&["status", id])).await?.stdout);
+    assert!(status.contains("cold: no warm VM of this image") && status.contains("(clone "), "{status}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_killed_with_its_vms_starts_clean() -> Result<()> {
     let mut farm = Farm::start(macs()).await?;
     all_warm(&farm).await;
@@ -128,6 +148,11 @@ async fn a_warm_vm_has_its_filter_and_its_image_on_record() -> Result<()> {
     let ended = job(&farm, json!({ "shell": "echo \"$ALLOY_VM_SOURCE $ALLOY_IMAGE\"" })).await?;
     let id = ended["id"].as_str().context("an id")?;
     assert_eq!(text(&farm.api().log(id).await?), format!("warm {IMAGE}\n"));
+    let stages = &ended["timings"]["vm"];
+    assert_eq!((&stages["warm"], &stages["why"]), (&json!(true), &Value::Null), "{ended}");
+    for stage in ["clone_ms", "boot_ms", "agent_ms", "clock_ms"] {
+        assert!(stages[stage].is_u64(), "{stage}: {ended}");
+    }
     let runs: Vec<_> =
         farm.mac(0).journal().into_iter().filter(|entry| entry.argv.iter().any(|arg| arg == "run")).collect();
     assert!(!runs.is_empty());

@@ -107,12 +107,13 @@ async fn run(ctx: Arc<Ctx>, assignment: Assignment, stop: mpsc::Receiver<Stop>) 
 
 impl Attempt {
     async fn stages(&mut self) -> Result<(), Ended> {
-        self.enter(Phase::Preparing).await?;
+        self.enter(Phase::Preparing, None).await?;
         self.vm().await?;
         self.source().await?;
-        self.enter(Phase::Executing).await?;
+        let vm = self.timings.vm.as_ref().map(|vm| vm.sentence());
+        self.enter(Phase::Executing, vm).await?;
         self.exec().await?;
-        self.enter(Phase::Collecting).await?;
+        self.enter(Phase::Collecting, None).await?;
         self.collect().await
     }
 
@@ -124,6 +125,7 @@ impl Attempt {
         let claimed = or_stop(&mut self.stop, claim).await;
         let ready = match claimed {
             Ok(Ok(claimed)) => {
+                self.timings.vm = Some(Box::new(claimed.stages));
                 self.claimed = Some(claimed);
                 self.pre_job().await
             }
@@ -210,8 +212,12 @@ impl Attempt {
     fn command(&self, claimed: &Claimed) -> Command {
         let (spec, now) = (&self.assignment.spec, self.ctx.env.now());
         let digest = claimed.digest.to_string();
-        let place =
-            Place { worker: &self.ctx.worker_name, image: &claimed.image.0, image_digest: &digest, warm: claimed.hit };
+        let place = Place {
+            worker: &self.ctx.worker_name,
+            image: &claimed.image.0,
+            image_digest: &digest,
+            warm: claimed.stages.warm,
+        };
         let deadline = now.wall.plus(self.assignment.timeout_ms);
         let env = job_env(&self.assignment, &place, claimed.guest.workspace(), deadline);
         let run = match &spec.shell {
@@ -281,7 +287,7 @@ impl Attempt {
         };
         let report = Report::Result(Box::new(ResultReport {
             end,
-            timings: self.timings,
+            timings: self.timings.clone(),
             log_len,
             artifacts: self.artifacts.load(Ordering::Relaxed),
             facts: self.facts(),
@@ -297,8 +303,8 @@ impl Attempt {
         self.mono().since(start)
     }
 
-    async fn enter(&mut self, phase: Phase) -> Result<(), Ended> {
-        let report = Report::Phase { phase, timings: self.timings, message: None, facts: self.facts() };
+    async fn enter(&mut self, phase: Phase, message: Option<String>) -> Result<(), Ended> {
+        let report = Report::Phase { phase, timings: self.timings.clone(), message, facts: self.facts() };
         self.tell(Input::Report { attempt: self.at, report }).await
     }
 
@@ -308,7 +314,7 @@ impl Attempt {
         [
             (fact::IMAGE, claimed.image.0.clone()),
             (fact::IMAGE_DIGEST, format!("sha256:{}", claimed.digest)),
-            (fact::VM_SOURCE, if claimed.hit { "warm" } else { "cold" }.to_owned()),
+            (fact::VM_SOURCE, if claimed.stages.warm { "warm" } else { "cold" }.to_owned()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into()

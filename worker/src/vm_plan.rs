@@ -6,6 +6,7 @@
 use alloy_shared::env::Mono;
 use alloy_shared::id::AttemptRef;
 use alloy_shared::wire::session::{SlotState, SlotView};
+use alloy_shared::wire::vm::Miss;
 
 use crate::provider::{ImageRef, VmName};
 use crate::vm_care::Host;
@@ -189,6 +190,32 @@ pub fn next_wake(view: &View<'_>, now: Mono) -> Option<Mono> {
     view.slots.iter().filter_map(due).chain(host).filter(|at| *at > now).min()
 }
 
+/// The image whose warm VM a slot would have, and why it has none.
+pub type Gap = Option<(ImageRef, Miss)>;
+
+/// Why no warm VM waits for a claim of this image, if none does.
+pub fn miss(view: &View<'_>, gaps: &[Gap], wanted: &ImageRef, now: Mono) -> Miss {
+    let known = |index: usize| {
+        let (image, why) = gaps.get(index)?.as_ref()?;
+        (image == wanted).then_some(*why)
+    };
+    let of = |slot: (usize, &Slot)| match slot.1 {
+        Slot::Warm { image, since, .. } if image == wanted && now.since(*since) >= view.warm_age_max_ms => {
+            Some(Miss::TooOld)
+        }
+        Slot::Cloning { image, .. } | Slot::Booting { image, .. } if image == wanted => {
+            Some(known(slot.0).filter(|why| *why != Miss::Recycling).unwrap_or(Miss::Booting))
+        }
+        Slot::Cold { .. } | Slot::Recycling { .. } | Slot::Quarantined { .. } => known(slot.0),
+        Slot::Cloning { .. } | Slot::Booting { .. } | Slot::Warm { .. } | Slot::Claimed { .. } => None,
+    };
+    let host = match view.host {
+        Host::Well => Miss::NoWarmVm,
+        Host::Resting { .. } | Host::Ill { .. } => Miss::Host,
+    };
+    view.slots.iter().enumerate().find_map(of).unwrap_or(host)
+}
+
 /// The slots as the orchestrator knows them. A claim that waits takes a free slot from the offer: it will have it.
 pub fn views(slots: &[Slot], waiting: &[Waiting]) -> Vec<SlotView> {
     let mut waiting = waiting.iter().map(|waiting| waiting.attempt);
@@ -269,117 +296,4 @@ fn is_rested(slot: &Slot, now: Mono) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use alloy_shared::id::JobId;
-
-    use super::*;
-
-    const NOW: Mono = Mono(100_000);
-
-    fn image(name: &str) -> ImageRef {
-        ImageRef(name.into())
-    }
-    fn vm() -> VmName {
-        VmName::mint(1, 1)
-    }
-    fn cold() -> Slot {
-        Slot::Cold { faults: 0, rest: Mono(0) }
-    }
-    fn warm(name: &str, since: u64) -> Slot {
-        Slot::Warm { vm: vm(), image: image(name), since: Mono(since) }
-    }
-    fn booting(name: &str) -> Slot {
-        Slot::Booting { vm: vm(), image: image(name), faults: 0 }
-    }
-    fn claimed() -> Slot {
-        Slot::Claimed { vm: vm(), image: image("a"), attempt: attempt(9) }
-    }
-    fn attempt(n: u32) -> AttemptRef {
-        AttemptRef { job: JobId::from_raw(1), attempt: n }
-    }
-    fn wants(name: &str) -> Waiting {
-        Waiting { attempt: attempt(1), image: image(name) }
-    }
-
-    fn check(slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
-        check_on(Host::Well, slots, waiting, expected);
-    }
-
-    fn check_on(host: Host, slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
-        let view = View { slots, waiting, image: Some(&image("a")), warm_age_max_ms: 50_000, host };
-        assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
-    }
-
-    #[test]
-    fn the_plan_of_each_view() {
-        use PoolAction::{Give, Make, Release, Unmake};
-        let make = |slot, name: &str| Make { slot, image: image(name) };
-        check(&[cold(), cold()], &[], &[make(0, "a"), make(1, "a")]);
-        check(&[warm("a", 99_000), claimed()], &[], &[]);
-        check(&[cold(), warm("a", 99_000)], &[wants("a")], &[Give { slot: 1, claim: 0 }, make(0, "a")]);
-        check(&[warm("a", 99_000)], &[wants("a"), wants("a")], &[Give { slot: 0, claim: 0 }]);
-        check(&[booting("a"), cold()], &[wants("a")], &[make(1, "a")]);
-        check(&[cold(), cold()], &[wants("b")], &[make(0, "b"), make(1, "a")]);
-        check(&[warm("a", 99_000), claimed()], &[wants("b")], &[Unmake { slot: 0 }]);
-        check(&[booting("a")], &[wants("b")], &[]);
-        check(&[warm("a", 1)], &[], &[Unmake { slot: 0 }]);
-        // A VM past its age is not given away either.
-        check(&[warm("a", 1)], &[wants("a")], &[Unmake { slot: 0 }]);
-        check(&[Slot::Cold { faults: 1, rest: NOW + 1 }], &[wants("a")], &[]);
-        let stuck_vm = |until| Slot::Quarantined { vm: Some(vm()), attempt: None, until, faults: 1 };
-        check(&[stuck_vm(NOW), stuck_vm(NOW + 1)], &[], &[Unmake { slot: 0 }]);
-        check(&[rested(3, 60_000, Mono(0))], &[], &[Release { slot: 0 }]);
-    }
-
-    #[test]
-    fn a_host_that_rests_makes_no_vms_and_an_ill_one_tries_one() {
-        use PoolAction::{Give, Make};
-        let make = |slot| Make { slot, image: image("a") };
-        let resting = |until| Host::Resting { until };
-        check_on(resting(NOW + 1), &[cold(), warm("a", 99_000)], &[wants("a")], &[Give { slot: 1, claim: 0 }]);
-        check_on(resting(NOW), &[cold(), cold()], &[], &[make(0), make(1)]);
-        let ill = |probe| Host::Ill { probe };
-        check_on(ill(NOW + 1), &[cold(), cold()], &[wants("a")], &[]);
-        check_on(ill(NOW), &[cold(), cold()], &[], &[make(0)]);
-        check_on(ill(NOW), &[booting("a"), cold()], &[], &[]);
-        // What is warm is all that it has: it is not thrown away for an image that may never come.
-        check_on(ill(NOW), &[warm("b", 99_000), booting("b")], &[wants("a")], &[]);
-        check_on(ill(NOW + 1), &[warm("a", 99_000), claimed()], &[], &[]);
-        check_on(ill(NOW), &[claimed(), warm("a", 99_000)], &[], &[PoolAction::Unmake { slot: 1 }]);
-    }
-
-    #[test]
-    fn nothing_is_made_ahead_of_an_image_that_is_not_here() {
-        let (slots, waiting) = ([cold(), cold()], [wants("b")]);
-        let view = View { slots: &slots, waiting: &waiting, image: None, warm_age_max_ms: 50_000, host: Host::Well };
-        assert_eq!(plan(&view, NOW), [PoolAction::Make { slot: 0, image: image("b") }]);
-    }
-
-    #[test]
-    fn the_pool_wakes_when_something_becomes_due() {
-        let image = image("a");
-        let wake = |slots: &[Slot]| {
-            let image = Some(&image);
-            next_wake(&View { slots, waiting: &[], image, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
-        };
-        assert_eq!(wake(&[claimed(), booting("a")]), None);
-        assert_eq!(wake(&[warm("a", 99_000), rested(1, 60_000, NOW)]), Some(NOW + 1_000));
-        assert_eq!(wake(&[warm("a", 99_000)]), Some(Mono(149_000)));
-    }
-
-    #[test]
-    fn a_waiting_claim_takes_a_free_slot_from_the_offer() {
-        let shown = views(&[claimed(), booting("a"), cold()], &[wants("a")]);
-        let states: Vec<_> = shown.iter().map(|view| (view.state, view.attempt)).collect();
-        let taken = SlotState::Claimed;
-        assert_eq!(states, [(taken, Some(attempt(9))), (taken, Some(attempt(1))), (SlotState::Cold, None)]);
-    }
-
-    #[test]
-    fn faults_rest_a_slot_and_many_close_it() {
-        assert_eq!(rested(0, 60_000, NOW), Slot::Cold { faults: 0, rest: NOW });
-        assert_eq!(rested(2, 60_000, NOW), Slot::Cold { faults: 2, rest: NOW + 2_000 });
-        assert!(matches!(rested(3, 60_000, NOW), Slot::Quarantined { vm: None, .. }));
-        assert!(!views(&[rested(3, 60_000, NOW)], &[])[0].state.is_free());
-    }
-}
+mod tests;

@@ -10,18 +10,20 @@ use alloy_shared::env::{Env, Mono, backoff};
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits::{HELD_MAX, Limits, SLOTS_MAX};
 use alloy_shared::wire::session::SlotView;
+use alloy_shared::wire::vm::{Miss, VmStages};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::images::{ImageStore, Use};
-use crate::provider::{Guest, ImageRef, NetworkPolicy, Shape, VmError, VmFault, VmName, VmProvider, inbox_of};
+use crate::provider::{Guest, ImageRef, NetworkPolicy, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
 use crate::vm_care::{Care, Trouble};
-use crate::vm_plan::{PoolAction, Slot, View, Waiting, next_wake, plan, views};
+use crate::vm_plan::{Gap, PoolAction, Slot, View, Waiting, miss, next_wake, plan, views};
 
 mod faults;
+mod making;
 
 const RECLAIM_RETRY_CAP_MS: u64 = 15_000;
 /// VMs that may not come, or not as they should be, before a claim is given up.
@@ -61,8 +63,8 @@ pub struct Claimed {
     pub digest: Digest,
     /// What the guest sees read-only.
     pub inbox: PathBuf,
-    /// True when the VM was waiting for the claim, and not the other way round.
-    pub hit: bool,
+    /// What it cost, and whether it was waiting for the claim or the other way round.
+    pub stages: VmStages,
     slot: usize,
     freed: mpsc::Sender<Freed>,
     gone: Option<oneshot::Sender<()>>,
@@ -98,7 +100,8 @@ struct Claim {
     waiting: Waiting,
     image: Use,
     reply: oneshot::Sender<Result<Claimed, VmError>>,
-    waited: bool,
+    /// Why no VM was waiting for it, once that is known.
+    missed: Option<Miss>,
     /// VMs for it that did not come.
     failures: u32,
 }
@@ -143,14 +146,19 @@ impl VmPool {
     ) -> Result<Claimed, VmError> {
         let image = image.map_or_else(|| self.image.clone(), |name| ImageRef(name.to_owned()));
         let here = self.bring(&image).await?;
-        let mut tries = 1;
+        let (mut tries, mut missed) = (1, None);
         loop {
-            let claimed = self.wait(Waiting { attempt, image: image.clone() }, here.clone()).await?;
+            let mut claimed = self.wait(Waiting { attempt, image: image.clone() }, here.clone(), missed).await?;
+            let start = self.env.now().mono;
             match within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await {
-                Ok(()) => return Ok(claimed),
+                Ok(()) => {
+                    claimed.stages.clock_ms = Some(self.env.now().mono.since(start));
+                    return Ok(claimed);
+                }
                 // A VM that is not as it must be is thrown away; nothing of the job was in it.
                 Err(error) if error.retry && tries < CLAIM_TRIES => {
                     tracing::warn!(vm.id = %claimed.vm, %error, "a VM is not fit for its job; taking another one");
+                    missed = Some(if error.what == VmFault::Network { Miss::Network } else { Miss::Unfit });
                     tries += 1;
                 }
                 Err(error) => return Err(error),
@@ -174,9 +182,9 @@ impl VmPool {
         }
     }
 
-    async fn wait(&self, waiting: Waiting, image: Use) -> Result<Claimed, VmError> {
+    async fn wait(&self, waiting: Waiting, image: Use, missed: Option<Miss>) -> Result<Claimed, VmError> {
         let (reply, answer) = oneshot::channel();
-        let claim = Claim { waiting, image, reply, waited: false, failures: 0 };
+        let claim = Claim { waiting, image, reply, missed, failures: 0 };
         let _tells_the_pool = Interest(self.freed.clone());
         self.asks.send(Ask::Claim(claim)).await.map_err(|_| gone())?;
         within(&self.env, self.limits.claim_ms, async { answer.await.map_err(|_| gone())? }).await
@@ -261,11 +269,11 @@ async fn reclaim_once(setup: &PoolSetup) -> Result<(), VmError> {
 enum Done {
     Cloned {
         slot: usize,
-        image: Result<Use, VmError>,
+        made: Result<Made, VmError>,
     },
     Booted {
         slot: usize,
-        image: Use,
+        made: Made,
         guest: Result<Arc<dyn Guest>, VmError>,
     },
     Destroyed {
@@ -281,8 +289,14 @@ enum Done {
     },
 }
 
-/// The live part of a slot that has a VM. Its image stays here for as long: the slot will want it again.
-type Running = Option<(Arc<dyn Guest>, Use)>;
+/// What a VM was cloned from, and what that and its boot cost. The image stays here for as long: the slot will want it again.
+struct Made {
+    image: Use,
+    stages: VmStages,
+}
+
+/// The live part of a slot that has a VM.
+type Running = Option<(Arc<dyn Guest>, Made)>;
 
 struct Runner {
     setup: PoolSetup,
@@ -291,6 +305,8 @@ struct Runner {
     made: u64,
     slots: Vec<Slot>,
     running: Vec<Running>,
+    /// Why a slot has no warm VM, while it has none.
+    gaps: Vec<Gap>,
     /// Watches of warm VMs, by slot.
     watches: Vec<Option<DropGuard>>,
     /// Who waits until a slot's VM is gone.
@@ -316,6 +332,7 @@ impl Runner {
             made: 0,
             slots: vec![Slot::Cold { faults: 0, rest: Mono(0) }; count],
             running: (0..count).map(|_| None).collect(),
+            gaps: vec![None; count],
             watches: (0..count).map(|_| None).collect(),
             leaving: (0..count).map(|_| None).collect(),
             claims: Vec::new(),
@@ -389,10 +406,15 @@ impl Runner {
                 host: self.care.host(),
             };
             let actions = plan(&view, now);
+            let wake = next_wake(&view, now);
+            for (index, claim) in self.claims.iter_mut().enumerate() {
+                let is_met = |action: &PoolAction| matches!(action, PoolAction::Give { claim, .. } if *claim == index);
+                if claim.missed.is_none() && !actions.iter().any(is_met) {
+                    claim.missed = Some(miss(&view, &self.gaps, &claim.waiting.image, now));
+                }
+            }
             if actions.is_empty() {
-                let wake = next_wake(&view, now);
                 self.hand_back();
-                self.claims.iter_mut().for_each(|claim| claim.waited = true);
                 return wake;
             }
             self.perform(actions, now);
@@ -417,10 +439,14 @@ impl Runner {
                 PoolAction::Unmake { slot } => {
                     let (attempt, faults) = match &self.slots[slot] {
                         Slot::Quarantined { attempt, faults, .. } => (*attempt, *faults),
+                        Slot::Warm { since, .. } => {
+                            let old = now.since(*since) >= self.setup.limits.warm_age_max_ms;
+                            self.gap(slot, if old { Miss::TooOld } else { Miss::NoWarmVm });
+                            (None, 0)
+                        }
                         Slot::Cold { .. }
                         | Slot::Cloning { .. }
                         | Slot::Booting { .. }
-                        | Slot::Warm { .. }
                         | Slot::Claimed { .. }
                         | Slot::Recycling { .. } => (None, 0),
                     };
@@ -438,16 +464,16 @@ impl Runner {
     }
 
     fn give(&mut self, slot: usize, claim: Claim) {
-        let (Slot::Warm { vm, image, .. }, Some((guest, used))) = (&self.slots[slot], &self.running[slot]) else {
+        let (Slot::Warm { vm, image, .. }, Some((guest, made))) = (&self.slots[slot], &self.running[slot]) else {
             return;
         };
         let claimed = Claimed {
             vm: vm.clone(),
             guest: Arc::clone(guest),
             image: image.clone(),
-            digest: used.digest(),
+            digest: made.image.digest(),
             inbox: inbox_of(&self.setup.state_dir, vm),
-            hit: !claim.waited,
+            stages: VmStages { warm: claim.missed.is_none(), why: claim.missed, ..made.stages },
             slot,
             freed: self.freed.clone(),
             gone: None,
@@ -458,76 +484,10 @@ impl Runner {
         let _claimer_is_gone = claim.reply.send(Ok(claimed));
     }
 
-    fn make(&mut self, slot: usize, image: ImageRef) {
-        let faults = match &self.slots[slot] {
-            Slot::Cold { faults, .. } => *faults,
-            Slot::Cloning { .. }
-            | Slot::Booting { .. }
-            | Slot::Warm { .. }
-            | Slot::Claimed { .. }
-            | Slot::Recycling { .. }
-            | Slot::Quarantined { .. } => return,
-        };
-        self.made += 1;
-        let vm = VmName::mint(self.nonce, self.made);
-        let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.image.clone());
-        let (env, provider, ms) =
-            (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
-        let (name, images, halt) = (vm.clone(), Arc::clone(&self.setup.images), self.halt.clone());
-        self.slots[slot] = Slot::Cloning { vm, image: image.clone(), faults };
-        self.work.push(Box::pin(async move {
-            let image = unless_halted(
-                &halt,
-                within(&env, ms, async {
-                    let used = match known {
-                        Some(used) => used,
-                        None => images.get(&image).await?,
-                    };
-                    provider.create(&name, &used.digest(), &Shape::default()).await.map(|()| used)
-                }),
-            );
-            Done::Cloned { slot, image: image.await }
-        }));
-    }
-
-    fn boot(&mut self, slot: usize, used: Use) {
-        let Slot::Cloning { vm, image, faults } = &self.slots[slot] else { return };
-        let (vm, image, faults) = (vm.clone(), image.clone(), *faults);
-        let inbox = inbox_of(&self.setup.state_dir, &vm);
-        let (env, provider, ms) =
-            (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
-        self.slots[slot] = Slot::Booting { vm: vm.clone(), image, faults };
-        let halt = self.halt.clone();
-        self.work.push(Box::pin(async move {
-            let guest = unless_halted(&halt, within(&env, ms, provider.boot(&vm, &inbox))).await;
-            Done::Booted { slot, image: used, guest }
-        }));
-    }
-
-    /// Destroys what is in the slot. It keeps its attempt until the VM is gone.
-    fn destroy(&mut self, slot: usize, attempt: Option<AttemptRef>, faults: u32) {
-        let vm = match &self.slots[slot] {
-            Slot::Cloning { vm, .. }
-            | Slot::Booting { vm, .. }
-            | Slot::Warm { vm, .. }
-            | Slot::Claimed { vm, .. }
-            | Slot::Quarantined { vm: Some(vm), .. } => vm.clone(),
-            Slot::Cold { .. } | Slot::Recycling { .. } | Slot::Quarantined { vm: None, .. } => return,
-        };
-        self.running[slot] = None;
-        self.watches[slot] = None;
-        let (env, provider, ms) =
-            (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
-        let name = vm.clone();
-        self.slots[slot] = Slot::Recycling { vm, attempt, faults };
-        self.work.push(Box::pin(async move {
-            Done::Destroyed { slot, result: within(&env, ms, provider.destroy(&name)).await }
-        }));
-    }
-
     fn take_back(&mut self, slot: usize, gone: Option<oneshot::Sender<()>>) {
         if let Slot::Claimed { attempt, .. } = self.slots[slot] {
             self.leaving[slot] = gone;
+            self.gap(slot, Miss::Recycling);
             self.destroy(slot, Some(attempt), 0);
         }
     }
@@ -535,16 +495,17 @@ impl Runner {
     fn finish(&mut self, done: Done) {
         let now = self.setup.env.now().mono;
         match done {
-            Done::Cloned { slot, image: Ok(used) } => self.boot(slot, used),
-            Done::Booted { slot, image: used, guest: Ok(guest) } => {
+            Done::Cloned { slot, made: Ok(made) } => self.boot(slot, made),
+            Done::Booted { slot, made, guest: Ok(guest) } => {
                 self.care.came_up(slot);
+                self.gaps[slot] = None;
                 if let Slot::Booting { vm, image, .. } = &self.slots[slot] {
                     self.slots[slot] = Slot::Warm { vm: vm.clone(), image: image.clone(), since: now };
                     self.watch(slot, Arc::clone(&guest));
-                    self.running[slot] = Some((guest, used));
+                    self.running[slot] = Some((guest, made));
                 }
             }
-            Done::Cloned { slot, image: Err(error) } | Done::Booted { slot, guest: Err(error), .. } => {
+            Done::Cloned { slot, made: Err(error) } | Done::Booted { slot, guest: Err(error), .. } => {
                 self.failed(slot, error);
             }
             Done::Destroyed { slot, result } => self.destroyed(slot, result, now),
@@ -556,6 +517,7 @@ impl Runner {
             Done::Swept(Ok(())) => self.sweeping = false,
             Done::Ended { slot, error: Some(error) } => {
                 tracing::warn!(slot, %error, "a warm VM has died; another one takes its place");
+                self.gap(slot, Miss::Died);
                 self.destroy(slot, None, 0);
             }
             Done::Ended { error: None, .. } => {}

@@ -5,7 +5,7 @@ use alloy_shared::env::Ms;
 use alloy_shared::id::BadName;
 use alloy_shared::limits;
 use alloy_shared::wire::farm::WorkerState;
-use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord};
+use alloy_shared::wire::job::{JobSpec, JobView, LogFrame, StateWord, Timings};
 
 use crate::context::{App, Farm};
 use crate::farm::Hosted;
@@ -304,7 +304,9 @@ fn image(job: &JobView) -> Option<String> {
         let shown: String = digest.chars().take("sha256:".len() + 12).collect();
         format!(" {shown}…")
     });
-    Some(format!("{name}{digest}{}", job.vm_source.as_ref().map_or(String::new(), |source| format!(", {source}"))))
+    let why =
+        job.timings.vm.as_ref().and_then(|vm| vm.why).map_or(String::new(), |why| format!(": {}", why.sentence()));
+    Some(format!("{name}{digest}{}", job.vm_source.as_ref().map_or(String::new(), |source| format!(", {source}{why}"))))
 }
 
 fn stages(job: &JobView) -> Option<String> {
@@ -319,8 +321,17 @@ fn stages(job: &JobView) -> Option<String> {
         ("teardown", t.teardown_ms),
     ];
     let shown: Vec<String> =
-        all.iter().filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", precise(ms)))).collect();
+        all.iter().filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}{}", precise(ms), within(name, t)))).collect();
     (!shown.is_empty()).then(|| shown.join(" · "))
+}
+
+/// What the job waited for within the stage `vm`; of a warm VM that is only the last look.
+fn within(stage: &str, timings: &Timings) -> String {
+    let Some(vm) = timings.vm.as_ref().filter(|_| stage == "vm") else { return String::new() };
+    let made = [("clone", vm.clone_ms), ("boot", vm.boot_ms), ("agent", vm.agent_ms)];
+    let waited = made.into_iter().filter(|_| !vm.warm).chain([("clock", vm.clock_ms)]);
+    let shown: Vec<_> = waited.filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", precise(ms)))).collect();
+    if shown.is_empty() { String::new() } else { format!(" ({})", shown.join(", ")) }
 }
 
 fn precise(ms: u64) -> String {
@@ -329,7 +340,8 @@ fn precise(ms: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use alloy_shared::wire::job::{End, Reason, Timings};
+    use alloy_shared::wire::job::{End, Reason};
+    use alloy_shared::wire::vm::{Miss, VmStages};
 
     use super::*;
     use crate::verdict::tests::ended;
@@ -350,6 +362,22 @@ mod tests {
         assert_eq!(fact("waits for"), None);
         let job = JobView { worker_name: Some("shed".into()), worker_state: Some(WorkerState::Suspect), ..job };
         assert!(super::facts(&job, now).contains(&("worker", "shed (suspect)".to_owned())));
+    }
+
+    #[test]
+    fn a_vm_is_told_with_its_stages_and_why_none_was_warm() {
+        let mut job = ended(&End::success());
+        job.image = Some("r/i:1".into());
+        job.vm_source = Some("cold".into());
+        let stages = VmStages { clone_ms: Some(900), boot_ms: Some(10), clock_ms: Some(30), ..VmStages::default() };
+        let cold = VmStages { why: Some(Miss::NoWarmVm), ..stages };
+        job.timings = Timings { vm_ms: Some(950), vm: Some(Box::new(cold)), exec_ms: Some(5), ..Timings::default() };
+        assert_eq!(image(&job).as_deref(), Some("r/i:1, cold: no warm VM of this image"));
+        assert_eq!(super::stages(&job).as_deref(), Some("vm 950ms (clone 900ms, boot 10ms, clock 30ms) · exec 5ms"));
+        job.vm_source = Some("warm".into());
+        job.timings.vm = Some(Box::new(VmStages { warm: true, ..stages }));
+        assert_eq!(image(&job).as_deref(), Some("r/i:1, warm"));
+        assert_eq!(super::stages(&job).as_deref(), Some("vm 950ms (clock 30ms) · exec 5ms"));
     }
 
     #[test]

@@ -92,6 +92,7 @@ fn note(
 /// The stages that the worker measured; the others are ours.
 fn merge(ours: &mut Timings, theirs: &Timings) {
     ours.vm_ms = theirs.vm_ms.or(ours.vm_ms);
+    ours.vm = theirs.vm.clone().or(ours.vm.take());
     ours.source_ms = theirs.source_ms.or(ours.source_ms);
     ours.exec_ms = theirs.exec_ms.or(ours.exec_ms);
     ours.collect_ms = theirs.collect_ms.or(ours.collect_ms);

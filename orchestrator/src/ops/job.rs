@@ -500,7 +500,7 @@ fn show(
         exit_code: exit.map(|(code, _)| code),
         exit_origin: exit.map(|(_, origin)| origin),
         signal: done.and_then(|(end, _)| end.signal),
-        timings: attempt.map_or_else(Timings::default, |attempt| attempt.timings),
+        timings: attempt.map_or_else(Timings::default, |attempt| attempt.timings.clone()),
         url: format!("{base}{}", path::job(job.id)),
     }
 }

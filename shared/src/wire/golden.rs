@@ -13,6 +13,7 @@ use super::job::*;
 use super::network::Network;
 use super::session::*;
 use super::source::*;
+use super::vm::{Miss, VmStages};
 use super::*;
 use crate::id::{AttemptRef, BootId, DEFAULT_ORG, Digest, JobId, Labels, TokenId, WorkerId};
 use crate::secret::Secret;
@@ -132,12 +133,20 @@ fn jobs() {
             exec_ms: Some(5),
             collect_ms: Some(6),
             teardown_ms: Some(7),
+            vm: Some(Box::new(VmStages {
+                warm: true,
+                why: None,
+                clone_ms: Some(8),
+                boot_ms: Some(9),
+                agent_ms: Some(10),
+                clock_ms: Some(11),
+            })),
         },
         ..view()
     };
     check(
         done,
-        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","image":"r/i:1","image_digest":"sha256:ab","vm_source":"warm","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7},"url":"http://farm/jobs/1"}"#,
+        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","image":"r/i:1","image_digest":"sha256:ab","vm_source":"warm","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7,"vm":{"warm":true,"clone_ms":8,"boot_ms":9,"agent_ms":10,"clock_ms":11}},"url":"http://farm/jobs/1"}"#,
     );
     let page = JobPage { jobs: vec![view()], next_cursor: Some("c".into()) };
     check(page, &format!(r#"{{"jobs":[{VIEW}],"next_cursor":"c"}}"#));
@@ -338,10 +347,16 @@ fn reports_of_workers() {
     };
     check(Report::Accepted, r#"{"report":"accepted"}"#);
     check(Report::Refused { message: "full".into() }, r#"{"report":"refused","message":"full"}"#);
-    let timings = Timings { vm_ms: Some(40), ..Timings::default() };
+    let vm = VmStages { why: Some(Miss::NoWarmVm), ..VmStages::default() };
+    let timings = Timings { vm_ms: Some(40), vm: Some(Box::new(vm)), ..Timings::default() };
     check(
-        Report::Phase { phase: Phase::Executing, timings, message: Some("m".into()), facts: map([(fact::IMAGE, "i")]) },
-        r#"{"report":"phase","phase":"executing","timings":{"vm_ms":40},"message":"m","facts":{"image":"i"}}"#,
+        Report::Phase {
+            phase: Phase::Executing,
+            timings: timings.clone(),
+            message: Some("m".into()),
+            facts: map([(fact::IMAGE, "i")]),
+        },
+        r#"{"report":"phase","phase":"executing","timings":{"vm_ms":40,"vm":{"warm":false,"why":"no_warm_vm"}},"message":"m","facts":{"image":"i"}}"#,
     );
     let sha256 = Digest::of(b"abc");
     check(
@@ -351,7 +366,7 @@ fn reports_of_workers() {
     let end = End { exit_code: Some(7), ..End::because(Reason::ScriptFailure, "x") };
     check(
         Report::Result(Box::new(ResultReport { end, timings, log_len: 9, artifacts: 1, facts: map([("vm", "warm")]) })),
-        r#"{"report":"result","end":{"reason":"script_failure","exit_code":7,"message":"x"},"timings":{"vm_ms":40},"log_len":9,"artifacts":1,"facts":{"vm":"warm"}}"#,
+        r#"{"report":"result","end":{"reason":"script_failure","exit_code":7,"message":"x"},"timings":{"vm_ms":40,"vm":{"warm":false,"why":"no_warm_vm"}},"log_len":9,"artifacts":1,"facts":{"vm":"warm"}}"#,
     );
     let killed = End { signal: Some(9), ..End::because(Reason::RunTimeout, "") };
     check(

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::farm::WorkerState;
 pub use super::feed::{EventKind, FeedCursor, FeedFrame, JobEvent, LogFrame, WorkerNews};
 use super::network::{self, Network};
+use super::vm::VmStages;
 use crate::id::{BadName, Digest, JobId, Labels, OrgId, WorkerId};
 
 /// What to run and how. Exactly one of `shell` and `argv`.
@@ -284,7 +285,7 @@ words!(/** Whose exit code it is. */ ExitOrigin, "an origin" {
 });
 
 /// Milliseconds of each stage, every one from its own clock. A stage that did not happen is absent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Timings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -301,6 +302,9 @@ pub struct Timings {
     pub collect_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teardown_ms: Option<u64>,
+    /// What `vm_ms` was spent on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<Box<VmStages>>,
 }
 
 /// `GET /v1/jobs/{id}`.

@@ -10,6 +10,7 @@ pub mod network;
 pub mod session;
 pub mod source;
 pub mod spec;
+pub mod vm;
 
 use serde::{Deserialize, Serialize};
 

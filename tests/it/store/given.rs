@@ -9,6 +9,7 @@ use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::image::ImageWant;
 use alloy_shared::wire::job::{End, EventKind, GitInfo, JobSpec, Phase, Reason, Timings};
 use alloy_shared::wire::network::Network;
+use alloy_shared::wire::vm::VmStages;
 use orchestrator::job::{Lease, State, Step, Then, Tries};
 use orchestrator::store::write::{Advance, Enrol, IdempotencyKey, InsertJob};
 use orchestrator::store::{
@@ -247,6 +248,9 @@ pub(super) fn any_timings(dice: &mut Dice) -> Timings {
         exec_ms: dice.maybe(|dice| dice.next() >> 20),
         collect_ms: None,
         teardown_ms: dice.maybe(|dice| dice.next() >> 20),
+        vm: dice
+            .maybe(|dice| VmStages { warm: true, clone_ms: Some(dice.next() >> 20), ..VmStages::default() })
+            .map(Box::new),
     }
 }
 

@@ -75,8 +75,12 @@ impl Attempt {
 
     fn about(&self, claimed: &Claimed) -> BTreeMap<String, String> {
         let digest = claimed.digest.to_string();
-        let place =
-            Place { worker: &self.ctx.worker_name, image: &claimed.image.0, image_digest: &digest, warm: claimed.hit };
+        let place = Place {
+            worker: &self.ctx.worker_name,
+            image: &claimed.image.0,
+            image_digest: &digest,
+            warm: claimed.stages.warm,
+        };
         let mut about = farm_env(&self.assignment, &place);
         about.insert("ALLOY_VM".to_owned(), claimed.vm.to_string());
         about

@@ -67,10 +67,23 @@ pub trait Guest: Send + Sync {
     async fn read(&self, path: &str, limit: u64) -> Result<mpsc::Receiver<Bytes>, VmError>;
     /// Lists files and links of the workspace that the rules take, sorted by path.
     async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError>;
+    /// How long its boot took, as far as its provider tells the parts apart.
+    fn boot_times(&self) -> BootTimes {
+        BootTimes::default()
+    }
     /// Returns when the guest is no more, though nobody has asked it to go, and says why.
     async fn ended(&self) -> VmError {
         std::future::pending().await
     }
+}
+
+/// The parts of a boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BootTimes {
+    /// Until the VM runs.
+    pub boot_ms: Option<u64>,
+    /// From then until its guest is prepared.
+    pub agent_ms: Option<u64>,
 }
 
 /// Where a VM's files on the host lie. The provider removes the directory with the VM.

@@ -293,9 +293,11 @@ impl VmProvider for TartHost {
     }
 
     async fn boot(&self, vm: &VmName, inbox: &Path) -> Result<Arc<dyn Guest>, VmError> {
+        let start = self.setup.env.now().mono;
         let machine = self.start(vm, inbox).await?;
+        let runs = self.setup.env.now().mono;
         self.live().insert(vm.clone(), Arc::clone(&machine));
-        let guest = self.ready(vm, &machine).await?;
+        let guest = self.ready(vm, &machine, (start, runs)).await?;
         machine.guest.set(Arc::clone(&guest)).map_err(|_| VmError::farm(VmFault::Start, "the VM was booted twice"))?;
         Ok(guest)
     }

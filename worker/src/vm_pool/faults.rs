@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use alloy_shared::env::Mono;
+use alloy_shared::wire::vm::Miss;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -72,7 +73,15 @@ impl Runner {
         if !matches!(self.care.host(), Host::Ill { .. }) {
             tracing::warn!(%image, %error, "a VM did not start");
         }
-        match self.care.failed(slot, &error, others, now) {
+        let verdict = self.care.failed(slot, &error, others, now);
+        self.gap(
+            slot,
+            match verdict {
+                Verdict::Vm | Verdict::Slot => Miss::StartFailed,
+                Verdict::Again | Verdict::Ill => Miss::Host,
+            },
+        );
+        match verdict {
             Verdict::Vm => {
                 self.charge(&image, error, CLAIM_TRIES);
                 self.destroy(slot, None, faults + 1);

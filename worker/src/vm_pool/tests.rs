@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 
 use super::*;
 use crate::images::ImageSetup;
-use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image};
+use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image, Shape};
 
 /// VMs that are only names, and faults on demand.
 #[derive(Default)]
@@ -233,7 +233,7 @@ async fn a_waiting_vm_is_a_hit_and_serves_one_attempt() {
     rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
     let claimed = rig.claim(1).await.unwrap();
     let first = claimed.vm.clone();
-    assert!(claimed.hit && claimed.inbox.starts_with("/state"));
+    assert!(claimed.stages.warm && claimed.inbox.starts_with("/state"));
     rig.slots(&[(SlotState::Claimed, Some(1)), (SlotState::Warm, None)]).await;
     rig.pool.release(claimed).await;
     assert!(!rig.fake.alive.lock().unwrap().contains(&first));
@@ -265,7 +265,7 @@ async fn a_claim_that_is_given_up_is_forgotten() {
     waits(second.as_mut()).await;
     drop(held);
     let third = second.await.unwrap();
-    assert!(!third.hit);
+    assert!(third.stages.why == Some(Miss::NoWarmVm));
     rig.slots(&[(SlotState::Claimed, Some(3))]).await;
 }
 
@@ -367,7 +367,18 @@ async fn another_image_takes_the_place_of_a_spare() {
     let mut rig = Rig::new(1, Fake::default()).await;
     rig.slots(&[(SlotState::Warm, None)]).await;
     let claimed = rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await.unwrap();
-    assert_eq!((claimed.image.0.as_str(), claimed.digest, claimed.hit), ("other", Digest::of(b"other"), false));
+    assert_eq!((claimed.image.0.as_str(), claimed.digest), ("other", Digest::of(b"other")));
+    assert_eq!((claimed.stages.warm, claimed.stages.why), (false, Some(Miss::NoWarmVm)));
+    let stages = claimed.stages;
+    assert!(stages.clone_ms.is_some() && stages.boot_ms.is_some() && stages.clock_ms.is_some(), "{stages:?}");
+}
+
+#[tokio::test]
+async fn a_claim_after_a_vm_that_was_not_fit_says_so() {
+    let mut rig = Rig::new(2, Fake { unfit: Mutex::new(1), ..Fake::default() }).await;
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+    let stages = rig.claim(1).await.unwrap().stages;
+    assert_eq!((stages.warm, stages.why), (false, Some(Miss::Network)));
 }
 
 #[tokio::test]

@@ -207,7 +207,7 @@ impl Rows {
 
     fn books(mut self, job: &Job, attempt: &Option<Attempt>, events: &[JobEventRow]) -> Self {
         if let Some(attempt) = attempt {
-            let timings = Timings { teardown_ms: None, ..attempt.timings };
+            let timings = Timings { teardown_ms: None, ..attempt.timings.clone() };
             self.attempts = self
                 .attempts
                 .text(attempt.at.job)

@@ -23,7 +23,7 @@ use super::{TartHost, locks, vm_error};
 use crate::guard::leash::{Leash, Wires};
 use crate::guard::{CONTROL_FD, Launch};
 use crate::lock;
-use crate::provider::{ExecOutput, NetworkPolicy, VmError, VmFault, VmName, VmProvider as _, vm_dir};
+use crate::provider::{BootTimes, ExecOutput, NetworkPolicy, VmError, VmFault, VmName, VmProvider as _, vm_dir};
 
 /// What is kept of what `tart run` says.
 const WORDS_MAX: usize = 16 << 10;
@@ -151,7 +151,13 @@ impl TartHost {
     }
 
     /// Waits until the guest answers, then prepares it: a name of its own, an empty workspace, the share.
-    pub(super) async fn ready(&self, vm: &VmName, machine: &Vm) -> Result<Arc<TartGuest>, VmError> {
+    /// `start` is when the VM was started, `runs` since when it runs.
+    pub(super) async fn ready(
+        &self,
+        vm: &VmName,
+        machine: &Vm,
+        (start, runs): (Mono, Mono),
+    ) -> Result<Arc<TartGuest>, VmError> {
         let until = self.setup.env.now().mono + self.setup.boot_ms;
         let way = self.way(vm, machine, until).await?;
         let steps = preparation(machine.os, vm);
@@ -169,6 +175,10 @@ impl TartHost {
             about,
             ended: machine.ended.clone(),
             commands: AtomicU32::new(0),
+            booted: BootTimes {
+                boot_ms: Some(runs.since(start)),
+                agent_ms: Some(self.setup.env.now().mono.since(runs)),
+            },
         }))
     }
 

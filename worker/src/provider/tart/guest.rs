@@ -23,7 +23,8 @@ use super::ssh::Ssh;
 use crate::artifacts::Matcher;
 use crate::provider::agent::{self, Said};
 use crate::provider::{
-    ArtifactRule, Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, Run, Signal, VmError, VmFault,
+    ArtifactRule, BootTimes, Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, Run, Signal, VmError,
+    VmFault,
 };
 
 /// Chunks between the guest and the spool.
@@ -66,6 +67,7 @@ pub(super) struct TartGuest {
     /// Why the VM is no more, once it is not.
     pub(super) ended: watch::Receiver<Option<VmError>>,
     pub(super) commands: AtomicU32,
+    pub(super) booted: BootTimes,
 }
 
 /// A script that runs in a guest. Dropping it ends the stream, and with it the script.
@@ -250,6 +252,10 @@ impl Guest for TartGuest {
             }),
         );
         Ok(rx)
+    }
+
+    fn boot_times(&self) -> BootTimes {
+        self.booted
     }
 
     async fn ended(&self) -> VmError {

@@ -1,0 +1,136 @@
+use alloy_shared::id::JobId;
+
+use super::*;
+
+const NOW: Mono = Mono(100_000);
+
+fn image(name: &str) -> ImageRef {
+    ImageRef(name.into())
+}
+fn vm() -> VmName {
+    VmName::mint(1, 1)
+}
+fn cold() -> Slot {
+    Slot::Cold { faults: 0, rest: Mono(0) }
+}
+fn warm(name: &str, since: u64) -> Slot {
+    Slot::Warm { vm: vm(), image: image(name), since: Mono(since) }
+}
+fn booting(name: &str) -> Slot {
+    Slot::Booting { vm: vm(), image: image(name), faults: 0 }
+}
+fn claimed() -> Slot {
+    Slot::Claimed { vm: vm(), image: image("a"), attempt: attempt(9) }
+}
+fn attempt(n: u32) -> AttemptRef {
+    AttemptRef { job: JobId::from_raw(1), attempt: n }
+}
+fn wants(name: &str) -> Waiting {
+    Waiting { attempt: attempt(1), image: image(name) }
+}
+
+fn check(slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
+    check_on(Host::Well, slots, waiting, expected);
+}
+
+fn check_on(host: Host, slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
+    let view = View { slots, waiting, image: Some(&image("a")), warm_age_max_ms: 50_000, host };
+    assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
+}
+
+#[test]
+fn the_plan_of_each_view() {
+    use PoolAction::{Give, Make, Release, Unmake};
+    let make = |slot, name: &str| Make { slot, image: image(name) };
+    check(&[cold(), cold()], &[], &[make(0, "a"), make(1, "a")]);
+    check(&[warm("a", 99_000), claimed()], &[], &[]);
+    check(&[cold(), warm("a", 99_000)], &[wants("a")], &[Give { slot: 1, claim: 0 }, make(0, "a")]);
+    check(&[warm("a", 99_000)], &[wants("a"), wants("a")], &[Give { slot: 0, claim: 0 }]);
+    check(&[booting("a"), cold()], &[wants("a")], &[make(1, "a")]);
+    check(&[cold(), cold()], &[wants("b")], &[make(0, "b"), make(1, "a")]);
+    check(&[warm("a", 99_000), claimed()], &[wants("b")], &[Unmake { slot: 0 }]);
+    check(&[booting("a")], &[wants("b")], &[]);
+    check(&[warm("a", 1)], &[], &[Unmake { slot: 0 }]);
+    // A VM past its age is not given away either.
+    check(&[warm("a", 1)], &[wants("a")], &[Unmake { slot: 0 }]);
+    check(&[Slot::Cold { faults: 1, rest: NOW + 1 }], &[wants("a")], &[]);
+    let stuck_vm = |until| Slot::Quarantined { vm: Some(vm()), attempt: None, until, faults: 1 };
+    check(&[stuck_vm(NOW), stuck_vm(NOW + 1)], &[], &[Unmake { slot: 0 }]);
+    check(&[rested(3, 60_000, Mono(0))], &[], &[Release { slot: 0 }]);
+}
+
+#[test]
+fn a_host_that_rests_makes_no_vms_and_an_ill_one_tries_one() {
+    use PoolAction::{Give, Make};
+    let make = |slot| Make { slot, image: image("a") };
+    let resting = |until| Host::Resting { until };
+    check_on(resting(NOW + 1), &[cold(), warm("a", 99_000)], &[wants("a")], &[Give { slot: 1, claim: 0 }]);
+    check_on(resting(NOW), &[cold(), cold()], &[], &[make(0), make(1)]);
+    let ill = |probe| Host::Ill { probe };
+    check_on(ill(NOW + 1), &[cold(), cold()], &[wants("a")], &[]);
+    check_on(ill(NOW), &[cold(), cold()], &[], &[make(0)]);
+    check_on(ill(NOW), &[booting("a"), cold()], &[], &[]);
+    // What is warm is all that it has: it is not thrown away for an image that may never come.
+    check_on(ill(NOW), &[warm("b", 99_000), booting("b")], &[wants("a")], &[]);
+    check_on(ill(NOW + 1), &[warm("a", 99_000), claimed()], &[], &[]);
+    check_on(ill(NOW), &[claimed(), warm("a", 99_000)], &[], &[PoolAction::Unmake { slot: 1 }]);
+}
+
+#[test]
+fn nothing_is_made_ahead_of_an_image_that_is_not_here() {
+    let (slots, waiting) = ([cold(), cold()], [wants("b")]);
+    let view = View { slots: &slots, waiting: &waiting, image: None, warm_age_max_ms: 50_000, host: Host::Well };
+    assert_eq!(plan(&view, NOW), [PoolAction::Make { slot: 0, image: image("b") }]);
+}
+
+#[test]
+fn the_pool_wakes_when_something_becomes_due() {
+    let image = image("a");
+    let wake = |slots: &[Slot]| {
+        let image = Some(&image);
+        next_wake(&View { slots, waiting: &[], image, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
+    };
+    assert_eq!(wake(&[claimed(), booting("a")]), None);
+    assert_eq!(wake(&[warm("a", 99_000), rested(1, 60_000, NOW)]), Some(NOW + 1_000));
+    assert_eq!(wake(&[warm("a", 99_000)]), Some(Mono(149_000)));
+}
+
+#[test]
+fn a_waiting_claim_takes_a_free_slot_from_the_offer() {
+    let shown = views(&[claimed(), booting("a"), cold()], &[wants("a")]);
+    let states: Vec<_> = shown.iter().map(|view| (view.state, view.attempt)).collect();
+    let taken = SlotState::Claimed;
+    assert_eq!(states, [(taken, Some(attempt(9))), (taken, Some(attempt(1))), (SlotState::Cold, None)]);
+}
+
+#[test]
+fn faults_rest_a_slot_and_many_close_it() {
+    assert_eq!(rested(0, 60_000, NOW), Slot::Cold { faults: 0, rest: NOW });
+    assert_eq!(rested(2, 60_000, NOW), Slot::Cold { faults: 2, rest: NOW + 2_000 });
+    assert!(matches!(rested(3, 60_000, NOW), Slot::Quarantined { vm: None, .. }));
+    assert!(!views(&[rested(3, 60_000, NOW)], &[])[0].state.is_free());
+}
+
+#[test]
+fn a_miss_has_a_cause() {
+    let recycling = || Slot::Recycling { vm: vm(), attempt: None, faults: 0 };
+    let because = |why| Some((image("a"), why));
+    let table: &[(Host, Slot, Gap, Miss)] = &[
+        (Host::Well, warm("b", 99_000), None, Miss::NoWarmVm),
+        (Host::Well, booting("b"), because(Miss::Died), Miss::NoWarmVm),
+        (Host::Well, booting("a"), None, Miss::Booting),
+        (Host::Well, booting("a"), because(Miss::Recycling), Miss::Booting),
+        (Host::Well, booting("a"), because(Miss::Died), Miss::Died),
+        (Host::Well, warm("a", 1), None, Miss::TooOld),
+        (Host::Well, recycling(), because(Miss::TooOld), Miss::TooOld),
+        (Host::Well, recycling(), because(Miss::Recycling), Miss::Recycling),
+        (Host::Well, recycling(), Some((image("b"), Miss::Recycling)), Miss::NoWarmVm),
+        (Host::Well, rested(3, 60_000, NOW), because(Miss::StartFailed), Miss::StartFailed),
+        (Host::Ill { probe: NOW }, cold(), None, Miss::Host),
+    ];
+    for (host, slot, gap, expected) in table {
+        let slots = [claimed(), slot.clone()];
+        let view = View { slots: &slots, waiting: &[], image: Some(&image("a")), warm_age_max_ms: 50_000, host: *host };
+        assert_eq!(miss(&view, &[None, gap.clone()], &image("a"), NOW), *expected, "{slot:?} {gap:?}");
+    }
+}
