@@ -263,6 +263,10 @@ pub const PAGE_MAX: u32 = 200;
 pub const SLOTS_MAX: usize = 64;
 /// VMs that run at once on a Mac: its licence and its kernel allow two macOS guests, whoever starts them.
 pub const MACOS_GUESTS_MAX: usize = 2;
+/// Requests for VMs that a worker remembers, to know which images to keep warm.
+pub const DEMAND_MAX: usize = 256;
+/// Images that a worker keeps warm by its configuration.
+pub const FLOORS_MAX: usize = 16;
 /// Faults of a host in a row after which it takes no jobs.
 pub const HOST_FAULTS_MAX: u32 = 3;
 /// How often a VM is told to go before its host asks for a reboot.

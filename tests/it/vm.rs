@@ -4,6 +4,7 @@ mod chaos;
 mod faults;
 mod network;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::Output;
 
@@ -11,7 +12,10 @@ use alloy_tests::farm::{Farm, IMAGE, Setup, full, output};
 use alloy_tests::observe::until;
 use alloy_tests::sim_host::{self, Profile};
 use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+
+const OTHER: &str = "registry.test/alloy/other:latest";
 
 fn macs() -> Setup {
     Setup { macs: Some(sim_host::Setup::default()), time_scale: 10, ..Setup::default() }
@@ -36,6 +40,18 @@ async fn job(farm: &Farm, spec: Value) -> Result<Value> {
 
 async fn all_warm(farm: &Farm) {
     farm.all_warm().await;
+}
+
+/// Waits until the worker has so many slots, all warm, and at most `left` of the VMs that it had before.
+async fn changed(farm: &Farm, slots: u64, before: &BTreeSet<String>, left: usize) {
+    let api = farm.api();
+    until("the pool is as it is wished", async || {
+        let list = api.get("/v1/workers").await?;
+        let worker = &list["workers"][0];
+        let is_full = worker["slots"] == slots && worker["slots_warm"] == slots;
+        Ok((is_full && farm.mac(0).vms().intersection(before).count() <= left).then_some(()))
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -104,7 +120,6 @@ async fn a_vm_that_dies_under_a_job_costs_another_try_and_not_the_job() -> Resul
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_whose_image_nobody_keeps_warm_is_told_why_it_waits() -> Result<()> {
-    const OTHER: &str = "registry.test/alloy/other:latest";
     let farm = Farm::start(macs()).await?;
     farm.mac(0).publish(OTHER, &Profile::default())?;
     all_warm(&farm).await;
@@ -119,6 +134,57 @@ async fn a_job_whose_image_nobody_keeps_warm_is_told_why_it_waits() -> Result<()
     assert!(events.iter().any(|event| event["message"] == told), "{events:#?}");
     let status = text(&output(farm.alloy(&["status", id])).await?.stdout);
     assert!(status.contains("cold: no warm VM of this image") && status.contains("(clone "), "{status}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_is_asked_for_again_and_again_is_kept_warm() -> Result<()> {
+    let farm = Farm::start(macs()).await?;
+    farm.mac(0).publish(OTHER, &Profile::default())?;
+    let spec = json!({ "shell": "true", "image": OTHER });
+    for _ in 0..3 {
+        assert_eq!(job(&farm, spec.clone()).await?["state"], "succeeded");
+    }
+    all_warm(&farm).await;
+    let ended = job(&farm, spec).await?;
+    assert_eq!((&ended["image"], &ended["timings"]["vm"]["warm"]), (&json!(OTHER), &json!(true)), "{ended}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_floor_keeps_an_image_warm_that_nobody_asked_for() -> Result<()> {
+    let mut farm = Farm::start(macs()).await?;
+    farm.mac(0).publish(OTHER, &Profile::default())?;
+    all_warm(&farm).await;
+    let before = farm.mac(0).vms();
+    farm.configure_worker(0, 2, IMAGE, &format!("min_idle = \"{OTHER}=1\""))?;
+    farm.worker(0).signal(Signal::SIGHUP);
+    changed(&farm, 2, &before, 1).await;
+    let ended = job(&farm, json!({ "shell": "true", "image": OTHER })).await?;
+    assert_eq!(ended["timings"]["vm"]["warm"], true, "{ended}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_image_and_size_count_without_a_restart_and_running_jobs_notice_nothing() -> Result<()> {
+    let mut farm = Farm::start(macs()).await?;
+    farm.mac(0).publish(OTHER, &Profile::default())?;
+    all_warm(&farm).await;
+    let (api, before) = (farm.api(), farm.mac(0).vms());
+    let id = api.submit(json!({ "shell": "echo here; sleep 5; echo done" })).await?;
+    api.log_has(&id, "here\n").await;
+    farm.configure_worker(0, 1, OTHER, "")?;
+    farm.worker(0).signal(Signal::SIGHUP);
+    let ended = api.end(&id).await;
+    assert_eq!((&ended["state"], &ended["attempt"]), (&json!("succeeded"), &json!(1)), "{ended}");
+    changed(&farm, 1, &before, 0).await;
+    assert_eq!(farm.mac(0).vms().len(), 1);
+    let ended = job(&farm, json!({ "shell": "true" })).await?;
+    assert_eq!((&ended["image"], &ended["timings"]["vm"]["warm"]), (&json!(OTHER), &json!(true)), "{ended}");
+    farm.configure_worker(0, 2, OTHER, "")?;
+    farm.worker(0).signal(Signal::SIGHUP);
+    changed(&farm, 2, &before, 0).await;
+    assert_eq!(farm.mac(0).vms().len(), 2);
     Ok(())
 }
 

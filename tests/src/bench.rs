@@ -7,6 +7,7 @@ pub mod idle;
 pub mod path;
 pub mod peers;
 pub mod report;
+pub mod warm;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -53,6 +54,9 @@ pub async fn run(options: &Options) -> Result<Report> {
     }
     if wants("idle") {
         report.rows.extend(idle::rows(options).await?);
+    }
+    if wants("warm") {
+        report.rows.extend(warm::rows(options, &mut report.floors).await?);
     }
     report.save(&options.out)?;
     Ok(report)

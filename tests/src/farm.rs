@@ -265,9 +265,12 @@ impl Farm {
         ensure!(self.workers[number].is_none(), "it runs");
         let mut run = self.command("worker");
         run.arg("run").arg("--state-dir").arg(self.worker_dir(number));
-        run.args(["--slots", &self.setup.slots.to_string()]);
+        if !self.worker_file(number).exists() {
+            self.configure_worker(number, self.setup.slots, IMAGE, "")?;
+        }
+        run.arg("--config").arg(self.worker_file(number));
         match self.macs.get(number) {
-            Some(mac) => run.args(["--provider", "tart"]).envs(mac.env()).env("TART_BASE_IMAGE", IMAGE),
+            Some(mac) => run.args(["--provider", "tart"]).envs(mac.env()),
             None => run.args(["--provider", "host"]),
         };
         if let Some(Some(route)) = self.routes.get(number) {
@@ -277,6 +280,16 @@ impl Farm {
         let name = format!("worker-{number}");
         self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);
         Ok(())
+    }
+
+    fn worker_file(&self, number: usize) -> PathBuf {
+        self.dir().join(format!("worker-{number}.toml"))
+    }
+
+    /// Writes the file of a worker, who reads it when it starts and with a SIGHUP.
+    pub fn configure_worker(&self, number: usize, slots: usize, image: &str, more: &str) -> Result<()> {
+        let text = format!("vm_pool_size = {slots}\nbase_image = \"{image}\"\n{more}\n");
+        Ok(fs::write(self.worker_file(number), text)?)
     }
 
     pub fn worker(&mut self, number: usize) -> &mut Daemon {

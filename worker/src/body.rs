@@ -9,18 +9,20 @@ use alloy_shared::id::BootId;
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::runtime::Lifecycle;
 use alloy_shared::wire::session::{Held, Report};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::executor::{Ctx, run_attempt};
 use crate::hooks::Hooks;
 use crate::image_book::BookFile;
 use crate::images::{ImageSetup, ImageStore};
-use crate::provider::{ImageRef, VmProvider};
+use crate::provider::VmProvider;
 use crate::session::drive::{Me, Over, Seams, drive};
 use crate::session::{Core, Fence, INPUT_QUEUE, Input, Inputs};
 use crate::sources::Sources;
 use crate::spool::Spool;
 use crate::upstream::Upstream;
+use crate::vm_demand::Wish;
 use crate::vm_pool::{PoolSetup, VmPool};
 
 /// Between two looks at the free disk.
@@ -47,9 +49,8 @@ pub struct Parts {
     pub fence: Arc<Fence>,
     /// Where the VMs' directories lie.
     pub state_dir: PathBuf,
-    pub slots: usize,
-    /// What VMs are made of unless a job says otherwise.
-    pub image: ImageRef,
+    /// What a person wants of the pool, for as long as the worker runs.
+    pub wishes: watch::Receiver<Wish>,
     pub image_budget: Option<u64>,
     pub free: FreeBytes,
 }
@@ -59,13 +60,15 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
     let left = left_behind(parts.held, &parts.spool).await;
     let (env, limits) = (parts.env, parts.limits);
     let (door, inputs) = mpsc::channel(INPUT_QUEUE);
+    let mut wishes = parts.wishes;
+    let wish = wishes.borrow_and_update().clone();
     let images = ImageStore::start(ImageSetup {
         env: Arc::clone(&env),
         limits: limits.clone(),
         provider: Arc::clone(&parts.provider),
         inputs: door.clone(),
         book: parts.book,
-        own: parts.image.clone(),
+        kept: wish.kept(),
         budget: parts.image_budget,
     });
     let pool = VmPool::start(PoolSetup {
@@ -74,9 +77,8 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         provider: parts.provider,
         inputs: door.clone(),
         state_dir: parts.state_dir,
-        slots: parts.slots,
         images: Arc::clone(&images),
-        image: parts.image,
+        wish,
     });
     let pool = tokio::select! {
         biased;
@@ -85,6 +87,7 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         pool = pool => pool,
     };
     env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), parts.free, door.clone(), life.clone())));
+    env.spawn("reload", Box::pin(follow(wishes, Arc::clone(&pool), life.soft.clone())));
     let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
     let core = Core::restore(left, boot, limits.clone());
     let spool = Arc::new(parts.spool);
@@ -130,6 +133,19 @@ async fn left_behind(all: Vec<Held>, spool: &Spool) -> Vec<(Held, Vec<(u64, Repo
         left.push((held, reports));
     }
     left
+}
+
+/// Takes over what a person wants of the pool, each time that changes.
+async fn follow(mut wishes: watch::Receiver<Wish>, pool: Arc<VmPool>, over: CancellationToken) {
+    loop {
+        tokio::select! {
+            biased;
+            () = over.cancelled() => return,
+            changed = wishes.changed() => if changed.is_err() { return },
+        }
+        let wish = wishes.borrow_and_update().clone();
+        pool.change(wish).await;
+    }
 }
 
 /// Tells the session when the disk is too full for new work, and when it no longer is.

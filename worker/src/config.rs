@@ -10,8 +10,10 @@ use alloy_shared::limits::{Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
 use alloy_shared::runtime::LogFormat;
 use alloy_shared::wire::network;
 
-use crate::provider::Shape;
+use crate::provider::host::HOST_IMAGE;
 use crate::provider::tart::Settings;
+use crate::provider::{ImageRef, Shape};
+use crate::vm_demand::Wish;
 
 /// What the command line of `worker run` may say. Everything else comes from the environment or the file.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -53,7 +55,7 @@ impl fmt::Display for Provider {
     }
 }
 
-/// What a worker is told. It does not change while it runs.
+/// What a worker is told. Of this [`Config::wish`] may change while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     /// Where its farm is. Absent: where it was enrolled.
@@ -63,6 +65,8 @@ pub struct Config {
     pub slots: usize,
     /// What VMs are cloned from unless a job says otherwise.
     pub image: String,
+    /// Images of which so many idle slots hold a warm VM, whatever was asked for lately.
+    pub min_idle: Vec<(String, usize)>,
     /// Bytes that all images together may take. Absent: images are evicted only where the disk is full.
     pub image_budget: Option<u64>,
     pub tart: Settings,
@@ -82,6 +86,7 @@ const SLOTS: Key = Key { name: "vm_pool_size", flag: Some("--slots"), variable: 
 const IMAGE: Key = Key { name: "base_image", flag: None, variable: Some("TART_BASE_IMAGE") };
 const IMAGE_BUDGET: Key = Key { name: "image_budget_gib", flag: None, variable: Some("ALLOY_IMAGE_BUDGET_GIB") };
 const HOOKS_DIR: Key = Key { name: "hooks_dir", flag: None, variable: Some("ALLOY_HOOKS_DIR") };
+const MIN_IDLE: Key = Key { name: "min_idle", flag: None, variable: Some("ALLOY_MIN_IDLE") };
 const LABELS: Key = Key { name: "labels", flag: Some("--label"), variable: Some("ALLOY_LABELS") };
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
 const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
@@ -113,6 +118,7 @@ impl Config {
             provider: Provider::Host,
             slots: DEFAULT_SLOTS,
             image: DEFAULT_IMAGE.to_owned(),
+            min_idle: Vec::new(),
             image_budget: None,
             tart: Settings::default(),
             labels: Labels::default(),
@@ -136,6 +142,7 @@ impl Config {
         let slots = layers.take(SLOTS, DEFAULT_SLOTS, parse("is no number of slots"));
         let image = layers.take(IMAGE, DEFAULT_IMAGE.to_owned(), |text| Ok(text.trim().to_owned()));
         let budget_gib = layers.take(IMAGE_BUDGET, 0, parse("is no number of GiB"));
+        let min_idle = layers.take(MIN_IDLE, String::new(), |text| parse_floors(text).map(|_| text.to_owned()));
         let tart = tart_settings(&mut layers, variables);
         let hooks_dir = layers.take(HOOKS_DIR, format!("{state_dir}/{HOOKS}"), |text| Ok(text.to_owned()));
         let labels = layers.take(LABELS, String::new(), |text| parse_labels(text).map(|_| text.to_owned()));
@@ -170,6 +177,7 @@ impl Config {
             provider,
             slots,
             image,
+            min_idle: parse_floors(&min_idle).unwrap_or_default(),
             image_budget: Some(budget_gib).filter(|gib| *gib > 0).map(|gib: u64| gib.saturating_mul(1 << 30)),
             tart,
             labels: parse_labels(&labels).unwrap_or_default(),
@@ -200,6 +208,18 @@ pub fn chosen_provider(
     let provider = layers.take_given(PROVIDER, parse_provider);
     let problems = layers.finish().err().unwrap_or_default();
     problems.into_iter().find(|problem| problem.name == PROVIDER.name).map_or(Ok(provider), Err)
+}
+
+impl Config {
+    /// What idle slots hold.
+    pub fn wish(&self) -> Wish {
+        let (image, floors) = match self.provider {
+            Provider::Tart => (self.image.as_str(), self.min_idle.as_slice()),
+            Provider::Host => (HOST_IMAGE, [].as_slice()),
+        };
+        let floors = floors.iter().map(|(image, count)| (ImageRef(image.clone()), *count)).collect();
+        Wish { slots: self.slots, image: ImageRef(image.to_owned()), floors }
+    }
 }
 
 fn tart_settings(layers: &mut Layers, variables: &BTreeMap<String, String>) -> Settings {
@@ -268,6 +288,25 @@ fn parse_provider(text: &str) -> Result<Provider, String> {
     known.ok_or_else(|| format!("is neither `{}` nor `{}`", Provider::Tart, Provider::Host))
 }
 
+/// `IMAGE=COUNT` pairs between commas.
+fn parse_floors(text: &str) -> Result<Vec<(String, usize)>, String> {
+    let mut floors: Vec<(String, usize)> = Vec::new();
+    for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+        let known = pair.rsplit_once('=').map(|(image, count)| (image.trim(), count.trim().parse()));
+        let Some((image, Ok(count))) = known.filter(|(image, _)| !image.is_empty()) else {
+            return Err(format!("has `{pair}`, which is not like `IMAGE=1`"));
+        };
+        if count > limits::SLOTS_MAX || floors.len() == limits::FLOORS_MAX {
+            return Err(format!("names at most {} images, and {} slots each", limits::FLOORS_MAX, limits::SLOTS_MAX));
+        }
+        if floors.iter().any(|(known, _)| known == image) {
+            return Err(format!("names `{image}` twice"));
+        }
+        floors.push((image.to_owned(), count));
+    }
+    Ok(floors)
+}
+
 /// `key=value` pairs between commas.
 fn parse_labels(text: &str) -> Result<Labels, String> {
     let mut labels = Labels::default();
@@ -323,6 +362,7 @@ mod tests {
             ("ALLOY_DATA_DIR", "/data"),
             ("ALLOY_LABELS", "chip=m4, site=berlin"),
             ("ALLOY_TIME_SCALE", "10"),
+            ("ALLOY_MIN_IDLE", "r:5000/a:1=1, b = 2"),
         ];
         let flags = Flags { slots: Some("3".into()), ..Flags::default() };
         let (config, _) = resolve(flags, &variables, file).unwrap();
@@ -332,6 +372,7 @@ mod tests {
         assert_eq!(config.hooks_dir, PathBuf::from("/data/worker/hooks"));
         assert_eq!(config.labels.get("site"), Some("berlin"));
         assert_eq!(config.limits, Limits::scaled(10));
+        assert_eq!(config.min_idle, [("r:5000/a:1".to_owned(), 1), ("b".to_owned(), 2)]);
         let flags = Flags { labels: vec!["a=1".into(), "b=2".into()], ..Flags::default() };
         let (config, _) = resolve(flags, &variables, file).unwrap();
         assert_eq!(config.labels.iter().collect::<Vec<_>>(), [("a", "1"), ("b", "2")]);
@@ -375,6 +416,7 @@ mod tests {
             ("ORCHESTRATOR_URL", "farm"),
             ("ALLOY_LABELS", "x"),
             ("ALLOY_TIME_SCALE", "21"),
+            ("ALLOY_MIN_IDLE", "a=1,a=2"),
         ];
         let problems = resolve(Flags::default(), &variables, "vm_pol_size = 1\n").unwrap_err();
         let names: Vec<&str> = problems.iter().map(|problem| problem.name.as_str()).collect();
@@ -388,6 +430,7 @@ mod tests {
             "url",
             "labels",
             "time_scale",
+            "min_idle",
             "vm_pol_size",
         ] {
             assert!(names.contains(&name), "{name}: {problems:?}");

@@ -61,7 +61,8 @@ pub enum Next {
 #[derive(Debug)]
 pub struct Images {
     /// What idle slots are made of.
-    own: String,
+    /// What idle slots are made of: always wanted. The first is what a job gets that names none.
+    kept: Vec<String>,
     /// Bytes that all images together may take; absent: whatever the disk has.
     budget: Option<u64>,
     limits: Limits,
@@ -79,9 +80,9 @@ pub struct Images {
 }
 
 impl Images {
-    pub fn new(own: &ImageRef, budget: Option<u64>, pulls: bool, limits: Limits, book: Book) -> Self {
+    pub fn new(kept: &[ImageRef], budget: Option<u64>, pulls: bool, limits: Limits, book: Book) -> Self {
         Self {
-            own: canonical(&own.0),
+            kept: kept.iter().map(|image| canonical(&image.0)).collect(),
             budget,
             limits,
             pulls,
@@ -97,7 +98,12 @@ impl Images {
     }
 
     pub fn own(&self) -> &str {
-        &self.own
+        self.kept.first().map_or("", String::as_str)
+    }
+
+    /// Others are always wanted from here on.
+    pub fn keep(&mut self, kept: &[ImageRef]) {
+        self.kept = kept.iter().map(|image| canonical(&image.0)).collect();
     }
 
     pub fn book(&self) -> &Book {
@@ -144,7 +150,7 @@ impl Images {
     pub fn ask(&mut self, image: &ImageRef, now: Mono) -> Result<(), VmError> {
         let name = canonical(&image.0);
         if !self.pulls {
-            let why = format!("this worker brings no images: it runs jobs in `{}`, and not in `{name}`", self.own);
+            let why = format!("this worker brings no images: it runs jobs in `{}`, and not in `{name}`", self.own());
             let error = VmError::policy(VmFault::NoImage, why);
             // The farm is told, so that it does not send the next one.
             let until = now + self.limits.pull_refused_ms;
@@ -296,9 +302,7 @@ impl Images {
     /// Images to bring, in this order.
     fn due(&self) -> Vec<&String> {
         let mut due: Vec<&String> = self.asked.keys().filter(|name| self.digest(name).is_none()).collect();
-        if self.digest(&self.own).is_none() {
-            due.push(&self.own);
-        }
+        due.extend(self.kept.iter().filter(|name| self.digest(name).is_none()));
         let mut wished: Vec<&String> = self.wishes.keys().filter(|name| self.is_due(name)).collect();
         wished.sort_by_key(|name| self.wishes.get(*name).map(|wish| wish.generation));
         due.extend(wished);
@@ -396,7 +400,7 @@ impl Images {
         names.extend(self.asked.keys().cloned());
         names.extend(self.failed.iter().filter(|(_, failed)| failed.until > now).map(|(name, _)| name.clone()));
         if self.pulls {
-            names.insert(self.own.clone());
+            names.extend(self.kept.iter().cloned());
         }
         names.into_iter().take(IMAGES_MAX).map(|name| self.report(name, now)).collect()
     }
@@ -413,7 +417,7 @@ impl Images {
             digest: digest.map(|digest| format!("sha256:{digest}")),
             size_bytes: image.map(|image| image.size_bytes),
             used_at_ms: digest.and_then(|digest| self.book.used_at.get(&digest)).map(|at| at.0),
-            in_use: name == self.own
+            in_use: self.kept.contains(&name)
                 || self.asked.contains_key(&name)
                 || digest.is_some_and(|digest| self.in_use.contains(&digest)),
             waiting: pulling.is_none() && failed.is_none() && self.due().contains(&&name),

@@ -33,8 +33,8 @@ pub struct ImageSetup {
     pub inputs: Inputs,
     /// What it remembers over a restart.
     pub book: BookFile,
-    /// What idle slots are made of: always wanted.
-    pub own: ImageRef,
+    /// What idle slots are made of: always wanted. The first is what a job gets that names none.
+    pub kept: Vec<ImageRef>,
     /// Bytes for all images together.
     pub budget: Option<u64>,
 }
@@ -43,7 +43,8 @@ pub struct ImageStore {
     provider: Arc<dyn VmProvider>,
     asks: mpsc::Sender<Ask>,
     wishes: watch::Sender<Option<Vec<ImageWish>>>,
-    own_is_here: watch::Receiver<bool>,
+    kept: watch::Sender<Vec<ImageRef>>,
+    here: watch::Receiver<BTreeSet<ImageRef>>,
 }
 
 /// An image that somebody uses. It is not evicted before this is dropped.
@@ -67,10 +68,11 @@ impl ImageStore {
     pub fn start(setup: ImageSetup) -> Arc<Self> {
         let (asks, asked) = mpsc::channel(HELD_MAX);
         let (wishes, wished) = watch::channel(None);
-        let (tell_own, own_is_here) = watch::channel(false);
+        let (tell_here, here) = watch::channel(BTreeSet::new());
+        let (kept, keeps) = watch::channel(setup.kept.clone());
         let (env, provider) = (Arc::clone(&setup.env), Arc::clone(&setup.provider));
-        env.spawn("images", Box::pin(Runner::new(setup, tell_own).run(asked, wished)));
-        Arc::new(Self { provider, asks, wishes, own_is_here })
+        env.spawn("images", Box::pin(Runner::new(setup, tell_here).run(asked, wished, keeps)));
+        Arc::new(Self { provider, asks, wishes, kept, here })
     }
 
     /// The image for a VM. Brings it if it is not here, which may take an hour; dropping the future ends the wait only.
@@ -96,9 +98,14 @@ impl ImageStore {
         self.wishes.send_replace(Some(wishes));
     }
 
-    /// True while VMs can be made of the worker's own image at once; changes are seen by the receiver.
-    pub fn own_is_here(&self) -> watch::Receiver<bool> {
-        self.own_is_here.clone()
+    /// Other images are always wanted from here on.
+    pub fn keep(&self, kept: Vec<ImageRef>) {
+        self.kept.send_replace(kept);
+    }
+
+    /// Those of the images always wanted of which VMs can be made at once; changes are seen by the receiver.
+    pub fn here(&self) -> watch::Receiver<BTreeSet<ImageRef>> {
+        self.here.clone()
     }
 }
 
@@ -121,24 +128,24 @@ struct Runner {
     uses: Vec<Arc<Digest>>,
     work: Option<BoxFuture<'static, Done>>,
     progress: watch::Sender<PullProgress>,
-    tell_own: watch::Sender<bool>,
+    tell_here: watch::Sender<BTreeSet<ImageRef>>,
     look_at: Mono,
     told: Option<Vec<ImageReport>>,
     tell_at: Mono,
 }
 
 impl Runner {
-    fn new(setup: ImageSetup, tell_own: watch::Sender<bool>) -> Self {
+    fn new(setup: ImageSetup, tell_here: watch::Sender<BTreeSet<ImageRef>>) -> Self {
         let book = setup.book.clone();
         let (pulls, known) = (setup.provider.pulls(), book.load());
         Self {
-            images: Images::new(&setup.own, setup.budget, pulls, setup.limits.clone(), known),
+            images: Images::new(&setup.kept, setup.budget, pulls, setup.limits.clone(), known),
             book,
             waiting: Vec::new(),
             uses: Vec::new(),
             work: None,
             progress: watch::channel(PullProgress::default()).0,
-            tell_own,
+            tell_here,
             look_at: Mono(0),
             told: None,
             tell_at: Mono(0),
@@ -146,7 +153,12 @@ impl Runner {
         }
     }
 
-    async fn run(mut self, mut asked: mpsc::Receiver<Ask>, mut wished: watch::Receiver<Option<Vec<ImageWish>>>) {
+    async fn run(
+        mut self,
+        mut asked: mpsc::Receiver<Ask>,
+        mut wished: watch::Receiver<Option<Vec<ImageWish>>>,
+        mut keeps: watch::Receiver<Vec<ImageRef>>,
+    ) {
         let mut progress = self.progress.subscribe();
         loop {
             let wake = self.turn().await;
@@ -167,6 +179,10 @@ impl Runner {
                 Ok(()) = wished.changed() => {
                     let wishes = wished.borrow_and_update().clone();
                     self.images.wish(wishes.unwrap_or_default());
+                }
+                Ok(()) = keeps.changed() => {
+                    self.setup.kept.clone_from(&*keeps.borrow_and_update());
+                    self.images.keep(&self.setup.kept);
                 }
                 Ok(()) = progress.changed() => self.images.progress(*progress.borrow_and_update()),
                 () = gone => {}
@@ -200,9 +216,9 @@ impl Runner {
         if before != *self.images.book() {
             self.save();
         }
-        self.tell_own.send_if_modified(|known| {
-            let here = self.images.has(&self.setup.own);
-            std::mem::replace(known, here) != here
+        self.tell_here.send_if_modified(|known| {
+            let here: BTreeSet<_> = self.setup.kept.iter().filter(|image| self.images.has(image)).cloned().collect();
+            std::mem::replace(known, here.clone()) != here
         });
         let more = self.tell(now.mono).await;
         [wake, tell, more].into_iter().flatten().fold(self.look_at, Mono::min)

@@ -27,6 +27,7 @@ pub mod sources;
 pub mod spool;
 pub mod upstream;
 pub mod vm_care;
+pub mod vm_demand;
 pub mod vm_plan;
 pub mod vm_pool;
 
@@ -40,20 +41,22 @@ use alloy_shared::id::{BadName, check_name};
 use alloy_shared::runtime::Lifecycle;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
 use alloy_shared::wire::farm::EnrolRequest;
+use tokio::sync::watch;
 
 use crate::body::Parts;
 use crate::config::{Config, Provider};
 use crate::hooks::Hooks;
 use crate::host::{HostError, HostFacts, Identity, Key, StateDir};
 use crate::image_book::BookFile;
-use crate::provider::host::{HOST_IMAGE, Host, Setup};
+use crate::provider::host::{Host, Setup};
 use crate::provider::tart::{self, TartHost};
-use crate::provider::{ImageRef, VmError, VmProvider};
+use crate::provider::{VmError, VmProvider};
 use crate::session::Fence;
 use crate::session::drive::{Me, Over};
 use crate::sources::Sources;
 use crate::spool::Spool;
 use crate::upstream::{Https, Upstream};
+use crate::vm_demand::Wish;
 
 /// Source blobs kept between jobs.
 const CACHE_BYTES: u64 = 20 << 30;
@@ -82,6 +85,7 @@ pub struct Daemon {
     key: Key,
     facts: HostFacts,
     fence: Arc<Fence>,
+    wishes: watch::Sender<Wish>,
 }
 
 impl Daemon {
@@ -89,7 +93,13 @@ impl Daemon {
         let state = StateDir::lock(&config.state_dir)?;
         let identity = Identity::load(state.path())?;
         let key = Key::load(state.path(), &identity)?;
-        Ok(Self { config, state, identity, key, facts: HostFacts::read(), fence: Arc::new(Fence::new()) })
+        let wishes = watch::channel(config.wish()).0;
+        Ok(Self { config, state, identity, key, facts: HostFacts::read(), fence: Arc::new(Fence::new()), wishes })
+    }
+
+    /// Where to say what is wanted of the pool from here on, while the daemon runs.
+    pub fn wishes(&self) -> watch::Sender<Wish> {
+        self.wishes.clone()
     }
 
     pub fn config(&self) -> &Config {
@@ -148,8 +158,7 @@ impl Daemon {
         let (spool, held) = Spool::open(&dir.join("spool")).map_err(at("spool"))?;
         let sources = Sources::open(&dir.join("cache"), CACHE_BYTES).map_err(at("cache"))?;
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
-        let image = self.own_image();
-        let Self { config, state, identity, key, facts, fence } = self;
+        let Self { config, state, identity, key, facts, fence, wishes } = self;
         let labels = facts.labels(&identity.name, &config.labels, provider.restricts());
         let sign = Box::new(move |text: &str| key.sign(text));
         let parts = Parts {
@@ -166,8 +175,7 @@ impl Daemon {
             name: identity.name,
             fence,
             state_dir: dir.clone(),
-            slots: config.slots,
-            image,
+            wishes: wishes.subscribe(),
             image_budget: config.image_budget,
             free: Box::new(move || host::disk_free(&dir)),
         };
@@ -178,14 +186,6 @@ impl Daemon {
             Over::Stopped => Ok(()),
             over @ (Over::Superseded | Over::Refused { .. } | Over::Spool(_)) => Err(RunError::Over(over)),
         }
-    }
-
-    /// What VMs are made of unless a job says otherwise.
-    fn own_image(&self) -> ImageRef {
-        ImageRef(match self.config.provider {
-            Provider::Tart => self.config.image.clone(),
-            Provider::Host => HOST_IMAGE.to_owned(),
-        })
     }
 }
 

@@ -9,11 +9,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use alloy_shared::config::File;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry, telemetry_into};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Flags, Provider, default_dir, default_file};
 use crate::host::HostError;
 use crate::log_file::LogFile;
 use crate::session::drive::Over;
+use crate::vm_demand::Wish;
 use crate::{Daemon, JoinError, RunError, join};
 
 /// The daemon's exit code when the farm refuses this worker: `alloy`'s own for a credential that is not taken.
@@ -63,8 +67,14 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     if let Err(error) = life.install_signals() {
         return complain(&format!("signals: {error}"), ExitCode::FAILURE);
     }
+    let hangups = match signal(SignalKind::hangup()) {
+        Ok(hangups) => hangups,
+        Err(error) => return complain(&format!("signals: {error}"), ExitCode::FAILURE),
+    };
     let grace_ms = daemon.config().limits.drain_ms;
     let env = Arc::new(SystemEnv::new(life.clone()));
+    let reload = reload(hangups, flags.clone(), daemon.config().clone(), daemon.wishes(), life.soft.clone());
+    alloy_shared::env::Env::spawn(&*env, "hangups", Box::pin(reload));
     let ending = life.clone();
     let system: Arc<SystemEnv> = Arc::clone(&env);
     let refused = Arc::new(AtomicBool::new(false));
@@ -82,6 +92,38 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     alloy_shared::env::Env::spawn(&*env, "worker", Box::pin(task));
     let code = life.wait(grace_ms).await;
     if refused.load(Ordering::Relaxed) { ExitCode::from(REFUSED) } else { code }
+}
+
+/// Reads the configuration again with each SIGHUP. The pool follows what may change; for the rest a restart is asked for.
+async fn reload(
+    mut hangups: Signal,
+    flags: Flags,
+    running: Config,
+    wishes: watch::Sender<Wish>,
+    over: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            () = over.cancelled() => return,
+            hangup = hangups.recv() => if hangup.is_none() { return },
+        }
+        match resolve(&flags) {
+            Ok(config) => {
+                let same = Config {
+                    slots: running.slots,
+                    image: running.image.clone(),
+                    min_idle: running.min_idle.clone(),
+                    ..config.clone()
+                };
+                if same != running {
+                    tracing::warn!("of the new configuration, only slots and images count before a restart");
+                }
+                wishes.send_if_modified(|wish| std::mem::replace(wish, config.wish()) != *wish);
+            }
+            Err(problems) => tracing::error!(%problems, "the configuration stays as it was"),
+        }
+    }
 }
 
 fn start_log(config: &Config) -> Result<(), String> {

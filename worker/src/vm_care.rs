@@ -75,6 +75,11 @@ impl Care {
         Self { quarantine_ms: limits.quarantine_ms, faults: 0, until: Mono(0), ill: None, slots }
     }
 
+    /// The pool has so many slots from here on; those that go are empty.
+    pub fn resize(&mut self, slots: usize) {
+        self.slots.resize(slots, SlotCare::default());
+    }
+
     /// Judges why a VM did not come into this slot, while `others` of the slots have VMs.
     pub fn failed(&mut self, slot: usize, error: &VmError, others: usize, now: Mono) -> Verdict {
         match error.what {

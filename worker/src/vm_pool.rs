@@ -3,6 +3,7 @@
 //! One task owns the slots. A claimed VM comes back when its [`Claimed`] is dropped, wherever and why ever that happens,
 //! so that neither an error nor a panic nor a dropped future leaks a slot.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,17 +14,19 @@ use alloy_shared::wire::session::SlotView;
 use alloy_shared::wire::vm::{Miss, VmStages};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::images::{ImageStore, Use};
 use crate::provider::{Guest, ImageRef, NetworkPolicy, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
 use crate::vm_care::{Care, Trouble};
+use crate::vm_demand::{Demand, Wish};
 use crate::vm_plan::{Gap, PoolAction, Slot, View, Waiting, miss, next_wake, plan, views};
 
 mod faults;
 mod making;
+mod wishes;
 
 const RECLAIM_RETRY_CAP_MS: u64 = 15_000;
 /// VMs that may not come, or not as they should be, before a claim is given up.
@@ -39,10 +42,9 @@ pub struct PoolSetup {
     pub inputs: Inputs,
     /// Where the VMs' directories lie.
     pub state_dir: PathBuf,
-    pub slots: usize,
     pub images: Arc<ImageStore>,
-    /// What idle slots keep warm, and what a job without an image of its own gets.
-    pub image: ImageRef,
+    /// How many slots, and what they keep warm.
+    pub wish: Wish,
 }
 
 pub struct VmPool {
@@ -50,7 +52,8 @@ pub struct VmPool {
     limits: Limits,
     provider: Arc<dyn VmProvider>,
     images: Arc<ImageStore>,
-    image: ImageRef,
+    /// What a job without an image of its own gets.
+    image: watch::Sender<ImageRef>,
     asks: mpsc::Sender<Ask>,
     freed: mpsc::Sender<Freed>,
 }
@@ -84,6 +87,7 @@ enum Ask {
         error: VmError,
         reply: oneshot::Sender<Result<(), VmError>>,
     },
+    Change(Wish),
     Close(oneshot::Sender<()>),
 }
 
@@ -127,7 +131,7 @@ impl VmPool {
             limits: setup.limits.clone(),
             provider: Arc::clone(&setup.provider),
             images: Arc::clone(&setup.images),
-            image: setup.image.clone(),
+            image: watch::channel(setup.wish.image.clone()).0,
             asks,
             freed: freed.clone(),
         });
@@ -144,7 +148,7 @@ impl VmPool {
         image: Option<&str>,
         network: NetworkPolicy,
     ) -> Result<Claimed, VmError> {
-        let image = image.map_or_else(|| self.image.clone(), |name| ImageRef(name.to_owned()));
+        let image = image.map_or_else(|| self.image.borrow().clone(), |name| ImageRef(name.to_owned()));
         let here = self.bring(&image).await?;
         let (mut tries, mut missed) = (1, None);
         loop {
@@ -200,6 +204,14 @@ impl VmPool {
             _ = when_gone => {}
             () = self.env.sleep_until(self.env.now().mono + self.limits.boot_ms) => {}
         }
+    }
+
+    /// From here on idle slots are as many, and keep warm what this says. Jobs that run or wait for a VM notice nothing.
+    pub async fn change(&self, wish: Wish) {
+        self.image.send_replace(wish.image.clone());
+        self.images.keep(wish.kept());
+        // The pool ends before its daemon.
+        let _the_pool_is_gone = self.asks.send(Ask::Change(wish)).await;
     }
 
     /// Destroys every VM that no attempt has and makes no more. Returns when that is done.
@@ -318,15 +330,16 @@ struct Runner {
     sweeping: bool,
     shown: Vec<SlotView>,
     told: Option<Trouble>,
-    /// VMs can be made of the worker's own image at once.
-    has_own: bool,
+    demand: Demand,
+    /// Images that are always wanted, and are on this host.
+    here: BTreeSet<ImageRef>,
     closing: Option<oneshot::Sender<()>>,
     halt: CancellationToken,
 }
 
 impl Runner {
     fn new(setup: PoolSetup, freed: mpsc::Sender<Freed>) -> Self {
-        let count = setup.slots.clamp(1, SLOTS_MAX);
+        let count = setup.wish.slots.clamp(1, SLOTS_MAX);
         Self {
             nonce: setup.env.dice() as u32,
             made: 0,
@@ -341,7 +354,8 @@ impl Runner {
             sweeping: false,
             shown: Vec::new(),
             told: None,
-            has_own: false,
+            demand: Demand::default(),
+            here: BTreeSet::new(),
             closing: None,
             halt: CancellationToken::new(),
             setup,
@@ -350,9 +364,9 @@ impl Runner {
     }
 
     async fn run(mut self, mut asked: mpsc::Receiver<Ask>, mut frees: mpsc::Receiver<Freed>) {
-        let mut own_is_here = self.setup.images.own_is_here();
+        let mut here = self.setup.images.here();
         loop {
-            self.has_own = *own_is_here.borrow_and_update();
+            self.here.clone_from(&here.borrow_and_update());
             let wake = self.turn();
             self.publish().await;
             if self.closing.is_some() && self.work.is_empty() && self.running.iter().all(Option::is_none) {
@@ -370,7 +384,8 @@ impl Runner {
                     None => return,
                 },
                 ask = asked.recv(), if self.closing.is_none() => match ask {
-                    Some(Ask::Claim(claim)) => self.claims.push(claim),
+                    Some(Ask::Claim(claim)) => self.ask(claim),
+                    Some(Ask::Change(wish)) => self.change(wish),
                     Some(Ask::Judge { error, reply }) => self.judge(&error, reply),
                     Some(Ask::Close(reply)) => self.close(reply),
                     None => return,
@@ -378,7 +393,7 @@ impl Runner {
                 done = self.work.next(), if !self.work.is_empty() => if let Some(done) = done {
                     self.finish(done);
                 },
-                Ok(()) = own_is_here.changed() => {}
+                Ok(()) = here.changed() => {}
                 () = sleep(&env, wake) => {}
             }
         }
@@ -396,12 +411,15 @@ impl Runner {
             }
             return None;
         }
+        let shares = self.shares(now);
         loop {
+            self.shrink();
             let waiting: Vec<Waiting> = self.claims.iter().map(|claim| claim.waiting.clone()).collect();
             let view = View {
                 slots: &self.slots,
                 waiting: &waiting,
-                image: self.has_own.then_some(&self.setup.image),
+                shares: &shares,
+                size: self.setup.wish.slots,
                 warm_age_max_ms: self.setup.limits.warm_age_max_ms,
                 host: self.care.host(),
             };
@@ -526,7 +544,7 @@ impl Runner {
 
     async fn publish(&mut self) {
         let waiting: Vec<Waiting> = self.claims.iter().map(|claim| claim.waiting.clone()).collect();
-        let shown = views(&self.slots, &waiting);
+        let shown = views(&self.slots, &waiting, self.setup.wish.slots);
         if shown != self.shown {
             self.shown.clone_from(&shown);
             // The session ends before the pool when the daemon stops.

@@ -21,6 +21,7 @@ use crate::provider::host::tests::Fixture;
 use crate::provider::{ArtifactRule, Guest, GuestFile, ImageRef};
 use crate::spool::SpoolFile;
 use crate::upstream::{Blobs, DialError};
+use crate::vm_demand::Wish;
 use crate::vm_pool::PoolSetup;
 
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(5), attempt: 2 };
@@ -111,7 +112,7 @@ impl Rig {
             provider: Arc::clone(&fixture.host) as _,
             inputs: tx.clone(),
             book: crate::image_book::BookFile::new(fixture.dir.path()),
-            own: ImageRef(HOST_IMAGE.into()),
+            kept: vec![ImageRef(HOST_IMAGE.into())],
             budget: None,
         });
         let setup = PoolSetup {
@@ -121,8 +122,7 @@ impl Rig {
             provider: Arc::clone(&fixture.host) as _,
             inputs: tx.clone(),
             state_dir: fixture.dir.path().to_owned(),
-            slots: 1,
-            image: ImageRef(HOST_IMAGE.into()),
+            wish: Wish { slots: 1, image: ImageRef(HOST_IMAGE.into()), floors: Vec::new() },
         };
         let ctx = Arc::new(Ctx {
             env: Arc::clone(&fixture.env),

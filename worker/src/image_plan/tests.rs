@@ -21,7 +21,7 @@ fn wish(name: &str, want: ImageWant, pinned: bool, generation: i64) -> ImageWish
 
 fn store(budget_gib: Option<u64>) -> Images {
     let budget = budget_gib.map(|gib| gib << 30);
-    Images::new(&named("r/own:1"), budget, true, Limits::default(), Book::default())
+    Images::new(&[named("r/own:1")], budget, true, Limits::default(), Book::default())
 }
 
 /// A store that has these, used in this order.
@@ -170,7 +170,7 @@ fn an_image_is_removed_once_when_nobody_uses_it() {
 
 #[test]
 fn a_host_without_images_of_its_own_brings_and_removes_nothing() {
-    let mut images = Images::new(&named("host"), Some(1), false, Limits::default(), Book::default());
+    let mut images = Images::new(&[named("host")], Some(1), false, Limits::default(), Book::default());
     images.wish(vec![wish("r/a:1", ImageWant::Present, false, 5), wish("host", ImageWant::Absent, false, 6)]);
     images.found(vec![Image { names: vec![named("host")], removable: false, ..image("host", 9) }], Ms(1));
     assert_eq!(images.next(NOW), Next::Wait(None));

@@ -89,7 +89,7 @@ impl Rig {
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
             book: crate::image_book::BookFile::new(dir.path()),
-            own: ImageRef("r/own:1".into()),
+            kept: vec![ImageRef("r/own:1".into())],
             budget,
         });
         Self { fake, store, inputs, _dir: dir }
@@ -151,7 +151,7 @@ async fn a_failure_is_told_to_whoever_waits_and_to_the_next_one_without_asking_a
 async fn wishes_are_fulfilled_and_what_is_used_outlives_the_budget() {
     let mut rig = Rig::new(&["r/own:1", "r/used:1"], Some(25));
     let used = rig.store.get(&ImageRef("r/used:1".into())).await.unwrap();
-    assert!(rig.store.own_is_here().wait_for(|here| *here).await.is_ok());
+    assert!(rig.store.here().wait_for(|here| !here.is_empty()).await.is_ok());
     rig.store.wish(vec![wish("r/new:1", ImageWant::Present)]);
     rig.fake.pulls.add_permits(1);
     rig.until("r/new:1", |report| report.is_some_and(|report| report.generation == 3)).await;

@@ -2,10 +2,15 @@ use alloy_shared::id::JobId;
 
 use super::*;
 
+mod walk;
+
 const NOW: Mono = Mono(100_000);
 
 fn image(name: &str) -> ImageRef {
     ImageRef(name.into())
+}
+fn own() -> Vec<Share> {
+    vec![Share { image: image("a"), floor: 0, heat: 1_500 }]
 }
 fn vm() -> VmName {
     VmName::mint(1, 1)
@@ -34,7 +39,7 @@ fn check(slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
 }
 
 fn check_on(host: Host, slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
-    let view = View { slots, waiting, image: Some(&image("a")), warm_age_max_ms: 50_000, host };
+    let view = View { slots, waiting, shares: &own(), size: slots.len(), warm_age_max_ms: 50_000, host };
     assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
 }
 
@@ -79,16 +84,16 @@ fn a_host_that_rests_makes_no_vms_and_an_ill_one_tries_one() {
 #[test]
 fn nothing_is_made_ahead_of_an_image_that_is_not_here() {
     let (slots, waiting) = ([cold(), cold()], [wants("b")]);
-    let view = View { slots: &slots, waiting: &waiting, image: None, warm_age_max_ms: 50_000, host: Host::Well };
+    let view =
+        View { slots: &slots, waiting: &waiting, shares: &[], size: 2, warm_age_max_ms: 50_000, host: Host::Well };
     assert_eq!(plan(&view, NOW), [PoolAction::Make { slot: 0, image: image("b") }]);
 }
 
 #[test]
 fn the_pool_wakes_when_something_becomes_due() {
-    let image = image("a");
     let wake = |slots: &[Slot]| {
-        let image = Some(&image);
-        next_wake(&View { slots, waiting: &[], image, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
+        let (shares, size) = (own(), slots.len());
+        next_wake(&View { slots, waiting: &[], shares: &shares, size, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
     };
     assert_eq!(wake(&[claimed(), booting("a")]), None);
     assert_eq!(wake(&[warm("a", 99_000), rested(1, 60_000, NOW)]), Some(NOW + 1_000));
@@ -97,7 +102,7 @@ fn the_pool_wakes_when_something_becomes_due() {
 
 #[test]
 fn a_waiting_claim_takes_a_free_slot_from_the_offer() {
-    let shown = views(&[claimed(), booting("a"), cold()], &[wants("a")]);
+    let shown = views(&[claimed(), booting("a"), cold()], &[wants("a")], 3);
     let states: Vec<_> = shown.iter().map(|view| (view.state, view.attempt)).collect();
     let taken = SlotState::Claimed;
     assert_eq!(states, [(taken, Some(attempt(9))), (taken, Some(attempt(1))), (SlotState::Cold, None)]);
@@ -108,7 +113,7 @@ fn faults_rest_a_slot_and_many_close_it() {
     assert_eq!(rested(0, 60_000, NOW), Slot::Cold { faults: 0, rest: NOW });
     assert_eq!(rested(2, 60_000, NOW), Slot::Cold { faults: 2, rest: NOW + 2_000 });
     assert!(matches!(rested(3, 60_000, NOW), Slot::Quarantined { vm: None, .. }));
-    assert!(!views(&[rested(3, 60_000, NOW)], &[])[0].state.is_free());
+    assert!(!views(&[rested(3, 60_000, NOW)], &[], 1)[0].state.is_free());
 }
 
 #[test]
@@ -130,7 +135,14 @@ fn a_miss_has_a_cause() {
     ];
     for (host, slot, gap, expected) in table {
         let slots = [claimed(), slot.clone()];
-        let view = View { slots: &slots, waiting: &[], image: Some(&image("a")), warm_age_max_ms: 50_000, host: *host };
+        let view = View {
+            slots: &slots,
+            waiting: &[],
+            shares: &own(),
+            size: slots.len(),
+            warm_age_max_ms: 50_000,
+            host: *host,
+        };
         assert_eq!(miss(&view, &[None, gap.clone()], &image("a"), NOW), *expected, "{slot:?} {gap:?}");
     }
 }

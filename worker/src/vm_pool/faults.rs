@@ -84,6 +84,7 @@ impl Runner {
         match verdict {
             Verdict::Vm => {
                 self.charge(&image, error, CLAIM_TRIES);
+                self.give_up(&image);
                 self.destroy(slot, None, faults + 1);
             }
             Verdict::Again => {

@@ -6,7 +6,7 @@ use alloy_shared::id::AttemptRef;
 use alloy_shared::wire::vm::{Miss, VmStages};
 
 use super::{Done, Made, Runner, unless_halted, within};
-use crate::provider::{ImageRef, Shape, VmName, inbox_of};
+use crate::provider::{ImageRef, Shape, VmError, VmFault, VmName, inbox_of};
 use crate::vm_plan::Slot;
 
 impl Runner {
@@ -23,6 +23,7 @@ impl Runner {
         self.made += 1;
         let vm = VmName::mint(self.nonce, self.made);
         let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.image.clone());
+        let kept = self.is_kept(&image);
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
         let (name, images, halt) = (vm.clone(), Arc::clone(&self.setup.images), self.halt.clone());
@@ -33,7 +34,12 @@ impl Runner {
                 within(&env, ms, async {
                     let image = match known {
                         Some(image) => image,
-                        None => images.get(&image).await?,
+                        None if kept => images.get(&image).await?,
+                        // What was asked for lately is no reason to bring it again.
+                        None => match provider.find(&image).await? {
+                            Some(_) => images.get(&image).await?,
+                            None => return Err(VmError::farm(VmFault::NoImage, image.to_string())),
+                        },
                     };
                     let start = env.now().mono;
                     provider.create(&name, &image.digest(), &Shape::default()).await?;

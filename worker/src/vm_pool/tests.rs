@@ -128,6 +128,11 @@ impl Guest for NoGuest {
     }
 }
 
+fn wish(slots: usize, own: &str, floors: &[(&str, usize)]) -> Wish {
+    let floors = floors.iter().map(|(image, count)| (ImageRef((*image).into()), *count)).collect();
+    Wish { slots, image: ImageRef(own.into()), floors }
+}
+
 struct Rig {
     fake: Arc<Fake>,
     pool: Arc<VmPool>,
@@ -145,7 +150,7 @@ impl Rig {
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx.clone(),
             book: crate::image_book::BookFile::memory(),
-            own: ImageRef("own".into()),
+            kept: vec![ImageRef("own".into())],
             budget: None,
         });
         let setup = PoolSetup {
@@ -155,8 +160,7 @@ impl Rig {
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
             state_dir: "/state".into(),
-            slots,
-            image: ImageRef("own".into()),
+            wish: wish(slots, "own", &[]),
         };
         Self { fake, pool: VmPool::start(setup).await, inputs }
     }
@@ -406,4 +410,20 @@ async fn close_destroys_what_nobody_has() {
     rig.pool.close().await;
     assert!(rig.fake.alive.lock().unwrap().is_empty());
     assert!(rig.claim(1).await.is_err());
+}
+
+#[tokio::test]
+async fn a_change_of_size_and_image_counts_at_once_and_leaves_jobs_alone() {
+    let mut rig = Rig::new(2, Fake::default()).await;
+    rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
+    let held = rig.claim(1).await.unwrap();
+    rig.pool.change(wish(1, "other", &[])).await;
+    rig.slots(&[(SlotState::Claimed, Some(1))]).await;
+    assert!(rig.fake.alive.lock().unwrap().contains(&held.vm));
+    rig.pool.release(held).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    let next = rig.claim(2).await.unwrap();
+    assert_eq!((next.image.0.as_str(), next.stages.warm), ("other", true));
+    rig.pool.change(wish(2, "other", &[])).await;
+    rig.slots(&[(SlotState::Claimed, Some(2)), (SlotState::Warm, None)]).await;
 }
