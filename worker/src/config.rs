@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
 use alloy_shared::id::Labels;
-use alloy_shared::limits::{Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
+use alloy_shared::limits::{FLOORS_MAX, Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
 use alloy_shared::runtime::LogFormat;
 use alloy_shared::wire::network;
 
@@ -296,8 +296,8 @@ fn parse_floors(text: &str) -> Result<Vec<(String, usize)>, String> {
         let Some((image, Ok(count))) = known.filter(|(image, _)| !image.is_empty()) else {
             return Err(format!("has `{pair}`, which is not like `IMAGE=1`"));
         };
-        if count > limits::SLOTS_MAX || floors.len() == limits::FLOORS_MAX {
-            return Err(format!("names at most {} images, and {} slots each", limits::FLOORS_MAX, limits::SLOTS_MAX));
+        if count > SLOTS_MAX || floors.len() == FLOORS_MAX {
+            return Err(format!("names at most {} images, and {} slots each", FLOORS_MAX, SLOTS_MAX));
         }
         if floors.iter().any(|(known, _)| known == image) {
             return Err(format!("names `{image}` twice"));

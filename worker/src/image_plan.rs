@@ -60,7 +60,6 @@ pub enum Next {
 
 #[derive(Debug)]
 pub struct Images {
-    /// What idle slots are made of.
     /// What idle slots are made of: always wanted. The first is what a job gets that names none.
     kept: Vec<String>,
     /// Bytes that all images together may take; absent: whatever the disk has.
@@ -72,8 +71,12 @@ pub struct Images {
     /// How many wait for each.
     asked: BTreeMap<String, u32>,
     in_use: BTreeSet<Digest>,
+    /// Somebody is just looking whether they are here.
+    wanted: BTreeSet<String>,
     failed: BTreeMap<String, Failed>,
     busy: Option<Busy>,
+    /// Removals begun and removals over: what was seen of the disk before the last of them may not hold.
+    removals: u64,
     /// A pull met a full disk.
     short_of_room: bool,
     book: Book,
@@ -90,8 +93,10 @@ impl Images {
             wishes: BTreeMap::new(),
             asked: BTreeMap::new(),
             in_use: BTreeSet::new(),
+            wanted: BTreeSet::new(),
             failed: BTreeMap::new(),
             busy: None,
+            removals: 0,
             short_of_room: false,
             book,
         }
@@ -142,8 +147,10 @@ impl Images {
         self.book.done.retain(|name, _| wishes.contains_key(name));
     }
 
-    pub fn uses(&mut self, in_use: BTreeSet<Digest>) {
+    /// What VMs are made of or will be, and the names that somebody is about to use.
+    pub fn uses(&mut self, in_use: BTreeSet<Digest>, wanted: BTreeSet<String>) {
         self.in_use = in_use;
+        self.wanted = wanted;
     }
 
     /// Somebody waits for it. Says why not, if it failed a moment ago.
@@ -184,9 +191,9 @@ impl Images {
         }
     }
 
-    /// A VM is made of it. False: it is just being removed.
-    pub fn used(&mut self, digest: Digest, now: Ms) -> bool {
-        if self.busy == Some(Busy::Removing(digest)) {
+    /// A VM is made of it. False: it is being removed, or may have been since it was seen, at this count of removals.
+    pub fn used(&mut self, digest: Digest, seen: u64, now: Ms) -> bool {
+        if self.is_leaving(digest) || seen != self.removals {
             return false;
         }
         self.in_use.insert(digest);
@@ -205,8 +212,18 @@ impl Images {
         self.digest_of(image).is_some()
     }
 
+    /// What VMs of this name are made of, if it is here and stays.
     pub fn digest_of(&self, image: &ImageRef) -> Option<Digest> {
-        self.digest(&canonical(&image.0))
+        self.digest(&canonical(&image.0)).filter(|digest| !self.is_leaving(*digest))
+    }
+
+    /// Goes with every look at the disk.
+    pub fn removals(&self) -> u64 {
+        self.removals
+    }
+
+    fn is_leaving(&self, digest: Digest) -> bool {
+        self.busy == Some(Busy::Removing(digest))
     }
 
     /// Decides what to do, and takes note that it is being done.
@@ -228,7 +245,10 @@ impl Images {
                 let progress = PullProgress::default();
                 Some(Busy::Pulling { name: image.0.clone(), generation, progress, broken_off: false })
             }
-            Next::Remove(digest) => Some(Busy::Removing(*digest)),
+            Next::Remove(digest) => {
+                self.removals += 1;
+                Some(Busy::Removing(*digest))
+            }
             Next::Untag(_) => Some(Busy::Untagging),
             Next::BreakOff | Next::Wait(_) => None,
         };
@@ -238,7 +258,8 @@ impl Images {
     /// True, once, when the pull that runs is for nobody.
     fn break_off(&mut self) -> bool {
         let Some(Busy::Pulling { name, broken_off: false, .. }) = &self.busy else { return false };
-        if self.asked.contains_key(name) || *name == self.own || self.is_due(name) {
+        let about_to = self.asked.contains_key(name) || self.wanted.contains(name);
+        if about_to || self.kept.contains(name) || self.is_due(name) {
             return false;
         }
         if let Some(Busy::Pulling { broken_off, .. }) = &mut self.busy {
@@ -336,7 +357,10 @@ impl Images {
     /// The name is wanted.
     fn is_kept(&self, name: &str) -> bool {
         let wished = |wish: &ImageWish| wish.pinned || wish.want == ImageWant::Present;
-        name == self.own || self.asked.contains_key(name) || self.wishes.get(name).is_some_and(wished)
+        self.kept.iter().any(|kept| kept == name)
+            || self.asked.contains_key(name)
+            || self.wanted.contains(name)
+            || self.wishes.get(name).is_some_and(wished)
     }
 
     fn is_protected(&self, digest: &Digest) -> bool {
@@ -382,9 +406,13 @@ impl Images {
         VmError { tail, ..error.clone() }
     }
 
-    /// A removal is over.
-    pub fn removed(&mut self) {
-        self.busy = None;
+    /// The removal is over. What it left of an image that would not go shows with the next look.
+    pub fn removed(&mut self, is_gone: bool) {
+        let Some(Busy::Removing(digest)) = self.busy.take() else { return };
+        self.removals += 1;
+        if is_gone {
+            self.cached.retain(|image| image.digest != digest);
+        }
     }
 
     /// What to tell the farm, by name.

@@ -1,7 +1,7 @@
 //! P: the images of this worker: brings what is wanted, one at a time, evicts what nobody needs, tells the farm what is here.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::Digest;
@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::image_book::BookFile;
 use crate::image_plan::{Images, Next};
+use crate::image_shelf::{Shelf, Use};
 use crate::provider::{ImageRef, VmError, VmFault, VmProvider};
 use crate::session::{Input, Inputs};
 
@@ -41,26 +42,19 @@ pub struct ImageSetup {
 
 pub struct ImageStore {
     provider: Arc<dyn VmProvider>,
+    shelf: Arc<Mutex<Shelf>>,
     asks: mpsc::Sender<Ask>,
     wishes: watch::Sender<Option<Vec<ImageWish>>>,
     kept: watch::Sender<Vec<ImageRef>>,
     here: watch::Receiver<BTreeSet<ImageRef>>,
 }
 
-/// An image that somebody uses. It is not evicted before this is dropped.
-#[derive(Debug, Clone)]
-pub struct Use(Arc<Digest>);
-
-impl Use {
-    pub fn digest(&self) -> Digest {
-        *self.0
-    }
-}
-
 struct Ask {
     image: ImageRef,
-    /// On this host at the moment, as far as the provider knows.
+    /// On this host, as far as the provider knows.
     here: Option<Digest>,
+    /// The count of removals before it was asked.
+    seen: u64,
     reply: oneshot::Sender<Result<Use, VmError>>,
 }
 
@@ -71,26 +65,41 @@ impl ImageStore {
         let (tell_here, here) = watch::channel(BTreeSet::new());
         let (kept, keeps) = watch::channel(setup.kept.clone());
         let (env, provider) = (Arc::clone(&setup.env), Arc::clone(&setup.provider));
-        env.spawn("images", Box::pin(Runner::new(setup, tell_here).run(asked, wished, keeps)));
-        Arc::new(Self { provider, asks, wishes, kept, here })
+        let runner = Runner::new(setup, tell_here);
+        let shelf = Arc::clone(&runner.shelf);
+        env.spawn("images", Box::pin(runner.run(asked, wished, keeps)));
+        Arc::new(Self { provider, shelf, asks, wishes, kept, here })
     }
 
     /// The image for a VM. Brings it if it is not here, which may take an hour; dropping the future ends the wait only.
     pub async fn get(&self, image: &ImageRef) -> Result<Use, VmError> {
+        // No removal begins from here on. One that is under way makes void what the provider says meanwhile.
+        let _wanted = lock(&self.shelf).want(image);
         let mut brought = None;
         for _ in 0..ROUNDS {
+            let seen = lock(&self.shelf).images.removals();
             let here = self.provider.find(image).await?;
             let (reply, answer) = oneshot::channel();
-            self.asks.send(Ask { image: image.clone(), here, reply }).await.map_err(|_| over())?;
+            self.asks.send(Ask { image: image.clone(), here, seen, reply }).await.map_err(|_| over())?;
             let used = answer.await.map_err(|_| over())??;
-            // What was brought may be gone again, or be another one by now: the provider says what the name stands for.
-            match here {
-                Some(_) => return Ok(used),
-                None => brought = Some(used),
+            // What was brought may be another one by now: the provider says what the name stands for.
+            if here == Some(used.digest()) {
+                return Ok(used);
             }
+            brought = Some(used);
         }
         drop(brought);
         Err(VmError::farm(VmFault::Pull, format!("{image} was brought several times and is not there")))
+    }
+
+    /// The image for a VM if it is here, at once: whoever decides to make one has it before anybody can decide to remove it.
+    pub fn hold(&self, image: &ImageRef) -> Option<Use> {
+        lock(&self.shelf).hold_named(image)
+    }
+
+    /// True if a VM could be made of it at this moment.
+    pub fn has(&self, image: &ImageRef) -> bool {
+        lock(&self.shelf).images.has(image)
     }
 
     /// What the farm wishes: the whole list.
@@ -109,6 +118,10 @@ impl ImageStore {
     }
 }
 
+fn lock(shelf: &Mutex<Shelf>) -> MutexGuard<'_, Shelf> {
+    shelf.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn over() -> VmError {
     VmError::farm(VmFault::Lost, "the store of images has ended")
 }
@@ -121,11 +134,9 @@ enum Done {
 
 struct Runner {
     setup: ImageSetup,
-    images: Images,
+    shelf: Arc<Mutex<Shelf>>,
     book: BookFile,
     waiting: Vec<(ImageRef, oneshot::Sender<Result<Use, VmError>>)>,
-    /// One for each image that is or was used; more than one owner: it is.
-    uses: Vec<Arc<Digest>>,
     work: Option<BoxFuture<'static, Done>>,
     progress: watch::Sender<PullProgress>,
     tell_here: watch::Sender<BTreeSet<ImageRef>>,
@@ -138,11 +149,11 @@ impl Runner {
     fn new(setup: ImageSetup, tell_here: watch::Sender<BTreeSet<ImageRef>>) -> Self {
         let book = setup.book.clone();
         let (pulls, known) = (setup.provider.pulls(), book.load());
+        let images = Images::new(&setup.kept, setup.budget, pulls, setup.limits.clone(), known);
         Self {
-            images: Images::new(&setup.kept, setup.budget, pulls, setup.limits.clone(), known),
+            shelf: Arc::new(Mutex::new(Shelf::new(images))),
             book,
             waiting: Vec::new(),
-            uses: Vec::new(),
             work: None,
             progress: watch::channel(PullProgress::default()).0,
             tell_here,
@@ -178,17 +189,21 @@ impl Runner {
                 Some(done) = OptionFuture::from(self.work.as_mut()) => self.finish(done),
                 Ok(()) = wished.changed() => {
                     let wishes = wished.borrow_and_update().clone();
-                    self.images.wish(wishes.unwrap_or_default());
+                    self.shelf().images.wish(wishes.unwrap_or_default());
                 }
                 Ok(()) = keeps.changed() => {
                     self.setup.kept.clone_from(&*keeps.borrow_and_update());
-                    self.images.keep(&self.setup.kept);
+                    self.shelf().images.keep(&self.setup.kept);
                 }
-                Ok(()) = progress.changed() => self.images.progress(*progress.borrow_and_update()),
+                Ok(()) = progress.changed() => self.shelf().images.progress(*progress.borrow_and_update()),
                 () = gone => {}
                 () = env.sleep_until(wake) => {}
             }
         }
+    }
+
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        lock(&self.shelf)
     }
 
     /// Does what can be done at once. Returns when to look again.
@@ -197,13 +212,12 @@ impl Runner {
         if now.mono >= self.look_at {
             self.look().await;
         }
-        self.uses.retain(|used| Arc::strong_count(used) > 1);
-        self.images.uses(self.uses.iter().map(|used| **used).collect::<BTreeSet<_>>());
         // The farm hears of a failure before the job that it ends: it must not send the next one here.
         let tell = self.tell(now.mono).await;
         self.answer(now.mono);
-        let before = self.images.book().clone();
-        let wake = match self.images.next(now.mono) {
+        let before = self.shelf().images.book().clone();
+        let next = self.shelf().next(now.mono);
+        let wake = match next {
             Next::Pull(image) => self.pull(image),
             Next::BreakOff => {
                 self.setup.provider.break_off();
@@ -213,13 +227,14 @@ impl Runner {
             Next::Untag(tag) => self.untag(tag),
             Next::Wait(wake) => wake,
         };
-        if before != *self.images.book() {
+        if before != *self.shelf().images.book() {
             self.save();
         }
-        self.tell_here.send_if_modified(|known| {
-            let here: BTreeSet<_> = self.setup.kept.iter().filter(|image| self.images.has(image)).cloned().collect();
-            std::mem::replace(known, here.clone()) != here
-        });
+        let here: BTreeSet<ImageRef> = {
+            let shelf = self.shelf();
+            self.setup.kept.iter().filter(|image| shelf.images.has(image)).cloned().collect()
+        };
+        self.tell_here.send_if_modified(|known| std::mem::replace(known, here.clone()) != here);
         let more = self.tell(now.mono).await;
         [wake, tell, more].into_iter().flatten().fold(self.look_at, Mono::min)
     }
@@ -230,21 +245,23 @@ impl Runner {
         let now = self.setup.env.now();
         self.look_at = now.mono + if found.is_ok() { LOOK_MS } else { LOOK_AGAIN_MS };
         match found {
-            Ok(images) => self.images.found(images, now.wall),
+            Ok(images) => self.shelf().images.found(images, now.wall),
             Err(error) => tracing::warn!(%error, "the images of this host cannot be listed"),
         }
     }
 
     fn ask(&mut self, ask: Ask) {
         let now = self.setup.env.now();
-        if let Some(digest) = ask.here.filter(|digest| self.images.used(*digest, now.wall)) {
-            let _asker_is_gone = ask.reply.send(Ok(self.hold(digest)));
+        let used = ask.here.and_then(|digest| self.shelf().hold_seen(digest, ask.seen, now.wall));
+        if let Some(used) = used {
+            let _asker_is_gone = ask.reply.send(Ok(used));
             return self.save();
         }
         if ask.here.is_none() {
-            self.images.missed(&ask.image);
+            self.shelf().images.missed(&ask.image);
         }
-        match self.images.ask(&ask.image, now.mono) {
+        let asked = self.shelf().images.ask(&ask.image, now.mono);
+        match asked {
             Ok(()) => self.waiting.push((ask.image, ask.reply)),
             Err(error) => {
                 let _asker_is_gone = ask.reply.send(Err(error));
@@ -252,36 +269,25 @@ impl Runner {
         }
     }
 
-    fn hold(&mut self, digest: Digest) -> Use {
-        match self.uses.iter().find(|used| ***used == digest) {
-            Some(known) => Use(Arc::clone(known)),
-            None => {
-                let used = Arc::new(digest);
-                self.uses.push(Arc::clone(&used));
-                Use(used)
-            }
-        }
-    }
-
     /// Answers those who wait for an image that came or failed, and forgets those who are gone.
     fn answer(&mut self, now: Mono) {
         for (image, reply) in std::mem::take(&mut self.waiting) {
-            self.images.unask(&image);
+            let mut shelf = lock(&self.shelf);
+            shelf.images.unask(&image);
             if reply.is_closed() {
                 continue;
             }
-            let digest = self.images.digest_of(&image);
-            match digest {
-                Some(digest) => {
-                    let _asker_is_gone = reply.send(Ok(self.hold(digest)));
-                }
-                None => match self.images.ask(&image, now) {
-                    Ok(()) => self.waiting.push((image, reply)),
-                    Err(error) => {
-                        let _asker_is_gone = reply.send(Err(error));
+            let answer = match shelf.hold_named(&image) {
+                Some(used) => Ok(used),
+                None => match shelf.images.ask(&image, now) {
+                    Ok(()) => {
+                        self.waiting.push((image, reply));
+                        continue;
                     }
+                    Err(error) => Err(error),
                 },
-            }
+            };
+            let _asker_is_gone = reply.send(answer);
         }
     }
 
@@ -321,28 +327,29 @@ impl Runner {
                     Ok(digest) => tracing::info!(%image, %digest, "the image is here"),
                     Err(error) => tracing::warn!(%image, %error, "an image did not come"),
                 }
-                self.images.pulled(&result, now.mono, now.wall, self.setup.env.dice());
+                self.shelf().images.pulled(&result, now.mono, now.wall, self.setup.env.dice());
                 self.save();
             }
             Done::Removed { what, result } => {
-                if let Err(error) = result {
+                if let Err(error) = &result {
                     tracing::warn!(image = what, %error, "an image cannot be removed");
                 }
-                self.images.removed();
+                self.shelf().images.removed(result.is_ok());
             }
         }
         self.look_at = now.mono;
     }
 
     fn save(&self) {
-        if let Err(error) = self.book.save(self.images.book()) {
+        let book = self.shelf().images.book().clone();
+        if let Err(error) = self.book.save(&book) {
             tracing::warn!(%error, "which images were used when is not written down");
         }
     }
 
     /// Tells the session what changed. Returns when more is to be told.
     async fn tell(&mut self, now: Mono) -> Option<Mono> {
-        let view = self.images.view(now);
+        let view = self.shelf().view(now);
         if self.told.as_ref() == Some(&view) {
             return None;
         }
@@ -353,7 +360,7 @@ impl Runner {
         }
         self.tell_at = now + TELL_MS;
         self.told = Some(view.clone());
-        let own = self.images.own().to_owned();
+        let own = self.shelf().images.own().to_owned();
         let inventory = Inventory { pulls: self.setup.provider.pulls(), own, images: view };
         // The session ends before the store when the daemon stops.
         let _session_is_gone = self.setup.inputs.send(Input::Images(inventory)).await;

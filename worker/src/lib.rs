@@ -15,6 +15,7 @@ pub mod hooks;
 pub mod host;
 pub mod image_book;
 pub mod image_plan;
+pub mod image_shelf;
 pub mod images;
 pub mod install;
 pub mod job_env;

@@ -3,12 +3,11 @@
 //! One task owns the slots. A claimed VM comes back when its [`Claimed`] is dropped, wherever and why ever that happens,
 //! so that neither an error nor a panic nor a dropped future leaks a slot.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono, backoff};
-use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits::{HELD_MAX, Limits, SLOTS_MAX};
 use alloy_shared::wire::session::SlotView;
 use alloy_shared::wire::vm::{Miss, VmStages};
@@ -17,22 +16,26 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::images::{ImageStore, Use};
-use crate::provider::{Guest, ImageRef, NetworkPolicy, VmError, VmFault, VmName, VmProvider, inbox_of};
+use crate::image_shelf::Use;
+use crate::images::ImageStore;
+use crate::provider::{Guest, ImageRef, VmError, VmFault, VmName, VmProvider, inbox_of};
 use crate::session::{Input, Inputs};
 use crate::vm_care::{Care, Trouble};
 use crate::vm_demand::{Demand, Wish};
 use crate::vm_plan::{Gap, PoolAction, Slot, View, Waiting, miss, next_wake, plan, views};
 
+mod claim;
 mod faults;
 mod making;
 mod wishes;
 
+use claim::Claim;
+pub use claim::Claimed;
+use making::Held;
+
 const RECLAIM_RETRY_CAP_MS: u64 = 15_000;
 /// VMs that may not come, or not as they should be, before a claim is given up.
 const CLAIM_TRIES: u32 = 2;
-/// Before a claim that met a fault of the host tries again.
-const JUDGED_PAUSE_MS: u64 = 1_000;
 
 /// What a pool is made of.
 pub struct PoolSetup {
@@ -58,28 +61,6 @@ pub struct VmPool {
     freed: mpsc::Sender<Freed>,
 }
 
-/// A VM that one attempt has to itself. Dropping it destroys the VM and frees the slot.
-pub struct Claimed {
-    pub vm: VmName,
-    pub guest: Arc<dyn Guest>,
-    pub image: ImageRef,
-    pub digest: Digest,
-    /// What the guest sees read-only.
-    pub inbox: PathBuf,
-    /// What it cost, and whether it was waiting for the claim or the other way round.
-    pub stages: VmStages,
-    slot: usize,
-    freed: mpsc::Sender<Freed>,
-    gone: Option<oneshot::Sender<()>>,
-}
-
-impl Drop for Claimed {
-    fn drop(&mut self) {
-        // There is room for every slot and every claim, and each is sent once. A closed channel: the pool is gone.
-        let _pool_is_gone = self.freed.try_send(Freed::Slot { slot: self.slot, gone: self.gone.take() });
-    }
-}
-
 enum Ask {
     Claim(Claim),
     /// A fault of the host that a claim has met. It may try again unless the answer is an error.
@@ -98,25 +79,6 @@ enum Freed {
     },
     /// A look at who still waits.
     Claims,
-}
-
-struct Claim {
-    waiting: Waiting,
-    image: Use,
-    reply: oneshot::Sender<Result<Claimed, VmError>>,
-    /// Why no VM was waiting for it, once that is known.
-    missed: Option<Miss>,
-    /// VMs for it that did not come.
-    failures: u32,
-}
-
-/// Tells the pool that a claim's future was dropped, so that its slot is offered again.
-struct Interest(mpsc::Sender<Freed>);
-
-impl Drop for Interest {
-    fn drop(&mut self) {
-        let _full_means_looking_anyway = self.0.try_send(Freed::Claims);
-    }
 }
 
 impl VmPool {
@@ -139,71 +101,6 @@ impl VmPool {
         let runner = Runner::new(setup, freed);
         env.spawn("vm_pool", Box::pin(runner.run(asked, frees)));
         pool
-    }
-
-    /// Takes a VM of this image (the worker's own if none is named), with the network policy in force.
-    pub async fn claim(
-        &self,
-        attempt: AttemptRef,
-        image: Option<&str>,
-        network: NetworkPolicy,
-    ) -> Result<Claimed, VmError> {
-        let image = image.map_or_else(|| self.image.borrow().clone(), |name| ImageRef(name.to_owned()));
-        let here = self.bring(&image).await?;
-        let (mut tries, mut missed) = (1, None);
-        loop {
-            let mut claimed = self.wait(Waiting { attempt, image: image.clone() }, here.clone(), missed).await?;
-            let start = self.env.now().mono;
-            match within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await {
-                Ok(()) => {
-                    claimed.stages.clock_ms = Some(self.env.now().mono.since(start));
-                    return Ok(claimed);
-                }
-                // A VM that is not as it must be is thrown away; nothing of the job was in it.
-                Err(error) if error.retry && tries < CLAIM_TRIES => {
-                    tracing::warn!(vm.id = %claimed.vm, %error, "a VM is not fit for its job; taking another one");
-                    missed = Some(if error.what == VmFault::Network { Miss::Network } else { Miss::Unfit });
-                    tries += 1;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// An image that nobody has is the asker's fault and not the slot's. A fault of the host is the pool's to judge.
-    /// A download goes on for as long as it goes on.
-    async fn bring(&self, image: &ImageRef) -> Result<Use, VmError> {
-        loop {
-            match within(&self.env, self.limits.image_ms, self.images.get(image)).await {
-                Err(error) if error.what == VmFault::Host => {
-                    let (reply, judged) = oneshot::channel();
-                    self.asks.send(Ask::Judge { error, reply }).await.map_err(|_| gone())?;
-                    judged.await.map_err(|_| gone())??;
-                    self.env.sleep_until(self.env.now().mono + JUDGED_PAUSE_MS).await;
-                }
-                done => return done,
-            }
-        }
-    }
-
-    async fn wait(&self, waiting: Waiting, image: Use, missed: Option<Miss>) -> Result<Claimed, VmError> {
-        let (reply, answer) = oneshot::channel();
-        let claim = Claim { waiting, image, reply, missed, failures: 0 };
-        let _tells_the_pool = Interest(self.freed.clone());
-        self.asks.send(Ask::Claim(claim)).await.map_err(|_| gone())?;
-        within(&self.env, self.limits.claim_ms, async { answer.await.map_err(|_| gone())? }).await
-    }
-
-    /// Gives a VM back and returns when it is gone. If it will not go, the slot stays closed and this returns anyway.
-    pub async fn release(&self, mut claimed: Claimed) {
-        let (gone, when_gone) = oneshot::channel();
-        claimed.gone = Some(gone);
-        drop(claimed);
-        tokio::select! {
-            biased;
-            _ = when_gone => {}
-            () = self.env.sleep_until(self.env.now().mono + self.limits.boot_ms) => {}
-        }
     }
 
     /// From here on idle slots are as many, and keep warm what this says. Jobs that run or wait for a VM notice nothing.
@@ -331,8 +228,6 @@ struct Runner {
     shown: Vec<SlotView>,
     told: Option<Trouble>,
     demand: Demand,
-    /// Images that are always wanted, and are on this host.
-    here: BTreeSet<ImageRef>,
     closing: Option<oneshot::Sender<()>>,
     halt: CancellationToken,
 }
@@ -355,7 +250,6 @@ impl Runner {
             shown: Vec::new(),
             told: None,
             demand: Demand::default(),
-            here: BTreeSet::new(),
             closing: None,
             halt: CancellationToken::new(),
             setup,
@@ -366,7 +260,7 @@ impl Runner {
     async fn run(mut self, mut asked: mpsc::Receiver<Ask>, mut frees: mpsc::Receiver<Freed>) {
         let mut here = self.setup.images.here();
         loop {
-            self.here.clone_from(&here.borrow_and_update());
+            here.mark_unchanged();
             let wake = self.turn();
             self.publish().await;
             if self.closing.is_some() && self.work.is_empty() && self.running.iter().all(Option::is_none) {
@@ -411,7 +305,7 @@ impl Runner {
             }
             return None;
         }
-        let shares = self.shares(now);
+        let mut shares = self.shares(now);
         loop {
             self.shrink();
             let waiting: Vec<Waiting> = self.claims.iter().map(|claim| claim.waiting.clone()).collect();
@@ -424,6 +318,13 @@ impl Runner {
                 host: self.care.host(),
             };
             let actions = plan(&view, now);
+            let held = match self.hold(&actions) {
+                Ok(held) => held,
+                Err(gone) => {
+                    shares.retain(|share| share.image != gone);
+                    continue;
+                }
+            };
             let wake = next_wake(&view, now);
             for (index, claim) in self.claims.iter_mut().enumerate() {
                 let is_met = |action: &PoolAction| matches!(action, PoolAction::Give { claim, .. } if *claim == index);
@@ -435,7 +336,7 @@ impl Runner {
                 self.hand_back();
                 return wake;
             }
-            self.perform(actions, now);
+            self.perform(actions, &held, now);
         }
     }
 
@@ -449,11 +350,15 @@ impl Runner {
         }
     }
 
-    fn perform(&mut self, actions: Vec<PoolAction>, now: Mono) {
+    fn perform(&mut self, actions: Vec<PoolAction>, held: &BTreeMap<ImageRef, Held>, now: Mono) {
         let mut claims: Vec<Option<Claim>> = self.claims.drain(..).map(Some).collect();
         for action in actions {
             match action {
-                PoolAction::Make { slot, image } => self.make(slot, image),
+                PoolAction::Make { slot, image } => {
+                    if let Some(held) = held.get(&image) {
+                        self.make(slot, image, held.clone());
+                    }
+                }
                 PoolAction::Unmake { slot } => {
                     let (attempt, faults) = match &self.slots[slot] {
                         Slot::Quarantined { attempt, faults, .. } => (*attempt, *faults),

@@ -30,9 +30,9 @@ fn having(budget_gib: Option<u64>, names: &[&str]) -> Images {
     let all = names.iter().map(|name| image(name, 10)).collect();
     images.found(all, Ms(0));
     for (at, name) in names.iter().enumerate() {
-        images.used(digest(name), Ms(at as i64 + 1));
+        assert!(images.used(digest(name), 0, Ms(at as i64 + 1)));
     }
-    images.uses(BTreeSet::new());
+    images.uses(BTreeSet::new(), BTreeSet::new());
     images
 }
 
@@ -105,21 +105,22 @@ fn a_refusal_is_believed_for_a_while_and_other_failures_back_off() {
 fn the_least_recently_used_goes_when_the_budget_is_exceeded() {
     let mut images = having(Some(25), &["r/own:1", "r/old:1", "r/new:1"]);
     assert_eq!(images.next(NOW), Next::Remove(digest("r/old:1")));
-    assert!(!images.used(digest("r/old:1"), Ms(9)), "whoever comes now must bring it again");
-    images.removed();
+    assert!(!images.used(digest("r/old:1"), 1, Ms(9)), "whoever comes now must bring it again");
+    images.removed(true);
     images.found(vec![image("r/own:1", 10), image("r/new:1", 10)], Ms(9));
     assert_eq!(images.next(NOW), Next::Wait(None));
 }
 
 #[test]
 fn nothing_that_is_needed_is_ever_evicted() {
-    let keep: [fn(&mut Images); 5] = [
+    let keep: [fn(&mut Images); 6] = [
         |images| images.wish(vec![wish("r/x:1", ImageWant::None, true, 1)]),
         |images| {
             images.book.done.insert("r/x:1".into(), 1);
             images.wish(vec![wish("r/x:1", ImageWant::Present, false, 1)]);
         },
-        |images| images.uses([digest("r/x:1")].into()),
+        |images| images.uses([digest("r/x:1")].into(), BTreeSet::new()),
+        |images| images.uses(BTreeSet::new(), ["r/x:1".to_owned()].into()),
         |images| images.ask(&named("r/x:1"), NOW).unwrap(),
         |images| images.cached[1].removable = false,
     ];
@@ -139,7 +140,7 @@ fn a_full_disk_costs_the_oldest_image_or_is_told_plainly() {
     images.next(NOW);
     images.pulled(&Err(farm_fault(VmFault::Disk)), NOW, Ms(1), 0);
     assert_eq!(images.next(NOW), Next::Remove(digest("r/old:1")));
-    images.removed();
+    images.removed(true);
     images.found(vec![image("r/own:1", 10)], Ms(1));
     assert_eq!(images.next(NOW), Next::Pull(named("r/big:1")), "at once");
     images.pulled(&Err(farm_fault(VmFault::Disk)), NOW, Ms(1), 0);
@@ -152,12 +153,12 @@ fn a_full_disk_costs_the_oldest_image_or_is_told_plainly() {
 #[test]
 fn an_image_is_removed_once_when_nobody_uses_it() {
     let mut images = having(None, &["r/own:1", "r/x:1"]);
-    images.uses([digest("r/x:1")].into());
+    images.uses([digest("r/x:1")].into(), BTreeSet::new());
     images.wish(vec![wish("r/x:1", ImageWant::Absent, false, 4), wish("r/never:1", ImageWant::Absent, false, 5)]);
     assert_eq!(images.next(NOW), Next::Wait(Some(NOW + IN_USE_LOOK_MS)));
-    images.uses(BTreeSet::new());
+    images.uses(BTreeSet::new(), BTreeSet::new());
     assert_eq!(images.next(NOW), Next::Remove(digest("r/x:1")));
-    images.removed();
+    images.removed(true);
     images.found(vec![image("r/own:1", 10)], Ms(1));
     assert_eq!(images.next(NOW), Next::Wait(None));
     assert_eq!(images.book().done, [("r/x:1".to_owned(), 4), ("r/never:1".to_owned(), 5)].into());
@@ -220,20 +221,20 @@ fn of_several_tags_one_goes_alone_and_the_image_with_the_last() {
     let absent = |name| wish(name, ImageWant::Absent, false, 4);
     let own = image("r/own:1", 10);
     images.found(vec![own.clone(), tags(&["r/a:1", "r/a:2", "r/a:3"])], Ms(9));
-    images.uses([digest("r/a")].into());
+    images.uses([digest("r/a")].into(), BTreeSet::new());
     images.wish(vec![absent("r/a:1"), absent("r/a:2"), wish("r/a:3", ImageWant::Present, true, 1)]);
     assert_eq!(images.next(NOW), Next::Untag(named("r/a:1")), "whatever the image is used for");
     assert_eq!(images.next(NOW), Next::Wait(None));
-    images.removed();
+    images.removed(true);
     images.found(vec![own.clone(), tags(&["r/a:2", "r/a:3"])], Ms(9));
     images.ask(&named("r/a:2"), NOW).unwrap();
     assert!(!matches!(images.next(NOW), Next::Untag(_) | Next::Remove(_)), "somebody waits for it");
     images.pulled(&Ok(digest("r/a")), NOW, Ms(9), 0);
     images.unask(&named("r/a:2"));
     assert_eq!(images.next(NOW), Next::Untag(named("r/a:2")));
-    images.removed();
+    images.removed(true);
 
-    images.uses(BTreeSet::new());
+    images.uses(BTreeSet::new(), BTreeSet::new());
     images.found(vec![own, tags(&["r/a:3"])], Ms(9));
     images.wish(vec![absent("r/a:3")]);
     assert_eq!(images.next(NOW), Next::Remove(digest("r/a")));

@@ -14,6 +14,10 @@ use crate::provider::{Guest, Image, NetworkPolicy, Shape, VmName};
 struct Fake {
     here: Mutex<BTreeMap<String, u64>>,
     pulls: Semaphore,
+    /// Of looks for one image, and of removals.
+    finds: Semaphore,
+    removes: Semaphore,
+    removing: Mutex<Vec<Digest>>,
     faults: Mutex<Vec<VmError>>,
     pulled: Mutex<Vec<String>>,
 }
@@ -36,6 +40,7 @@ impl VmProvider for Fake {
         true
     }
     async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
+        self.finds.acquire().await.unwrap().forget();
         Ok(self.here.lock().unwrap().contains_key(&image.0).then(|| Digest::of(image.0.as_bytes())))
     }
     async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
@@ -49,6 +54,8 @@ impl VmProvider for Fake {
         Ok(Digest::of(image.0.as_bytes()))
     }
     async fn remove(&self, image: &Digest) -> Result<(), VmError> {
+        self.removing.lock().unwrap().push(*image);
+        self.removes.acquire().await.unwrap().forget();
         self.here.lock().unwrap().retain(|name, _| Digest::of(name.as_bytes()) != *image);
         Ok(())
     }
@@ -78,6 +85,9 @@ impl Rig {
         let fake = Arc::new(Fake {
             here: Mutex::new(here.iter().map(|name| ((*name).to_owned(), 10)).collect()),
             pulls: Semaphore::new(0),
+            finds: Semaphore::new(Semaphore::MAX_PERMITS),
+            removes: Semaphore::new(Semaphore::MAX_PERMITS),
+            removing: Mutex::default(),
             faults: Mutex::default(),
             pulled: Mutex::default(),
         });
@@ -168,4 +178,54 @@ async fn a_wish_to_remove_is_fulfilled() {
     rig.store.wish(vec![wish("r/x:1", ImageWant::Absent), wish("r/own:1", ImageWant::Absent)]);
     rig.until("r/x:1", |report| report.is_some_and(|r| r.digest.is_none() && r.generation == 3)).await;
     assert_eq!(rig.fake.here.lock().unwrap().keys().collect::<Vec<_>>(), ["r/own:1"], "idle slots need it");
+}
+
+#[tokio::test]
+async fn what_somebody_is_about_to_use_is_not_evicted_while_he_looks_for_it() {
+    let mut rig = Rig::new(&["r/own:1", "r/x:1"], Some(15));
+    rig.fake.finds.forget_permits(Semaphore::MAX_PERMITS);
+    let (store, fake, image) = (Arc::clone(&rig.store), Arc::clone(&rig.fake), ImageRef("r/x:1".into()));
+    let look = async {
+        // By then the store has decided more than once.
+        store.wish(vec![wish("r/own:1", ImageWant::Present)]);
+        fake.pulls.add_permits(1);
+        rig.until("r/own:1", |report| report.is_some_and(|report| report.generation == 3)).await;
+        assert!(fake.removing.lock().unwrap().is_empty());
+        fake.finds.add_permits(1);
+    };
+    let (used, ()) = tokio::join!(store.get(&image), look);
+    drop(used.unwrap());
+    rig.until("r/x:1", |report| report.is_none()).await;
+}
+
+#[tokio::test]
+async fn who_comes_while_an_image_is_being_removed_gets_it_after_it_was_brought_again() {
+    let mut rig = Rig::new(&["r/own:1", "r/x:1"], Some(15));
+    rig.fake.removes.forget_permits(Semaphore::MAX_PERMITS);
+    rig.until("r/x:1", is_here).await;
+    while rig.fake.removing.lock().unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let image = ImageRef("r/x:1".into());
+    let mut get = std::pin::pin!(rig.store.get(&image));
+    for _ in 0..100 {
+        assert!(futures_util::poll!(get.as_mut()).is_pending(), "it is still there, and goes");
+        tokio::task::yield_now().await;
+    }
+    rig.fake.removes.add_permits(1);
+    rig.fake.pulls.add_permits(1);
+    let used = get.await.unwrap();
+    assert_eq!(*rig.fake.pulled.lock().unwrap(), ["r/x:1"]);
+    assert!(rig.fake.here.lock().unwrap().contains_key("r/x:1") && used.digest() == Digest::of(b"r/x:1"));
+}
+
+#[tokio::test]
+async fn what_is_brought_beyond_the_budget_is_brought_once_and_stays_while_it_is_used() {
+    let mut rig = Rig::new(&["r/own:1"], Some(15));
+    rig.fake.pulls.add_permits(9);
+    let used = rig.store.get(&ImageRef("r/x:1".into())).await.unwrap();
+    assert_eq!(*rig.fake.pulled.lock().unwrap(), ["r/x:1"]);
+    assert!(rig.fake.removing.lock().unwrap().is_empty());
+    drop(used);
+    rig.until("r/x:1", |report| report.is_none()).await;
 }

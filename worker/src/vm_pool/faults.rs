@@ -117,8 +117,8 @@ impl Runner {
     fn charge(&mut self, image: &ImageRef, error: VmError, most: u32) {
         let Some(index) = self.claims.iter().position(|claim| claim.waiting.image == *image) else { return };
         self.claims[index].failures += 1;
-        let again = error.retry && error.what != VmFault::NoImage;
-        if !again || self.claims[index].failures >= most {
+        // A spare's image may be gone, the claim's own is held.
+        if !error.retry || self.claims[index].failures >= most {
             let _claimer_is_gone = self.claims.remove(index).reply.send(Err(error));
         }
     }

@@ -6,11 +6,21 @@ use alloy_shared::id::AttemptRef;
 use alloy_shared::wire::vm::{Miss, VmStages};
 
 use super::{Done, Made, Runner, unless_halted, within};
+use crate::image_shelf::Use;
 use crate::provider::{ImageRef, Shape, VmError, VmFault, VmName, inbox_of};
 use crate::vm_plan::Slot;
 
+/// An image that nobody removes while a VM of it is being made.
+#[derive(Clone)]
+pub(super) struct Held {
+    pub image: Use,
+    /// Somebody waits for the VM.
+    pub by_claim: bool,
+}
+
 impl Runner {
-    pub(super) fn make(&mut self, slot: usize, image: ImageRef) {
+    /// Makes a VM of an image that is held, and stays so until the VM is there.
+    pub(super) fn make(&mut self, slot: usize, image: ImageRef, held: Held) {
         let faults = match &self.slots[slot] {
             Slot::Cold { faults, .. } => *faults,
             Slot::Cloning { .. }
@@ -22,8 +32,7 @@ impl Runner {
         };
         self.made += 1;
         let vm = VmName::mint(self.nonce, self.made);
-        let known = self.claims.iter().find(|claim| claim.waiting.image == image).map(|claim| claim.image.clone());
-        let kept = self.is_kept(&image);
+        let is_kept = self.is_kept(&image);
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
         let (name, images, halt) = (vm.clone(), Arc::clone(&self.setup.images), self.halt.clone());
@@ -32,18 +41,19 @@ impl Runner {
             let made = unless_halted(
                 &halt,
                 within(&env, ms, async {
-                    let image = match known {
-                        Some(image) => image,
-                        None if kept => images.get(&image).await?,
-                        // What was asked for lately is no reason to bring it again.
-                        None => match provider.find(&image).await? {
-                            Some(_) => images.get(&image).await?,
-                            None => return Err(VmError::farm(VmFault::NoImage, image.to_string())),
-                        },
+                    // The claim has just asked. For a spare the host says what the name stands for by now, and what was
+                    // asked for lately is no reason to bring it again.
+                    let image = if held.by_claim {
+                        held.image.clone()
+                    } else if is_kept || provider.find(&image).await?.is_some() {
+                        images.get(&image).await?
+                    } else {
+                        return Err(VmError::farm(VmFault::NoImage, format!("{image} is gone from this host")));
                     };
                     let start = env.now().mono;
                     provider.create(&name, &image.digest(), &Shape::default()).await?;
                     let clone_ms = Some(env.now().mono.since(start));
+                    drop(held);
                     Ok(Made { image, stages: VmStages { clone_ms, ..VmStages::default() } })
                 }),
             );

@@ -1,19 +1,21 @@
+mod held;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
 
-use alloy_shared::id::JobId;
+use alloy_shared::id::{AttemptRef, Digest, JobId};
 use alloy_shared::limits::{HOST_FAULTS_MAX, STUCK_TRIES_MAX};
 use alloy_shared::runtime::SystemEnv;
 use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::session::SlotState;
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use super::*;
 use crate::images::ImageSetup;
-use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image, Shape};
+use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image, NetworkPolicy, Shape};
 
 /// VMs that are only names, and faults on demand.
 #[derive(Default)]
@@ -29,6 +31,23 @@ struct Fake {
     unrestricted: Mutex<bool>,
     /// VMs whose policy is in doubt.
     unfit: Mutex<u32>,
+    /// Images that are not here and can be brought.
+    away: Mutex<BTreeSet<String>>,
+    /// The images of the VMs that were made.
+    made: Mutex<Vec<Digest>>,
+    /// Looks for an image, and removals, wait for these.
+    finds: Option<Semaphore>,
+    removes: Option<Semaphore>,
+    removing: Mutex<Vec<Digest>>,
+    leaving: Mutex<Option<Digest>>,
+}
+
+const IMAGES: [&str; 3] = ["own", "other", "third"];
+
+async fn pass(gate: &Option<Semaphore>) {
+    if let Some(gate) = gate {
+        gate.acquire().await.unwrap().forget();
+    }
 }
 
 impl Fake {
@@ -63,21 +82,37 @@ impl VmProvider for Fake {
             size_bytes: 1,
             removable: true,
         };
-        Ok(vec![image("own"), image("other")])
+        let away = self.away.lock().unwrap();
+        Ok(IMAGES.into_iter().filter(|name| !away.contains(*name)).map(image).collect())
     }
     fn pulls(&self) -> bool {
         true
     }
     async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
-        Ok((image.0 != "absent").then(|| Digest::of(image.0.as_bytes())))
+        pass(&self.finds).await;
+        let is_here = image.0 != "absent" && !self.away.lock().unwrap().contains(&image.0);
+        Ok(is_here.then(|| Digest::of(image.0.as_bytes())))
     }
-    async fn pull(&self, _: &ImageRef, _: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
-        Err(VmError::policy(VmFault::NoImage, "absent"))
+    async fn pull(&self, image: &ImageRef, _: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+        match self.away.lock().unwrap().remove(&image.0) || IMAGES.contains(&image.0.as_str()) {
+            true => Ok(Digest::of(image.0.as_bytes())),
+            false => Err(VmError::policy(VmFault::NoImage, "absent")),
+        }
     }
-    async fn remove(&self, _: &Digest) -> Result<(), VmError> {
+    async fn remove(&self, image: &Digest) -> Result<(), VmError> {
+        self.removing.lock().unwrap().push(*image);
+        *self.leaving.lock().unwrap() = Some(*image);
+        pass(&self.removes).await;
+        *self.leaving.lock().unwrap() = None;
+        let gone = IMAGES.into_iter().filter(|name| Digest::of(name.as_bytes()) == *image);
+        self.away.lock().unwrap().extend(gone.map(str::to_owned));
         Ok(())
     }
-    async fn create(&self, vm: &VmName, _: &Digest, _: &Shape) -> Result<(), VmError> {
+    async fn create(&self, vm: &VmName, image: &Digest, _: &Shape) -> Result<(), VmError> {
+        let is_gone = |name: &String| Digest::of(name.as_bytes()) == *image;
+        assert!(!self.away.lock().unwrap().iter().any(is_gone), "there is no such image");
+        assert_ne!(*self.leaving.lock().unwrap(), Some(*image), "it is being removed");
+        self.made.lock().unwrap().push(*image);
         assert!(self.alive.lock().unwrap().insert(vm.clone()), "a name is never used twice");
         Ok(())
     }
@@ -136,11 +171,17 @@ fn wish(slots: usize, own: &str, floors: &[(&str, usize)]) -> Wish {
 struct Rig {
     fake: Arc<Fake>,
     pool: Arc<VmPool>,
+    images: Arc<ImageStore>,
     inputs: mpsc::Receiver<Input>,
 }
 
 impl Rig {
     async fn new(slots: usize, fake: Fake) -> Self {
+        Self::with(slots, fake, None).await
+    }
+
+    /// Each image takes one of the budget.
+    async fn with(slots: usize, fake: Fake, budget: Option<u64>) -> Self {
         let fake = Arc::new(fake);
         let (tx, inputs) = mpsc::channel(1_000);
         let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
@@ -151,18 +192,18 @@ impl Rig {
             inputs: tx.clone(),
             book: crate::image_book::BookFile::memory(),
             kept: vec![ImageRef("own".into())],
-            budget: None,
+            budget,
         });
         let setup = PoolSetup {
             env,
-            images,
+            images: Arc::clone(&images),
             limits: Limits { quarantine_ms: 200, ..Limits::default() },
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
             state_dir: "/state".into(),
             wish: wish(slots, "own", &[]),
         };
-        Self { fake, pool: VmPool::start(setup).await, inputs }
+        Self { fake, pool: VmPool::start(setup).await, images, inputs }
     }
 
     async fn claim(&self, n: u32) -> Result<Claimed, VmError> {

@@ -1,12 +1,15 @@
 //! P: what the pool learns while it runs: who asks for which image, and what a person wants of it from here on.
 
+use std::collections::BTreeMap;
+
 use alloy_shared::env::Mono;
 use alloy_shared::limits::SLOTS_MAX;
 
+use super::making::Held;
 use super::{Claim, Runner};
 use crate::provider::ImageRef;
 use crate::vm_demand::{Share, Wish};
-use crate::vm_plan::{Slot, spent};
+use crate::vm_plan::{PoolAction, Slot, spent};
 
 impl Runner {
     pub(super) fn ask(&mut self, claim: Claim) {
@@ -17,11 +20,28 @@ impl Runner {
         self.claims.push(claim);
     }
 
-    /// What idle slots may keep warm. An image that is always wanted waits until it is on this host.
+    /// What idle slots may keep warm: images that are on this host.
     pub(super) fn shares(&self, now: Mono) -> Vec<Share> {
         let mut shares = self.demand.shares(&self.setup.wish, now);
-        shares.retain(|share| self.here.contains(&share.image) || !self.is_kept(&share.image));
+        shares.retain(|share| self.setup.images.has(&share.image));
         shares
+    }
+
+    /// The images of the VMs that shall be made: nobody removes them from here on, until the VMs are there. Or else the one
+    /// that is gone since the plan was made.
+    pub(super) fn hold(&self, actions: &[PoolAction]) -> Result<BTreeMap<ImageRef, Held>, ImageRef> {
+        let mut held = BTreeMap::new();
+        for action in actions {
+            let image = match action {
+                PoolAction::Make { image, .. } => image,
+                PoolAction::Unmake { .. } | PoolAction::Give { .. } | PoolAction::Release { .. } => continue,
+            };
+            let claim = self.claims.iter().find(|claim| claim.waiting.image == *image);
+            let used = claim.map(|claim| claim.image.clone()).or_else(|| self.setup.images.hold(image));
+            let used = used.ok_or_else(|| image.clone())?;
+            held.insert(image.clone(), Held { image: used, by_claim: claim.is_some() });
+        }
+        Ok(held)
     }
 
     pub(super) fn is_kept(&self, image: &ImageRef) -> bool {
