@@ -248,8 +248,10 @@ pub const NETWORK_RANGES_MAX: usize = 64;
 pub const ENV_COUNT_MAX: usize = 256;
 pub const ENV_BYTES_MAX: usize = 128 << 10;
 pub const ARTIFACT_RULES_MAX: usize = 64;
-/// Warnings at one job's end: one for each rule.
-pub const WARNINGS_MAX: usize = ARTIFACT_RULES_MAX;
+/// Things that are named because a rule takes them and they are no artifacts. Of the others there is a number.
+pub const UNFIT_NAMED_MAX: usize = 100;
+/// Warnings at one job's end: one for each rule and for each thing that is named, how many things are not, and a cut log.
+pub const WARNINGS_MAX: usize = ARTIFACT_RULES_MAX + UNFIT_NAMED_MAX + 2;
 pub const ARTIFACTS_MAX: usize = 10_000;
 /// Entries of a workspace that are looked at to find a job's artifacts.
 pub const WORKSPACE_ENTRIES_MAX: usize = 1_000_000;

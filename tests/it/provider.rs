@@ -25,8 +25,8 @@ use tokio::sync::watch;
 use worker::provider::host::{self, HOST_IMAGE, Host};
 use worker::provider::tart::{self, Settings, TartHost};
 use worker::provider::{
-    Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, ImageRef, NetworkPolicy, Run, Shape, Signal, VmFault,
-    VmName, VmProvider, inbox_of, vm_dir,
+    Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, ImageRef, Listing, Misfit, NetworkPolicy, Run, Shape,
+    Signal, VmFault, VmName, VmProvider, inbox_of, vm_dir,
 };
 
 on_every_provider! {
@@ -245,10 +245,14 @@ fn sources() -> Result<Vec<u8>> {
     Ok(tar.into_inner()?)
 }
 
+async fn listing(guest: &Arc<dyn Guest>, rules: &[&str]) -> Result<Listing> {
+    let rules: Vec<_> = rules.iter().map(|rule| (*rule).to_owned()).collect();
+    Ok(guest.list(&worker::artifacts::parse(&rules)?).await?)
+}
+
 /// Path, size, mode of a file and target of a link.
 async fn list(guest: &Arc<dyn Guest>, rules: &[&str]) -> Result<Vec<String>> {
-    let rules: Vec<_> = rules.iter().map(|rule| (*rule).to_owned()).collect();
-    let files = guest.list(&worker::artifacts::parse(&rules)?).await?;
+    let files = listing(guest, rules).await?.files;
     let shown = |file: GuestFile| match file.link {
         Some(to) => format!("{} -> {to}", file.path),
         None => format!("{} {} {:o}", file.path, file.size, file.mode),
@@ -280,7 +284,9 @@ async fn what_is_sent_in_and_taken_out_stays_within_the_workspace(provider: Prov
 
     let make = "mkdir -p made/sub .hid; echo 12345 > made/a; echo x > made/sub/run; chmod 755 made/sub/run; \
                 echo s > made/skip.o; ln -s /etc made/etc; ln -s a made/link; ln -s made alias; ln -s /etc/passwd p; \
-                mkfifo made/pipe; echo h > .hid/f; mkdir odd; touch odd/plain \"odd/$(printf 'b\\377d')\"";
+                mkfifo made/pipe; echo h > .hid/f; mkdir odd; touch odd/plain \"odd/$(printf 'b\\377d')\"; \
+                mkdir \"odd/d$(printf '\\377')\"; touch \"odd/d$(printf '\\377')/deep\" 'odd/new\nline'; \
+                ln -s \"$(printf '\\377')\" odd/link";
     said(&guest, make).await?;
     let all = ["made/a 6 644", "made/etc -> /etc", "made/link -> a", "made/sub/run 2 755"];
     assert_eq!(list(&guest, &["made", "!**/*.o"]).await?, all);
@@ -292,8 +298,16 @@ async fn what_is_sent_in_and_taken_out_stays_within_the_workspace(provider: Prov
     );
     assert_eq!(list(&guest, &["nothing", "!made"]).await?, [""; 0]);
     assert_eq!(list(&guest, &[".hid/*", "odd/plain"]).await?, [".hid/f 2 644", "odd/plain 0 644"]);
-    let odd = list(&guest, &["odd"]).await.unwrap_err().to_string();
-    assert!(odd.contains("not UTF-8"), "{odd}");
+    let Listing { files, unfit, .. } = listing(&guest, &["odd", "made/p*", "made/a"]).await?;
+    assert_eq!(files.iter().map(|file| &file.path[..]).collect::<Vec<_>>(), ["made/a", "odd/new\nline", "odd/plain"]);
+    let unfit: Vec<_> = unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why)).collect();
+    let expected = [
+        ("made/pipe", Misfit::Pipe),
+        ("odd/b\\xffd", Misfit::Name),
+        ("odd/d\\xff/deep", Misfit::Name),
+        ("odd/link", Misfit::Target),
+    ];
+    assert_eq!(unfit, expected.map(|(name, why)| (name.to_owned(), why)), "it is named, and spoils nothing");
 
     assert_eq!(read(&guest, "made/a", 100).await, b"12345\n");
     assert_eq!(read(&guest, "made/a", 4).await, b"1234", "no more than is asked for");

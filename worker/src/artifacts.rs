@@ -12,7 +12,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use globset::{GlobBuilder, GlobMatcher};
 
 use crate::executor::Ctx;
-use crate::provider::{ArtifactRule, Guest, GuestFile, RuleKind, VmError};
+use crate::provider::{ArtifactRule, Guest, GuestFile, Listing, RuleKind, Unfit, VmError};
 use crate::session::Input;
 use crate::upstream::{Grant, TransferError};
 
@@ -30,31 +30,30 @@ pub enum CollectError {
     Stopping,
 }
 
-/// The globs that match nothing.
+/// What the rules asked for and did not get, as sentences.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Unmet {
-    /// Of `=GLOB` rules: a failure.
+pub struct Missed {
+    /// `=GLOB` rules without a file: a failure.
     pub must: Vec<String>,
-    /// Of plain rules: worth a warning.
-    pub may: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// Takes every file that the rules name to the orchestrator, reports each once it is there, and counts it in `reported`,
-/// which stays true if this fails or is dropped. Returns the rules without a file.
+/// which stays true if this fails or is dropped. Returns what is not among them.
 pub async fn collect(
     ctx: &Ctx,
     guest: &Arc<dyn Guest>,
     rules: &[ArtifactRule],
     grant: &Grant,
     reported: &AtomicU32,
-) -> Result<Unmet, CollectError> {
+) -> Result<Missed, CollectError> {
     if rules.is_empty() {
-        return Ok(Unmet::default());
+        return Ok(Missed::default());
     }
     let attempt = grant.attempt;
-    let files = guest.list(rules).await.map_err(CollectError::Vm)?;
-    let unmet = Unmet { must: missing(RuleKind::Must, rules, &files), may: missing(RuleKind::Take, rules, &files) };
-    stream::iter(files.into_iter().map(|file| deliver(ctx, guest, file, grant)))
+    let listing = guest.list(rules).await.map_err(CollectError::Vm)?;
+    let missed = missed(rules, &listing);
+    stream::iter(listing.files.into_iter().map(|file| deliver(ctx, guest, file, grant)))
         .buffered(PUTS)
         .try_for_each(|report| async {
             let report = Report::Artifact(report);
@@ -63,7 +62,7 @@ pub async fn collect(
             Ok(())
         })
         .await?;
-    Ok(unmet)
+    Ok(missed)
 }
 
 async fn deliver(
@@ -180,19 +179,41 @@ fn base(glob: &str) -> String {
     glob.split('/').take_while(plain).collect::<Vec<_>>().join("/")
 }
 
-/// The rules of this kind that match none of the files.
-fn missing(kind: RuleKind, rules: &[ArtifactRule], files: &[GuestFile]) -> Vec<String> {
-    let unmet =
-        rules.iter().filter(|rule| rule.kind == kind).filter(|rule| match Matcher::new(std::slice::from_ref(rule)) {
-            Ok(matcher) => !files.iter().any(|file| matcher.takes(&file.path)),
-            Err(_unparsed) => true,
-        });
-    unmet.map(|rule| rule.glob.clone()).collect()
+fn missed(rules: &[ArtifactRule], listing: &Listing) -> Missed {
+    let mut missed = Missed::default();
+    for rule in rules.iter().filter(|rule| rule.kind != RuleKind::Exclude) {
+        let Ok(matcher) = Matcher::new(std::slice::from_ref(rule)) else { continue };
+        if listing.files.iter().any(|file| matcher.takes(&file.path)) {
+            continue;
+        }
+        let unfit = listing.unfit.iter().find(|unfit| matcher.takes(&unfit.text()));
+        match (rule.kind, unfit) {
+            (RuleKind::Must, None) => missed.must.push(format!("={}", rule.glob)),
+            (RuleKind::Must, Some(unfit)) => missed.must.push(format!("={} ({})", rule.glob, describe(unfit))),
+            (RuleKind::Take, None) => {
+                missed.warnings.push(format!("no file matches the artifact rule `{}`", rule.glob));
+            }
+            // That is a warning of its own.
+            (RuleKind::Take, Some(_)) | (RuleKind::Exclude, _) => {}
+        }
+    }
+    let named = listing.unfit.iter().take(limits::UNFIT_NAMED_MAX);
+    missed.warnings.extend(named.map(|unfit| format!("not collected: {}", describe(unfit))));
+    let more = listing.unfit.len().saturating_sub(limits::UNFIT_NAMED_MAX) as u64 + listing.unfit_more;
+    if more > 0 {
+        missed.warnings.push(format!("not collected: {more} more that are no files or have names that are not UTF-8"));
+    }
+    missed
+}
+
+fn describe(unfit: &Unfit) -> String {
+    format!("`{}`, because {}", unfit.shown(), unfit.why)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::provider::Misfit;
 
     fn rules(texts: &[&str]) -> Vec<ArtifactRule> {
         parse(&texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>()).unwrap()
@@ -248,10 +269,36 @@ mod tests {
     #[test]
     fn a_rule_that_matches_nothing_is_missed_by_name() {
         let file = |path: &str| GuestFile { path: path.into(), size: 1, mode: 0o644, link: None };
+        let with =
+            |files: &[&str]| Listing { files: files.iter().map(|path| file(path)).collect(), ..Listing::default() };
         let rules = rules(&["=bin/*", "=missing/*", "optional", "b*/x", "!bin/y"]);
-        assert_eq!(missing(RuleKind::Must, &rules, &[file("bin/x")]), ["missing/*"]);
-        assert_eq!(missing(RuleKind::Must, &rules, &[]), ["bin/*", "missing/*"]);
-        assert_eq!(missing(RuleKind::Take, &rules, &[file("bin/x")]), ["optional"]);
-        assert_eq!(missing(RuleKind::Take, &rules, &[]), ["optional", "b*/x"]);
+        let warning = |glob: &str| format!("no file matches the artifact rule `{glob}`");
+        let some = Missed { must: vec!["=missing/*".into()], warnings: vec![warning("optional")] };
+        assert_eq!(missed(&rules, &with(&["bin/x"])), some);
+        let none = Missed {
+            must: vec!["=bin/*".into(), "=missing/*".into()],
+            warnings: vec![warning("optional"), warning("b*/x")],
+        };
+        assert_eq!(missed(&rules, &with(&[])), none);
+    }
+
+    #[test]
+    fn what_is_no_artifact_is_named_and_is_why_a_rule_is_not_met() {
+        let mut listing = Listing::default();
+        listing.refuse(b"out/b\xffd".to_vec(), Misfit::Name);
+        listing.refuse(b"pipe".to_vec(), Misfit::Pipe);
+        let told = missed(&rules(&["=out/*", "=nothing", "pipe"]), &listing);
+        assert_eq!(told.must, [r"=out/* (`out/b\xffd`, because its name is not UTF-8)", "=nothing"]);
+        let named = [
+            r"not collected: `out/b\xffd`, because its name is not UTF-8",
+            "not collected: `pipe`, because it is a pipe",
+        ];
+        assert_eq!(told.warnings, named);
+
+        let mut many = Listing { unfit_more: 5, ..Listing::default() };
+        (0..limits::UNFIT_NAMED_MAX + 2).for_each(|n| many.refuse(n.to_string().into_bytes(), Misfit::Socket));
+        let told = missed(&rules(&["*"]), &many).warnings;
+        assert_eq!(told.len(), limits::UNFIT_NAMED_MAX + 1);
+        assert!(told.last().unwrap().contains(": 7 more"), "{told:?}");
     }
 }

@@ -17,7 +17,7 @@ use alloy_shared::wire::session::{Assignment, Report, ResultReport, fact};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
-use crate::artifacts::{self, CollectError, Unmet};
+use crate::artifacts::{self, CollectError, Missed};
 use crate::hooks::Hooks;
 use crate::job_env::{Place, job_env};
 use crate::provider::{Command, Exec, ExecInput, ExecOutput, Exit, NetworkPolicy, Run, Signal, VmError, VmFault};
@@ -240,14 +240,13 @@ impl Attempt {
         self.timings.collect_ms = Some(self.mono().since(start));
         let late = || internal("artifacts were not delivered in time");
         let verdict = match collected?.map_err(|_late| late()) {
-            Ok(Ok(Unmet { must, may })) => {
+            Ok(Ok(Missed { must, warnings })) => {
                 if let Some(end) = &mut self.end {
-                    let warning = |glob| format!("no file matches the artifact rule `{glob}`");
-                    end.warnings = may.iter().map(warning).collect();
+                    end.warnings = warnings;
                 }
                 match must.is_empty() {
                     true => Ok(()),
-                    false => Err(user(Reason::ArtifactMissing, &format!("no file matches ={}", must.join(", =")))),
+                    false => Err(user(Reason::ArtifactMissing, &format!("no file matches {}", must.join(", ")))),
                 }
             }
             Ok(Err(error)) => Err(collect_ended(error)),

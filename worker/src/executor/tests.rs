@@ -18,7 +18,7 @@ use crate::guard::tests::guard_program;
 use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
-use crate::provider::{ArtifactRule, Guest, GuestFile, ImageRef};
+use crate::provider::{ArtifactRule, Guest, ImageRef, Listing};
 use crate::spool::SpoolFile;
 use crate::upstream::{Blobs, DialError};
 use crate::vm_demand::Wish;
@@ -249,7 +249,7 @@ async fn ends_carry_the_reason_and_the_commands_own_code() {
         (assignment("kill -9 $$"), Some(Reason::ScriptFailure), None),
         (with_artifacts("exit 0", &["=x"]), Some(Reason::ArtifactMissing), Some(0)),
         (with_artifacts("exit 7", &["=x"]), Some(Reason::ScriptFailure), Some(7)),
-        (with_artifacts("touch \"$(printf 'b\\377')\"", &["."]), Some(Reason::ArtifactMissing), Some(0)),
+        (with_artifacts("mkfifo p", &["=p"]), Some(Reason::ArtifactMissing), Some(0)),
         (Assignment { source: Some(Digest::of(b"absent")), ..assignment("true") }, Some(Reason::InternalError), None),
         (Assignment { timeout_ms: 100, ..assignment("exec sleep 600") }, Some(Reason::RunTimeout), None),
         (
@@ -292,6 +292,22 @@ async fn a_failed_command_leaves_its_artifacts_too() {
     let mut rig = Rig::new(Farm::default()).await;
     let story = rig.run(with_artifacts("echo x > report; exit 3", &["report"]), None).await;
     assert_eq!((end(&story), story.artifacts), ((Some(Reason::ScriptFailure), Some(3)), vec!["report".to_owned()]));
+}
+
+#[tokio::test]
+async fn what_is_no_artifact_is_named_and_the_rest_arrives() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let line = "mkdir o; echo x > o/good; mkfifo o/pipe; touch \"o/$(printf 'b\\377d')\"";
+    let story = rig.run(with_artifacts(line, &["=o", "o/p*", "=o/p*"]), None).await;
+    assert_eq!(
+        (end(&story), &story.artifacts[..]),
+        ((Some(Reason::ArtifactMissing), Some(0)), &["o/good".to_owned()][..])
+    );
+    let end = story.result.unwrap().end;
+    assert_eq!(end.message, "no file matches =o/p* (`o/pipe`, because it is a pipe)");
+    let warnings =
+        [r"not collected: `o/b\xffd`, because its name is not UTF-8", "not collected: `o/pipe`, because it is a pipe"];
+    assert_eq!(end.warnings, warnings);
 }
 
 #[tokio::test]
@@ -399,8 +415,8 @@ impl Guest for Chatty {
     async fn read(&self, _: &str, _: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
         Ok(mpsc::channel(1).1)
     }
-    async fn list(&self, _: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
-        Ok(Vec::new())
+    async fn list(&self, _: &[ArtifactRule]) -> Result<Listing, VmError> {
+        Ok(Listing::default())
     }
 }
 

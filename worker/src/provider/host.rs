@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{
-    ArtifactRule, Command, Exec, Guest, GuestFile, Image, ImageRef, NetworkPolicy, Run, Shape, VmError, VmFault,
-    VmName, VmProvider, vm_dir,
+    ArtifactRule, Command, Exec, Guest, Image, ImageRef, Listing, NetworkPolicy, Run, Shape, VmError, VmFault, VmName,
+    VmProvider, vm_dir,
 };
 use crate::guard::leash::{Leash, READ_MAX, Wires};
 use crate::guard::{self, Launch};
@@ -270,7 +270,7 @@ impl Guest for HostGuest {
         Ok(rx)
     }
 
-    async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
+    async fn list(&self, rules: &[ArtifactRule]) -> Result<Listing, VmError> {
         let rules = crate::artifacts::Matcher::new(rules)
             .map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
         let root = PathBuf::from(&self.workspace);

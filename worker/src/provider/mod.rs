@@ -19,7 +19,10 @@ use tokio::sync::{mpsc, watch};
 
 mod agent;
 pub mod host;
+mod listing;
 pub mod tart;
+
+pub use listing::{Listing, Misfit, Unfit};
 
 #[async_trait]
 pub trait VmProvider: Send + Sync {
@@ -65,8 +68,8 @@ pub trait Guest: Send + Sync {
     /// Streams a file of the workspace, at most `limit` bytes. A stream that ends short of the listed size means that
     /// the file changed or that the guest is lost.
     async fn read(&self, path: &str, limit: u64) -> Result<mpsc::Receiver<Bytes>, VmError>;
-    /// Lists files and links of the workspace that the rules take, sorted by path.
-    async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError>;
+    /// Lists what the rules take in the workspace. What cannot be taken out spoils nothing: it is named beside the rest.
+    async fn list(&self, rules: &[ArtifactRule]) -> Result<Listing, VmError>;
     /// How long its boot took, as far as its provider tells the parts apart.
     fn boot_times(&self) -> BootTimes {
         BootTimes::default()

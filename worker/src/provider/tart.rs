@@ -29,6 +29,7 @@ mod boot;
 mod command;
 mod guest;
 mod images;
+mod listing;
 mod locks;
 pub mod probe;
 mod says;

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 use super::*;
 use crate::images::ImageSetup;
-use crate::provider::{ArtifactRule, Command, Exec, GuestFile, Image, NetworkPolicy, Shape};
+use crate::provider::{ArtifactRule, Command, Exec, Image, Listing, NetworkPolicy, Shape};
 
 /// VMs that are only names, and faults on demand.
 #[derive(Default)]
@@ -154,8 +154,8 @@ impl Guest for NoGuest {
     async fn read(&self, _: &str, _: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
         Err(VmError::farm(VmFault::Lost, "no guest"))
     }
-    async fn list(&self, _: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
-        Ok(vec![])
+    async fn list(&self, _: &[ArtifactRule]) -> Result<Listing, VmError> {
+        Ok(Listing::default())
     }
     async fn ended(&self) -> VmError {
         self.0.notified().await;

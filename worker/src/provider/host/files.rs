@@ -1,9 +1,10 @@
 //! S: a workspace on the host's own disk: unpack into it, list and read what a stranger's command left there, remove it.
 
 use std::collections::HashSet;
-use std::fs::{DirBuilder, File, FileTimes, OpenOptions, Permissions};
+use std::fs::{DirBuilder, File, FileTimes, Metadata, OpenOptions, Permissions};
 use std::io::{BufReader, Read};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -16,7 +17,7 @@ use nix::sys::stat::Mode;
 use tokio::sync::mpsc;
 
 use crate::artifacts::Matcher;
-use crate::provider::{GuestFile, VmError, VmFault};
+use crate::provider::{GuestFile, Listing, Misfit, VmError, VmFault};
 
 /// Names of the guards' records in a VM's directory start with this.
 pub(super) const RECORD: &str = "guard-";
@@ -126,12 +127,12 @@ fn make_dir(dir: &Path) -> std::io::Result<()> {
 }
 
 /// Lists what the rules take, without following a link anywhere.
-pub(super) fn list(root: &Path, rules: &Matcher) -> Result<Vec<GuestFile>, VmError> {
+pub(super) fn list(root: &Path, rules: &Matcher) -> Result<Listing, VmError> {
     list_up_to(root, rules, limits::WORKSPACE_ENTRIES_MAX)
 }
 
 /// Like [`list`], looking at `most` entries at most.
-pub(super) fn list_up_to(root: &Path, rules: &Matcher, most: usize) -> Result<Vec<GuestFile>, VmError> {
+pub(super) fn list_up_to(root: &Path, rules: &Matcher, most: usize) -> Result<Listing, VmError> {
     let mut found = Found { most, ..Found::default() };
     for base in rules.bases() {
         // A base is plain text; on the way there a link is no directory either.
@@ -139,14 +140,12 @@ pub(super) fn list_up_to(root: &Path, rules: &Matcher, most: usize) -> Result<Ve
             visit(root, &base, rules, &mut found)?;
         }
     }
-    found.files.sort_by(|a, b| a.path.as_bytes().cmp(b.path.as_bytes()));
-    found.files.dedup_by(|a, b| a.path == b.path);
-    Ok(found.files)
+    Ok(found.listing.sorted())
 }
 
 #[derive(Default)]
 struct Found {
-    files: Vec<GuestFile>,
+    listing: Listing,
     bytes: u64,
     /// Entries that were looked at, and how many may be.
     seen: usize,
@@ -166,9 +165,9 @@ fn real_dirs(root: &Path, path: &str) -> bool {
 /// Looks at `start` and all below it. A stack of its own: a stranger decides how deep directories go. It holds names of
 /// directories only.
 fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result<(), VmError> {
-    let mut todo: Vec<String> = look(root, start.to_owned(), rules, found)?.into_iter().collect();
+    let mut todo: Vec<PathBuf> = look(root, start.into(), rules, found)?.into_iter().collect();
     while let Some(path) = todo.pop() {
-        let failed = |error: std::io::Error| VmError::io(VmFault::File, &printable(&path), &error);
+        let failed = |error: std::io::Error| VmError::io(VmFault::File, &printable(&path.to_string_lossy()), &error);
         for entry in std::fs::read_dir(root.join(&path)).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             found.seen += 1;
@@ -176,70 +175,81 @@ fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result
                 let why = format!("the artifact rules lead to more than {} entries; name narrower ones", found.most);
                 return Err(VmError::user(VmFault::File, why));
             }
-            match entry.file_name().to_str() {
-                Some(name) if path.is_empty() => todo.extend(look(root, name.to_owned(), rules, found)?),
-                Some(name) => todo.extend(look(root, format!("{path}/{name}"), rules, found)?),
-                None => {
-                    let name = format!("{path}/{}", entry.file_name().to_string_lossy());
-                    let name = name.trim_start_matches('/');
-                    if rules.takes(name) {
-                        return Err(VmError::user(
-                            VmFault::File,
-                            format!("{}: the name is not UTF-8", printable(name)),
-                        ));
-                    }
-                }
-            }
+            todo.extend(look(root, path.join(entry.file_name()), rules, found)?);
         }
     }
     Ok(())
 }
 
 /// Takes one entry if the rules do. Returns the path of a directory, which is to be looked into.
-fn look(root: &Path, path: String, rules: &Matcher, found: &mut Found) -> Result<Option<String>, VmError> {
+fn look(root: &Path, path: PathBuf, rules: &Matcher, found: &mut Found) -> Result<Option<PathBuf>, VmError> {
     let full = root.join(&path);
     let Ok(meta) = std::fs::symlink_metadata(&full) else { return Ok(None) };
-    if !path.is_empty() && rules.excludes(&path) {
+    let text = path.to_string_lossy();
+    if !text.is_empty() && rules.excludes(&text) {
         return Ok(None);
     }
     if meta.is_dir() {
+        drop(text);
         return Ok(Some(path));
     }
-    if rules.takes(&path) {
-        take(&full, path, &meta, found)?;
+    if rules.takes(&text) {
+        take(&full, path.as_os_str().as_bytes(), &meta, found)?;
     }
     Ok(None)
 }
 
-fn take(full: &Path, path: String, meta: &std::fs::Metadata, found: &mut Found) -> Result<(), VmError> {
-    let refuse = |why: &str| Err(VmError::user(VmFault::File, format!("{}: {why}", printable(&path))));
-    let kind = meta.file_type();
-    if !kind.is_file() && !kind.is_symlink() {
-        // A socket or a pipe that a command left lying about is nobody's artifact.
-        return Ok(());
-    }
-    if found.files.len() >= limits::ARTIFACTS_MAX {
+fn take(full: &Path, path: &[u8], meta: &Metadata, found: &mut Found) -> Result<(), VmError> {
+    let refuse = |why: &str| Err(VmError::user(VmFault::File, format!("{}: {why}", printable_bytes(path))));
+    let (path, link) = match fit(full, path, meta) {
+        Ok(fits) => fits,
+        Err(Unreadable::Misfit(why)) => {
+            found.listing.refuse(path.to_vec(), why);
+            return Ok(());
+        }
+        Err(Unreadable::Disk(error)) => return refuse(&error.to_string()),
+    };
+    if found.listing.files.len() >= limits::ARTIFACTS_MAX {
         return refuse(&format!("there are more than {} artifacts", limits::ARTIFACTS_MAX));
     }
-    if let Err(error) = check_path(&path) {
-        return Err(VmError::user(VmFault::File, error.to_string()));
-    }
-    let link = match kind.is_symlink() {
-        false => None,
-        true => match std::fs::read_link(full).map(|target| target.into_os_string().into_string()) {
-            Ok(Ok(target)) => Some(target),
-            Ok(Err(_)) => return refuse("is a link to a name that is not UTF-8"),
-            Err(error) => return refuse(&error.to_string()),
-        },
-    };
     let size = if link.is_some() { 0 } else { meta.size() };
     found.bytes = found.bytes.saturating_add(size);
     if found.bytes > limits::ARTIFACT_BYTES_MAX {
         return refuse(&format!("the artifacts have more than {} bytes", limits::ARTIFACT_BYTES_MAX));
     }
     let mode = if link.is_none() && meta.mode() & 0o111 != 0 { 0o755 } else { 0o644 };
-    found.files.push(GuestFile { path, size, mode, link });
+    found.listing.files.push(GuestFile { path: path.to_owned(), size, mode, link });
     Ok(())
+}
+
+enum Unreadable {
+    Misfit(Misfit),
+    Disk(std::io::Error),
+}
+
+/// The path and a link's target as texts, if this can be an artifact.
+fn fit<'a>(full: &Path, path: &'a [u8], meta: &Metadata) -> Result<(&'a str, Option<String>), Unreadable> {
+    let kind = meta.file_type();
+    let odd = match (kind.is_file() || kind.is_symlink(), kind.is_fifo(), kind.is_socket()) {
+        (true, _, _) => None,
+        (false, true, _) => Some(Misfit::Pipe),
+        (false, false, true) => Some(Misfit::Socket),
+        (false, false, false) => Some(Misfit::Device),
+    };
+    if let Some(odd) = odd {
+        return Err(Unreadable::Misfit(odd));
+    }
+    let path = Misfit::check_path(path).map_err(Unreadable::Misfit)?;
+    if !kind.is_symlink() {
+        return Ok((path, None));
+    }
+    let target = std::fs::read_link(full).map_err(Unreadable::Disk)?;
+    let target = target.into_os_string().into_string().map_err(|_| Unreadable::Misfit(Misfit::Target))?;
+    Ok((path, Some(target)))
+}
+
+fn printable_bytes(path: &[u8]) -> String {
+    printable(&String::from_utf8_lossy(path))
 }
 
 /// Opens a regular file below the root, component by component, so that no link is followed even if one appears now.

@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 
 use super::*;
 use crate::guard::tests::{eventually, guard_program, is_alive, pid_in};
-use crate::provider::{ExecInput, ExecOutput, Exit, RuleKind, Signal, inbox_of};
+use crate::provider::{ExecInput, ExecOutput, Exit, GuestFile, Misfit, RuleKind, Signal, inbox_of};
 
 /// A host provider in a directory of its own.
 pub(crate) struct Fixture {
@@ -383,7 +383,7 @@ async fn a_list_names_files_and_links_and_follows_none() {
                 echo s > out/skip.o; ln -s /etc out/etc; ln -s a out/link; ln -s out alias; mkfifo out/pipe; echo h > .hid/f";
     assert_eq!(run(&guest, &shell(line)).await.1, ExecOutput::Exit(Exit::Code(0)));
     let list = async |texts: &[&str]| -> Vec<String> {
-        let files = guest.list(&rules(texts)).await.unwrap();
+        let files = guest.list(&rules(texts)).await.unwrap().files;
         let shown = |file: GuestFile| {
             let link = file.link.map(|to| format!(" -> {to}")).unwrap_or_default();
             format!("{} {} {:o}{link}", file.path, file.size, file.mode)
@@ -401,13 +401,26 @@ async fn a_list_names_files_and_links_and_follows_none() {
 }
 
 #[tokio::test]
-async fn a_name_that_is_not_utf8_is_refused_by_name_if_a_rule_wants_it() {
+async fn what_is_no_artifact_is_named_if_a_rule_wants_it() {
     let fixture = Fixture::new();
     let (_, guest) = fixture.guest().await;
-    run(&guest, &shell("mkdir out; touch out/plain; touch \"out/$(printf 'b\\377d')\"")).await;
-    assert_eq!(guest.list(&rules(&["out/plain"])).await.unwrap().len(), 1);
-    let error = guest.list(&rules(&["out"])).await.unwrap_err();
-    assert_eq!(error.tail, "out/b\u{fffd}d: the name is not UTF-8");
+    let line = "mkdir -p out \"out/d$(printf '\\377')\"; touch out/plain \"out/$(printf 'b\\377d')\" \
+                \"out/d$(printf '\\377')/deep\"; mkfifo out/pipe; ln -s \"$(printf '\\377')\" out/link";
+    run(&guest, &shell(line)).await;
+    let _socket = std::os::unix::net::UnixListener::bind(fixture.work().join("out/socket")).unwrap();
+    let plain = guest.list(&rules(&["out/plain"])).await.unwrap();
+    assert_eq!((plain.files.len(), plain.unfit.len()), (1, 0));
+    let all = guest.list(&rules(&["out"])).await.unwrap();
+    assert_eq!(all.files, plain.files, "the rest is there");
+    let unfit: Vec<_> = all.unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why)).collect();
+    let expected = [
+        ("out/b\\xffd", Misfit::Name),
+        ("out/d\\xff/deep", Misfit::Name),
+        ("out/link", Misfit::Target),
+        ("out/pipe", Misfit::Pipe),
+        ("out/socket", Misfit::Socket),
+    ];
+    assert_eq!(unfit, expected.map(|(name, why)| (name.to_owned(), why)));
 }
 
 #[tokio::test]
@@ -442,8 +455,8 @@ fn a_workspace_with_too_many_entries_is_refused() {
     let list = |texts: &[&str], most| {
         files::list_up_to(dir.path(), &crate::artifacts::Matcher::new(&rules(texts)).unwrap(), most)
     };
-    assert_eq!(list(&["**/*"], 5).unwrap().len(), 3);
+    assert_eq!(list(&["**/*"], 5).unwrap().files.len(), 3);
     let error = list(&["**/*"], 4).unwrap_err();
     assert!(error.tail.contains("more than 4 entries"), "{error}");
-    assert_eq!(list(&["**/*", "!a"], 4).unwrap().len(), 1, "what is excluded is not looked into");
+    assert_eq!(list(&["**/*", "!a"], 4).unwrap().files.len(), 1, "what is excluded is not looked into");
 }

@@ -10,21 +10,20 @@ use std::time::Duration;
 
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::printable;
-use alloy_shared::limits;
 use alloy_shared::wire::source::check_path;
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::listing::{self, INSIDE};
 use super::says::GuestOs;
 use super::script::{self, Job, Mark, Part, READER, Unmark, quote};
 use super::ssh::Ssh;
 use crate::artifacts::Matcher;
 use crate::provider::agent::{self, Said};
 use crate::provider::{
-    ArtifactRule, BootTimes, Command, Exec, ExecInput, ExecOutput, Exit, Guest, GuestFile, Run, Signal, VmError,
-    VmFault,
+    ArtifactRule, BootTimes, Command, Exec, ExecInput, ExecOutput, Exit, Guest, Listing, Run, Signal, VmError, VmFault,
 };
 
 /// Chunks between the guest and the spool.
@@ -262,27 +261,14 @@ impl Guest for TartGuest {
         gone(&mut self.ended.clone()).await
     }
 
-    async fn list(&self, rules: &[ArtifactRule]) -> Result<Vec<GuestFile>, VmError> {
+    async fn list(&self, rules: &[ArtifactRule]) -> Result<Listing, VmError> {
         let matcher =
             Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
         let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
-        let said = self.must("list the workspace", &listing(&self.workspace, &bases)).await?;
-        parse_listing(&said, &matcher)
+        let said = self.must("list the workspace", &listing::script(&self.workspace, &bases)).await?;
+        listing::parse(&said, &matcher)
     }
 }
-
-/// A step that succeeds for a path `./…` without a link above its last part.
-const INSIDE: &str = r#"inside() {
-at=.
-rest=${1#./}
-while :; do
-case $rest in */*) ;; *) return 0 ;; esac
-at=$at/${rest%%/*}
-rest=${rest#*/}
-if [ -L "$at" ]; then return 1; fi
-done
-}
-"#;
 
 /// A path of the workspace, as the guest sees it.
 fn below(workspace: &str, path: &str) -> Result<String, VmError> {
@@ -302,71 +288,6 @@ fn refused(doing: &str, status: i32, said: &[u8]) -> VmError {
     let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or_default();
     let what = if last.contains("No space left") { VmFault::Disk } else { VmFault::File };
     VmError::farm(what, format!("{doing}: {} (status {status})", printable(last)))
-}
-
-/// Lists files and links below these places: type, size, mode, then the path and, in a line of its own, a link's target.
-/// A name that holds a newline is told first, so that it can be refused.
-fn listing(workspace: &str, bases: &[String]) -> String {
-    let workspace = quote(workspace);
-    let bases = bases.join(" ");
-    format!(
-        r#"{INSIDE}cd {workspace} || exit 1
-set --
-for base in {bases}; do
-inside "$base" || continue
-if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi
-done
-[ $# -gt 0 ] || exit 0
-newline='
-'
-find "$@" \( -type f -o -type l \) -name "*$newline*" -exec echo newline \; | head -n 1
-if stat --version >/dev/null 2>&1; then
-find "$@" -type f -exec stat -c 'f %s %a %n' {{}} +
-else
-find "$@" -type f -exec stat -f 'f %z %Lp %N' {{}} +
-fi
-find "$@" -type l -exec sh -c 'for link; do printf "l 0 777 %s\n%s\n" "$link" "$(readlink "$link")"; done' sh {{}} +"#
-    )
-}
-
-fn parse_listing(said: &[u8], matcher: &Matcher) -> Result<Vec<GuestFile>, VmError> {
-    let user = |why: String| VmError::user(VmFault::File, why);
-    let mut lines = said.strip_suffix(b"\n").unwrap_or(said).split(|byte| *byte == b'\n');
-    let mut files = Vec::new();
-    while let Some(bytes) = lines.next().filter(|_| !said.is_empty()) {
-        let line = &*String::from_utf8_lossy(bytes);
-        if line == "newline" {
-            return Err(user("a name in the workspace holds a newline".to_owned()));
-        }
-        let broken = || user(format!("the guest's list of files cannot be read: {}", printable(line)));
-        let mut words = line.splitn(4, ' ');
-        let (kind, size, mode, path) = (words.next(), words.next(), words.next(), words.next());
-        let size: u64 = size.and_then(|size| size.parse().ok()).ok_or_else(broken)?;
-        let mode = mode.and_then(|mode| u32::from_str_radix(mode, 8).ok()).ok_or_else(broken)?;
-        let path = path.and_then(|path| path.strip_prefix("./")).ok_or_else(broken)?;
-        let link = match kind {
-            Some("f") => None,
-            Some("l") => Some(lines.next().ok_or_else(broken)?),
-            Some(_) | None => return Err(broken()),
-        };
-        if !matcher.takes(path) {
-            continue;
-        }
-        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).ok();
-        let link = link.map(|to| text(to).ok_or(())).transpose();
-        let (Ok(link), Some(_)) = (link, text(bytes)) else {
-            return Err(user(format!("{path}: the name is not UTF-8")));
-        };
-        check_path(path).map_err(|error| user(error.to_string()))?;
-        let mode = if mode & 0o111 == 0 { 0o644 } else { 0o755 };
-        files.push(GuestFile { path: path.to_owned(), size, mode, link });
-        if files.len() > limits::ARTIFACTS_MAX {
-            return Err(user(format!("the rules take more than {} files", limits::ARTIFACTS_MAX)));
-        }
-    }
-    files.sort_by(|a, b| a.path.cmp(&b.path));
-    files.dedup_by(|a, b| a.path == b.path);
-    Ok(files)
 }
 
 /// Passes a command's output on, sends it signals, and watches whether its guest lives.
@@ -459,62 +380,5 @@ async fn pulse(env: Arc<dyn Env>, way: Way) -> VmError {
         if let Err(error) = way.ask(&env, ":", ANSWER_MAX, SILENCE).await {
             return VmError::farm(VmFault::Lost, format!("the guest is silent: {error}"));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use crate::artifacts::parse;
-
-    use super::*;
-
-    fn rules(texts: &[&str]) -> Matcher {
-        let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
-        Matcher::new(&parse(&texts).unwrap()).unwrap()
-    }
-
-    #[test]
-    fn a_listing_is_what_a_shell_makes_of_a_workspace() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        std::fs::create_dir_all(at("out/deep dir")).unwrap();
-        std::fs::write(at("out/deep dir/a b.txt"), "12345").unwrap();
-        std::fs::write(at("out/skip.o"), "").unwrap();
-        std::fs::write(at("other"), "").unwrap();
-        std::os::unix::fs::symlink("deep dir", at("out/link")).unwrap();
-        std::os::unix::fs::symlink("out", at("alias")).unwrap();
-        let matcher = rules(&["out", "!**/*.o", "gone/*", "alias/deep dir/*", "alias/link"]);
-        let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
-        let run = |script: String| {
-            let out = std::process::Command::new("/bin/sh").arg("-c").arg(script).output().unwrap();
-            assert!(out.status.success(), "{out:?}");
-            out.stdout
-        };
-        let script = listing(dir.path().to_str().unwrap(), &bases);
-        let files = parse_listing(&run(script.clone()), &matcher).unwrap();
-        let shown: Vec<_> =
-            files.iter().map(|file| (file.path.as_str(), file.size, file.mode, file.link.as_deref())).collect();
-        assert_eq!(shown, [("out/deep dir/a b.txt", 5, 0o644, None), ("out/link", 0, 0o755, Some("deep dir"))]);
-        std::fs::write(at("out/new\nline"), "").unwrap();
-        assert!(parse_listing(&run(script), &matcher).unwrap_err().tail.contains("newline"));
-    }
-
-    #[test]
-    fn a_guest_that_lies_about_its_files_is_refused() {
-        let matcher = rules(&["**"]);
-        for lie in [
-            "f 5 644 /etc/passwd",
-            "f 5 644 ./../x",
-            "f -5 644 ./x",
-            "f 5 999 ./x",
-            "d 5 644 ./x",
-            "f 5",
-            "l 0 777 ./x",
-        ] {
-            assert!(parse_listing(lie.as_bytes(), &matcher).is_err(), "{lie}");
-        }
-        assert!(parse_listing(b"f 5 644 ./\xff", &matcher).is_err());
-        let others = rules(&["mine"]);
-        assert_eq!(parse_listing(b"f 5 644 ./\xff\nf 5 644 ./mine\n", &others).unwrap().len(), 1, "nobody wants it");
     }
 }

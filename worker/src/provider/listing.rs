@@ -1,0 +1,137 @@
+//! T: what the artifact rules of a job lead to in a guest: files that can be taken out, and what cannot.
+
+use alloy_shared::limits;
+use alloy_shared::wire::source::{BadSource, check_path};
+
+use super::GuestFile;
+
+/// How much of a path is shown.
+const SHOWN_MAX: usize = 200;
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listing {
+    /// Sorted by path.
+    pub files: Vec<GuestFile>,
+    /// What a rule takes and nobody can have, sorted by path: [`limits::ARTIFACTS_MAX`] at most.
+    pub unfit: Vec<Unfit>,
+    /// How many there are beyond those.
+    pub unfit_more: u64,
+}
+
+/// Something in a workspace that a rule takes and that is no artifact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfit {
+    /// As the guest's file system has it.
+    pub path: Vec<u8>,
+    pub why: Misfit,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    #[error("its name is not UTF-8")]
+    Name,
+    #[error("it is a link to a name that is not UTF-8")]
+    Target,
+    #[error("it is a pipe")]
+    Pipe,
+    #[error("it is a socket")]
+    Socket,
+    #[error("it is a device")]
+    Device,
+    /// Longer or deeper than paths may be.
+    #[error("{0}")]
+    Path(String),
+}
+
+impl Misfit {
+    /// The path as a text, if an artifact can be called so.
+    pub fn check_path(path: &[u8]) -> Result<&str, Misfit> {
+        let path = std::str::from_utf8(path).map_err(|_| Misfit::Name)?;
+        check_path(path).map_err(|error| {
+            Misfit::Path(match error {
+                BadSource::Path { why, .. } | BadSource::Manifest(why) | BadSource::Pack(why) => why,
+                BadSource::Digest { .. } => error.to_string(),
+            })
+        })?;
+        Ok(path)
+    }
+}
+
+impl Unfit {
+    /// The path as rules see it.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.path).into_owned()
+    }
+
+    /// The path for people: what cannot be printed is escaped, and of a long one only the end is left.
+    pub fn shown(&self) -> String {
+        let mut shown = String::new();
+        for chunk in self.path.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                match c {
+                    '\\' => shown.push_str("\\\\"),
+                    c if c.is_control() => shown.extend(c.escape_default()),
+                    c => shown.push(c),
+                }
+            }
+            shown.push_str(&chunk.invalid().escape_ascii().to_string());
+        }
+        match shown.chars().count().checked_sub(SHOWN_MAX) {
+            Some(over @ 1..) => format!("…{}", shown.chars().skip(over).collect::<String>()),
+            Some(0) | None => shown,
+        }
+    }
+}
+
+impl Listing {
+    pub fn refuse(&mut self, path: Vec<u8>, why: Misfit) {
+        match self.unfit.len() < limits::ARTIFACTS_MAX {
+            true => self.unfit.push(Unfit { path, why }),
+            false => self.unfit_more += 1,
+        }
+    }
+
+    /// Brings all in order, each path once.
+    pub fn sorted(mut self) -> Self {
+        self.files.sort_by(|a, b| a.path.as_bytes().cmp(b.path.as_bytes()));
+        self.files.dedup_by(|a, b| a.path == b.path);
+        self.unfit.sort_by(|a, b| a.path.cmp(&b.path));
+        self.unfit.dedup_by(|a, b| a.path == b.path);
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_shown_so_that_each_byte_can_be_told() {
+        for (path, shown) in [
+            (&b"out/plain \xc3\xa9"[..], "out/plain é".to_owned()),
+            (b"b\xffd/\xc3", "b\\xffd/\\xc3".to_owned()),
+            (b"a\nb\\x\x1b[2J", "a\\nb\\\\x\\u{1b}[2J".to_owned()),
+            (&[b'x'; 4096], format!("…{}", "x".repeat(SHOWN_MAX))),
+        ] {
+            assert_eq!(Unfit { path: path.to_vec(), why: Misfit::Name }.shown(), shown);
+        }
+    }
+
+    #[test]
+    fn more_than_can_be_named_is_counted() {
+        let mut listing = Listing::default();
+        for n in 0..limits::ARTIFACTS_MAX + 3 {
+            listing.refuse(format!("{n}").into_bytes(), Misfit::Pipe);
+        }
+        assert_eq!((listing.unfit.len(), listing.unfit_more), (limits::ARTIFACTS_MAX, 3));
+    }
+
+    #[test]
+    fn a_path_that_no_artifact_may_have_says_why() {
+        assert_eq!(Misfit::check_path(b"a/b"), Ok("a/b"));
+        assert_eq!(Misfit::check_path(b"a/\xff"), Err(Misfit::Name));
+        let deep = "d/".repeat(limits::PATH_DEPTH_MAX) + "f";
+        let why = Misfit::check_path(deep.as_bytes()).unwrap_err().to_string();
+        assert!(why.contains("deeper"), "{why}");
+    }
+}

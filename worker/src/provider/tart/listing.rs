@@ -1,0 +1,234 @@
+//! D: the script that lists what a guest's workspace holds, and what its answer means.
+//!
+//! The answer is records that end with a NUL, which no path can hold: kind, size, mode and path of each, and after a link a
+//! record with its target. Everything in it is a stranger's word.
+
+use alloy_shared::id::printable;
+use alloy_shared::limits;
+
+use super::script::quote;
+use crate::artifacts::Matcher;
+use crate::provider::{GuestFile, Listing, Misfit, VmError, VmFault};
+
+/// A step that succeeds for a path `./…` without a link above its last part.
+pub(super) const INSIDE: &str = r#"inside() {
+at=.
+rest=${1#./}
+while :; do
+case $rest in */*) ;; *) return 0 ;; esac
+at=$at/${rest%%/*}
+rest=${rest#*/}
+if [ -L "$at" ]; then return 1; fi
+done
+}
+"#;
+
+/// Lists what is no directory below these places, which are quoted. The `stat` of macOS ends what it says with newlines
+/// only, so that a name that holds one is asked for by itself.
+pub(super) fn script(workspace: &str, bases: &[String]) -> String {
+    let workspace = quote(workspace);
+    let bases = bases.join(" ");
+    format!(
+        r#"{INSIDE}cd {workspace} || exit 1
+set --
+for base in {bases}; do
+inside "$base" || continue
+if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi
+done
+[ $# -gt 0 ] || exit 0
+newline='
+'
+if stat --version >/dev/null 2>&1; then
+find "$@" -type f -exec stat --printf 'f %s %a %n\0' {{}} +
+else
+find "$@" -type f ! -path "*$newline*" -exec stat -f 'f %z %Lp %N' {{}} + | LC_ALL=C tr '\n' '\0'
+find "$@" -type f -path "*$newline*" -exec sh -c 'for f; do printf "f %s %s\0" "$(stat -f "%z %Lp" "$f")" "$f"; done' sh {{}} +
+fi
+find "$@" ! -type f ! -type l ! -type d -exec sh -c 'for odd; do
+kind=d
+if [ -p "$odd" ]; then kind=p; elif [ -S "$odd" ]; then kind=s; fi
+printf "%s 0 0 %s\0" "$kind" "$odd"
+done' sh {{}} +
+find "$@" -type l -exec sh -c 'for link; do printf "l 0 777 %s\0%s\0" "$link" "$(readlink "$link")"; done' sh {{}} +"#
+    )
+}
+
+/// One record, before anybody has believed it.
+struct Record<'a> {
+    kind: u8,
+    size: u64,
+    mode: u32,
+    path: &'a [u8],
+}
+
+fn record(bytes: &[u8]) -> Option<Record<'_>> {
+    let mut words = bytes.splitn(4, |byte| *byte == b' ');
+    let (kind, size, mode, path) = (words.next()?, words.next()?, words.next()?, words.next()?);
+    let [kind] = kind else { return None };
+    let text = |word| std::str::from_utf8(word).ok();
+    Some(Record {
+        kind: *kind,
+        size: text(size)?.parse().ok()?,
+        mode: u32::from_str_radix(text(mode)?, 8).ok()?,
+        path: path.strip_prefix(b"./")?,
+    })
+}
+
+pub(super) fn parse(said: &[u8], matcher: &Matcher) -> Result<Listing, VmError> {
+    let user = |why: String| VmError::user(VmFault::File, why);
+    let broken = |bytes: &[u8]| {
+        let line = printable(&String::from_utf8_lossy(bytes));
+        user(format!("the guest's list of files cannot be read: {line}"))
+    };
+    let mut listing = Listing::default();
+    let mut records = said.split_inclusive(|byte| *byte == 0);
+    let mut next = || match records.next() {
+        Some(bytes) => bytes.strip_suffix(b"\0").map(Some).ok_or_else(|| broken(bytes)),
+        None => Ok(None),
+    };
+    while let Some(bytes) = next()? {
+        let Record { kind, size, mode, path } = record(bytes).ok_or_else(|| broken(bytes))?;
+        let (odd, target) = match kind {
+            b'f' => (None, None),
+            b'l' => (None, Some(next()?.ok_or_else(|| broken(bytes))?)),
+            b'p' => (Some(Misfit::Pipe), None),
+            b's' => (Some(Misfit::Socket), None),
+            b'd' => (Some(Misfit::Device), None),
+            _ => return Err(broken(bytes)),
+        };
+        if !matcher.takes(&String::from_utf8_lossy(path)) {
+            continue;
+        }
+        match fit(odd, path, target) {
+            Ok((path, link)) => {
+                let mode = if mode & 0o111 == 0 { 0o644 } else { 0o755 };
+                listing.files.push(GuestFile { path: path.to_owned(), size, mode, link });
+            }
+            Err(why) => listing.refuse(path.to_vec(), why),
+        }
+        if listing.files.len() > limits::ARTIFACTS_MAX {
+            return Err(user(format!("the rules take more than {} files", limits::ARTIFACTS_MAX)));
+        }
+    }
+    Ok(listing.sorted())
+}
+
+/// The path and a link's target as texts, if this can be an artifact.
+fn fit<'a>(odd: Option<Misfit>, path: &'a [u8], target: Option<&[u8]>) -> Result<(&'a str, Option<String>), Misfit> {
+    if let Some(odd) = odd {
+        return Err(odd);
+    }
+    let path = Misfit::check_path(path)?;
+    let target = target.map(|to| String::from_utf8(to.to_vec())).transpose().map_err(|_| Misfit::Target)?;
+    Ok((path, target))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
+
+    use super::*;
+    use crate::artifacts::parse as parse_rules;
+
+    fn rules(texts: &[&str]) -> Matcher {
+        let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
+        Matcher::new(&parse_rules(&texts).unwrap()).unwrap()
+    }
+
+    /// What a shell makes of it, with these tools before the system's own.
+    fn listed(dir: &Path, texts: &[&str], tools: &Path) -> Listing {
+        let matcher = rules(texts);
+        let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
+        let path = format!("{}:/usr/bin:/bin", tools.display());
+        let mut shell = std::process::Command::new("/bin/sh");
+        let out = shell.arg("-c").arg(script(dir.to_str().unwrap(), &bases)).env("PATH", path).output().unwrap();
+        assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+        parse(&out.stdout, &matcher).unwrap()
+    }
+
+    /// A directory with a `stat` that takes what the one of macOS takes.
+    fn mac_tools() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let stat = dir.path().join("stat");
+        let script = r#"#!/bin/sh
+[ "$1" = -f ] || exit 1
+case $2 in
+'f %z %Lp %N') form='f %s %a %n' ;;
+'%z %Lp') form='%s %a' ;;
+*) exit 2 ;;
+esac
+shift 2
+exec /usr/bin/stat -c "$form" "$@"
+"#;
+        std::fs::write(&stat, script).unwrap();
+        std::fs::set_permissions(&stat, std::fs::Permissions::from_mode(0o755)).unwrap();
+        dir
+    }
+
+    #[test]
+    fn a_listing_is_what_a_shell_makes_of_a_workspace() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::create_dir_all(at("out/deep dir")).unwrap();
+        for name in ["out/deep dir/a b.txt", "out/new\nline", "out/skip.o", "other"] {
+            std::fs::write(at(name), "12345").unwrap();
+        }
+        std::os::unix::fs::symlink("deep dir", at("out/link")).unwrap();
+        std::os::unix::fs::symlink("out", at("alias")).unwrap();
+        nix::unistd::mkfifo(&at("out/pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("out/socket")).unwrap();
+        let odd = |name: &[u8]| at("out").join(std::ffi::OsStr::from_bytes(name));
+        std::fs::write(odd(b"b\xffd"), "").unwrap();
+        std::os::unix::fs::symlink(std::ffi::OsStr::from_bytes(b"\xff"), at("out/to odd")).unwrap();
+        let texts = ["out", "!**/*.o", "gone/*", "alias/deep dir/*", "alias/link"];
+        let (mac, linux) = (mac_tools(), tempfile::tempdir().unwrap());
+        for tools in [mac.path(), linux.path()] {
+            let Listing { files, unfit, unfit_more } = listed(dir.path(), &texts, tools);
+            let shown: Vec<_> =
+                files.iter().map(|file| (file.path.as_str(), file.size, file.mode, file.link.as_deref())).collect();
+            let expected = [
+                ("out/deep dir/a b.txt", 5, 0o644, None),
+                ("out/link", 0, 0o755, Some("deep dir")),
+                ("out/new\nline", 5, 0o644, None),
+            ];
+            assert_eq!(shown, expected);
+            let unfit: Vec<_> = unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why)).collect();
+            let expected = [
+                ("out/b\\xffd", Misfit::Name),
+                ("out/pipe", Misfit::Pipe),
+                ("out/socket", Misfit::Socket),
+                ("out/to odd", Misfit::Target),
+            ];
+            assert_eq!(unfit, expected.map(|(name, why)| (name.to_owned(), why)));
+            assert_eq!(unfit_more, 0);
+        }
+        assert_eq!(listed(dir.path(), &["gone"], linux.path()), Listing::default());
+    }
+
+    #[test]
+    fn a_guest_that_lies_about_its_files_is_refused() {
+        let matcher = rules(&["**"]);
+        for lie in [
+            "f 5 644 /etc/passwd\0",
+            "f -5 644 ./x\0",
+            "f 5 999 ./x\0",
+            "q 5 644 ./x\0",
+            "ff 5 644 ./x\0",
+            "f 5\0",
+            "l 0 777 ./x\0",
+            "f 5 644 ./cut",
+            "l 0 777 ./x\0cut",
+            "find: ./y: Permission denied\nf 5 644 ./x\0",
+            "\0",
+        ] {
+            assert!(parse(lie.as_bytes(), &matcher).is_err(), "{lie}");
+        }
+        let outside = parse(b"f 5 644 ./../x\0f 5 644 ./ok\0l 0 777 .//y\0z\0", &matcher).unwrap();
+        let paths: Vec<_> = outside.files.iter().map(|file| file.path.as_str()).collect();
+        assert_eq!((paths, outside.unfit.len()), (vec!["ok"], 2), "nothing that leaves the workspace is asked for");
+        let others = parse(b"f 5 644 ./\xff\0p 0 0 ./pipe\0f 5 644 ./mine\0", &rules(&["mine"])).unwrap();
+        assert_eq!((others.files.len(), others.unfit.len()), (1, 0), "nobody wants it");
+    }
+}
