@@ -352,10 +352,10 @@ impl Desk {
                 if job.state.is_done() {
                     self.remove(&job.id);
                 }
-                if let Some(ticket) = ticket {
-                    effects.push(Effect::Answer { ticket, answer: Answer::Job(job.clone()) });
-                }
+                // Sessions hear of the change before the answer to what caused it: they decide nothing more on the old state.
+                let answer = ticket.map(|ticket| Effect::Answer { ticket, answer: Answer::Job(job.clone()) });
                 effects.push(Effect::Moved { job, left });
+                effects.extend(answer);
             }
             Draft::Close { ticket, .. } => effects.push(Effect::Answer { ticket, answer: Answer::Done }),
         }

@@ -18,7 +18,7 @@ use super::reconcile::{Say, Want, reconcile};
 use crate::store::Job;
 
 /// What is known of one attempt in this session.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Track {
     handle: u32,
     /// What the worker said last.
@@ -49,6 +49,7 @@ impl Settling {
     }
 }
 
+#[derive(Debug, Clone)]
 enum Phase {
     Fresh,
     Challenged { since: Mono },
@@ -57,6 +58,7 @@ enum Phase {
     Closed,
 }
 
+#[derive(Debug, Clone)]
 pub struct Core {
     worker: WorkerId,
     nonce: String,
@@ -395,6 +397,8 @@ impl Core {
         let want = reconcile(job.as_ref().map(|job| &job.state), track.say, counts);
         match want {
             Want::Nothing => None,
+            // What it does not hold it may have refused just now. Its next heartbeat asks again.
+            Want::Assign if track.settling.is_some() => None,
             Want::Assign => {
                 let handle = track.handle;
                 track.assigned_after = Some(acked);

@@ -286,6 +286,15 @@ fn a_heartbeat_that_overtakes_the_result_does_not_acknowledge_it() {
 }
 
 #[test]
+fn a_heartbeat_that_overtakes_a_refusal_does_not_assign_the_attempt_again() {
+    let (mut core, effects) = open(vec![], vec![job(1, 3, assigned())]);
+    assert_eq!(orders(&effects), ["assign"]);
+    core.handle(beat(1, 0, vec![]), at(0));
+    core.handle(report(1, 1, Report::Refused { message: "full".into() }), at(0));
+    assert!(orders(&core.handle(beat(2, 1, vec![]), at(0))).is_empty(), "its refusal is being decided");
+}
+
+#[test]
 fn a_job_that_ends_before_its_report_was_answered_is_not_fenced() {
     let (mut core, _) = open(vec![], vec![]);
     core.handle(Input::Job(job(10, 1, running())), at(0));
