@@ -27,6 +27,7 @@ mod hooks;
 mod image;
 mod images;
 mod job;
+mod model;
 mod prose;
 mod provider;
 mod store;

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod chaos;
 pub mod farm;
 pub mod history;
+pub mod model;
 pub mod noise;
 pub mod observe;
 pub mod pg;

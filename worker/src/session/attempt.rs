@@ -17,7 +17,7 @@ const ACK_FAST_MS: u64 = 500;
 /// Room below this waits for more, so that a full window does not turn into crumbs.
 const CRUMB: u64 = 16 << 10;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Attempt {
     at: AttemptRef,
     stage: Stage,
@@ -54,7 +54,7 @@ enum Stopping {
 }
 
 /// The result's way to the orchestrator.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Ended {
     seq: u64,
     log_len: u64,
@@ -74,7 +74,7 @@ pub(super) struct Missing {
 }
 
 /// Reports that are not acknowledged. An executor makes at most `ARTIFACTS_MAX` and a handful, which bounds the queue.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Reports {
     queue: VecDeque<(u64, Report)>,
     newest: u64,
@@ -83,7 +83,7 @@ struct Reports {
     acked: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Log {
     spooled: u64,
     sent: u64,

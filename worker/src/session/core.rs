@@ -37,7 +37,7 @@ enum Line {
 /// Heartbeats whose acknowledgement may still come.
 const BEATS_MAX: usize = 32;
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Core {
     limits: Limits,
     boot: BootId,
