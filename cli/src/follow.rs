@@ -7,7 +7,9 @@ use alloy_shared::client::{ClientError, FeedItem};
 use alloy_shared::env::backoff;
 use alloy_shared::id::JobId;
 use alloy_shared::wire::ErrorCode;
-use alloy_shared::wire::job::{ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, StateWord};
+use alloy_shared::wire::job::{
+    ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, Phase, StateWord,
+};
 use bytes::Bytes;
 use indicatif::ProgressBar;
 use tokio::sync::{mpsc, oneshot};
@@ -374,7 +376,13 @@ impl<'a> Follower<'a> {
                 self.naming = !self.app.talk.json();
                 self.look_in(0);
             }
-            EventKind::Accepted | EventKind::Phase | EventKind::Finished => {}
+            EventKind::Phase => {
+                if let (Some(Phase::Executing), Some(how)) = (event.phase, event.message) {
+                    self.stop_waiting();
+                    self.app.talk.step("Started", &how);
+                }
+            }
+            EventKind::Accepted | EventKind::Finished => {}
             EventKind::Artifact => {
                 if let (Some(arrivals), Some(artifact)) = (&self.arrivals, event.artifact) {
                     // What does not fit is found in the list at the end.

@@ -129,11 +129,41 @@ async fn a_job_whose_image_nobody_keeps_warm_is_told_why_it_waits() -> Result<()
     let made: u64 = ["clone_ms", "boot_ms", "agent_ms", "clock_ms"].iter().filter_map(|s| stages[s].as_u64()).sum();
     assert!(made <= ended["timings"]["vm_ms"].as_u64().context("vm_ms")? + 3, "{ended}");
     let id = ended["id"].as_str().context("an id")?;
-    let told = "a cold VM: no warm VM of this image";
     let events = farm.api().events(id).await?;
-    assert!(events.iter().any(|event| event["message"] == told), "{events:#?}");
+    let told = events.iter().find(|event| event["phase"] == "executing").context("it ran")?;
+    let told = told["message"].as_str().context("a word about the VM")?;
+    assert!(told.starts_with("in a cold VM after ") && told.contains(": no warm VM of this image (clone "), "{told}");
     let status = text(&output(farm.alloy(&["status", id])).await?.stdout);
     assert!(status.contains("cold: no warm VM of this image") && status.contains("(clone "), "{status}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_says_whether_its_vm_was_warm_and_on_a_host_nothing_of_vms() -> Result<()> {
+    let farm = Farm::start(macs()).await?;
+    farm.mac(0).publish(OTHER, &Profile::default())?;
+    all_warm(&farm).await;
+    for (args, how, words) in [
+        (&[][..], "started in a warm VM after ", None),
+        (&["--image", OTHER], "started in a cold VM after ", Some(": no warm VM of this image (clone ")),
+    ] {
+        let out = run(&farm, &[args, &["-c", "true"]].concat()).await?;
+        let said = text(&out.stderr);
+        let line = said.lines().find(|line| line.contains(how)).with_context(|| said.clone())?;
+        assert!(words.is_none_or(|words| line.contains(words)), "{said}");
+        assert!(said.find(" running on mini-0").context("where")? < said.find(how).context("how")?, "{said}");
+    }
+    let host = Farm::start(Setup::default()).await?;
+    let out = run(&host, &["-c", "true"]).await?;
+    let said = text(&out.stderr);
+    assert!(said.contains(" running on mini-0") && !said.contains("started"), "{said}");
+    let out = run(&host, &["--json", "-c", "env"]).await?;
+    let status = output(host.alloy(&["status"])).await?;
+    let everything = [out.stdout, out.stderr, status.stdout].map(|bytes| text(&bytes)).concat();
+    assert!(everything.contains("succeeded") && everything.contains("vm_ms"), "{everything}");
+    for word in ["warm", "cold", "vm_source", "VM_SOURCE", r#""vm":"#] {
+        assert!(!everything.contains(word), "{word}: {everything}");
+    }
     Ok(())
 }
 

@@ -110,7 +110,7 @@ impl Attempt {
         self.enter(Phase::Preparing, None).await?;
         self.vm().await?;
         self.source().await?;
-        let vm = self.timings.vm.as_ref().map(|vm| vm.sentence());
+        let vm = self.timings.vm.as_ref().map(|vm| vm.sentence(self.timings.vm_ms));
         self.enter(Phase::Executing, vm).await?;
         self.exec().await?;
         self.enter(Phase::Collecting, None).await?;
@@ -125,7 +125,7 @@ impl Attempt {
         let claimed = or_stop(&mut self.stop, claim).await;
         let ready = match claimed {
             Ok(Ok(claimed)) => {
-                self.timings.vm = Some(Box::new(claimed.stages));
+                self.timings.vm = claimed.stages.map(Box::new);
                 self.claimed = Some(claimed);
                 self.pre_job().await
             }
@@ -216,7 +216,7 @@ impl Attempt {
             worker: &self.ctx.worker_name,
             image: &claimed.image.0,
             image_digest: &digest,
-            warm: claimed.stages.warm,
+            vm_source: claimed.vm_source(),
         };
         let deadline = now.wall.plus(self.assignment.timeout_ms);
         let env = job_env(&self.assignment, &place, claimed.guest.workspace(), deadline);
@@ -310,13 +310,12 @@ impl Attempt {
     /// What the job's record keeps of the VM.
     fn facts(&self) -> BTreeMap<String, String> {
         let Some(claimed) = &self.claimed else { return BTreeMap::new() };
-        [
-            (fact::IMAGE, claimed.image.0.clone()),
-            (fact::IMAGE_DIGEST, format!("sha256:{}", claimed.digest)),
-            (fact::VM_SOURCE, if claimed.stages.warm { "warm" } else { "cold" }.to_owned()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
+        let mut facts = vec![
+            (fact::IMAGE.to_owned(), claimed.image.0.clone()),
+            (fact::IMAGE_DIGEST.to_owned(), format!("sha256:{}", claimed.digest)),
+        ];
+        facts.extend(claimed.vm_source().map(|source| (fact::VM_SOURCE.to_owned(), source.to_owned())));
+        facts.into_iter().collect()
     }
 
     /// A session that is gone means that the daemon is stopping hard: there is nobody to report to.

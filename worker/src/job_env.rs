@@ -11,8 +11,8 @@ pub struct Place<'a> {
     pub worker: &'a str,
     pub image: &'a str,
     pub image_digest: &'a str,
-    /// True when the VM was waiting.
-    pub warm: bool,
+    /// `warm` when the VM was waiting, else `cold`. None where there is no VM.
+    pub vm_source: Option<&'a str>,
 }
 
 /// Returns the variables of a job. The spec's own come last and win. HOME, USER, PATH and TMPDIR are the guest's.
@@ -47,9 +47,11 @@ pub fn farm_env(assignment: &Assignment, place: &Place<'_>) -> BTreeMap<String, 
         ("ALLOY_WORKER", place.worker),
         ("ALLOY_IMAGE", place.image),
         ("ALLOY_IMAGE_DIGEST", place.image_digest),
-        ("ALLOY_VM_SOURCE", if place.warm { "warm" } else { "cold" }),
     ] {
         set(key, value.to_owned());
+    }
+    if let Some(source) = place.vm_source {
+        set("ALLOY_VM_SOURCE", source.to_owned());
     }
     set("ALLOY_JOB_ID", assignment.attempt.job.to_string());
     set("ALLOY_JOB_ATTEMPT", assignment.attempt.attempt.to_string());
@@ -94,7 +96,7 @@ mod tests {
             cancel_grace_ms: 10,
             job_url: "http://farm/jobs/1".into(),
         };
-        let place = Place { worker: "mini-1", image: "host", image_digest: "d", warm: true };
+        let place = Place { worker: "mini-1", image: "host", image_digest: "d", vm_source: Some("warm") };
         let env = job_env(&assignment, &place, "/w", Ms(1_700_000_000_000));
         let shown: Vec<String> = env.iter().map(|(key, value)| format!("{key}={value}")).collect();
         let digest = Digest::of(b"s");

@@ -390,13 +390,14 @@ impl Runner {
         let (Slot::Warm { vm, image, .. }, Some((guest, made))) = (&self.slots[slot], &self.running[slot]) else {
             return;
         };
+        let stages = VmStages { warm: claim.missed.is_none(), why: claim.missed, ..made.stages };
         let claimed = Claimed {
             vm: vm.clone(),
             guest: Arc::clone(guest),
             image: image.clone(),
             digest: made.image.digest(),
             inbox: inbox_of(&self.setup.state_dir, vm),
-            stages: VmStages { warm: claim.missed.is_none(), why: claim.missed, ..made.stages },
+            stages: self.setup.provider.makes_vms().then_some(stages),
             slot,
             freed: self.freed.clone(),
             gone: None,

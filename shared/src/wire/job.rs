@@ -302,7 +302,7 @@ pub struct Timings {
     pub collect_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teardown_ms: Option<u64>,
-    /// What `vm_ms` was spent on.
+    /// What `vm_ms` was spent on. Absent where a job runs on the host itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<Box<VmStages>>,
 }
@@ -337,7 +337,7 @@ pub struct JobView {
     pub image: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_digest: Option<String>,
-    /// `warm`: the VM waited for the newest attempt. `cold`: the attempt waited for the VM.
+    /// `warm`: the VM waited for the newest attempt. `cold`: the attempt waited for the VM. Absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm_source: Option<String>,
     /// Attempts that the farm lost. Not counted against `retries`.

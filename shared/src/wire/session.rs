@@ -308,7 +308,7 @@ pub mod fact {
     pub const IMAGE: &str = "image";
     /// What the VM was cloned from.
     pub const IMAGE_DIGEST: &str = "image_digest";
-    /// `warm` or `cold`.
+    /// `warm` or `cold`, where there is a VM.
     pub const VM_SOURCE: &str = "vm_source";
     pub const ALL: [&str; 3] = [IMAGE, IMAGE_DIGEST, VM_SOURCE];
 }

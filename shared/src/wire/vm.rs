@@ -25,14 +25,23 @@ pub struct VmStages {
 }
 
 impl VmStages {
-    /// Says it in one sentence, for people.
-    pub fn sentence(&self) -> String {
-        match (self.warm, self.why) {
-            (true, _) => "a warm VM was waiting".to_owned(),
-            (false, Some(why)) => format!("a cold VM: {}", why.sentence()),
-            (false, None) => "a cold VM".to_owned(),
+    /// Says for people what the attempt's command runs in, and how long that took: `vm_ms` is the whole stage.
+    pub fn sentence(&self, vm_ms: Option<u64>) -> String {
+        let after = vm_ms.map_or(String::new(), |ms| format!(" after {}", time(ms)));
+        if self.warm {
+            return format!("in a warm VM{after}");
         }
+        let why = self.why.map_or(String::new(), |why| format!(": {}", why.sentence()));
+        let made = [("clone", self.clone_ms), ("boot", self.boot_ms), ("agent", self.agent_ms)];
+        let made: Vec<_> = made.into_iter().filter_map(|(name, ms)| Some(format!("{name} {}", time(ms?)))).collect();
+        let made = if made.is_empty() { String::new() } else { format!(" ({})", made.join(", ")) };
+        format!("in a cold VM{after}{why}{made}")
     }
+}
+
+/// `38ms`, `25.1s`.
+fn time(ms: u64) -> String {
+    if ms < 1_000 { format!("{ms}ms") } else { format!("{}.{}s", ms / 1_000, ms % 1_000 / 100) }
 }
 
 /// Why no warm VM was waiting for an attempt.
@@ -97,8 +106,15 @@ mod tests {
             assert_eq!(serde_json::from_str::<Miss>(&word).unwrap(), miss, "{word}");
         }
         assert_eq!(serde_json::from_str::<Miss>(r#""of_a_later_build""#).unwrap(), Miss::Other);
+    }
+
+    #[test]
+    fn a_hit_is_told_with_its_time_and_a_miss_with_its_cause_and_its_parts() {
         let cold = VmStages { why: Some(Miss::TooOld), ..VmStages::default() };
-        assert_eq!(cold.sentence(), "a cold VM: the warm VM was too old");
-        assert_eq!(VmStages { warm: true, ..cold }.sentence(), "a warm VM was waiting");
+        assert_eq!(cold.sentence(None), "in a cold VM: the warm VM was too old");
+        let cold = VmStages { clone_ms: Some(230), boot_ms: Some(25_190), ..cold };
+        let told = "in a cold VM after 26.0s: the warm VM was too old (clone 230ms, boot 25.1s)";
+        assert_eq!(cold.sentence(Some(26_049)), told);
+        assert_eq!(VmStages { warm: true, ..cold }.sentence(Some(38)), "in a warm VM after 38ms");
     }
 }

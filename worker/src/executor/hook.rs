@@ -79,7 +79,7 @@ impl Attempt {
             worker: &self.ctx.worker_name,
             image: &claimed.image.0,
             image_digest: &digest,
-            warm: claimed.stages.warm,
+            vm_source: claimed.vm_source(),
         };
         let mut about = farm_env(&self.assignment, &place);
         about.insert("ALLOY_VM".to_owned(), claimed.vm.to_string());

@@ -227,7 +227,10 @@ async fn a_job_goes_through_all_its_stages() {
     let blobs = [(manifest.digest(), manifest.encode().into()), (Digest::of(body), Bytes::from_static(body))].into();
     let mut rig = Rig::new(Farm { blobs, cuts: AtomicU32::new(1), ..Farm::default() }).await;
     let source = Some(manifest.digest());
-    let spec = with_artifacts("echo $ALLOY_WORKER $ALLOY_JOB_ATTEMPT; . ./run.sh", &["=out.txt", "link", "nothing"]);
+    let spec = with_artifacts(
+        "echo $ALLOY_WORKER $ALLOY_JOB_ATTEMPT $ALLOY_VM_SOURCE; . ./run.sh",
+        &["=out.txt", "link", "nothing"],
+    );
     let story = rig.run(Assignment { source, ..spec }, None).await;
     assert_eq!(story.phases, [Phase::Preparing, Phase::Executing, Phase::Collecting]);
     assert_eq!(story.log.replace(' ', ""), "mini2\n0\n");
@@ -237,6 +240,7 @@ async fn a_job_goes_through_all_its_stages() {
     assert_eq!((result.end, result.artifacts), (End { warnings, ..End::success() }, 2));
     let times = result.timings;
     assert!([times.vm_ms, times.source_ms, times.exec_ms, times.collect_ms].iter().all(Option::is_some), "{times:?}");
+    assert_eq!(times.vm, None, "a host has no VM to be warm or cold");
     assert_eq!(rig.farm.taken.lock().unwrap()[&Digest::of(b"built\n")], b"built\n");
 }
 

@@ -97,6 +97,10 @@ impl VmProvider for Host {
         false
     }
 
+    fn makes_vms(&self) -> bool {
+        false
+    }
+
     async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
         Ok((image.0 == HOST_IMAGE).then(|| Digest::of(HOST_IMAGE.as_bytes())))
     }

@@ -48,6 +48,10 @@ pub trait VmProvider: Send + Sync {
     async fn create(&self, vm: &VmName, image: &Digest, shape: &Shape) -> Result<(), VmError>;
     /// Returns when a command can run. The guest sees `inbox` read-only.
     async fn boot(&self, vm: &VmName, inbox: &Path) -> Result<Arc<dyn Guest>, VmError>;
+    /// False where a job runs on the host itself: there is no VM that could be warm or cold.
+    fn makes_vms(&self) -> bool {
+        true
+    }
     /// True when it can put another network policy than its own default in force.
     fn restricts(&self) -> bool {
         false

@@ -23,11 +23,18 @@ pub struct Claimed {
     pub digest: Digest,
     /// What the guest sees read-only.
     pub inbox: PathBuf,
-    /// What it cost, and whether it was waiting for the claim or the other way round.
-    pub stages: VmStages,
+    /// What it cost, and whether it was waiting for the claim or the other way round. None if it is no VM but the host.
+    pub stages: Option<VmStages>,
     pub(super) slot: usize,
     pub(super) freed: mpsc::Sender<Freed>,
     pub(super) gone: Option<oneshot::Sender<()>>,
+}
+
+impl Claimed {
+    /// `warm` or `cold`, if it is a VM.
+    pub fn vm_source(&self) -> Option<&'static str> {
+        self.stages.map(|stages| if stages.warm { "warm" } else { "cold" })
+    }
 }
 
 impl Drop for Claimed {
@@ -72,7 +79,9 @@ impl VmPool {
             let start = self.env.now().mono;
             match within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await {
                 Ok(()) => {
-                    claimed.stages.clock_ms = Some(self.env.now().mono.since(start));
+                    if let Some(stages) = &mut claimed.stages {
+                        stages.clock_ms = Some(self.env.now().mono.since(start));
+                    }
                     return Ok(claimed);
                 }
                 // A VM that is not as it must be is thrown away; nothing of the job was in it.

@@ -278,7 +278,7 @@ async fn a_waiting_vm_is_a_hit_and_serves_one_attempt() {
     rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
     let claimed = rig.claim(1).await.unwrap();
     let first = claimed.vm.clone();
-    assert!(claimed.stages.warm && claimed.inbox.starts_with("/state"));
+    assert!(claimed.vm_source() == Some("warm") && claimed.inbox.starts_with("/state"));
     rig.slots(&[(SlotState::Claimed, Some(1)), (SlotState::Warm, None)]).await;
     rig.pool.release(claimed).await;
     assert!(!rig.fake.alive.lock().unwrap().contains(&first));
@@ -310,7 +310,7 @@ async fn a_claim_that_is_given_up_is_forgotten() {
     waits(second.as_mut()).await;
     drop(held);
     let third = second.await.unwrap();
-    assert!(third.stages.why == Some(Miss::NoWarmVm));
+    assert!(third.stages.unwrap().why == Some(Miss::NoWarmVm));
     rig.slots(&[(SlotState::Claimed, Some(3))]).await;
 }
 
@@ -413,8 +413,8 @@ async fn another_image_takes_the_place_of_a_spare() {
     rig.slots(&[(SlotState::Warm, None)]).await;
     let claimed = rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await.unwrap();
     assert_eq!((claimed.image.0.as_str(), claimed.digest), ("other", Digest::of(b"other")));
-    assert_eq!((claimed.stages.warm, claimed.stages.why), (false, Some(Miss::NoWarmVm)));
-    let stages = claimed.stages;
+    let stages = claimed.stages.unwrap();
+    assert_eq!((stages.warm, stages.why), (false, Some(Miss::NoWarmVm)));
     assert!(stages.clone_ms.is_some() && stages.boot_ms.is_some() && stages.clock_ms.is_some(), "{stages:?}");
 }
 
@@ -422,7 +422,7 @@ async fn another_image_takes_the_place_of_a_spare() {
 async fn a_claim_after_a_vm_that_was_not_fit_says_so() {
     let mut rig = Rig::new(2, Fake { unfit: Mutex::new(1), ..Fake::default() }).await;
     rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
-    let stages = rig.claim(1).await.unwrap().stages;
+    let stages = rig.claim(1).await.unwrap().stages.unwrap();
     assert_eq!((stages.warm, stages.why), (false, Some(Miss::Network)));
 }
 
@@ -464,7 +464,7 @@ async fn a_change_of_size_and_image_counts_at_once_and_leaves_jobs_alone() {
     rig.pool.release(held).await;
     rig.slots(&[(SlotState::Warm, None)]).await;
     let next = rig.claim(2).await.unwrap();
-    assert_eq!((next.image.0.as_str(), next.stages.warm), ("other", true));
+    assert_eq!((next.image.0.as_str(), next.vm_source()), ("other", Some("warm")));
     rig.pool.change(wish(2, "other", &[])).await;
     rig.slots(&[(SlotState::Claimed, Some(2)), (SlotState::Warm, None)]).await;
 }
