@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use alloy_shared::env::{Mono, Ms};
+use alloy_shared::env::{Mono, Ms, backoff};
 use alloy_shared::id::Digest;
 use alloy_shared::limits::{IMAGES_MAX, Limits};
 use alloy_shared::wire::image::{ImageReport, ImageWant, ImageWish, PullFailed, PullProgress, canonical};
@@ -14,6 +14,9 @@ use crate::provider::{Image, ImageRef, VmError, VmFault};
 
 /// Between two looks at an image that somebody still uses and that shall go.
 const IN_USE_LOOK_MS: u64 = 5_000;
+/// At least this, and a throw of the dice that grows, before a removal that failed is tried again.
+const STUCK_PAUSE_MS: u64 = 1_000;
+const STUCK_PAUSE_CAP_MS: u64 = 10 * 60_000;
 
 /// What outlives the daemon.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -33,6 +36,15 @@ struct Failed {
     until: Mono,
 }
 
+/// A tag or an image that would not go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stuck {
+    /// In a row.
+    tries: u32,
+    /// Nobody tries to remove it before.
+    until: Mono,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Busy {
     Pulling {
@@ -43,7 +55,7 @@ enum Busy {
         broken_off: bool,
     },
     Removing(Digest),
-    Untagging,
+    Untagging(String),
 }
 
 /// What to do, and when to ask again at the latest.
@@ -74,6 +86,8 @@ pub struct Images {
     /// Somebody is just looking whether they are here.
     wanted: BTreeSet<String>,
     failed: BTreeMap<String, Failed>,
+    /// By tag or by digest.
+    stuck: BTreeMap<String, Stuck>,
     busy: Option<Busy>,
     /// Removals begun and removals over: what was seen of the disk before the last of them may not hold.
     removals: u64,
@@ -95,6 +109,7 @@ impl Images {
             in_use: BTreeSet::new(),
             wanted: BTreeSet::new(),
             failed: BTreeMap::new(),
+            stuck: BTreeMap::new(),
             busy: None,
             removals: 0,
             short_of_room: false,
@@ -124,6 +139,11 @@ impl Images {
         for digest in there {
             self.book.used_at.entry(digest).or_insert(now);
         }
+        let cached = &self.cached;
+        let is_of = |image: &Image, what: &String| {
+            image.digest.to_string() == *what || image.names.iter().any(|name| name.0 == *what)
+        };
+        self.stuck.retain(|what, _| cached.iter().any(|image| is_of(image, what)));
         let names: Vec<String> = self.failed.keys().filter(|name| self.digest(name).is_some()).cloned().collect();
         // Whoever brought it: what is there did not fail, unless the farm wishes a newer one.
         for name in names {
@@ -249,7 +269,7 @@ impl Images {
                 self.removals += 1;
                 Some(Busy::Removing(*digest))
             }
-            Next::Untag(_) => Some(Busy::Untagging),
+            Next::Untag(tag) => Some(Busy::Untagging(tag.0.clone())),
             Next::BreakOff | Next::Wait(_) => None,
         };
         next
@@ -271,7 +291,7 @@ impl Images {
     fn decide(&mut self, now: Mono) -> Next {
         if self.short_of_room {
             self.short_of_room = false;
-            if let Some(digest) = self.evictable() {
+            if let Some(digest) = self.evictable(now) {
                 return Next::Remove(digest);
             }
         }
@@ -280,14 +300,15 @@ impl Images {
             let generation = self.wishes.get(&name).map_or(0, |wish| wish.generation);
             self.book.done.insert(name, generation);
         }
-        if let Some(tag) = tags.iter().find(|tag| !self.is_kept(tag)) {
+        if let Some(tag) = tags.iter().find(|tag| !self.is_kept(tag) && !self.is_stuck(tag, now)) {
             return Next::Untag(ImageRef(tag.clone()));
         }
-        if let Some(digest) = kept.iter().copied().find(|digest| !self.is_protected(digest)) {
+        let goes = |digest: &Digest| !self.is_protected(digest) && !self.is_stuck(&digest.to_string(), now);
+        if let Some(digest) = kept.iter().copied().find(goes) {
             return Next::Remove(digest);
         }
         let over = self.budget.is_some_and(|budget| self.total() > budget);
-        if let Some(digest) = self.evictable().filter(|_| over) {
+        if let Some(digest) = self.evictable(now).filter(|_| over) {
             return Next::Remove(digest);
         }
         let due: Vec<&String> = self.due();
@@ -298,7 +319,8 @@ impl Images {
         let retries = due.iter().filter_map(|name| self.failed.get(*name)).map(|failed| failed.until).min();
         let looks = (over || !kept.is_empty() || !tags.is_empty()).then_some(now + IN_USE_LOOK_MS);
         let over_failures = self.failed.values().map(|failed| failed.until).filter(|until| *until > now).min();
-        Next::Wait(retries.into_iter().chain(looks).chain(over_failures).min())
+        let unstuck = self.stuck.values().map(|stuck| stuck.until).filter(|until| *until > now).min();
+        Next::Wait(retries.into_iter().chain(looks).chain(over_failures).chain(unstuck).min())
     }
 
     /// Names whose wish to be absent holds.
@@ -349,8 +371,9 @@ impl Images {
     }
 
     /// Of those that nobody needs, the one that was not used for longest.
-    fn evictable(&self) -> Option<Digest> {
-        let free = self.cached.iter().map(|image| image.digest).filter(|digest| !self.is_protected(digest));
+    fn evictable(&self, now: Mono) -> Option<Digest> {
+        let goes = |digest: &Digest| !self.is_protected(digest) && !self.is_stuck(&digest.to_string(), now);
+        let free = self.cached.iter().map(|image| image.digest).filter(goes);
         free.min_by_key(|digest| (self.book.used_at.get(digest).copied().unwrap_or(Ms(0)), *digest))
     }
 
@@ -369,6 +392,11 @@ impl Images {
         self.in_use.contains(digest) || image.is_some_and(|image| !image.removable || image.names.iter().any(kept))
     }
 
+    /// It would not go a moment ago.
+    fn is_stuck(&self, what: &str, now: Mono) -> bool {
+        self.stuck.get(what).is_some_and(|stuck| stuck.until > now)
+    }
+
     /// The pull is over.
     pub fn pulled(&mut self, result: &Result<Digest, VmError>, now: Mono, wall: Ms, dice: u64) {
         let Some(Busy::Pulling { name, generation, broken_off, .. }) = self.busy.take() else { return };
@@ -382,7 +410,7 @@ impl Images {
                     self.book.done.insert(name, generation);
                 }
             }
-            Err(error) if error.what == VmFault::Disk && self.evictable().is_some() => self.short_of_room = true,
+            Err(error) if error.what == VmFault::Disk && self.evictable(now).is_some() => self.short_of_room = true,
             Err(error) => {
                 let tries = self.failed.get(&name).map_or(0, |failed| failed.tries) + 1;
                 let pause = if is_refusal(error) {
@@ -407,12 +435,26 @@ impl Images {
     }
 
     /// The removal is over. What it left of an image that would not go shows with the next look.
-    pub fn removed(&mut self, is_gone: bool) {
-        let Some(Busy::Removing(digest)) = self.busy.take() else { return };
-        self.removals += 1;
+    pub fn removed(&mut self, is_gone: bool, now: Mono, dice: u64) {
+        let what = match &self.busy {
+            Some(Busy::Removing(digest)) => {
+                self.removals += 1;
+                if is_gone {
+                    self.cached.retain(|image| image.digest != *digest);
+                }
+                digest.to_string()
+            }
+            Some(Busy::Untagging(tag)) => tag.clone(),
+            Some(Busy::Pulling { .. }) | None => return,
+        };
+        self.busy = None;
         if is_gone {
-            self.cached.retain(|image| image.digest != digest);
+            self.stuck.remove(&what);
+            return;
         }
+        let tries = self.stuck.get(&what).map_or(0, |stuck| stuck.tries + 1);
+        let until = now + STUCK_PAUSE_MS + backoff(tries, STUCK_PAUSE_MS, STUCK_PAUSE_CAP_MS, dice);
+        self.stuck.insert(what, Stuck { tries, until });
     }
 
     /// What to tell the farm, by name.
@@ -439,7 +481,7 @@ impl Images {
         let failed = self.failed.get(&name).filter(|failed| failed.until > now);
         let pulling = match &self.busy {
             Some(Busy::Pulling { name: busy, progress, .. }) if *busy == name => Some(*progress),
-            Some(Busy::Pulling { .. } | Busy::Removing(_) | Busy::Untagging) | None => None,
+            Some(Busy::Pulling { .. } | Busy::Removing(_) | Busy::Untagging(_)) | None => None,
         };
         ImageReport {
             digest: digest.map(|digest| format!("sha256:{digest}")),

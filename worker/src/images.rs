@@ -334,7 +334,7 @@ impl Runner {
                 if let Err(error) = &result {
                     tracing::warn!(image = what, %error, "an image cannot be removed");
                 }
-                self.shelf().images.removed(result.is_ok());
+                self.shelf().images.removed(result.is_ok(), now.mono, self.setup.env.dice());
             }
         }
         self.look_at = now.mono;

@@ -106,7 +106,7 @@ fn the_least_recently_used_goes_when_the_budget_is_exceeded() {
     let mut images = having(Some(25), &["r/own:1", "r/old:1", "r/new:1"]);
     assert_eq!(images.next(NOW), Next::Remove(digest("r/old:1")));
     assert!(!images.used(digest("r/old:1"), 1, Ms(9)), "whoever comes now must bring it again");
-    images.removed(true);
+    images.removed(true, NOW, 0);
     images.found(vec![image("r/own:1", 10), image("r/new:1", 10)], Ms(9));
     assert_eq!(images.next(NOW), Next::Wait(None));
 }
@@ -140,7 +140,7 @@ fn a_full_disk_costs_the_oldest_image_or_is_told_plainly() {
     images.next(NOW);
     images.pulled(&Err(farm_fault(VmFault::Disk)), NOW, Ms(1), 0);
     assert_eq!(images.next(NOW), Next::Remove(digest("r/old:1")));
-    images.removed(true);
+    images.removed(true, NOW, 0);
     images.found(vec![image("r/own:1", 10)], Ms(1));
     assert_eq!(images.next(NOW), Next::Pull(named("r/big:1")), "at once");
     images.pulled(&Err(farm_fault(VmFault::Disk)), NOW, Ms(1), 0);
@@ -158,7 +158,7 @@ fn an_image_is_removed_once_when_nobody_uses_it() {
     assert_eq!(images.next(NOW), Next::Wait(Some(NOW + IN_USE_LOOK_MS)));
     images.uses(BTreeSet::new(), BTreeSet::new());
     assert_eq!(images.next(NOW), Next::Remove(digest("r/x:1")));
-    images.removed(true);
+    images.removed(true, NOW, 0);
     images.found(vec![image("r/own:1", 10)], Ms(1));
     assert_eq!(images.next(NOW), Next::Wait(None));
     assert_eq!(images.book().done, [("r/x:1".to_owned(), 4), ("r/never:1".to_owned(), 5)].into());
@@ -225,17 +225,65 @@ fn of_several_tags_one_goes_alone_and_the_image_with_the_last() {
     images.wish(vec![absent("r/a:1"), absent("r/a:2"), wish("r/a:3", ImageWant::Present, true, 1)]);
     assert_eq!(images.next(NOW), Next::Untag(named("r/a:1")), "whatever the image is used for");
     assert_eq!(images.next(NOW), Next::Wait(None));
-    images.removed(true);
+    images.removed(true, NOW, 0);
     images.found(vec![own.clone(), tags(&["r/a:2", "r/a:3"])], Ms(9));
     images.ask(&named("r/a:2"), NOW).unwrap();
     assert!(!matches!(images.next(NOW), Next::Untag(_) | Next::Remove(_)), "somebody waits for it");
     images.pulled(&Ok(digest("r/a")), NOW, Ms(9), 0);
     images.unask(&named("r/a:2"));
     assert_eq!(images.next(NOW), Next::Untag(named("r/a:2")));
-    images.removed(true);
+    images.removed(true, NOW, 0);
 
     images.uses(BTreeSet::new(), BTreeSet::new());
     images.found(vec![own, tags(&["r/a:3"])], Ms(9));
     images.wish(vec![absent("r/a:3")]);
     assert_eq!(images.next(NOW), Next::Remove(digest("r/a")));
+}
+
+#[test]
+fn what_will_not_go_is_tried_again_after_pauses_that_grow_and_holds_up_nothing_else() {
+    let stuck = || {
+        let mut images = having(None, &["r/own:1", "r/a:1", "r/b:1"]);
+        images.wish(vec![wish("r/a:1", ImageWant::Absent, false, 4), wish("r/b:1", ImageWant::Absent, false, 4)]);
+        images
+    };
+    let mut images = stuck();
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/a:1")));
+    images.removed(false, NOW, 0);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/b:1")), "the other one does not wait");
+    images.removed(true, NOW, 0);
+    let (mut now, mut last) = (NOW, 0);
+    for _ in 0..4 {
+        // Every look at the disk finds it again.
+        images.found(vec![image("r/own:1", 10), image("r/a:1", 10)], Ms(9));
+        let Next::Wait(Some(wake)) = images.next(now) else { panic!("it was tried again without a pause") };
+        assert!(wake > now);
+        let pause = images.stuck[&digest("r/a:1").to_string()].until.since(now);
+        assert!(matches!(images.next(now + (pause - 1)), Next::Wait(_)));
+        assert!(pause >= STUCK_PAUSE_MS && pause >= last, "{pause} after {last}");
+        (now, last) = (now + pause, pause);
+        assert_eq!(images.next(now), Next::Remove(digest("r/a:1")));
+        // Dice that show the whole of each pause.
+        images.removed(false, now, (STUCK_PAUSE_MS << 4) - 1);
+    }
+    images.removed(true, now, 0);
+
+    let mut images = stuck();
+    images.budget = Some(1);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/a:1")));
+    images.removed(false, NOW, 0);
+    images.wish(vec![]);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/b:1")), "another one makes room");
+}
+
+#[test]
+fn a_tag_that_will_not_go_is_tried_again_after_a_pause() {
+    let mut images = having(None, &["r/own:1"]);
+    let names = ["r/a:1", "r/a:2"].map(named).to_vec();
+    images.found(vec![image("r/own:1", 10), Image { names, ..image("r/a", 10) }], Ms(9));
+    images.wish(vec![wish("r/a:1", ImageWant::Absent, false, 4)]);
+    assert_eq!(images.next(NOW), Next::Untag(named("r/a:1")));
+    images.removed(false, NOW, 0);
+    assert!(matches!(images.next(NOW), Next::Wait(Some(_))));
+    assert_eq!(images.next(NOW + STUCK_PAUSE_MS), Next::Untag(named("r/a:1")));
 }

@@ -57,7 +57,7 @@ fn who_comes_after_its_removal_began_must_look_again() {
         assert!(shelf.hold_seen(digest("r/x:1"), seen, Ms(1)).is_none(), "it is being removed");
     }
     assert!(shelf.hold_named(&named("r/x:1")).is_none() && !shelf.images.has(&named("r/x:1")));
-    shelf.images.removed(true);
+    shelf.images.removed(true, NOW, 0);
     for seen in [before, during] {
         assert!(shelf.hold_seen(digest("r/x:1"), seen, Ms(1)).is_none(), "it was seen before it was gone");
     }
@@ -131,7 +131,7 @@ fn in_no_order_of_things_is_an_image_used_and_removed() {
                 7 => {
                     if let Some(gone) = leaving.take() {
                         disk.remove(gone);
-                        shelf.images.removed(true);
+                        shelf.images.removed(true, NOW, 0);
                     } else {
                         // Somebody else brings one.
                         disk.insert(name);
