@@ -80,8 +80,8 @@ struct Orders {
     held: Vec<(Way, Which)>,
     delay: Duration,
     traps: Vec<Trap>,
-    /// Connections up to this number are held by a trap no longer.
-    lifted: u64,
+    /// How often the network was healed.
+    heals: u64,
 }
 
 struct Shared {
@@ -173,8 +173,7 @@ impl Proxy {
 
     /// The network is well again: held bytes go on, no trap is left.
     pub fn heal(&self) {
-        let accepted = self.shared.accepted.load(Ordering::SeqCst);
-        self.shared.order(|orders| *orders = Orders { lifted: accepted, ..Orders::default() });
+        self.shared.order(|orders| *orders = Orders { heals: orders.heals + 1, ..Orders::default() });
     }
 }
 
@@ -199,8 +198,8 @@ struct Line {
 #[derive(Default)]
 struct State {
     is_session: bool,
-    /// Held by a trap.
-    held: Vec<Way>,
+    /// Held by a trap since so many heals.
+    held: Vec<(Way, u64)>,
     drops_reply: bool,
     /// Who wants to know of an answer.
     asks: Option<watch::Sender<Sprung>>,
@@ -234,7 +233,9 @@ impl Line {
         let all = [tail, bytes].concat();
         state.is_session |= way == Way::Up && find(&all, b"/v1/worker/connect").is_some();
         let mut verdict = Verdict::Pass;
-        for trap in self.shared.orders().traps.iter_mut().filter(|trap| trap.way == way) {
+        let mut orders = self.shared.orders();
+        let heals = orders.heals;
+        for trap in orders.traps.iter_mut().filter(|trap| trap.way == way) {
             // What stands wholly in the tail was judged before.
             let fresh = tail.len().saturating_sub(trap.words.len() - 1);
             let Some(end) = find(&all[fresh..], &trap.words).map(|at| fresh + at + trap.words.len()) else { continue };
@@ -245,11 +246,11 @@ impl Line {
             match trap.then {
                 Then::Note => {}
                 Then::HoldReply => {
-                    state.held.push(Way::Down);
+                    state.held.push((Way::Down, heals));
                     state.asks = Some(trap.told.clone());
                 }
                 Then::HoldBody(more) => {
-                    state.held.push(way);
+                    state.held.push((way, heals));
                     verdict = Verdict::Part((end + more).saturating_sub(tail.len()).min(bytes.len()));
                 }
                 Then::DropReply => {
@@ -266,7 +267,7 @@ impl Line {
         let state = self.state();
         let orders = self.shared.orders();
         let ordered = |(held, which): &(Way, Which)| *held == way && (*which == Which::All || state.is_session);
-        orders.held.iter().any(ordered) || self.number > orders.lifted && state.held.contains(&way)
+        orders.held.iter().any(ordered) || state.held.contains(&(way, orders.heals))
     }
 
     /// Returns when this direction is open.

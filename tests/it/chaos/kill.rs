@@ -1,7 +1,7 @@
 //! `kill -9` of every process in every phase of a job, aimed by what is seen. Whoever was killed is started again at once; no
 //! job is lost, none ends twice, no byte is wrong, nothing is left, and nobody waits long.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use alloy_tests::chaos::Dice;
@@ -10,8 +10,10 @@ use alloy_tests::farm::{Provider, Setup, full};
 use alloy_tests::history::Seen;
 use alloy_tests::noise;
 use alloy_tests::observe::{now, until};
+use alloy_tests::process::{processes_in, signal};
 use alloy_tests::proxy::{Then, Way};
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::aim::{Aim, PHASES, Phase, blockers_gate, install_hooks, lift, named, reach};
@@ -22,29 +24,65 @@ enum Process {
     Worker,
     /// `alloy run`; after its death, `alloy attach`.
     Follower,
+    /// The worker's child around one command or one VM.
+    Guard,
 }
 
-use Process::{Follower, Orchestrator, Worker};
+use Process::{Follower, Guard, Orchestrator, Worker};
 
 type Cell = (Process, Phase);
 
+const UNGUARDED: &str = "no guard has anything of the job then; one that waits for a job is p13";
+
 /// Cells without a sense, and why.
-const NOT_MEANT: [(Cell, &str); 4] = [
+const NOT_MEANT: [(Cell, &str); 15] = [
     ((Worker, 0), "a worker has nothing of a job before it is assigned: that is p13"),
     ((Worker, 1), "the same"),
     ((Follower, 12), "it has gone with the result: a teardown delays nobody"),
     ((Follower, 13), "nobody follows where there is no job"),
+    ((Guard, 0), UNGUARDED),
+    ((Guard, 1), UNGUARDED),
+    ((Guard, 2), UNGUARDED),
+    ((Guard, 3), UNGUARDED),
+    ((Guard, 4), "a VM that dies while it boots: `vm::faults` has that with every cause"),
+    ((Guard, 5), UNGUARDED),
+    ((Guard, 8), UNGUARDED),
+    ((Guard, 9), UNGUARDED),
+    ((Guard, 10), UNGUARDED),
+    ((Guard, 11), UNGUARDED),
+    ((Guard, 12), UNGUARDED),
 ];
 
-/// Who is struck where, on which kind of farm.
-const LANES: [(&str, Provider, Process, &[Phase]); 6] = [
-    ("orchestrator", Provider::Host, Orchestrator, &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 13]),
-    ("worker", Provider::Host, Worker, &[2, 3, 5, 6, 7, 8, 9, 10, 11, 13]),
-    ("follower", Provider::Host, Follower, &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]),
-    ("vms-orchestrator", Provider::Tart, Orchestrator, &[4, 12]),
-    ("vms-worker", Provider::Tart, Worker, &[4, 12]),
-    ("vms-follower", Provider::Tart, Follower, &[4]),
+/// A farm on which these cells are struck, so many times in the gate and in a full run.
+struct Lane {
+    name: &'static str,
+    provider: Provider,
+    cells: &'static [(Process, &'static [Phase])],
+    kills: (usize, usize),
+}
+
+const HOSTED: &[Phase] = &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 13];
+
+#[rustfmt::skip]
+const LANES: [Lane; 6] = [
+    Lane { name: "orchestrator", provider: Provider::Host, cells: &[(Orchestrator, HOSTED)], kills: (16, 80) },
+    Lane { name: "worker", provider: Provider::Host, cells: &[(Worker, &[2, 3, 5, 6, 7, 8, 9, 10, 11, 13])], kills: (14, 80) },
+    Lane { name: "follower", provider: Provider::Host, cells: &[(Follower, &[0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11])], kills: (14, 70) },
+    Lane { name: "guard", provider: Provider::Host, cells: &[(Guard, &[6, 7, 13])], kills: (6, 15) },
+    Lane { name: "vms", provider: Provider::Tart, cells: &[(Orchestrator, &[4, 12]), (Follower, &[4])], kills: (5, 25) },
+    Lane { name: "more-vms", provider: Provider::Tart, cells: &[(Worker, &[4, 12]), (Guard, &[6])], kills: (5, 30) },
 ];
+
+impl Lane {
+    fn cells(&self) -> impl Iterator<Item = Cell> {
+        self.cells.iter().flat_map(|(process, phases)| phases.iter().map(|phase| (*process, *phase)))
+    }
+}
+
+/// Every cell that is struck.
+fn cells() -> BTreeSet<Cell> {
+    LANES.iter().flat_map(Lane::cells).collect()
+}
 
 const RECOVERY_P99_MS: u64 = 10_000;
 
@@ -53,19 +91,21 @@ type Tally = BTreeMap<Cell, Vec<u64>>;
 
 #[test]
 fn every_cell_is_struck_or_has_a_reason() {
-    let struck = LANES.iter().flat_map(|(_, _, process, phases)| phases.iter().map(|phase| (*process, *phase)));
-    let mut cells: Vec<Cell> = struck.chain(NOT_MEANT.iter().map(|(cell, _)| *cell)).collect();
+    let reasons = NOT_MEANT.iter().map(|(cell, _)| *cell);
+    let mut cells: Vec<Cell> = cells().into_iter().chain(reasons).collect();
     cells.sort_unstable();
-    let all =
-        [Orchestrator, Worker, Follower].into_iter().flat_map(|process| (0..14).map(move |phase| (process, phase)));
+    let processes = [Orchestrator, Worker, Follower, Guard];
+    let all = processes.into_iter().flat_map(|process| (0..14).map(move |phase| (process, phase)));
     assert_eq!(cells, all.collect::<Vec<_>>());
+    let kills = LANES.iter().fold((0, 0), |sum, lane| (sum.0 + lane.kills.0, sum.1 + lane.kills.1));
+    assert_eq!(kills, (60, 300));
 }
 
 /// Each cell of a lane once, and more of them up to this number, in the order of the dice.
-fn schedule(process: Process, phases: &[Phase], count: usize, dice: &mut Dice) -> Vec<Cell> {
-    let mut cells: Vec<Cell> = phases.iter().map(|phase| (process, *phase)).collect();
+fn schedule(lane: &Lane, count: usize, dice: &mut Dice) -> Vec<Cell> {
+    let mut cells: Vec<Cell> = lane.cells().collect();
     while cells.len() < count {
-        let mut more: Vec<Cell> = phases.iter().map(|phase| (process, *phase)).collect();
+        let mut more: Vec<Cell> = lane.cells().collect();
         dice.shuffle(&mut more);
         cells.extend(more.into_iter().take(count - cells.len()));
     }
@@ -76,15 +116,14 @@ fn schedule(process: Process, phases: &[Phase], count: usize, dice: &mut Dice) -
 #[test]
 fn no_process_that_is_killed_in_any_phase_costs_a_job_a_byte_or_a_vm() -> Result<()> {
     let dice = Dice::from_environment();
-    let (on_hosts, in_vms) = if full() { (84, 16) } else { (17, 3) };
-    let lanes = LANES.into_iter().enumerate().map(|(part, (name, provider, process, phases))| {
-        let mut dice = dice.apart(part as u64);
-        let count = if provider == Provider::Host { on_hosts } else { in_vms };
-        let cells = schedule(process, phases, count, &mut dice);
+    let lanes = LANES.iter().zip(0..).map(|(of, part)| {
+        let mut dice = dice.apart(part);
+        let count = if full() { of.kills.1 } else { of.kills.0 };
+        let cells = schedule(of, count, &mut dice);
         // A thread each: stopping a farm blocks.
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-            runtime.block_on(lane(name, provider, cells, dice)).with_context(|| name.to_owned())
+            runtime.block_on(lane(of, cells, dice)).context(of.name)
         })
     });
     let mut tally = Tally::new();
@@ -102,9 +141,7 @@ fn no_process_that_is_killed_in_any_phase_costs_a_job_a_byte_or_a_vm() -> Result
 fn tell(tally: &Tally) -> Result<()> {
     let mut all: Vec<u64> = tally.values().flatten().copied().collect();
     all.sort_unstable();
-    for (process, phase) in
-        LANES.iter().flat_map(|(_, _, process, phases)| phases.iter().map(|phase| (*process, *phase)))
-    {
+    for (process, phase) in cells() {
         let took = tally.get(&(process, phase)).filter(|took| !took.is_empty());
         let took = took.with_context(|| format!("{process:?} was never killed in p{phase}"))?;
         let slowest = took.iter().max().copied().unwrap_or(0);
@@ -119,7 +156,8 @@ fn tell(tally: &Tally) -> Result<()> {
     Ok(())
 }
 
-async fn lane(name: &str, provider: Provider, cells: Vec<Cell>, dice: Dice) -> Result<Tally> {
+async fn lane(lane: &Lane, cells: Vec<Cell>, dice: Dice) -> Result<Tally> {
+    let Lane { name, provider, .. } = *lane;
     let workers = if provider == Provider::Host { 2 } else { 1 };
     let mut stage =
         Stage::new(name, Setup { workers, slots: 1, time_scale: 1, ..Setup::default() }, provider, dice).await?;
@@ -158,6 +196,10 @@ async fn strike(stage: &mut Stage, (process, phase): Cell) -> Result<u64> {
             kill_worker(stage, &aim, phase, victim).await?;
             None
         }
+        Guard => {
+            kill_guards(stage, &aim).await?;
+            None
+        }
         Follower => Some(kill_follower(stage, &mut aim, phase).await?),
     };
     let took_ms = u64::try_from(started.elapsed().as_millis())?;
@@ -172,9 +214,42 @@ async fn kill_worker(stage: &mut Stage, aim: &Aim, phase: Phase, victim: usize) 
     let greeted = stage.links[victim].trap(Way::Down, "\"welcome\"", 1, Then::Note);
     stage.farm.start_worker(victim)?;
     until("the worker is welcome again", async || Ok((greeted.borrow().seen == 1).then_some(()))).await;
-    let Some(job) = aim.job.as_deref().filter(|_| (4..=9).contains(&phase)) else { return Ok(()) };
-    // Its job is lost and runs again.
-    let api = stage.api();
+    if (4..=9).contains(&phase) {
+        runs_again(stage, aim).await;
+    }
+    Ok(())
+}
+
+/// Kills the guard of the job's command or VM, or those that wait for a job.
+async fn kill_guards(stage: &mut Stage, aim: &Aim) -> Result<()> {
+    let workers = match &aim.job {
+        Some(job) => vec![stage.holder(job).await?],
+        None => (0..stage.links.len()).collect(),
+    };
+    let found = workers.iter().flat_map(|number| processes_in(&stage.farm.worker_dir(*number)));
+    let guards: Vec<_> = found.filter(|found| found.line.contains("__guard")).collect();
+    ensure!(guards.len() == workers.len(), "{guards:?}");
+    guards.iter().for_each(|guard| signal(guard.pid, Signal::SIGKILL));
+    if aim.job.is_some() {
+        runs_again(stage, aim).await;
+        return Ok(());
+    }
+    // The next jobs get guards of their own and notice nothing.
+    let mut jobs = Vec::new();
+    for _ in &workers {
+        jobs.push(stage.submit(&["bytes:500".to_owned()]).await?);
+    }
+    for job in jobs {
+        stage.follow(&job);
+        let view = stage.settle(&job).await?;
+        ensure!(view["attempt"] == 1, "{view}");
+    }
+    Ok(())
+}
+
+/// The job was lost and runs again, or has ended already.
+async fn runs_again(stage: &Stage, aim: &Aim) {
+    let (api, job) = (stage.api(), aim.job.as_deref().unwrap_or_default());
     until("the job runs again", async || {
         let view = api.job(job).await?;
         let again = view["attempt"].as_u64() > Some(1) && (view["state"] == "running" || view["state"] == "succeeded");
@@ -182,7 +257,6 @@ async fn kill_worker(stage: &mut Stage, aim: &Aim, phase: Phase, victim: usize) 
         Ok(Some(()))
     })
     .await;
-    Ok(())
 }
 
 /// A follower that takes over from one that died.
@@ -295,7 +369,7 @@ async fn compare(stage: &Stage, client: &mut Client, view: &Value) -> Result<()>
 /// What a kill may cost.
 fn attempts_are_as_they_must(view: &Value, (process, phase): Cell) -> Result<()> {
     let allowed = match (process, phase) {
-        (Worker, 4..=9) => 2..=2,
+        (Worker, 4..=9) | (Guard, _) => 2..=2,
         // One that never heard of it gets it again; one that had accepted it has lost it.
         (Worker, 3) => 1..=2,
         (Worker | Orchestrator | Follower, _) => 1..=1,

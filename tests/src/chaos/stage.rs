@@ -176,7 +176,7 @@ impl Stage {
         let program = match self.farm.has_macs() {
             // Guests see nothing of their host.
             true => {
-                fs::copy(bin_dir().join("noise"), tree.join("noise"))?;
+                fs::copy(self.stripped()?, tree.join("noise"))?;
                 "./noise".to_owned()
             }
             false => bin_dir().join("noise").display().to_string(),
@@ -197,6 +197,17 @@ impl Stage {
         let mut command = self.alloy(&args.iter().map(String::as_str).collect::<Vec<_>>());
         command.current_dir(&tree);
         Ok(Run { client: Client::start(command, &dir)?, dir, gate, plan, artifact })
+    }
+
+    /// The program that jobs in VMs take along, without what a debugger wants: that is most of it.
+    fn stripped(&self) -> Result<PathBuf> {
+        let path = self.dir.join("noise");
+        if !path.exists() {
+            fs::copy(bin_dir().join("noise"), &path)?;
+            // Without the tool it is only larger.
+            let _stripped = Command::new("strip").arg(&path).status();
+        }
+        Ok(path)
     }
 
     /// Submits a job without a client process, under a key, and follows it.

@@ -275,14 +275,17 @@ fn vms_are_few_and_used_once(book: &Book<'_>, say: &mut impl FnMut(&'static str,
     for (index, (at, vms)) in book.running.iter().enumerate() {
         let mut hosts = BTreeMap::<&str, BTreeSet<&str>>::new();
         for vm in vms.iter().filter(|vm| book.jobs.contains_key(vm.job.as_str())) {
-            let here = hosts.entry(&vm.host).or_default();
-            here.insert(&vm.name);
-            if here.len() > vm.room {
-                say("I8", format!("{} runs {here:?} and may run {}", vm.host, vm.room));
-            }
-            let first = used.entry((&vm.host, &vm.name)).or_insert((&vm.job, vm.attempt));
-            if *first != (vm.job.as_str(), vm.attempt) {
-                say("I8", format!("{} served {first:?}, then {}.{}", vm.name, vm.job, vm.attempt));
+            // A process whose VM is dying above it has no name any more.
+            if !vm.name.is_empty() {
+                let here = hosts.entry(&vm.host).or_default();
+                here.insert(&vm.name);
+                if here.len() > vm.room {
+                    say("I8", format!("{} runs {here:?} and may run {}", vm.host, vm.room));
+                }
+                let first = used.entry((&vm.host, &vm.name)).or_insert((&vm.job, vm.attempt));
+                if *first != (vm.job.as_str(), vm.attempt) {
+                    say("I8", format!("{} served {first:?}, then {}.{}", vm.name, vm.job, vm.attempt));
+                }
             }
             // It was there until the next look.
             let until = book.running.get(index + 1).map_or(book.last, |(next, _)| *next);

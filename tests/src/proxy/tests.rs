@@ -120,6 +120,13 @@ async fn a_trap_holds_the_reply_or_the_body_or_drops_the_reply_of_what_it_was_se
     counted("heard", &echo.heard, 9).await;
     proxy.heal();
     assert_eq!(read_exactly(&mut client, 12).await, b"PUT /a 12345");
+    // The same connection again.
+    let mut again = proxy.trap(Way::Up, "PUT /b ", 1, Then::HoldReply);
+    client.write_all(b"PUT /b ").await.unwrap();
+    again.wait_for(|sprung| sprung.answered == 1).await.unwrap();
+    assert!(is_silent(&client));
+    proxy.heal();
+    assert_eq!(read_exactly(&mut client, 7).await, b"PUT /b ");
 
     echo.heard.store(0, Ordering::SeqCst);
     let mut dropped = proxy.trap(Way::Up, "POST /jobs ", 1, Then::DropReply);
