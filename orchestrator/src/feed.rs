@@ -137,10 +137,10 @@ impl Follower {
         self.holder = Some(holder);
         let known = self.app.store.worker(&self.scope, &holder.worker).await.map_err(failed)?;
         let name = known.map_or_else(|| holder.worker.to_string(), |worker| worker.name);
-        let retry_at = silent.then(|| now.wall.plus(silence.lost_at.since(now.mono)).rfc3339());
-        let message = match &retry_at {
+        let lost_at = silent.then(|| now.wall.plus(silence.lost_at.since(now.mono)).rfc3339());
+        let message = match &lost_at {
             Some(at) => format!(
-                "worker {name} was not heard for {} s; if that goes on, the job is tried elsewhere at {at}",
+                "worker {name} was not heard for {} s; if that goes on, what it runs counts as lost at {at}",
                 silence.ms / 1_000
             ),
             None => format!("worker {name} is heard again"),
@@ -151,7 +151,7 @@ impl Follower {
             worker: holder.worker,
             worker_name: name,
             silent,
-            retry_at,
+            lost_at,
             message,
         };
         self.send(FeedFrame::Worker(news)).await

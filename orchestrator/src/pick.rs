@@ -162,6 +162,8 @@ pub enum WhyNot {
     Draining { workers: u32 },
     /// The image did not come on any that is open to it. Some try again later.
     NoImage { why: String },
+    /// All slots of those that have the labels are in quarantine.
+    Broken { workers: u32 },
     /// All slots that fit are taken.
     Busy { workers: u32, slots: u32 },
     /// It waits for a farm that runs for everybody.
@@ -177,6 +179,9 @@ impl WhyNot {
             Self::NoLabels { missing } => format!("no connected worker has the labels {missing}{}", wish(missing)),
             Self::Draining { workers } => format!("the {workers} worker(s) with its labels are draining"),
             Self::NoImage { why } => format!("its image did not come, and is tried again later: {why}"),
+            Self::Broken { workers } => {
+                format!("no slot of the {workers} worker(s) with its labels can start a VM")
+            }
             Self::Busy { workers, slots } => {
                 format!("all {slots} slots of the {workers} worker(s) with its labels are taken")
             }
@@ -193,6 +198,7 @@ impl WhyNot {
             | Self::Draining { .. }
             | Self::NoImage { .. }
             | Self::Asleep
+            | Self::Broken { .. }
             | Self::Busy { .. } => {
                 format!("no worker took it in time: {}", self.sentence())
             }
@@ -221,6 +227,9 @@ pub fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId
     let open: Vec<&&Room> = fitting.iter().filter(|room| !room.draining).collect();
     if open.is_empty() {
         return WhyNot::Draining { workers: fitting.len() as u32 };
+    }
+    if open.iter().all(|room| room.slots == 0) {
+        return WhyNot::Broken { workers: open.len() as u32 };
     }
     let failed = |room: &Room| match room.stance(image) {
         Stance::Later(failed) | Stance::Refused(failed) => Some(format!("{}: {}", room.name, failed.message)),
@@ -325,6 +334,8 @@ mod tests {
         ill.get_mut(&worker(2)).unwrap().slots = 0;
         assert!(!untried(ill.clone(), &[1]), "all its slots are in quarantine");
         assert_eq!(run(&[(10, &["a=1"], &[1])], &mut ill), [(10, 1)], "nobody waits for such a one");
+        ill.get_mut(&worker(1)).unwrap().slots = 0;
+        assert_eq!(why_not(&required, None, &ill), WhyNot::Broken { workers: 2 });
     }
 
     #[test]

@@ -96,8 +96,14 @@ fn how_things_end_is_told_with_the_numbers_of_the_code() {
         assert!(told.contains(&sentence), "docs/OPERATIONS.md does not say `{sentence}`");
     }
     let (_, hangup) = told.split_once("SIGHUP").unwrap();
-    for program in ["`alloy run`", "`alloy attach`", "`alloy up`", "`orchestrator`", "`worker`"] {
-        assert!(hangup.contains(program), "docs/OPERATIONS.md does not say what SIGHUP does to {program}");
+    for said in [
+        "`alloy run` cancels its job",
+        "`alloy attach` and `alloy logs -f` let",
+        "`alloy up` drains",
+        "`orchestrator` does not listen to it",
+        "`worker` reads its configuration again and lives on",
+    ] {
+        assert!(hangup.contains(said), "docs/OPERATIONS.md does not say of SIGHUP: {said}");
     }
     // Each row with its example; those that need no farm are tried.
     let home = tempfile::tempdir().unwrap();

@@ -117,8 +117,10 @@ impl Host {
             let Left { jobs, living } = match looked {
                 Ok(left) => left,
                 Err(told) => {
-                    last_look = false;
-                    match self.told(app, told, &mut asked).await {
+                    if std::mem::take(&mut last_look) {
+                        self.app.take_jobs_again();
+                    }
+                    match self.told(app, told, &mut asked, signals).await {
                         Wait::On => {}
                         Wait::ForCancels => until = Some(app.env.now().mono + CANCELED_MS),
                         Wait::NoMore => return false,
@@ -133,8 +135,12 @@ impl Host {
                 if last_look {
                     return true;
                 }
-                self.app.take_no_more_jobs().await;
-                last_look = true;
+                // Nobody has a job here at this moment: a wish to stop needs no question.
+                last_look = tokio::select! {
+                    biased;
+                    _ = signals.next() => return false,
+                    () = self.app.take_no_more_jobs() => true,
+                };
                 continue;
             }
             last_look = false;
@@ -159,7 +165,7 @@ impl Host {
     }
 
     /// What a wish to stop means while others have jobs here.
-    async fn told(&self, app: &App, told: Told, asked: &mut bool) -> Wait {
+    async fn told(&self, app: &App, told: Told, asked: &mut bool, signals: &mut Signals) -> Wait {
         let left = self.left(app).await;
         let jobs: Vec<JobView> = left.jobs.into_iter().filter(|job| job.state != StateWord::Canceling).collect();
         if jobs.is_empty() {
@@ -181,17 +187,27 @@ impl Host {
             named(&jobs)
         ));
         let Some(who) = self.user().await else { return Wait::NoMore };
-        for job in jobs {
-            // One that ended in the meantime needs no cancel; any other is still there at the next look.
-            let _ = ops::job::cancel_for(&self.app, &who, job.id, Reason::UserCanceled).await;
+        let cancel = async {
+            for job in jobs {
+                // One that ended in the meantime needs no cancel; any other is still there at the next look.
+                let _ = ops::job::cancel_for(&self.app, &who, job.id, Reason::UserCanceled).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = signals.next() => Wait::NoMore,
+            () = cancel => Wait::ForCancels,
         }
-        Wait::ForCancels
     }
 
     /// Lets the jobs end that run here; the others stay in the queue. False if a second wish to stop came.
     pub(super) async fn drain(&self, app: &App, signals: &mut Signals) -> bool {
         let Some(local) = &self.worker else { return true };
-        self.app.take_no_more_jobs().await;
+        tokio::select! {
+            biased;
+            _ = signals.next() => return stop_at_once(app),
+            () = self.app.take_no_more_jobs() => {}
+        }
         local.life.soft.cancel();
         let (jobs, _) = self.live_jobs(None).await.unwrap_or_default();
         let (waiting, running): (Vec<JobView>, Vec<JobView>) =
@@ -199,19 +215,19 @@ impl Host {
         let (here, elsewhere): (Vec<JobView>, Vec<JobView>) =
             running.into_iter().partition(|job| job.worker == Some(local.id));
         tell_drain(app, &waiting, &here, &elsewhere);
-        loop {
-            tokio::select! {
-                biased;
-                _ = signals.next() => {
-                    app.talk.say("Stopping at once.");
-                    return false;
+        let ended = async {
+            loop {
+                app.env.sleep_until(app.env.now().mono + JOBS_LOOK_MS).await;
+                let living = self.end_unwanted(app).await;
+                if local.ended().is_some() && !self.are_reading(&living).await {
+                    return;
                 }
-                () = app.env.sleep_until(app.env.now().mono + JOBS_LOOK_MS) => {}
             }
-            let living = self.end_unwanted(app).await;
-            if local.ended().is_some() && !self.are_reading(&living).await {
-                return true;
-            }
+        };
+        tokio::select! {
+            biased;
+            _ = signals.next() => stop_at_once(app),
+            () = ended => true,
         }
     }
 
@@ -224,6 +240,11 @@ impl Host {
         }
         false
     }
+}
+
+fn stop_at_once(app: &App) -> bool {
+    app.talk.say("Stopping at once.");
+    false
 }
 
 /// How the host goes on after a wish to stop.

@@ -96,7 +96,8 @@ impl Desk {
             let known = self.before.remove(&job.id);
             let due = known.or(self.remove(&job.id).and_then(|live| live.due));
             if !job.state.is_done() {
-                let rules = Rules::of(&job.spec, &self.limits);
+                // With nobody connected yet, each worker that comes may be the one that has not lost it.
+                let rules = Rules { untried: self.offers.is_empty(), ..Rules::of(&job.spec, &self.limits) };
                 let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
                 self.put(Live { job, attempt, rules, required, due }, now);
             }
@@ -211,7 +212,7 @@ impl Desk {
             }
             return;
         };
-        let state = match job::apply(&live.job.state, event, now.wall, &self.rules(live)) {
+        let state = match job::apply(&live.job.state, event, now.wall, &self.rules(live, now)) {
             Ok(state) => state,
             // Numbered news that changes no state is still written: its number must be remembered.
             Err(Refused::Already | Refused::Impossible) if report.is_some() => live.job.state.clone(),
@@ -279,13 +280,8 @@ impl Desk {
             .take(limits::COMMIT_GROUPS_MAX)
             .map(|(_, id)| *id)
             .collect();
-        let rooms = if due.is_empty() { BTreeMap::new() } else { self.rooms() };
         for id in due {
-            let why = self
-                .live
-                .get(&id)
-                .map(|live| pick::why_not(&live.required, rooms::image_of(live), &rooms).late())
-                .unwrap_or_default();
+            let why = self.why_not(&id).map(|why| why.late()).unwrap_or_default();
             self.change(None, id, &Event::DeadlinePassed { why }, Guard::Version, None, now);
         }
     }

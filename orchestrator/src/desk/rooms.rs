@@ -43,13 +43,15 @@ impl Desk {
         }
     }
 
-    /// The rules of a job as they are at this moment. Who else is there decides only when it may have been lost too often.
-    pub(super) fn rules(&self, live: &Live) -> Rules {
+    /// The rules of a job as they are at this moment. Who else is there decides only when it may have been lost too often,
+    /// and after a start not before everybody had time to connect.
+    pub(super) fn rules(&self, live: &Live, now: Now) -> Rules {
         let untried = live.job.state.lease().is_some_and(|lease| {
             let avoid = &lease.losers();
             let job = Waiting { id: live.job.id, required: &live.required, image: image_of(live), avoid };
             live.job.state.tries.lost >= live.rules.lost_max && pick::untried(job, &self.rooms())
         });
+        let untried = untried || live.rules.untried && now.mono < self.patient_until;
         Rules { untried, ..live.rules.clone() }
     }
 
@@ -72,7 +74,8 @@ impl Desk {
             return;
         }
         let rooms = self.rooms();
-        let oldest = self.queue.iter().take(limits::COMMIT_GROUPS_MAX).filter_map(|(_, id)| self.live.get(id));
+        let awake = self.queue.iter().filter(|(_, id)| !self.asleep.contains(id));
+        let oldest = awake.take(limits::COMMIT_GROUPS_MAX).filter_map(|(_, id)| self.live.get(id));
         let refused: Vec<(JobId, String)> = oldest
             .filter_map(|live| Some((live.job.id, pick::refusal(&live.required, image_of(live), &rooms)?)))
             .collect();

@@ -389,6 +389,23 @@ fn losers(desk: &mut Desk, offers: &[u128]) -> Vec<u128> {
 }
 
 #[test]
+fn after_a_start_a_job_waits_for_workers_that_have_not_connected_yet() {
+    let grace = Limits::default().startup_grace_ms as i64;
+    for (when, waits) in [(grace - 1, true), (grace, false)] {
+        let mut before = Desk::new(Limits::default(), Mono(0));
+        turn(&mut before, 0, vec![offer(3, &[FREE]), submit(1, 10)]);
+        let mut job = before.live[&id(10)].job.clone();
+        job.state.tries.lost = 2;
+        let attempt = before.live[&id(10)].attempt.clone();
+        let mut desk = Desk::new(Limits::default(), Mono(0));
+        desk.restore(vec![(job, attempt)], at(0));
+        let end = End::because(Reason::VmLost, "gone");
+        turn(&mut desk, when, vec![report(2, 10, 3, 1, Event::Finished { attempt: 1, end })]);
+        assert_eq!(desk.live.contains_key(&id(10)), waits, "{when}");
+    }
+}
+
+#[test]
 fn a_job_ends_by_the_farms_fault_only_when_every_worker_has_lost_it_or_too_many_have() {
     let farm = |workers: std::ops::RangeInclusive<u128>| {
         let mut desk = Desk::new(Limits::default(), Mono(0));

@@ -93,12 +93,19 @@ impl Mem {
     }
 
     pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
-        self.disk.sync().await.map_err(|error| LogError::Io { what: "seal a log", error })?;
-        let mut logs = self.lock();
-        let log = logs.entry(*at).or_default();
-        log.sealed = true;
-        log.durable = log.len();
-        Ok(Digest::of(&log.bytes))
+        loop {
+            let len = self.len(at);
+            let synced = self.disk.sync().await;
+            let mut logs = self.lock();
+            let log = logs.entry(*at).or_default();
+            log.settle(len, synced.is_ok());
+            synced.map_err(|error| LogError::Io { what: "seal a log", error })?;
+            // What came meanwhile belongs to it and is synced first.
+            if log.len() == len {
+                log.sealed = true;
+                return Ok(Digest::of(&log.bytes));
+            }
+        }
     }
 }
 

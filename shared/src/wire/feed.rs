@@ -54,9 +54,9 @@ pub struct WorkerNews {
     pub worker_name: String,
     /// False: it is back.
     pub silent: bool,
-    /// When the job is tried elsewhere, if nothing is heard until then.
+    /// When the worker's attempt counts as lost, if nothing is heard until then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retry_at: Option<String>,
+    pub lost_at: Option<String>,
     /// One sentence for people.
     pub message: String,
 }

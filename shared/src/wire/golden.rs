@@ -198,12 +198,12 @@ fn feed_frames() {
         worker: WORKER,
         worker_name: "shed".into(),
         silent: true,
-        retry_at: Some("2026-01-02T03:04:05.678Z".into()),
+        lost_at: Some("2026-01-02T03:04:05.678Z".into()),
         message: "m".into(),
     };
     check(
         FeedFrame::Worker(news),
-        r#"{"type":"worker","at":"2026-01-02T03:04:05.678Z","attempt":2,"worker":"$WORKER","worker_name":"shed","silent":true,"retry_at":"2026-01-02T03:04:05.678Z","message":"m"}"#,
+        r#"{"type":"worker","at":"2026-01-02T03:04:05.678Z","attempt":2,"worker":"$WORKER","worker_name":"shed","silent":true,"lost_at":"2026-01-02T03:04:05.678Z","message":"m"}"#,
     );
     check(FeedFrame::End { job: Box::new(view()) }, &format!(r#"{{"type":"end","job":{VIEW}}}"#));
     check(

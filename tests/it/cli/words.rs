@@ -102,7 +102,7 @@ async fn a_worker_that_is_not_heard_is_named_once_and_once_more_when_it_is_back(
     assert_eq!(run.wait(PATIENCE)?.code(), Some(0), "{}", run.log_text());
     let said = run.log_text();
     assert_eq!((said.matches("was not heard for").count(), said.matches("is heard again").count()), (1, 1), "{said}");
-    assert!(said.contains("tried elsewhere at 20"), "{said}");
+    assert!(said.contains("counts as lost at 20"), "{said}");
     let id = job["id"].as_str().context("a job")?;
     let kinds = farm.api().events(id).await?;
     assert!(kinds.iter().all(|event| event["type"] != "worker"), "it is not in the books: {kinds:?}");
