@@ -265,6 +265,9 @@ pub const PAGE_MAX: u32 = 200;
 pub const SLOTS_MAX: usize = 64;
 /// VMs that run at once on a Mac: its licence and its kernel allow two macOS guests, whoever starts them.
 pub const MACOS_GUESTS_MAX: usize = 2;
+/// A process that was killed may leave its lock to a child for a moment: so often, and so long apart, it is tried again.
+pub const LOCK_TRIES: u32 = 30;
+pub const LOCK_PAUSE_MS: u64 = 100;
 /// Requests for VMs that a worker remembers, to know which images to keep warm.
 pub const DEMAND_MAX: usize = 256;
 /// Images that a worker keeps warm by its configuration.

@@ -132,7 +132,7 @@ impl TartHost {
         if version < OLDEST {
             return Err(host(&format!("tart {} is too old: {}.{} or newer is needed", out.trim(), OLDEST.0, OLDEST.1)));
         }
-        let only_one = locks::claim(&tart.home).map_err(|error| host(&format!("{}: {error}", tart.home.display())))?;
+        let only_one = claim(tart.home.clone()).await?;
         let login = Login { user: guest_user, password: guest_password };
         Ok(Self {
             setup,
@@ -329,6 +329,15 @@ impl VmProvider for TartHost {
         }
         Ok(())
     }
+}
+
+/// It may wait for a lock that is about to be left.
+async fn claim(home: PathBuf) -> Result<crate::lock::Held, VmError> {
+    let why = format!("{} cannot be locked", home.display());
+    let claimed = tokio::task::spawn_blocking(move || {
+        locks::claim(&home).map_err(|error| host(&format!("{}: {error}", home.display())))
+    });
+    claimed.await.map_err(|_| host(&why))?
 }
 
 fn host(why: &str) -> VmError {
