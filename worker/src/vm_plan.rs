@@ -126,8 +126,10 @@ impl<'a> Plan<'a> {
         {
             match &self.view.slots[index] {
                 Slot::Warm { .. } if surplus => self.unmake(index),
-                Slot::Cold { .. } | Slot::Cloning { .. } | Slot::Booting { .. } => self.used[index] = surplus,
-                Slot::Warm { .. } | Slot::Claimed { .. } | Slot::Recycling { .. } | Slot::Quarantined { .. } => {}
+                Slot::Cold { .. } | Slot::Cloning { .. } | Slot::Booting { .. } | Slot::Recycling { .. } => {
+                    self.used[index] = surplus;
+                }
+                Slot::Warm { .. } | Slot::Claimed { .. } | Slot::Quarantined { .. } => {}
             }
         }
     }
@@ -152,6 +154,9 @@ impl<'a> Plan<'a> {
                 // A warm VM of another image may be all that this host still has.
             } else if let Some(slot) = pick(view.slots, &self.used, |slot| is_rested(slot, now)) {
                 self.make(slot, image);
+            } else if let Some(slot) = pick(view.slots, &self.used, is_leaving) {
+                // It will have this one: no spare has to go for it as well.
+                self.used[slot] = true;
             } else if let Some(slot) = self.least() {
                 self.unmake(slot);
             }
@@ -160,7 +165,7 @@ impl<'a> Plan<'a> {
 
     /// Whether an ill host is well again shows only when a VM is made.
     fn probe(&mut self) {
-        let has_room = self.view.slots.iter().any(|slot| matches!(slot, Slot::Cold { .. }));
+        let has_room = self.view.slots.iter().any(|slot| matches!(slot, Slot::Cold { .. }) || is_leaving(slot));
         if let Host::Ill { .. } = self.view.host
             && self.makes > 0
             && !has_room
@@ -419,6 +424,18 @@ fn is_coming(slot: &Slot, wanted: &ImageRef) -> bool {
         | Slot::Warm { .. }
         | Slot::Claimed { .. }
         | Slot::Recycling { .. }
+        | Slot::Quarantined { .. } => false,
+    }
+}
+
+fn is_leaving(slot: &Slot) -> bool {
+    match slot {
+        Slot::Recycling { .. } => true,
+        Slot::Cold { .. }
+        | Slot::Cloning { .. }
+        | Slot::Booting { .. }
+        | Slot::Warm { .. }
+        | Slot::Claimed { .. }
         | Slot::Quarantined { .. } => false,
     }
 }

@@ -27,6 +27,9 @@ fn booting(name: &str) -> Slot {
 fn claimed() -> Slot {
     Slot::Claimed { vm: vm(), image: image("a"), attempt: attempt(9) }
 }
+fn recycling() -> Slot {
+    Slot::Recycling { vm: vm(), attempt: None, faults: 0 }
+}
 fn attempt(n: u32) -> AttemptRef {
     AttemptRef { job: JobId::from_raw(1), attempt: n }
 }
@@ -62,6 +65,21 @@ fn the_plan_of_each_view() {
     let stuck_vm = |until| Slot::Quarantined { vm: Some(vm()), attempt: None, until, faults: 1 };
     check(&[stuck_vm(NOW), stuck_vm(NOW + 1)], &[], &[Unmake { slot: 0 }]);
     check(&[rested(3, 60_000, Mono(0))], &[], &[Release { slot: 0 }]);
+}
+
+#[test]
+fn a_claim_of_another_image_costs_one_spare_and_no_more() {
+    use PoolAction::Unmake;
+    let spare = || warm("a", 99_000);
+    check(&[spare(), spare()], &[wants("b")], &[Unmake { slot: 0 }]);
+    check(&[recycling(), spare()], &[wants("b")], &[]);
+    // Two claims are two slots.
+    check(&[recycling(), spare()], &[wants("b"), wants("b")], &[Unmake { slot: 1 }]);
+    // One that ends a job is as good; a claim of what is warm leaves it to the other.
+    check(&[recycling(), spare()], &[wants("b"), wants("a")], &[PoolAction::Give { slot: 1, claim: 1 }]);
+    let ill = Host::Ill { probe: NOW };
+    check_on(ill, &[spare(), spare()], &[], &[Unmake { slot: 0 }]);
+    check_on(ill, &[recycling(), spare()], &[], &[]);
 }
 
 #[test]
@@ -118,7 +136,6 @@ fn faults_rest_a_slot_and_many_close_it() {
 
 #[test]
 fn a_miss_has_a_cause() {
-    let recycling = || Slot::Recycling { vm: vm(), attempt: None, faults: 0 };
     let because = |why| Some((image("a"), why));
     let table: &[(Host, Slot, Gap, Miss)] = &[
         (Host::Well, warm("b", 99_000), None, Miss::NoWarmVm),
