@@ -453,7 +453,7 @@ fn vm_ended(error: &VmError) -> Ended {
         (VmFault::Network, Blame::Policy) => Reason::ConfigError,
         (VmFault::NoImage | VmFault::Pull, _) => Reason::ImagePullFailure,
         // Nothing of the job has run here: it goes elsewhere, uncharged.
-        (VmFault::Host | VmFault::Full, _) => Reason::WorkerDrained,
+        (VmFault::Host | VmFault::Full | VmFault::Taken, _) => Reason::WorkerDrained,
         (VmFault::Start | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
         (VmFault::Lost, _) => Reason::VmLost,
         (VmFault::File, Blame::Farm | Blame::Policy) => Reason::InternalError,

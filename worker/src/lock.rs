@@ -221,7 +221,7 @@ fn fresh(name: &Path) -> PathBuf {
     PathBuf::from(format!(".{}.{}.{count}", name.display(), std::process::id()))
 }
 
-fn is_alive(pid: i32) -> bool {
+pub(crate) fn is_alive(pid: i32) -> bool {
     kill(Pid::from_raw(pid), None) != Err(Errno::ESRCH)
 }
 

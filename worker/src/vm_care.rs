@@ -5,12 +5,10 @@
 //! may have mended it. A VM that does not go takes a slot away from the operating system's count until the host restarts.
 
 use alloy_shared::env::Mono;
-use alloy_shared::limits::{HOST_FAULTS_MAX, Limits, STUCK_TRIES_MAX, TROUBLE_MAX};
+use alloy_shared::limits::{HOST_FAULTS_MAX, Limits, MACOS_GUESTS_MAX, STUCK_TRIES_MAX, TROUBLE_MAX};
 
 use crate::provider::{VmError, VmFault, VmName};
 
-/// macOS guests that the operating system lets run at once. With so many of ours a refusal is no fault.
-const GUESTS_MAX: usize = 2;
 const PAUSE_MS: u64 = 1_000;
 const REBOOT: &str = "VMs that are gone still count on this host: reboot it";
 const LOOK: &str = "VMs do not start on this host: see `worker doctor` there";
@@ -89,9 +87,11 @@ impl Care {
                 if slot.refused < HOST_FAULTS_MAX {
                     return Verdict::Again;
                 }
-                slot.short = others < GUESTS_MAX;
+                // With so many of ours a refusal is no fault.
+                slot.short = others < MACOS_GUESTS_MAX;
                 Verdict::Slot
             }
+            VmFault::Taken => Verdict::Slot,
             VmFault::Full | VmFault::Host => self.host_failed(error, now),
             VmFault::NoImage
             | VmFault::Pull
@@ -225,6 +225,15 @@ mod tests {
             assert_eq!((care.host(), care.trouble().map(|it| it.drains)), (Host::Well, told.then_some(false)));
             care.came_up(1);
             assert_eq!(care.trouble(), None);
+        }
+    }
+
+    #[test]
+    fn a_host_whose_places_another_worker_has_is_well_and_its_slot_rests() {
+        let mut care = care();
+        for _ in 0..2 * HOST_FAULTS_MAX {
+            assert_eq!(care.failed(0, &error(VmFault::Taken), 0, NOW), Verdict::Slot);
+            assert_eq!((care.host(), care.trouble()), (Host::Well, None));
         }
     }
 

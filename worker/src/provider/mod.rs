@@ -292,6 +292,9 @@ pub enum VmFault {
     /// The host counts as many VMs as it may run, or has something of a VM locked.
     #[error("this host has no room for a VM")]
     Full,
+    /// Another worker of this host runs VMs in its places.
+    #[error("another worker has this host's places for VMs")]
+    Taken,
     #[error("the VM is lost")]
     Lost,
     #[error("the network policy is not in force")]

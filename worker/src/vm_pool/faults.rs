@@ -36,6 +36,7 @@ impl Runner {
                     | VmFault::Pull
                     | VmFault::Start
                     | VmFault::Full
+                    | VmFault::Taken
                     | VmFault::Lost
                     | VmFault::Network
                     | VmFault::Disk

@@ -30,12 +30,20 @@ pub(super) fn place(dir: &Path) -> Result<lock::Held, VmError> {
             let who = number(pid);
             let why =
                 format!("{MACOS_GUESTS_MAX} VMs run on this host, some for another worker{who}; macOS allows no more");
-            VmError::farm(VmFault::Full, why)
+            VmError::farm(fault_of(pid), why)
         }
         NotTaken::Io(error) => {
             VmError::io(VmFault::Host, &format!("count the VMs of this host in {}", dir.display()), &error)
         }
     })
+}
+
+/// What it means that this process has a place. One that is dead leaves it in a moment.
+fn fault_of(pid: Option<i32>) -> VmFault {
+    match pid {
+        Some(pid) if pid == lock::own_pid() || !lock::is_alive(pid) => VmFault::Full,
+        Some(_) | None => VmFault::Taken,
+    }
 }
 
 fn number(pid: Option<i32>) -> String {
@@ -111,6 +119,19 @@ mod tests {
         let file = shared.path().join("file");
         std::fs::write(&file, "").unwrap();
         assert_eq!(place(&file.join("below")).unwrap_err().what, VmFault::Host);
+    }
+
+    #[test]
+    fn places_of_another_worker_that_lives_are_no_fault_of_the_host() {
+        let (init, nobody) = (1, i32::MAX);
+        for (pid, what) in [
+            (Some(init), VmFault::Taken),
+            (None, VmFault::Taken),
+            (Some(nobody), VmFault::Full),
+            (Some(lock::own_pid()), VmFault::Full),
+        ] {
+            assert_eq!(fault_of(pid), what, "{pid:?}");
+        }
     }
 
     #[test]
