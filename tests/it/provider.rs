@@ -15,11 +15,13 @@ use alloy_shared::id::Digest;
 use alloy_shared::limits::Limits;
 use alloy_shared::runtime::SystemEnv;
 use alloy_tests::farm::{IMAGE, Provider, bin_dir};
-use alloy_tests::observe::until_blocking;
+use alloy_tests::observe::{until, until_blocking};
 use alloy_tests::process::{Found, processes_in};
 use alloy_tests::sim_host::{self, Profile, SimHost};
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
+use nix::fcntl::{Flock, FlockArg};
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::sync::watch;
 use worker::provider::host::{self, HOST_IMAGE, Host};
@@ -397,6 +399,34 @@ async fn a_vm_that_is_destroyed_leaves_nothing(provider: Provider) -> Result<()>
     if let Some(mac) = &bed.mac {
         mac.assert_no_leak();
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_boot_that_nobody_waits_for_keeps_its_place_until_it_is_destroyed() -> Result<()> {
+    let bed = Bed::new(Provider::Tart).await?;
+    let mac = bed.mac.as_ref().context("it is one of tart")?;
+    mac.faults(&[json!({ "command": "run", "fault": "hang" })]);
+    let vm = VmName::mint(7, 1);
+    bed.vms.create(&vm, &bed.image, &Shape::default()).await?;
+    let line = format!("run {vm}");
+    let inbox = bed.inbox(&vm);
+    let hangs = until("it hangs", async || Ok((!bed.running(&line).is_empty()).then_some(())));
+    // What the pool does at its deadline.
+    tokio::select! {
+        booted = bed.vms.boot(&vm, &inbox) => anyhow::bail!("it booted: {:?}", booted.map(drop)),
+        () = hangs => {}
+    }
+    let place = || {
+        Flock::lock(fs::File::open(mac.dir().join("mac/vm-0.lock"))?, FlockArg::LockExclusiveNonblock)
+            .map(drop)
+            .map_err(|(_, errno)| std::io::Error::from(errno))
+    };
+    assert!(place().is_err(), "the next VM would be a third one");
+    bed.vms.destroy(&vm).await?;
+    assert_eq!(bed.running(&line).len(), 0);
+    place()?;
+    mac.assert_no_leak();
     Ok(())
 }
 

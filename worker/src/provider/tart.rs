@@ -297,7 +297,6 @@ impl VmProvider for TartHost {
         let start = self.setup.env.now().mono;
         let machine = self.start(vm, inbox).await?;
         let runs = self.setup.env.now().mono;
-        self.live().insert(vm.clone(), Arc::clone(&machine));
         let guest = self.ready(vm, &machine, (start, runs)).await?;
         machine.guest.set(Arc::clone(&guest)).map_err(|_| VmError::farm(VmFault::Start, "the VM was booted twice"))?;
         Ok(guest)
@@ -314,10 +313,12 @@ impl VmProvider for TartHost {
     }
 
     async fn destroy(&self, vm: &VmName) -> Result<(), VmError> {
-        let machine = self.live().remove(vm);
+        // It stays among the live ones until it is gone: whoever is not waited for is asked again.
+        let machine = self.live().get(vm).cloned();
         if let Some(machine) = machine {
             self.stop(vm).await;
             machine.end().await;
+            self.live().remove(vm);
         }
         self.delete(vm).await?;
         if ours(&self.listed().await?).contains(vm) {

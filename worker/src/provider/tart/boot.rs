@@ -22,7 +22,6 @@ use super::ssh::Ssh;
 use super::{TartHost, locks, vm_error};
 use crate::guard::leash::{Leash, Wires};
 use crate::guard::{CONTROL_FD, Launch};
-use crate::lock;
 use crate::provider::{BootTimes, ExecOutput, NetworkPolicy, VmError, VmFault, VmName, VmProvider as _, vm_dir};
 
 /// What is kept of what `tart run` says.
@@ -46,11 +45,10 @@ pub(super) struct Vm {
     pub(super) guest: OnceLock<Arc<TartGuest>>,
     os: GuestOs,
     /// Absent without a filter that takes orders.
-    control: Option<tokio::sync::Mutex<Control>>,
+    control: OnceLock<tokio::sync::Mutex<Control>>,
     ended: watch::Receiver<Option<VmError>>,
     doom: CancellationToken,
     running: TaskTracker,
-    _place: Arc<lock::Held>,
 }
 
 impl Vm {
@@ -67,14 +65,15 @@ impl Vm {
 }
 
 impl TartHost {
-    /// Starts a VM under a guard and returns when it holds its lock: another may be made from then on.
+    /// Starts a VM under a guard and returns when it holds its lock: another may be made from then on. Whoever drops this
+    /// meanwhile leaves a VM that [`destroy`](crate::provider::VmProvider::destroy) finds.
     pub(super) async fn start(&self, vm: &VmName, inbox: &Path) -> Result<Arc<Vm>, VmError> {
         let got = self.tart.must(&["get", vm.as_str(), "--format", "json"], QUICK).await?;
         let got = got.map_err(|failed| vm_error(VmFault::Start, "get", &failed))?;
         let os = parse_os(&got).map_err(|why| VmError::farm(VmFault::Start, why))?;
         let dir = vm_dir(&self.setup.state_dir, vm);
         let _one = self.making.lock().await;
-        let place = Arc::new(locks::place(&self.setup.settings.host_dir)?);
+        let place = locks::place(&self.setup.settings.host_dir)?;
         let filter = if self.restricts() { Some(Door::open(&dir)?) } else { None };
         let leash = Leash::start(&self.setup.guard, dir.join("guard-0"));
         let leash = leash.map_err(|error| VmError::io(VmFault::Start, "start a guard", &error))?;
@@ -90,30 +89,26 @@ impl TartHost {
             input: orders,
             output: bytes,
         };
-        self.setup.env.spawn("tart_run", Box::pin(running.track_future(leash.run(launch, wires))));
-        self.setup.env.spawn("tart_words", Box::pin(listen(output, tell_end, input)));
-        let machine = |control| Vm {
-            guest: OnceLock::new(),
-            os,
-            control,
-            ended: ended.clone(),
-            doom: doom.clone(),
-            running: running.clone(),
-            _place: Arc::clone(&place),
+        let run = async move {
+            leash.run(launch, wires).await;
+            // Only a VM that is gone leaves its place to another.
+            drop(place);
         };
-        let control = match filter {
-            None => None,
-            Some(door) => match door.control(&ended).await {
-                Ok(control) => Some(tokio::sync::Mutex::new(control)),
+        self.setup.env.spawn("tart_run", Box::pin(running.track_future(run)));
+        self.setup.env.spawn("tart_words", Box::pin(listen(output, tell_end, input)));
+        let machine = Arc::new(Vm { guest: OnceLock::new(), os, control: OnceLock::new(), ended, doom, running });
+        self.live().insert(vm.clone(), Arc::clone(&machine));
+        if let Some(door) = filter {
+            match door.control(&machine.ended).await {
+                Ok(control) => _ = machine.control.set(tokio::sync::Mutex::new(control)),
                 Err(error) => {
-                    machine(None).end().await;
+                    machine.end().await;
                     return Err(error);
                 }
-            },
-        };
-        let machine = machine(control);
+            }
+        }
         self.wait_for_lock(vm, &machine).await?;
-        Ok(Arc::new(machine))
+        Ok(machine)
     }
 
     fn launch(&self, vm: &VmName, inbox: &Path, dir: &Path, filter: Option<&Door>) -> Launch {
@@ -240,7 +235,7 @@ impl TartHost {
 
     /// The last look before a job: its network policy is in force, the clock is right, the workspace is empty.
     pub(super) async fn hand_over(&self, vm: &VmName, machine: &Vm, network: &NetworkPolicy) -> Result<(), VmError> {
-        match &machine.control {
+        match machine.control.get() {
             Some(control) => {
                 let enforced = control.lock().await.enforce(network).await;
                 enforced.map_err(|why| VmError::farm(VmFault::Network, why))?;
