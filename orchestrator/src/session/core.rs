@@ -32,8 +32,18 @@ struct Track {
     /// Its result is durable.
     finished: bool,
     continued: bool,
-    /// The log could not be stored: bytes are dropped until the next heartbeat asks for them again.
-    stuck: bool,
+    taking: Taking,
+}
+
+/// Whether a log's bytes can be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taking {
+    All,
+    /// They could not be: what comes is dropped until the next heartbeat asks for it again.
+    Nothing,
+    /// They were asked for again and none was stored yet: each heartbeat asks once more, because the worker goes back to one
+    /// place only now and then.
+    Again,
 }
 
 /// The report whose fate is being decided.
@@ -299,7 +309,7 @@ impl Core {
                 assigned_after: None,
                 finished: false,
                 continued: false,
-                stuck: false,
+                taking: Taking::All,
             }
         })
     }
@@ -338,8 +348,8 @@ impl Core {
 
     /// Logs that could not be stored are tried again, one heartbeat apart.
     fn unstick(&mut self, out: &mut Vec<Effect>) {
-        for (attempt, track) in self.tracks.iter_mut().filter(|(_, track)| track.stuck) {
-            track.stuck = false;
+        for (attempt, track) in self.tracks.iter_mut().filter(|(_, track)| track.taking != Taking::All) {
+            track.taking = Taking::Again;
             out.push(Effect::Measure { attempt: *attempt });
         }
     }
@@ -536,7 +546,7 @@ impl Core {
 
     fn heard_log(&mut self, chunk: LogChunk, out: &mut Vec<Effect>) {
         match self.handles.get(&chunk.handle) {
-            Some(attempt) if self.tracks.get(attempt).is_some_and(|track| track.stuck) => {}
+            Some(attempt) if self.tracks.get(attempt).is_some_and(|track| track.taking == Taking::Nothing) => {}
             Some(attempt) => out.push(Effect::Append { attempt: *attempt, offset: chunk.offset, bytes: chunk.bytes }),
             // The attempt was closed while the chunk travelled.
             None if chunk.handle < self.next_handle => {}
@@ -547,12 +557,12 @@ impl Core {
     fn appended(&mut self, attempt: AttemptRef, result: Result<u64, NotStored>, out: &mut Vec<Effect>) {
         let Some(track) = self.tracks.get_mut(&attempt) else { return };
         match result {
-            Ok(len) => track.log_len = len,
+            Ok(len) => (track.log_len, track.taking) = (len, Taking::All),
             Err(NotStored::Gap { have }) => {
                 track.log_len = have;
                 self.continue_from(attempt, have, out);
             }
-            Err(NotStored::Later) => track.stuck = true,
+            Err(NotStored::Later) => track.taking = Taking::Nothing,
             Err(NotStored::Never) => out.push(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } })),
         }
     }

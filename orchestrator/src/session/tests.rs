@@ -328,7 +328,15 @@ fn a_log_that_cannot_be_stored_is_asked_for_again_with_the_next_heartbeat() {
     assert!(matches!(core.handle(chunk(), at(1)).as_slice(), [Effect::Append { .. }]));
     core.handle(Input::Appended { attempt: attempt(10), result: Err(NotStored::Later) }, at(1));
     assert_eq!(core.handle(chunk(), at(1)), [], "dropped until then");
-    assert_eq!(orders(&core.handle(beat(2, 1, vec![held(10, HeldState::Running)]), at(2))), ["measure"]);
+    let mut beat = |n| orders(&core.handle(beat(n, n - 1, vec![held(10, HeldState::Running)]), at(n)));
+    assert_eq!(
+        (beat(2), beat(3)),
+        (vec!["measure".to_owned()], vec!["measure".to_owned()]),
+        "until something is stored"
+    );
+    assert!(matches!(core.handle(chunk(), at(3)).as_slice(), [Effect::Append { .. }]));
+    core.handle(Input::Appended { attempt: attempt(10), result: Ok(1) }, at(3));
+    assert!(orders(&core.handle(self::beat(4, 3, vec![held(10, HeldState::Running)]), at(4))).is_empty());
 }
 
 #[test]
