@@ -93,6 +93,14 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    #[cfg(feature = "farm")]
+    #[test]
+    fn backups_are_for_the_machine_of_the_farm() {
+        for line in ["admin backup /mnt/farm --data-dir /srv/alloy", "admin restore /mnt/farm --json"] {
+            assert!(Cli::try_parse_from(std::iter::once("alloy").chain(line.split(' '))).is_ok(), "{line}");
+        }
+    }
+
     #[test]
     fn what_the_pages_show_parses() {
         for line in [

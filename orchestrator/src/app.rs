@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::auth::{Auth, Grants};
 use crate::blobs::Blobs;
-use crate::desk::Request;
+use crate::desk::{Answer, Request};
 use crate::desk_loop::{self, Door};
 use crate::hub::Hub;
 use crate::log_sync::LogSync;
@@ -20,6 +20,9 @@ use crate::logs::Logs;
 use crate::session::drive::sweep;
 use crate::store::{Store, StoreError};
 use crate::wake::Wake;
+
+/// Between two looks whether the books let go of all attempts.
+const LOOK_AGAIN_MS: u64 = 20;
 
 /// Everything that handles a request gets a reference to it.
 pub struct App {
@@ -95,6 +98,21 @@ impl App {
     /// Starts what an orchestrator does although nobody asks.
     pub fn begin(self: &Arc<Self>) {
         self.env.spawn("sweep", Box::pin(sweep(self.clone())));
+    }
+
+    /// Counts every attempt as lost that a worker holds by the books: the farm was restored from a backup, nothing of then runs
+    /// any more, and what its workers say of it is news of another history.
+    pub async fn let_go_of_leases(&self) {
+        while let Answer::Holders(holders) = self.desk.ask(|ticket| Request::Holders { ticket }).await {
+            if holders.is_empty() {
+                return;
+            }
+            for worker in holders {
+                self.desk.tell(Request::Silent(worker)).await;
+            }
+            // A commit that failed left some of them.
+            self.env.sleep_until(self.env.now().mono + LOOK_AGAIN_MS).await;
+        }
     }
 
     /// When it returns, no further job comes into being: what a look at the live jobs shows is all there is.

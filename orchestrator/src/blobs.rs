@@ -10,11 +10,13 @@ use std::path::PathBuf;
 use alloy_shared::env::Ms;
 use alloy_shared::id::{Digest, OrgId};
 use alloy_shared::limits;
+use alloy_shared::wire::farm::Storage;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use tokio::sync::Semaphore;
 
+use crate::broken::Care;
 use crate::store::BlobKind;
 
 mod fs;
@@ -72,7 +74,7 @@ impl fmt::Display for BlobKey {
 pub enum BlobError {
     #[error("there is no object {0}")]
     Missing(BlobKey),
-    #[error("less than {} MiB are free on the farm's disk", limits::DISK_FLOOR >> 20)]
+    #[error("the farm's disk is full")]
     Full,
     #[error("the bytes hash to {actual}, not to {expected}")]
     Digest { expected: Digest, actual: Digest },
@@ -103,12 +105,29 @@ pub enum Blobs {
 
 impl Blobs {
     /// Opens a directory of objects and sweeps what a crash left half-written.
-    pub async fn open(root: PathBuf, now: Ms) -> Result<Self, BlobError> {
-        Fs::open(root, now, limits::DISK_FLOOR).await.map(Self::Fs)
+    pub async fn open(root: PathBuf, now: Ms, care: Care) -> Result<Self, BlobError> {
+        Fs::open(root, now, care).await.map(Self::Fs)
     }
 
     pub fn memory() -> Self {
         Self::Mem(Mem::default())
+    }
+
+    /// The disk that the bytes go to. `None`: it is not a disk of this machine.
+    pub fn storage(&self) -> Result<Option<Storage>, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.storage().map(Some),
+            Self::Mem(_) => Ok(None),
+        }
+    }
+
+    /// Whether something new may begin.
+    pub fn room(&self) -> Result<(), BlobError> {
+        match self {
+            Self::Fs(fs) if fs.storage()?.is_full() => Err(BlobError::Full),
+            Self::Fs(_) => Ok(()),
+            Self::Mem(mem) => mem.room(),
+        }
     }
 
     /// Starts an object. It becomes visible with [`Draft::finish`] and leaves nothing if it is dropped.
@@ -274,17 +293,4 @@ pub(crate) fn is_full(error: &std::io::Error) -> bool {
 /// Makes a directory's entries durable.
 pub(crate) fn sync_dir(path: &std::path::Path) -> std::io::Result<()> {
     std::fs::File::open(path)?.sync_all()
-}
-
-/// Creates directories below `root`, each durable in its parent.
-pub(crate) fn make_dirs(root: &std::path::Path, dir: &std::path::Path) -> std::io::Result<()> {
-    if dir == root || dir.is_dir() {
-        return Ok(());
-    }
-    let Some(parent) = dir.parent() else { return Ok(()) };
-    make_dirs(root, parent)?;
-    match std::fs::create_dir(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
-        Ok(()) | Err(_) => sync_dir(parent),
-    }
 }

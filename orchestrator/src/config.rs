@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
-use alloy_shared::limits::Limits;
+use alloy_shared::limits::{DISK_FLOOR as DISK_FLOOR_BYTES, Limits};
 use alloy_shared::runtime::LogFormat;
 use clap::{Parser, Subcommand};
 
@@ -83,6 +83,7 @@ const BEHIND_PROXY: Key =
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
 const DATABASE_MODE: Key = Key { name: "database_mode", flag: None, variable: Some("DATABASE_MODE") };
 const JOB_TIMEOUT: Key = Key { name: "job_timeout_minutes", flag: None, variable: Some("JOB_TIMEOUT_MINUTES") };
+const DISK_FLOOR: Key = Key { name: "disk_floor_mib", flag: None, variable: Some("ALLOY_DISK_FLOOR_MIB") };
 const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
 
 const TIME_SCALE_MAX: u64 = 20;
@@ -119,9 +120,14 @@ impl Config {
         layers.take(DATABASE_MODE, "local".to_owned(), checked_mode);
         let minutes =
             layers.take(JOB_TIMEOUT, Limits::default().job_timeout_ms / 60_000, parse("is no number of minutes"));
+        let floor_mib: u64 = layers.take(DISK_FLOOR, DISK_FLOOR_BYTES >> 20, parse("is no number of MiB"));
         let scale = layers.take(TIME_SCALE, 1, parse("is no whole number"));
 
-        let limits = Limits { job_timeout_ms: minutes.saturating_mul(60_000), ..Limits::scaled(scale) };
+        let limits = Limits {
+            job_timeout_ms: minutes.saturating_mul(60_000),
+            disk_floor: floor_mib.saturating_mul(1 << 20),
+            ..Limits::scaled(scale)
+        };
         let config = Self {
             listen,
             base_url: Some(base_url).filter(|url| !url.is_empty()),
@@ -137,6 +143,9 @@ impl Config {
         if minutes == 0 || config.limits.job_timeout_ms > config.limits.job_timeout_max_ms {
             let most = config.limits.job_timeout_max_ms / 60_000;
             layers.problem(JOB_TIMEOUT.name, layers.origin(JOB_TIMEOUT), format!("is 1 to {most} minutes"));
+        }
+        if floor_mib == 0 {
+            layers.problem(DISK_FLOOR.name, layers.origin(DISK_FLOOR), "is at least 1".to_owned());
         }
         if scale == 0 || scale > TIME_SCALE_MAX {
             layers.problem(TIME_SCALE.name, layers.origin(TIME_SCALE), format!("is 1 to {TIME_SCALE_MAX}"));
@@ -240,12 +249,14 @@ mod tests {
         let flags = Flags { listen: Some("[::1]:1".into()), behind_proxy: true, ..Flags::default() };
         let variables = [("BASE_URL", "https://f.example/"), ("JOB_TIMEOUT_MINUTES", "5"), ("ALLOY_LISTEN", "bad")];
         let (config, _) =
-            resolve(flags, &variables, "data_dir = \"/d\"\nlog_format = \"json\"\ntime_scale = 10").unwrap();
+            resolve(flags, &variables, "data_dir = \"/d\"\nlog_format = \"json\"\ntime_scale = 10\ndisk_floor_mib = 8")
+                .unwrap();
         assert_eq!(config.listen, "[::1]:1".parse().unwrap());
         assert_eq!(config.url(config.listen), "https://f.example");
         assert_eq!((config.farm_dir(), config.log_format), ("/d/farm".into(), LogFormat::Json));
         assert_eq!((config.limits.job_timeout_ms, config.limits.heartbeat_ms), (300_000, 500));
         assert!(config.behind_proxy);
+        assert_eq!((config.limits.disk_floor, config.limits.disk_reserve()), (8 << 20, 4 << 20));
     }
 
     #[test]
@@ -267,12 +278,21 @@ mod tests {
             ("DATABASE_MODE", "supabase"),
             ("JOB_TIMEOUT_MINUTES", "0"),
             ("ALLOY_TIME_SCALE", "21"),
+            ("ALLOY_DISK_FLOOR_MIB", "0"),
         ];
         let problems = resolve(Flags::default(), &variables, "log_format = \"xml\"\nlisten_on = 1").unwrap_err();
         let mut names: Vec<&str> = problems.iter().map(|problem| problem.name.as_str()).collect();
         names.sort_unstable();
-        let expect =
-            ["base_url", "database_mode", "job_timeout_minutes", "listen", "listen_on", "log_format", "time_scale"];
+        let expect = [
+            "base_url",
+            "database_mode",
+            "disk_floor_mib",
+            "job_timeout_minutes",
+            "listen",
+            "listen_on",
+            "log_format",
+            "time_scale",
+        ];
         assert_eq!(names, expect);
         assert!(
             problems.iter().any(|p| p.to_string().starts_with("base_url (environment BASE_URL): `farm` is no URL"))

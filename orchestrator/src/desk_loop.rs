@@ -127,7 +127,7 @@ impl Loop {
         loop {
             match self.store.commit(groups).await {
                 Ok(done) => return (Ok(done), tries > 0),
-                Err(error) if tries > 0 || matches!(error, StoreError::Unknown(_)) => {
+                Err(error) if tries > 0 || matches!(error, StoreError::Unknown(_) | StoreError::Broken(_)) => {
                     warn!(groups = groups.len(), %error, "the fate of a commit is unknown; repeating it");
                     tries += 1;
                     self.pause(tries).await;

@@ -13,7 +13,7 @@ use crate::store::StoreError;
 /// Missing blobs named in one answer; the upload's own query tells them all.
 const NAMED_MAX: usize = 100;
 const BUSY_RETRY_S: u64 = 1;
-const FULL_RETRY_S: u64 = 60;
+const FULL_RETRY_S: u64 = 10;
 
 /// An answer that is no success. Handlers return it; the edge writes it out with the request's id.
 #[derive(Debug, Clone)]
@@ -138,7 +138,11 @@ impl From<OpError> for Fault {
                 let mut fault = Self::new(code, message);
                 fault.problem.hint = hint;
                 fault.problem.errors = errors;
-                if code.is_retryable() { fault.retry_after(BUSY_RETRY_S) } else { fault }
+                match code {
+                    ErrorCode::StorageFull => fault.retry_after(FULL_RETRY_S),
+                    code if code.is_retryable() => fault.retry_after(BUSY_RETRY_S),
+                    _ => fault,
+                }
             }
             OpError::Missing(digests) => {
                 let mut fault = Self::new(
@@ -163,7 +167,7 @@ impl From<OpError> for Fault {
 impl From<StoreError> for Fault {
     fn from(error: StoreError) -> Self {
         match &error {
-            StoreError::Unavailable(_) | StoreError::Unknown(_) => {
+            StoreError::Unavailable(_) | StoreError::Unknown(_) | StoreError::Broken(_) => {
                 Self::new(ErrorCode::Unavailable, "the farm's database is busy or away")
                     .retry_after(BUSY_RETRY_S)
                     .cause(error.to_string())
@@ -174,10 +178,12 @@ impl From<StoreError> for Fault {
     }
 }
 
+/// What to do about a full disk of the farm.
+pub const FULL_HINT: &str =
+    "who runs the farm must free space; what runs goes on, and this works again as soon as there is room";
+
 fn full() -> Fault {
-    Fault::new(ErrorCode::StorageFull, "the farm's disk is full")
-        .hint("who runs the farm must free space")
-        .retry_after(FULL_RETRY_S)
+    Fault::new(ErrorCode::StorageFull, "the farm's disk is full").hint(FULL_HINT).retry_after(FULL_RETRY_S)
 }
 
 impl From<Denied> for Fault {

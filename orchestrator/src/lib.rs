@@ -24,7 +24,9 @@ use tokio_util::task::TaskTracker;
 pub mod admit;
 mod app;
 pub mod auth;
+pub mod backup;
 pub mod blobs;
+pub mod broken;
 pub mod config;
 pub mod desk;
 pub mod desk_loop;
@@ -46,7 +48,9 @@ pub mod sums;
 pub mod wake;
 
 pub use app::{App, Ground};
+use backup::restore::Past;
 use blobs::Blobs;
+use broken::{Broken, Care};
 use config::Config;
 use logs::Logs;
 use store::sql::{DataLock, SqlStore};
@@ -89,6 +93,11 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     config.check().map_err(ServeError::Config)?;
     let dir = config.farm_dir();
     let lock = DataLock::acquire(&dir)?;
+    let mark = |error| start_error("the mark of a restored farm", error);
+    let past = backup::restore::wait(&dir, &config.limits, &*env, &life).await.map_err(mark)?;
+    if past == Past::Stopped {
+        return Err(start_error("told to stop", "nothing was begun"));
+    }
     let sql = Arc::new(SqlStore::open_sqlite(&dir.join("alloy.db")).await?);
     let listener =
         TcpListener::bind(config.listen).await.map_err(|error| start_error(config.listen.to_string(), error))?;
@@ -97,8 +106,13 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     let background = life.hard.child_token();
     let system = env;
     let env: Arc<dyn Env> = Arc::new(TaskEnv { system: system.clone(), until: background.clone() });
-    let ground = ground(&config, addr, sql.clone(), env, life.soft.clone()).await?;
+    let broken = sql.broken();
+    let ground = ground(&config, addr, sql.clone(), env, life.soft.clone(), broken.clone()).await?;
     let app = App::on(ground).await?;
+    if past == Past::Restored {
+        app.let_go_of_leases().await;
+        backup::restore::forget(&dir).map_err(mark)?;
+    }
     let admin_token_file = dir.join("admin.token");
     let made = ops::access::first_token(&app, async |token| write_private(&admin_token_file, token)).await;
     if made.map_err(|error| start_error("the first token", error))? {
@@ -106,6 +120,13 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     }
 
     app.begin();
+    let failing = life.clone();
+    let watch = async move {
+        broken.told().await;
+        failing.fail();
+        failing.hard.cancel();
+    };
+    app.env.spawn("broken", Box::pin(watch));
     let stop = Stop { life, background, sql, _lock: lock };
     system.spawn("http", Box::pin(run(app.clone(), listener, stop)));
     tracing::info!("listening on http://{addr}, data in {}", dir.display());
@@ -151,10 +172,12 @@ async fn ground(
     store: Arc<dyn Store>,
     env: Arc<dyn Env>,
     stopping: CancellationToken,
+    broken: Broken,
 ) -> Result<Ground, ServeError> {
     let dir = config.farm_dir();
-    let logs = Logs::open(dir.join("logs")).map_err(|error| start_error("the log directory", error))?;
-    let blobs = Blobs::open(dir.join("blobs"), env.now().wall).await;
+    let care = Care { floor: config.limits.disk_floor, reserve: config.limits.disk_reserve(), broken };
+    let logs = Logs::open(dir.join("logs"), care.clone()).map_err(|error| start_error("the log directory", error))?;
+    let blobs = Blobs::open(dir.join("blobs"), env.now().wall, care).await;
     Ok(Ground {
         logs,
         blobs: blobs.map_err(|error| start_error("the blob directory", error))?,

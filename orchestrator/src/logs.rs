@@ -8,6 +8,8 @@ use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
 use bytes::Bytes;
 
+use crate::broken::Care;
+
 mod files;
 mod mem;
 #[cfg(test)]
@@ -25,7 +27,7 @@ pub enum LogError {
     Sealed,
     #[error("the log would be longer than {} bytes", MAX)]
     TooLong,
-    #[error("less than {} MiB are free on the farm's disk", limits::DISK_FLOOR >> 20)]
+    #[error("the farm's disk is full")]
     Full,
     #[error("the stored log is damaged between bytes {from} and {to}")]
     Damaged { from: u64, to: u64 },
@@ -45,8 +47,8 @@ pub enum Logs {
 impl Logs {
     /// Opens a directory of logs. A log's length after a restart is its file's: bytes that were not yet acknowledged may
     /// be missing from it, and the worker still has them.
-    pub fn open(root: std::path::PathBuf) -> Result<Self, LogError> {
-        Files::open(root, limits::DISK_FLOOR).map(Self::Files)
+    pub fn open(root: std::path::PathBuf, care: Care) -> Result<Self, LogError> {
+        Files::open(root, care).map(Self::Files)
     }
 
     pub fn memory() -> Self {

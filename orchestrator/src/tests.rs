@@ -95,12 +95,16 @@ fn random() -> [u8; 32] {
 }
 
 async fn app() -> (Arc<App>, Arc<TestEnv>) {
+    app_on(Blobs::memory()).await
+}
+
+async fn app_on(blobs: Blobs) -> (Arc<App>, Arc<TestEnv>) {
     let clock = TestEnv::new();
     let env: Arc<dyn Env> = clock.clone();
     let ground = Ground {
         store: Arc::new(MemStore::default()),
         logs: Logs::memory(),
-        blobs: Blobs::memory(),
+        blobs,
         env,
         limits: Limits::default(),
         secret: Secret::new([3; 32]),

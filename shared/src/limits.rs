@@ -66,6 +66,11 @@ pub struct Limits {
     pub poll_floor_ms: u64,
     /// A lost attempt's log still takes its worker's tail for this long.
     pub late_tail_ms: u64,
+    /// Below this many free bytes a daemon takes nothing new.
+    pub disk_floor: u64,
+    /// How long a command waits on a full disk before the middle of its log is left out: the farm may take what is spooled,
+    /// or somebody may free space.
+    pub log_pressure_ms: u64,
 }
 
 impl Default for Limits {
@@ -108,6 +113,8 @@ impl Default for Limits {
             stop_ms: 10_000,
             poll_floor_ms: 2_000,
             late_tail_ms: 600_000,
+            disk_floor: DISK_FLOOR,
+            log_pressure_ms: 30_000,
         }
     }
 }
@@ -147,6 +154,12 @@ impl Limits {
         3 * self.heartbeat_ms
     }
 
+    /// What runs already may go on to here, so that it can end: below it the bytes of logs and artifacts are refused too, and
+    /// what is left is for the books.
+    pub fn disk_reserve(&self) -> u64 {
+        self.disk_floor / 2
+    }
+
     /// The lease timings and the pauses between downloads divided by `factor`, so that tests see hours of protocol in seconds. Deadlines that users set stay.
     pub fn scaled(factor: u64) -> Self {
         let base = Self::default();
@@ -172,6 +185,7 @@ impl Limits {
             pull_retry_cap_ms: base.pull_retry_cap_ms / f,
             pull_refused_ms: base.pull_refused_ms / f,
             agent_grace_ms: base.agent_grace_ms / f,
+            log_pressure_ms: base.log_pressure_ms / f,
             ..base
         }
     }
@@ -329,8 +343,9 @@ pub const SOCKET_QUEUE: usize = 16;
 /// The last frames of a session that is over have this long to leave.
 pub const SOCKET_GOODBYE_MS: u64 = 2_000;
 pub const JOIN_TTL_S: u64 = 24 * 3600;
-/// Below this many free bytes a daemon takes no new bytes.
+/// [`Limits::disk_floor`] of a daemon that is told nothing else: room for the database to grow by while somebody frees space.
 pub const DISK_FLOOR: u64 = 1 << 30;
+
 /// A daemon's own log file before it begins a new one, and how many full ones it keeps.
 pub const DAEMON_LOG_BYTES: u64 = 16 << 20;
 pub const DAEMON_LOGS: u32 = 4;

@@ -22,6 +22,7 @@ mod access;
 mod care;
 mod chaos;
 mod cli;
+mod disk;
 mod follow;
 mod hooks;
 mod image;

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::mount::{CutDisk, Mount};
 use crate::observe::{Api, PATIENCE, is_terminal, until, until_blocking};
 use crate::process::{Daemon, Found, processes_in, signal};
 use crate::sim_host::{self, Profile, SimHost};
@@ -33,6 +34,21 @@ pub struct Setup {
     pub faults: Vec<Vec<Value>>,
     /// Of each worker's images; 0: none.
     pub image_budget_gib: u64,
+    /// What both daemons keep free; 0: what they keep by themselves.
+    pub disk_floor_mib: u64,
+    /// The orchestrator's data, and each worker's state, on a disk of its own of so many MiB.
+    pub farm_disk_mib: Option<u64>,
+    pub worker_disk_mib: Option<u64>,
+    /// Whose disk can lose its power.
+    pub cuts: Option<Cuts>,
+}
+
+/// The one of the farm's daemons whose disk can lose its power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cuts {
+    Orchestrator,
+    /// The first worker.
+    Worker,
 }
 
 /// What the workers of a farm run their jobs in.
@@ -69,11 +85,18 @@ impl Default for Setup {
             image: Profile::default(),
             faults: Vec::new(),
             image_budget_gib: 0,
+            disk_floor_mib: 0,
+            farm_disk_mib: None,
+            worker_disk_mib: None,
+            cuts: None,
         }
     }
 }
 
 pub struct Farm {
+    /// Before the directory that they lie in.
+    mounts: Vec<Mount>,
+    disk: Option<CutDisk>,
     dir: TempDir,
     setup: Setup,
     address: SocketAddr,
@@ -93,6 +116,9 @@ impl Farm {
         let mut farm = Farm::orchestrator_only(setup).await?;
         for number in 0..farm.setup.workers {
             farm.add_mac()?;
+            if let Some(mib) = farm.setup.worker_disk_mib {
+                farm.mounts.push(Mount::tmpfs(&farm.worker_dir(number), mib)?);
+            }
             farm.enrol(number).await?;
             farm.workers.push(None);
             farm.start_worker(number)?;
@@ -130,7 +156,19 @@ impl Farm {
         let dir = tempfile::Builder::new().prefix("alloy-farm-").tempdir()?;
         fs::create_dir(dir.path().join("logs"))?;
         fs::create_dir(dir.path().join("home"))?;
+        let mounts = match setup.farm_disk_mib {
+            Some(mib) => vec![Mount::tmpfs(&dir.path().join("data"), mib)?],
+            None => Vec::new(),
+        };
+        let at = match setup.cuts {
+            Some(Cuts::Orchestrator) => Some("data"),
+            Some(Cuts::Worker) => Some("worker-0"),
+            None => None,
+        };
+        let disk = at.map(|at| CutDisk::new(&dir.path().join("disk"), &dir.path().join(at))).transpose()?;
         let mut farm = Farm {
+            mounts,
+            disk,
             dir,
             setup,
             address: "127.0.0.1:0".parse()?,
@@ -185,6 +223,9 @@ impl Farm {
     pub fn command(&self, program: &str) -> Command {
         let mut command = isolated(&bin_dir().join(program), self.dir());
         command.env("ALLOY_TIME_SCALE", self.setup.time_scale.to_string());
+        if self.setup.disk_floor_mib > 0 {
+            command.env("ALLOY_DISK_FLOOR_MIB", self.setup.disk_floor_mib.to_string());
+        }
         command
     }
 
@@ -298,6 +339,25 @@ impl Farm {
 
     pub fn orchestrator(&mut self) -> &mut Daemon {
         self.orchestrator.as_mut().expect("the orchestrator runs")
+    }
+
+    /// The disk whose power can be cut.
+    pub fn disk(&self) -> &CutDisk {
+        self.disk.as_ref().expect("the setup asks for one")
+    }
+
+    /// Puts the disk back to what a cut left. Whoever used it must have ended.
+    pub fn go_on_after(&mut self, cut: &Path) -> Result<()> {
+        let disk = self.disk.take().context("the setup asks for one")?;
+        self.disk = Some(disk.go_on_after(cut)?);
+        Ok(())
+    }
+
+    /// Waits for an orchestrator that ends by itself. Returns how, and all that it said.
+    pub fn ended_orchestrator(&mut self) -> Result<(ExitStatus, String)> {
+        let mut daemon = self.orchestrator.take().context("the orchestrator runs")?;
+        let status = daemon.wait(STOP)?;
+        Ok((status, daemon.log_text()))
     }
 
     /// `kill -9`.
@@ -497,8 +557,15 @@ pub async fn output(mut command: Command) -> Result<Output> {
     tokio::task::spawn_blocking(move || command.output()).await?.with_context(|| shown)
 }
 
+/// An orchestrator on other data than its farm's, on a free port.
+pub fn isolated_orchestrator(dir: &Path, data: &Path) -> Command {
+    let mut command = isolated(&bin_dir().join("orchestrator"), dir);
+    command.arg("--data-dir").arg(data).args(["--listen", "127.0.0.1:0"]).env("ALLOY_DISK_FLOOR_MIB", "1");
+    command
+}
+
 /// The address in the last line that tells it.
-fn told_address(log: &str) -> Option<SocketAddr> {
+pub fn told_address(log: &str) -> Option<SocketAddr> {
     let (_, rest) = log.rsplit_once("listening on http://")?;
     rest.split([',', ' ', '\n']).next()?.parse().ok()
 }

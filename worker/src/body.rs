@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use alloy_shared::env::Env;
 use alloy_shared::id::BootId;
-use alloy_shared::limits::{self, Limits};
+use alloy_shared::limits::Limits;
 use alloy_shared::runtime::Lifecycle;
 use alloy_shared::wire::session::{Held, Report};
 use tokio::sync::{mpsc, watch};
@@ -86,7 +86,8 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         () = life.hard.cancelled() => return Over::Stopped,
         pool = pool => pool,
     };
-    env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), parts.free, door.clone(), life.clone())));
+    let floor = limits.disk_floor;
+    env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), parts.free, floor, door.clone(), life.clone())));
     env.spawn("reload", Box::pin(follow(wishes, Arc::clone(&pool), life.soft.clone())));
     let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
     let core = Core::restore(left, boot, limits.clone());
@@ -149,13 +150,13 @@ async fn follow(mut wishes: watch::Receiver<Wish>, pool: Arc<VmPool>, over: Canc
 }
 
 /// Tells the session when the disk is too full for new work, and when it no longer is.
-async fn watch_disk(env: Arc<dyn Env>, free_bytes: FreeBytes, inputs: Inputs, life: Lifecycle) {
+async fn watch_disk(env: Arc<dyn Env>, free_bytes: FreeBytes, floor: u64, inputs: Inputs, life: Lifecycle) {
     let mut full = false;
     loop {
         match free_bytes() {
-            Ok(free) if full != (free < limits::DISK_FLOOR) => {
+            Ok(free) if full != (free < floor) => {
                 full = !full;
-                tracing::warn!(free, full, "free disk crossed its floor of {} bytes", limits::DISK_FLOOR);
+                tracing::warn!(free, full, "free disk crossed its floor of {floor} bytes");
                 if inputs.send(Input::Full(full)).await.is_err() {
                     return;
                 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
 use alloy_shared::id::Labels;
-use alloy_shared::limits::{FLOORS_MAX, Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
+use alloy_shared::limits::{DISK_FLOOR as DISK_FLOOR_BYTES, FLOORS_MAX, Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
 use alloy_shared::runtime::LogFormat;
 use alloy_shared::wire::network;
 
@@ -90,6 +90,7 @@ const MIN_IDLE: Key = Key { name: "min_idle", flag: None, variable: Some("ALLOY_
 const LABELS: Key = Key { name: "labels", flag: Some("--label"), variable: Some("ALLOY_LABELS") };
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
 const LOG_FILE: Key = Key { name: "log_file", flag: Some("--log-file"), variable: Some("ALLOY_LOG_FILE") };
+const DISK_FLOOR: Key = Key { name: "disk_floor_mib", flag: None, variable: Some("ALLOY_DISK_FLOOR_MIB") };
 const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
 
 const TART: Key = Key { name: "tart_program", flag: None, variable: Some("ALLOY_TART") };
@@ -149,6 +150,7 @@ impl Config {
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
         let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
         let log_file = layers.take(LOG_FILE, String::new(), |text| Ok(text.to_owned()));
+        let floor_mib: u64 = layers.take(DISK_FLOOR, DISK_FLOOR_BYTES >> 20, parse("is no number of MiB"));
         let scale = layers.take(TIME_SCALE, 1, parse("is no whole number"));
         if !Path::new(&state_dir).is_absolute() {
             let why = "is no absolute path, and without HOME there is no default".to_owned();
@@ -163,10 +165,13 @@ impl Config {
         if let Some(why) = bad_slots(slots, provider) {
             layers.problem(SLOTS.name, layers.origin(SLOTS), why);
         }
+        if floor_mib == 0 {
+            layers.problem(DISK_FLOOR.name, layers.origin(DISK_FLOOR), "is at least 1".to_owned());
+        }
         if scale == 0 || scale > TIME_SCALE_MAX {
             layers.problem(TIME_SCALE.name, layers.origin(TIME_SCALE), format!("is 1 to {TIME_SCALE_MAX}"));
         }
-        let limits = Limits::scaled(scale);
+        let limits = Limits { disk_floor: floor_mib.saturating_mul(1 << 20), ..Limits::scaled(scale) };
         if let Err(why) = limits.validate() {
             layers.problem("limits", Origin::Default, why);
         }
@@ -363,6 +368,7 @@ mod tests {
             ("ALLOY_LABELS", "chip=m4, site=berlin"),
             ("ALLOY_TIME_SCALE", "10"),
             ("ALLOY_MIN_IDLE", "r:5000/a:1=1, b = 2"),
+            ("ALLOY_DISK_FLOOR_MIB", "8"),
         ];
         let flags = Flags { slots: Some("3".into()), ..Flags::default() };
         let (config, _) = resolve(flags, &variables, file).unwrap();
@@ -371,7 +377,7 @@ mod tests {
         assert_eq!(config.state_dir, PathBuf::from("/data/worker"));
         assert_eq!(config.hooks_dir, PathBuf::from("/data/worker/hooks"));
         assert_eq!(config.labels.get("site"), Some("berlin"));
-        assert_eq!(config.limits, Limits::scaled(10));
+        assert_eq!(config.limits, Limits { disk_floor: 8 << 20, ..Limits::scaled(10) });
         assert_eq!(config.min_idle, [("r:5000/a:1".to_owned(), 1), ("b".to_owned(), 2)]);
         let flags = Flags { labels: vec!["a=1".into(), "b=2".into()], ..Flags::default() };
         let (config, _) = resolve(flags, &variables, file).unwrap();
@@ -417,6 +423,7 @@ mod tests {
             ("ALLOY_LABELS", "x"),
             ("ALLOY_TIME_SCALE", "21"),
             ("ALLOY_MIN_IDLE", "a=1,a=2"),
+            ("ALLOY_DISK_FLOOR_MIB", "much"),
         ];
         let problems = resolve(Flags::default(), &variables, "vm_pol_size = 1\n").unwrap_err();
         let names: Vec<&str> = problems.iter().map(|problem| problem.name.as_str()).collect();
@@ -431,6 +438,7 @@ mod tests {
             "labels",
             "time_scale",
             "min_idle",
+            "disk_floor_mib",
             "vm_pol_size",
         ] {
             assert!(names.contains(&name), "{name}: {problems:?}");

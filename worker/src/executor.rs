@@ -32,6 +32,8 @@ mod hook;
 /// Between two tries to fetch sources.
 const STAGE_PAUSE_MS: u64 = 500;
 const STAGE_PAUSE_CAP_MS: u64 = 10_000;
+/// Between two looks whether the log of a held command has room again.
+const PRESSURE_LOOK_MS: u64 = 100;
 
 /// What executors stand on.
 pub struct Ctx {
@@ -166,7 +168,10 @@ impl Attempt {
         let mut exec = claimed.guest.exec(&command).await.map_err(|error| vm_ended(&error))?;
         let mut stopping: Option<Stopping> = None;
         let mut wake = start + self.assignment.timeout_ms;
+        let mut pressure = Pressure::default();
         loop {
+            let (now, limits) = (self.mono(), &self.ctx.limits);
+            let held = pressure.holds(now, limits.log_pressure_ms, || self.ctx.spool.is_tight());
             tokio::select! {
                 biased;
                 stop = next_stop(&mut self.stop) => match (stop, &stopping) {
@@ -196,7 +201,10 @@ impl Attempt {
                         stopping.kill(&exec).await;
                     }
                 },
-                output = exec.output.recv() => match output {
+                () = self.ctx.env.sleep_until(now + PRESSURE_LOOK_MS), if held => {
+                    self.ctx.spool.make_room(self.at).await.map_err(|error| spool_ended(&error))?;
+                }
+                output = exec.output.recv(), if !held => match output {
                     Some(ExecOutput::Bytes(bytes)) => {
                         let len = self.ctx.spool.append(self.at, bytes).await.map_err(|error| spool_ended(&error))?;
                         self.tell(Input::Spooled { attempt: self.at, len }).await?;
@@ -325,6 +333,25 @@ impl Attempt {
 
     fn mono(&self) -> Mono {
         self.ctx.env.now().mono
+    }
+}
+
+/// Holds a command back whose log has no room: what it prints stays in its pipe.
+#[derive(Debug, Default)]
+struct Pressure {
+    until: Option<Mono>,
+    spent: bool,
+}
+
+impl Pressure {
+    /// Whether to wait. Once the time is used up, the log goes on without its middle.
+    fn holds(&mut self, now: Mono, patience_ms: u64, is_tight: impl Fn() -> bool) -> bool {
+        if self.spent || !is_tight() {
+            self.until = None;
+            return false;
+        }
+        self.spent = now >= *self.until.get_or_insert(now + patience_ms);
+        !self.spent
     }
 }
 

@@ -156,7 +156,8 @@ impl Daemon {
             let path = dir.join(name);
             move |source| RunError::State { path, source }
         };
-        let (spool, held) = Spool::open(&dir.join("spool")).map_err(at("spool"))?;
+        let (spool, held) =
+            Spool::open_keeping(&dir.join("spool"), self.config.limits.disk_reserve()).map_err(at("spool"))?;
         let sources = Sources::open(&dir.join("cache"), CACHE_BYTES).map_err(at("cache"))?;
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
         let Self { config, state, identity, key, facts, fence, wishes } = self;

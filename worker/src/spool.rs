@@ -32,7 +32,12 @@ pub enum Spool {
 impl Spool {
     /// Opens what an earlier daemon left. A damaged record is set aside and its attempt reported as lost.
     pub fn open(root: &Path) -> io::Result<(Self, Vec<Held>)> {
-        let (disk, held) = disk::Disk::open(root)?;
+        Self::open_keeping(root, 0)
+    }
+
+    /// The same on a disk of which so many bytes stay free: for reports, and for what a log that was cut off ends in.
+    pub fn open_keeping(root: &Path, reserve: u64) -> io::Result<(Self, Vec<Held>)> {
+        let (disk, held) = disk::Disk::open(root, reserve)?;
         Ok((Self::Disk(disk), held))
     }
 
@@ -43,8 +48,16 @@ impl Spool {
     /// Opens the same spool again, as a daemon does that starts after this one died.
     pub fn reopen(&self) -> io::Result<(Self, Vec<Held>)> {
         match self {
-            Self::Disk(disk) => Self::open(disk.root()),
+            Self::Disk(disk) => Self::open_keeping(disk.root(), disk.reserve()),
             Self::Mem(mem) => Ok((Self::Mem(mem.clone()), mem.reopen())),
+        }
+    }
+
+    /// True if log bytes that come now would be left out.
+    pub fn is_tight(&self) -> bool {
+        match self {
+            Self::Disk(disk) => disk.is_tight(),
+            Self::Mem(mem) => mem.is_tight(),
         }
     }
 
@@ -96,6 +109,14 @@ impl Spool {
     pub async fn release(&self, at: AttemptRef, durable: u64) -> io::Result<()> {
         match self {
             Self::Disk(disk) => disk.release(at, durable).await,
+            Self::Mem(_) => Ok(()),
+        }
+    }
+
+    /// Lets go of all of the log that the farm has, if the disk is tight.
+    pub async fn make_room(&self, at: AttemptRef) -> io::Result<()> {
+        match self {
+            Self::Disk(disk) => disk.make_room(at).await,
             Self::Mem(_) => Ok(()),
         }
     }
@@ -266,22 +287,19 @@ impl Cap {
         self.dropped += (over + bytes.len() - kept.len()) as u64;
     }
 
-    /// What stands after the head: a line that counts what is missing, then the end of the log.
-    fn take_end(&mut self) -> Vec<u8> {
+    /// What stands after the head: a line that counts what is missing, then the end of the log. And what stands there if that
+    /// has no room: the line alone.
+    fn take_end(&mut self) -> (Vec<u8>, Vec<u8>) {
         self.sealed = true;
-        let mut out = Vec::new();
+        let ring = std::mem::take(&mut self.ring);
+        let line = |dropped: u64, rest: &str| format!("\n[alloy: {dropped} bytes of log are left out here{rest}]\n");
+        let mut end = Vec::new();
         if self.dropped > 0 {
-            out.extend_from_slice(
-                format!(
-                    "\n[alloy: {} bytes of log are left out here, its last {} follow]\n",
-                    self.dropped,
-                    self.ring.len()
-                )
-                .as_bytes(),
-            );
+            end.extend_from_slice(line(self.dropped, &format!(", its last {} follow", ring.len())).as_bytes());
         }
-        out.extend(std::mem::take(&mut self.ring));
-        out
+        let alone = line(self.dropped + ring.len() as u64, ", to its end: the disk is full").into_bytes();
+        end.extend(ring);
+        (end, alone)
     }
 }
 

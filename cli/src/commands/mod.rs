@@ -21,6 +21,9 @@ pub(crate) enum Command {
     Run(Box<run::RunArgs>),
     #[cfg(feature = "farm")]
     Up(crate::farm::up::UpArgs),
+    #[cfg(feature = "farm")]
+    #[command(subcommand)]
+    Admin(crate::farm::admin::AdminVerb),
     Attach(jobs::AttachArgs),
     Logs(jobs::LogsArgs),
     #[command(visible_aliases = ["ls", "jobs", "ps"])]
@@ -72,6 +75,8 @@ impl Command {
             Self::Run(args) => run::run(app, args).await,
             #[cfg(feature = "farm")]
             Self::Up(args) => crate::farm::up::up(app, args).await,
+            #[cfg(feature = "farm")]
+            Self::Admin(verb) => crate::farm::admin::admin(app, verb).await,
             Self::Attach(args) => jobs::attach(app, args).await,
             Self::Logs(args) => jobs::logs(app, args).await,
             Self::List(args) => jobs::list(app, args).await,

@@ -79,6 +79,7 @@ mod tests {
             time: String::new(),
             timeout_max_ms: most,
             queue_timeout_max_ms: most,
+            storage: None,
         };
         let spec = JobSpec { timeout_ms: Some(60_001), queue_timeout_ms: Some(60_000), ..JobSpec::default() };
         let failure = check_times(&spec, &info(Some(60_000))).unwrap_err();

@@ -6,7 +6,7 @@ use alloy_shared::env::Ms;
 use alloy_shared::limits::DISK_FLOOR;
 use alloy_shared::secret::Token;
 use alloy_shared::wire::PROTOCOL;
-use alloy_shared::wire::farm::Info;
+use alloy_shared::wire::farm::{Info, Storage};
 use clap::CommandFactory as _;
 use serde::Serialize;
 
@@ -327,6 +327,7 @@ async fn examine_farm(app: &App, farm: &Farm, findings: &mut Vec<Finding>) {
         .push(Finding::good("orchestrator", format!("{} at {} ({} ms)", info.version, farm.url, after.since(before))));
     findings.push(Finding::of("protocol", protocol(&info)));
     findings.push(Finding::of("clock", clock(&info, before, after)));
+    findings.extend(info.storage.map(|storage| Finding::of("storage", storage_of(storage))));
     let who = farm.client.whoami().await.map_err(|error| Failure::of(error, &farm.url));
     let signed_in = who.is_ok();
     findings.push(Finding::of("token", who.map(|who| format!("{} ({})", who.name, who.role.as_str()))));
@@ -349,6 +350,17 @@ async fn examine_farm(app: &App, farm: &Farm, findings: &mut Vec<Finding>) {
             }),
         ));
     }
+}
+
+/// The farm's own disk, wherever the farm is.
+fn storage_of(storage: Storage) -> Result<String, Failure> {
+    let (free, floor) = (size(storage.free_bytes), size(storage.floor_bytes));
+    if storage.is_full() {
+        return Err(Failure::error(format!("the farm's disk is full: {free} free")).hint(format!(
+            "it takes no new job and no upload below {floor}: free space on the orchestrator's machine"
+        )));
+    }
+    Ok(format!("{free} free on the farm's disk"))
 }
 
 fn protocol(info: &Info) -> Result<String, Failure> {
@@ -408,6 +420,7 @@ mod tests {
             time: time.into(),
             timeout_max_ms: None,
             queue_timeout_max_ms: None,
+            storage: None,
         }
     }
 
@@ -437,6 +450,13 @@ mod tests {
         }
         assert!(protocol(&info("")).is_ok());
         assert!(protocol(&Info { protocol_min: 9, protocol_max: 9, ..info("") }).is_err());
+    }
+
+    #[test]
+    fn a_farm_without_room_is_a_problem() {
+        assert!(storage_of(Storage { free_bytes: 2 << 30, floor_bytes: 1 << 30 }).unwrap().contains("free"));
+        let full = storage_of(Storage { free_bytes: 1 << 20, floor_bytes: 1 << 30 }).unwrap_err();
+        assert!(full.message.contains("full") && full.hint.is_some_and(|hint| hint.contains("free space")));
     }
 
     #[test]

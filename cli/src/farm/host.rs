@@ -248,6 +248,9 @@ impl Host {
                 _ = fault.wait_for(Option::is_some) => return local.ended().unwrap_or_default(),
                 () = app.env.sleep_until(app.env.now().mono + LEASES_LOOK_MS) => {}
             }
+            if self.orchestrator.has_failed() {
+                return "the farm itself had to end; its log says why".to_owned();
+            }
             self.end_unwanted(app).await;
         }
     }

@@ -1,5 +1,7 @@
 //! S: the farm that a command works with: one elsewhere, one on this machine, or (feature `farm`) one inside this process.
 
+#[cfg(feature = "farm")]
+pub(crate) mod admin;
 mod data;
 #[cfg(feature = "farm")]
 pub(crate) mod here;

@@ -1,6 +1,6 @@
 //! S: objects as files: `objects/KEY`, temporary ones in `tmp/`, unfinished uploads in `partial/`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -12,11 +12,13 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::Digest;
+use alloy_shared::wire::farm::Storage;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::{BlobError, BlobKey, Body, Stored, check, free_bytes, is_full, make_dirs, off_thread, sync_dir};
+use super::{BlobError, BlobKey, Body, Stored, check, free_bytes, is_full, off_thread, sync_dir};
+use crate::broken::Care;
 use crate::sums::{BLOCK, FOOTER, Seal, Sums};
 
 /// An upload that nobody went on with for a day is swept at the next start.
@@ -36,7 +38,9 @@ pub struct Fs {
 #[derive(Debug)]
 struct Place {
     root: PathBuf,
-    floor: u64,
+    care: Care,
+    /// Directories whose names this process knows to be durable. One for each kind of object and two letters of its name.
+    dirs: Mutex<HashSet<PathBuf>>,
 }
 
 /// An upload in progress. Its owner is the newest request; older ones find their number out of date.
@@ -66,9 +70,21 @@ impl Place {
         self.root.join("partial").join(key.as_str().replace('/', "-"))
     }
 
-    fn check_room(&self) -> Result<(), BlobError> {
-        let free = free_bytes(&self.root).map_err(fault("look at the disk's free space"))?;
-        if free < self.floor { Err(BlobError::Full) } else { Ok(()) }
+    fn storage(&self) -> Result<Storage, BlobError> {
+        let free_bytes = free_bytes(&self.root).map_err(fault("look at the disk's free space"))?;
+        Ok(Storage { free_bytes, floor_bytes: self.care.floor })
+    }
+
+    fn check_room(&self, keep: u64) -> Result<(), BlobError> {
+        if self.storage()?.free_bytes < keep { Err(BlobError::Full) } else { Ok(()) }
+    }
+
+    /// A write or a sync that failed.
+    fn fails(&self, what: &'static str, error: io::Error) -> BlobError {
+        if !is_full(&error) {
+            self.care.broken.tell(what, &error);
+        }
+        fault(what)(error)
     }
 
     /// Seals a file of `seal.len` bytes and makes it the object.
@@ -78,12 +94,34 @@ impl Place {
         let done = (|| {
             file.write_all_at(&seal.encode(), seal.len)?;
             file.sync_all()?;
-            make_dirs(&self.root, dir)?;
+            self.make_dirs(dir)?;
             fs::rename(from, &object)?;
             sync_dir(dir)
         })();
-        done.map_err(fault("finish an object"))?;
+        done.map_err(|error| self.fails("finish an object", error))?;
         Ok(Stored { size: seal.len, sha256: seal.sha256 })
+    }
+
+    /// Creates a directory below the root. It and those above it are durable in their parents, whoever made them.
+    fn make_dirs(&self, dir: &Path) -> io::Result<()> {
+        if dir == self.root || lock(&self.dirs).contains(dir) {
+            return Ok(());
+        }
+        let Some(parent) = dir.parent() else { return Ok(()) };
+        self.make_dirs(parent)?;
+        match fs::create_dir(dir) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Ok(()) | Err(_) => sync_dir(parent)?,
+        }
+        lock(&self.dirs).insert(dir.to_owned());
+        Ok(())
+    }
+
+    /// Makes the name of an object durable that somebody else published.
+    fn settle(&self, key: &BlobKey) -> Result<(), BlobError> {
+        let object = self.object(key);
+        let dir = object.parent().unwrap_or(&self.root);
+        self.make_dirs(dir).and_then(|()| sync_dir(dir)).map_err(|error| self.fails("settle an object", error))
     }
 
     fn open_sealed(&self, key: &BlobKey) -> Result<(File, Seal), BlobError> {
@@ -110,18 +148,22 @@ fn read_seal(file: &File) -> io::Result<Option<Seal>> {
 }
 
 impl Fs {
-    pub async fn open(root: PathBuf, now: Ms, floor: u64) -> Result<Self, BlobError> {
-        let place = Arc::new(Place { root, floor });
+    pub async fn open(root: PathBuf, now: Ms, care: impl Into<Care>) -> Result<Self, BlobError> {
+        let place = Arc::new(Place { root, care: care.into(), dirs: Mutex::default() });
         let opened = place.clone();
         off_thread(move || prepare(&opened.root, now)).await.map_err(fault("open the blob directory"))?;
         Ok(Self { place, names: AtomicU64::new(0), partials: Mutex::default() })
+    }
+
+    pub(super) fn storage(&self) -> Result<Storage, BlobError> {
+        self.place.storage()
     }
 
     pub(super) async fn create(&self, key: &BlobKey) -> Result<Draft, BlobError> {
         let path = self.place.root.join("tmp").join(self.names.fetch_add(1, Ordering::Relaxed).to_string());
         let place = self.place.clone();
         let temp = off_thread(move || {
-            place.check_room()?;
+            place.check_room(place.care.floor)?;
             let file =
                 OpenOptions::new().write(true).create_new(true).open(&path).map_err(fault("create an object"))?;
             Ok(Temp { file: Arc::new(file), path })
@@ -315,9 +357,18 @@ fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: D
         return Err(error);
     }
     if finished {
+        place.settle(key)?;
         return Ok(Stored { size: seal.len, sha256: seal.sha256 });
     }
-    place.publish(&file, &path, key, &seal)
+    place.publish(&file, &path, key, &seal).inspect_err(|error| {
+        // After a sync that failed the next one would succeed, whatever the disk lacks.
+        if !matches!(error, BlobError::Full)
+            && let Err(error) = fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::error!(%error, "an upload whose sync failed cannot be removed");
+        }
+    })
 }
 
 fn hash_file(file: &File, len: u64) -> io::Result<Seal> {
@@ -388,16 +439,16 @@ impl Target {
     fn write(&self, parts: &[Bytes]) -> Result<(), BlobError> {
         match self {
             Self::Temp { place, file, at } => {
-                place.check_room()?;
-                write_parts(file, parts, *at)
+                place.check_room(place.care.floor)?;
+                write_parts(file, parts, *at).map_err(|error| place.fails("write an object", error))
             }
             Self::Partial { place, partial, owner } => {
-                place.check_room()?;
+                place.check_room(place.care.reserve)?;
                 let mut partial = lock(partial);
                 let Some(file) = partial.file.clone().filter(|_| partial.owner == *owner) else {
                     return Err(BlobError::Offset { have: partial.len });
                 };
-                write_parts(&file, parts, partial.len)?;
+                write_parts(&file, parts, partial.len).map_err(|error| place.fails("write an object", error))?;
                 partial.len += parts.iter().map(|part| part.len() as u64).sum::<u64>();
                 Ok(())
             }
@@ -405,9 +456,9 @@ impl Target {
     }
 }
 
-fn write_parts(file: &File, parts: &[Bytes], mut at: u64) -> Result<(), BlobError> {
+fn write_parts(file: &File, parts: &[Bytes], mut at: u64) -> io::Result<()> {
     for part in parts {
-        file.write_all_at(part, at).map_err(fault("write an object"))?;
+        file.write_all_at(part, at)?;
         at += part.len() as u64;
     }
     Ok(())

@@ -65,7 +65,7 @@ impl Mem {
         Ok(Stored { size, sha256 })
     }
 
-    fn room(&self) -> Result<(), BlobError> {
+    pub(super) fn room(&self) -> Result<(), BlobError> {
         self.disk.room().map_err(|_| BlobError::Full)
     }
 

@@ -14,6 +14,7 @@ use bytes::Bytes;
 
 use super::{LogError, news};
 use crate::blobs::{free_bytes, is_full, off_thread, sync_dir};
+use crate::broken::{Broken, Care};
 use crate::sums::{BLOCK, Seal, Sums};
 
 /// Copied rather than kept as a slice of the network's buffer.
@@ -22,7 +23,7 @@ const SMALL: usize = 4 << 10;
 #[derive(Debug)]
 pub struct Files {
     root: PathBuf,
-    floor: u64,
+    care: Care,
     open: Mutex<HashMap<AttemptRef, Arc<Log>>>,
     clock: AtomicU64,
 }
@@ -37,6 +38,8 @@ struct Log {
     dirty: AtomicBool,
     /// What the disk has is not known: of no use until a restart.
     broken: AtomicBool,
+    /// Told of every fault of the disk but a full one.
+    disk_broken: Broken,
     /// Held while the disk is asked: a fault is told to one caller only, who must settle it before the next one asks.
     /// Taken before `pen`.
     disk: Mutex<()>,
@@ -76,9 +79,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Files {
-    pub fn open(root: PathBuf, floor: u64) -> Result<Self, LogError> {
+    pub fn open(root: PathBuf, care: impl Into<Care>) -> Result<Self, LogError> {
         fs::create_dir_all(&root).map_err(fault("create the log directory"))?;
-        Ok(Self { root, floor, open: Mutex::default(), clock: AtomicU64::new(0) })
+        Ok(Self { root, care: care.into(), open: Mutex::default(), clock: AtomicU64::new(0) })
     }
 
     /// How many logs are held open.
@@ -94,7 +97,7 @@ impl Files {
                 close_oldest(&mut open);
             }
             let path = self.root.join(at.job.to_string()).join(format!("{}.log", at.attempt));
-            open.entry(*at).or_insert_with(|| Arc::new(Log::new(*at, path))).clone()
+            open.entry(*at).or_insert_with(|| Arc::new(Log::new(*at, path, self.care.broken.clone()))).clone()
         };
         log.used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         log.check()?;
@@ -115,7 +118,7 @@ impl Files {
         if news.is_empty() {
             return Ok(pen.len);
         }
-        if free_bytes(&self.root).map_err(fault("look at the disk's free space"))? < self.floor {
+        if free_bytes(&self.root).map_err(fault("look at the disk's free space"))? < self.care.reserve {
             return Err(LogError::Full);
         }
         let file = match &pen.file {
@@ -126,7 +129,7 @@ impl Files {
                 pen.file.insert(file).clone()
             }
         };
-        file.write_all_at(&news, pen.len).map_err(fault("append to a log"))?;
+        file.write_all_at(&news, pen.len).map_err(|error| log.fails("append to a log", error))?;
         pen.len += news.len() as u64;
         log.dirty.store(true, Ordering::Release);
         let share = limits::LOG_RINGS_MAX / lock(&self.open).len().max(1) as u64;
@@ -225,7 +228,7 @@ fn cut(bytes: &Bytes, from: u64, max: u32) -> Bytes {
 }
 
 impl Log {
-    fn new(at: AttemptRef, path: PathBuf) -> Self {
+    fn new(at: AttemptRef, path: PathBuf, disk_broken: Broken) -> Self {
         Self {
             at,
             path,
@@ -233,6 +236,7 @@ impl Log {
             loaded: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
             broken: AtomicBool::new(false),
+            disk_broken,
             disk: Mutex::default(),
             pen: Mutex::default(),
             view: Mutex::default(),
@@ -244,6 +248,14 @@ impl Log {
             true => Err(fault("use a log")(io::Error::other("what the disk has of it is unknown until a restart"))),
             false => Ok(()),
         }
+    }
+
+    /// A write that failed.
+    fn fails(&self, what: &'static str, error: io::Error) -> LogError {
+        if !is_full(&error) {
+            self.disk_broken.tell(what, &error);
+        }
+        fault(what)(error)
     }
 
     fn seal_path(&self) -> PathBuf {
@@ -269,6 +281,7 @@ impl Log {
                     synced.map_err(|error| {
                         // The disk tells of a fault once: the next try would succeed, whatever was lost.
                         self.broken.store(true, Ordering::Release);
+                        self.disk_broken.tell("sync a log", &error);
                         fault("sync a log")(error)
                     })?;
                 }
@@ -320,6 +333,7 @@ impl Log {
             pen.fresh = false;
             return Ok(pen.durable);
         };
+        self.disk_broken.tell("sync a log", &error);
         // The file's length is what a restart believes.
         if let Err(error) = file.set_len(pen.durable).and_then(|()| file.sync_all()) {
             tracing::error!(job.id = %self.at.job, attempt.no = self.at.attempt, %error, "a log is out of use until a restart");
@@ -364,7 +378,7 @@ impl Log {
                 sums = Sums::default();
             } else if (pen.len, pen.durable) == (sums.so_far(), pen.len) {
                 let seal = sums.seal();
-                self.write_seal(root, &file, &seal).map_err(&failed)?;
+                self.write_seal(root, &file, &seal).map_err(|error| self.fails("seal a log", error))?;
                 let sha256 = seal.sha256;
                 pen.sealed = true;
                 self.dirty.store(false, Ordering::Release);

@@ -4,6 +4,7 @@ use alloy_shared::id::JobId;
 use alloy_shared::mem_disk::MemDisk;
 
 use super::*;
+use crate::broken::Broken;
 
 fn at(job: u128, attempt: u32) -> AttemptRef {
     AttemptRef { job: JobId::from_raw(job), attempt }
@@ -182,12 +183,15 @@ async fn a_log_has_an_end_and_a_full_disk_is_named() {
 #[tokio::test]
 async fn bytes_whose_sync_failed_are_gone_from_the_file_too() {
     let dir = tempfile::tempdir().unwrap();
-    let (logs, at) = (files(&dir), at(3, 1));
+    let broken = Broken::default();
+    let care = Care { broken: broken.clone(), ..Care::default() };
+    let (logs, at) = (Logs::Files(Files::open(dir.path().to_owned(), care).unwrap()), at(3, 1));
     logs.append(&at, 0, Bytes::from_static(b"perhaps lost")).await.unwrap();
     let (home, away) = (dir.path().join(at.job.to_string()), dir.path().join("away"));
     // A directory that is not there cannot be synced.
     std::fs::rename(&home, &away).unwrap();
-    assert!(logs.sync().await.unwrap().is_empty());
+    assert!(!broken.is_told() && logs.sync().await.unwrap().is_empty());
+    assert!(broken.is_told(), "the process ends by it");
     std::fs::rename(&away, &home).unwrap();
     assert_eq!(logs.len(&at).await.unwrap(), 0);
     assert_eq!(files(&dir).durable(&at).await.unwrap(), 0);

@@ -44,6 +44,7 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
     if app.submits.is_closed() {
         return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
     }
+    app.blobs.room()?;
     if let Some(digest) = body.source {
         let known = app.store.blobs(&who.scope(), BlobKind::Manifest, &[digest]).await?;
         if known.is_empty() {

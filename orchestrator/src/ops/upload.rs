@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::OpError;
 use super::archive::{self, Format, Unread};
 use crate::blobs::{BlobError, BlobKey, Blobs, Body, Draft, read_archive};
+use crate::error::FULL_HINT;
 use crate::logs::LogError;
 use crate::pack;
 use crate::store::{Blob, BlobKind, Committed, Group, Place, Scope, Store, Write};
@@ -63,7 +64,7 @@ impl From<BlobError> for OpError {
     fn from(error: BlobError) -> Self {
         let message = error.to_string();
         match error {
-            BlobError::Full => Self::refused(ErrorCode::StorageFull, message).hint("free some space, then try again"),
+            BlobError::Full => Self::refused(ErrorCode::StorageFull, message).hint(FULL_HINT),
             BlobError::Digest { .. } => Self::refused(ErrorCode::DigestMismatch, message),
             BlobError::Offset { .. } => Self::refused(ErrorCode::OffsetMismatch, message),
             BlobError::Body(error) if error.kind() == ErrorKind::FileTooLarge => {
@@ -82,7 +83,7 @@ impl From<LogError> for OpError {
     fn from(error: LogError) -> Self {
         let message = error.to_string();
         match error {
-            LogError::Full => Self::refused(ErrorCode::StorageFull, message),
+            LogError::Full => Self::refused(ErrorCode::StorageFull, message).hint(FULL_HINT),
             LogError::Io { what, error } => Self::Io { what, error },
             LogError::Gap { .. } | LogError::Sealed | LogError::TooLong | LogError::Damaged { .. } => {
                 Self::Io { what: "use a log", error: std::io::Error::new(ErrorKind::InvalidData, message) }

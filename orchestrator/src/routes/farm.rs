@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use alloy_shared::id::{TokenId, WorkerId};
 use alloy_shared::wire::farm::{
-    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest,
+    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, Storage, TokenCreated, TokenList, TokenRequest,
     TokenView, WhoAmI, WorkerList, WorkerView,
 };
 use alloy_shared::wire::{ErrorCode, PROTOCOL, path};
@@ -26,14 +26,22 @@ pub async fn health() -> &'static str {
     "ok\n"
 }
 
-/// The farm takes requests: its database answers and it is not stopping.
+/// The farm takes requests: its database answers and it is not stopping. With a full disk it answers `storage_full`: it takes
+/// nothing new, and everything else works.
 #[utoipa::path(get, path = path::READYZ, tag = "farm", responses((status = 200, body = String)))]
-pub async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Fault> {
+pub async fn ready(State(app): State<Arc<App>>) -> Result<String, Fault> {
     if app.stopping.is_cancelled() {
         return Err(Fault::new(ErrorCode::Unavailable, "the farm is stopping").retry_after(1));
     }
     app.store.meta(crate::FARM_SECRET).await?;
-    Ok("ready\n")
+    let storage = app.blobs.storage().map_err(OpError::from)?;
+    Ok(match storage.filter(Storage::is_full) {
+        None => "ready\n".to_owned(),
+        Some(Storage { free_bytes, floor_bytes }) => {
+            let (free, floor) = (free_bytes >> 20, floor_bytes >> 20);
+            format!("ready\nstorage_full: {free} MiB are free, {floor} MiB are kept: no new jobs and uploads\n")
+        }
+    })
 }
 
 /// This document.
@@ -44,8 +52,8 @@ pub async fn openapi(Viewer(_who): Viewer) -> Response {
 
 /// Version, protocol, time.
 #[utoipa::path(get, path = path::INFO, tag = "farm", responses((status = 200, body = Info)))]
-pub async fn info(State(app): State<Arc<App>>, Viewer(_who): Viewer) -> Json<Info> {
-    Json(Info {
+pub async fn info(State(app): State<Arc<App>>, Viewer(_who): Viewer) -> Result<Json<Info>, Fault> {
+    Ok(Json(Info {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         protocol_min: *PROTOCOL.start(),
         protocol_max: *PROTOCOL.end(),
@@ -54,7 +62,8 @@ pub async fn info(State(app): State<Arc<App>>, Viewer(_who): Viewer) -> Json<Inf
         time: app.env.now().wall.rfc3339(),
         timeout_max_ms: Some(app.limits.job_timeout_max_ms),
         queue_timeout_max_ms: Some(app.limits.queue_timeout_max_ms()),
-    })
+        storage: app.blobs.storage().map_err(OpError::from)?,
+    }))
 }
 
 /// Whose token this is.

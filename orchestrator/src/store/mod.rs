@@ -207,6 +207,9 @@ pub enum StoreError {
     Unknown(String),
     #[error("the disk is full: {0}")]
     Full(String),
+    /// The disk failed under a write: what it holds is not known, and this process learns no more about it.
+    #[error("the database's disk fails: {0}")]
+    Broken(String),
     #[error("{table} {id}: {column} cannot be read")]
     Corrupt { table: &'static str, id: String, column: &'static str },
 }

@@ -1,9 +1,13 @@
+use std::sync::Arc;
+
 use alloy_shared::id::{DEFAULT_ORG, JobId, Labels, WorkerId};
+use alloy_shared::mem_disk::MemDisk;
 use alloy_shared::wire::farm::Role;
 use axum::body::Body;
 
-use super::{Answer, app, ask, request, token, worker, write};
+use super::{Answer, app, app_on, ask, post, request, token, worker, write};
 use crate::App;
+use crate::blobs::{Blobs, Mem};
 use crate::store::Write;
 use crate::store::write::OpenSession;
 
@@ -73,5 +77,25 @@ async fn a_closed_door_answers_the_retry_of_a_submit_and_opens_again() {
     let again = submit(&app, &token, "k1", body).await;
     assert_eq!((again.status.as_u16(), &again.json()["id"]), (200, &first.json()["id"]), "{}", again.body);
     app.take_jobs_again();
+    assert_eq!(submit(&app, &token, "k2", body).await.status, 201);
+}
+
+#[tokio::test]
+async fn a_full_disk_takes_nothing_new_answers_retries_and_heals_by_itself() {
+    let disk = Arc::new(MemDisk::default());
+    let (app, _) = app_on(Blobs::Mem(Mem::on(Arc::clone(&disk)))).await;
+    let token = token(&app, Role::Developer).await;
+    let body = r#"{"spec":{"shell":"true"}}"#;
+    let first = submit(&app, &token, "k1", body).await.json();
+    disk.set_full(true);
+    let refused = submit(&app, &token, "k2", body).await;
+    assert_eq!((refused.status.as_u16(), refused.header("retry-after")), (507, "10"));
+    let problem = refused.json();
+    assert_eq!(problem["code"], "storage_full");
+    assert!(problem["hint"].as_str().is_some_and(|hint| hint.contains("free space")), "{problem}");
+    assert_eq!(submit(&app, &token, "k1", body).await.json()["id"], first["id"], "a retry is no new job");
+    let cancel = format!("/v1/jobs/{}/cancel", first["id"].as_str().unwrap());
+    assert_eq!(post(&app, &cancel, &token, "").await.json()["state"], "canceled");
+    disk.set_full(false);
     assert_eq!(submit(&app, &token, "k2", body).await.status, 201);
 }

@@ -23,6 +23,24 @@ pub struct Info {
     pub timeout_max_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_timeout_max_ms: Option<u64>,
+    /// The disk that the farm's bytes go to. Absent: they go to none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<Storage>,
+}
+
+/// Free space, and how much of it the farm keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Storage {
+    pub free_bytes: u64,
+    /// With less than this free, no new job and no upload is taken (507, `storage_full`).
+    pub floor_bytes: u64,
+}
+
+impl Storage {
+    pub fn is_full(&self) -> bool {
+        self.free_bytes < self.floor_bytes
+    }
 }
 
 /// `GET /v1/whoami`.

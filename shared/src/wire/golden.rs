@@ -456,10 +456,11 @@ fn the_farm() {
         time: "2026-01-02T03:04:05.678Z".into(),
         timeout_max_ms: Some(9),
         queue_timeout_max_ms: None,
+        storage: Some(Storage { free_bytes: 5, floor_bytes: 6 }),
     };
     check(
         info,
-        r#"{"version":"0.1.0","protocol_min":1,"protocol_max":1,"capabilities":[],"base_url":"http://farm","time":"2026-01-02T03:04:05.678Z","timeout_max_ms":9}"#,
+        r#"{"version":"0.1.0","protocol_min":1,"protocol_max":1,"capabilities":[],"base_url":"http://farm","time":"2026-01-02T03:04:05.678Z","timeout_max_ms":9,"storage":{"free_bytes":5,"floor_bytes":6}}"#,
     );
     check(
         WhoAmI { name: "ada".into(), role: Role::Developer, org: DEFAULT_ORG },

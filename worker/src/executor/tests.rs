@@ -458,3 +458,13 @@ async fn a_command_that_never_pauses_meets_its_time_out() {
     assert_eq!(attempt.end.take().unwrap().reason, Some(Reason::RunTimeout), "its output did not outrun the clock");
     attempt.teardown().await;
 }
+
+#[test]
+fn a_command_without_room_for_its_log_waits_once_and_not_for_ever() {
+    let mut pressure = Pressure::default();
+    assert!(!pressure.holds(Mono(0), 100, || false));
+    assert!(pressure.holds(Mono(10), 100, || true) && pressure.holds(Mono(109), 100, || true));
+    assert!(!pressure.holds(Mono(109), 100, || false), "there is room again");
+    assert!(pressure.holds(Mono(120), 100, || true), "and a new wait begins");
+    assert!(!pressure.holds(Mono(220), 100, || true) && !pressure.holds(Mono(221), 100, || true));
+}

@@ -335,7 +335,7 @@ impl Core {
             slots: self.slots.clone(),
             held: self.held(),
             draining: self.takes_nothing(),
-            trouble: self.trouble.as_ref().map(|trouble| trouble.why.clone()),
+            trouble: self.why_nothing(),
         });
     }
 
@@ -511,13 +511,19 @@ impl Core {
             slots: self.slots.clone(),
             held: self.held(),
             draining: self.takes_nothing(),
-            trouble: self.trouble.as_ref().map(|trouble| trouble.why.clone()),
+            trouble: self.why_nothing(),
         })));
     }
 
     /// By its own word, whatever the operator wants.
     fn takes_nothing(&self) -> bool {
         self.draining || self.full || self.trouble.as_ref().is_some_and(|trouble| trouble.drains)
+    }
+
+    /// What people read about a worker that takes nothing, or soon may not.
+    fn why_nothing(&self) -> Option<String> {
+        let full = || format!("its disk is full: less than {} MiB are free", self.limits.disk_floor >> 20);
+        self.trouble.as_ref().map(|trouble| trouble.why.clone()).or_else(|| self.full.then(full))
     }
 
     fn held(&self) -> Vec<Held> {

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 
 use super::segments::Segments;
 use super::{Cap, PIECE, PIECES_AHEAD, gone, journal, judge};
+use crate::host::disk_free;
 
 const JOURNAL: &str = "journal";
 const STASH: &str = "stash";
@@ -27,6 +28,8 @@ const ASIDE: &str = ".aside-";
 #[derive(Debug)]
 pub struct Disk {
     root: PathBuf,
+    /// Bytes that logs and artifacts leave free.
+    reserve: u64,
     entries: Mutex<HashMap<AttemptRef, Arc<Entry>>>,
 }
 
@@ -39,6 +42,8 @@ struct Entry {
     journal_len: Mutex<u64>,
     /// The directory entries themselves are on disk.
     rooted: AtomicBool,
+    /// So much of the log the farm has.
+    farm_has: AtomicU64,
     /// A sync has failed.
     suspect: AtomicBool,
     /// Names unfinished artifacts.
@@ -46,7 +51,7 @@ struct Entry {
 }
 
 impl Disk {
-    pub(super) fn open(root: &Path) -> io::Result<(Self, Vec<Held>)> {
+    pub(super) fn open(root: &Path, reserve: u64) -> io::Result<(Self, Vec<Held>)> {
         DirBuilder::new().recursive(true).mode(0o700).create(root)?;
         let mut entries = HashMap::new();
         let mut held = Vec::new();
@@ -78,11 +83,19 @@ impl Disk {
             }
         }
         held.sort_by_key(|held| held.attempt);
-        Ok((Self { root: root.to_owned(), entries: Mutex::new(entries) }, held))
+        Ok((Self { root: root.to_owned(), reserve, entries: Mutex::new(entries) }, held))
     }
 
     pub(super) fn root(&self) -> &Path {
         &self.root
+    }
+
+    pub(super) fn reserve(&self) -> u64 {
+        self.reserve
+    }
+
+    pub(super) fn is_tight(&self) -> bool {
+        has_less(&self.root, self.reserve)
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<AttemptRef, Arc<Entry>>> {
@@ -119,7 +132,11 @@ impl Disk {
         let entry = self.entry(at)?;
         let mut cap = lock(&entry.cap);
         let (now, later) = cap.split(bytes)?;
-        match entry.extend_log(&mut cap, now) {
+        let extended = match !now.is_empty() && self.is_tight() {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => entry.extend_log(&mut cap, now),
+        };
+        match extended {
             Ok(()) => cap.keep(later),
             Err(error) if is_full(&error) => {
                 // The job goes on; its log keeps the end, like any log that is too long.
@@ -137,8 +154,11 @@ impl Disk {
         {
             let mut cap = lock(&entry.cap);
             if !cap.sealed {
-                let end = cap.take_end();
-                entry.extend_log(&mut cap, &end)?;
+                let (end, alone) = cap.take_end();
+                match entry.extend_log(&mut cap, &end) {
+                    Err(error) if is_full(&error) => entry.extend_log(&mut cap, &alone)?,
+                    done => done?,
+                }
             }
         }
         self.sync(at).await
@@ -159,8 +179,20 @@ impl Disk {
 
     pub(super) async fn release(&self, at: AttemptRef, durable: u64) -> io::Result<()> {
         let entry = self.entry(at)?;
-        match entry.log.can_release(durable) {
-            true => blocking(move || entry.log.release(durable)).await,
+        entry.farm_has.fetch_max(durable, Ordering::AcqRel);
+        self.let_go(entry).await
+    }
+
+    pub(super) async fn make_room(&self, at: AttemptRef) -> io::Result<()> {
+        self.let_go(self.entry(at)?).await
+    }
+
+    /// Some of what the farm has is kept, for one that loses it again, unless the room is needed.
+    async fn let_go(&self, entry: Arc<Entry>) -> io::Result<()> {
+        let keep = if self.is_tight() { 0 } else { limits::SPOOL_KEEP };
+        let durable = entry.farm_has.load(Ordering::Acquire);
+        match entry.log.can_release(durable, keep) {
+            true => blocking(move || entry.log.release(durable, keep)).await,
             false => Ok(()),
         }
     }
@@ -219,7 +251,14 @@ impl Disk {
         }
         let temp = dir.join(format!(".new-{}", entry.counter.fetch_add(1, Ordering::Relaxed)));
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temp)?;
-        Ok(Stashing { file: Arc::new(file), temp: Temp(temp), dir, hasher: Sha256::new(), len: 0 })
+        Ok(Stashing {
+            file: Arc::new(file),
+            temp: Temp(temp),
+            dir,
+            reserve: self.reserve,
+            hasher: Sha256::new(),
+            len: 0,
+        })
     }
 
     pub(super) fn stashed(&self, at: AttemptRef, digest: &Digest) -> PathBuf {
@@ -269,6 +308,7 @@ pub struct Stashing {
     file: Arc<File>,
     temp: Temp,
     dir: PathBuf,
+    reserve: u64,
     hasher: Sha256,
     len: u64,
 }
@@ -285,6 +325,9 @@ impl Drop for Temp {
 
 impl Stashing {
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if has_less(&self.dir, self.reserve) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         (&*self.file).write_all(bytes)?;
         self.hasher.update(bytes);
         self.len += bytes.len() as u64;
@@ -292,7 +335,7 @@ impl Stashing {
     }
 
     pub(super) async fn finish(self) -> io::Result<(Digest, u64)> {
-        let Self { file, temp, dir, hasher, len } = self;
+        let Self { file, temp, dir, reserve: _, hasher, len } = self;
         let digest = Digest::from_hasher(hasher);
         blocking(move || {
             file.sync_all().map_err(unsynced)?;
@@ -334,6 +377,7 @@ fn fresh(dir: PathBuf, assignment: &Assignment) -> io::Result<Entry> {
         journal,
         journal_len: Mutex::new(line.len() as u64),
         rooted: AtomicBool::new(false),
+        farm_has: AtomicU64::new(0),
         suspect: AtomicBool::new(false),
         counter: AtomicU64::new(0),
         dir,
@@ -369,6 +413,7 @@ fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
         journal,
         journal_len: Mutex::new(read.good as u64),
         rooted: AtomicBool::new(false),
+        farm_has: AtomicU64::new(0),
         suspect: AtomicBool::new(false),
         counter: AtomicU64::new(0),
         dir,
@@ -401,6 +446,11 @@ fn extend(file: &File, len: u64, bytes: &[u8]) -> io::Result<()> {
 
 fn open_rw(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// A disk that cannot be asked shows by its next write how full it is.
+fn has_less(dir: &Path, reserve: u64) -> bool {
+    reserve > 0 && disk_free(dir).is_ok_and(|free| free < reserve)
 }
 
 fn sync_dir(dir: &Path) -> io::Result<()> {

@@ -78,6 +78,10 @@ impl Mem {
         self.entries().iter_mut().map(view).collect()
     }
 
+    pub(super) fn is_tight(&self) -> bool {
+        self.disk.is_full()
+    }
+
     pub(super) fn begin(&self, assignment: &Assignment) -> io::Result<()> {
         self.disk.room()?;
         self.entries().entry(assignment.attempt).or_insert_with(|| Entry {
@@ -112,7 +116,7 @@ impl Mem {
         self.with(at, |entry| {
             if !entry.cap.sealed {
                 self.disk.room()?;
-                let end = entry.cap.take_end();
+                let (end, _) = entry.cap.take_end();
                 entry.cap.len += end.len() as u64;
                 entry.log.extend(end);
             }

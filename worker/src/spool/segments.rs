@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use alloy_shared::limits::{LOG_CAP, LOG_TAIL, SPOOL_KEEP, SPOOL_SEGMENT};
+use alloy_shared::limits::{LOG_CAP, LOG_TAIL, SPOOL_SEGMENT};
 
 /// What stands for bytes that were given up and are asked for again. The log keeps its length, and the job its result.
 const LOST: &[u8] = b"[alloy: the farm had stored this part of the log and lost it]\n";
@@ -177,13 +177,13 @@ impl Segments {
     }
 
     /// True if whole files lie far enough behind what the orchestrator has.
-    pub(super) fn can_release(&self, durable: u64) -> bool {
-        self.files().deleted < self.releasable(durable)
+    pub(super) fn can_release(&self, durable: u64, keep: u64) -> bool {
+        self.files().deleted < self.releasable(durable, keep)
     }
 
     /// Deletes those files, the first one first: what a crash or an error leaves has no hole.
-    pub(super) fn release(&self, durable: u64) -> io::Result<()> {
-        let upto = self.releasable(durable);
+    pub(super) fn release(&self, durable: u64, keep: u64) -> io::Result<()> {
+        let upto = self.releasable(durable, keep);
         let from = {
             let mut files = self.files();
             files.first = files.first.max(upto);
@@ -201,8 +201,8 @@ impl Segments {
         Ok(())
     }
 
-    fn releasable(&self, durable: u64) -> u64 {
-        durable.min(self.len()).saturating_sub(SPOOL_KEEP) / SPOOL_SEGMENT
+    fn releasable(&self, durable: u64, keep: u64) -> u64 {
+        durable.min(self.len()).saturating_sub(keep) / SPOOL_SEGMENT
     }
 
     fn path(&self, number: u64) -> PathBuf {

@@ -133,7 +133,7 @@ fn a_log_beyond_its_cap_keeps_its_head_and_its_end_and_counts_the_rest() {
             cap.keep(later);
             rest = after;
         }
-        log.extend(cap.take_end());
+        log.extend(cap.take_end().0);
         let dropped = total.saturating_sub(1_000 + tail);
         let mut want = all[..all.len().min(1_000)].to_vec();
         if dropped > 0 {
@@ -302,12 +302,12 @@ fn a_file_that_cannot_be_deleted_is_tried_again_before_the_next_one() {
     let (first, aside) = (dir.path().join("log.0"), dir.path().join("aside"));
     std::fs::rename(&first, &aside).unwrap();
     std::fs::create_dir(&first).unwrap();
-    assert!(log.release(all).is_err() && log.can_release(all));
+    assert!(log.release(all, limits::SPOOL_KEEP).is_err() && log.can_release(all, limits::SPOOL_KEEP));
     assert!(dir.path().join("log.1").exists());
     std::fs::remove_dir(&first).unwrap();
     std::fs::rename(&aside, &first).unwrap();
-    log.release(all).unwrap();
-    assert!(!log.can_release(all) && !first.exists() && !dir.path().join("log.2").exists());
+    log.release(all, limits::SPOOL_KEEP).unwrap();
+    assert!(!log.can_release(all, limits::SPOOL_KEEP) && !first.exists() && !dir.path().join("log.2").exists());
     assert!(dir.path().join("log.3").exists());
 }
 
@@ -335,4 +335,33 @@ async fn memory_keeps_over_a_power_cut_what_was_synced_and_over_a_crash_what_was
     assert_eq!((held[0].log_len, held[0].seq), (10, 1));
     disk.set_full(true);
     assert_eq!(spool.record(AT, &[(2, phase())]).await.unwrap_err().kind(), io::ErrorKind::StorageFull);
+}
+
+#[tokio::test]
+async fn what_stays_free_is_for_reports_and_for_the_end_of_a_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let (spool, _) = Spool::open_keeping(dir.path(), u64::MAX).unwrap();
+    assert!(spool.is_tight());
+    spool.begin(&assignment()).await.unwrap();
+    let mut stash = spool.stash(AT).await.unwrap();
+    assert_eq!(stash.write(Bytes::from_static(b"artifact")).await.unwrap_err().kind(), io::ErrorKind::StorageFull);
+    let many = Bytes::from(vec![b'x'; limits::LOG_TAIL as usize]);
+    assert_eq!(spool.append(AT, Bytes::from_static(b"0123456789")).await.unwrap(), 0);
+    assert_eq!(spool.append(AT, many.clone()).await.unwrap(), 0);
+    spool.record(AT, &[(1, Report::Accepted)]).await.unwrap();
+    let len = spool.seal_log(AT).await.unwrap();
+    let line = "\n[alloy: 10 bytes of log are left out here, its last 1048576 follow]\n";
+    assert_eq!(len, line.len() as u64 + limits::LOG_TAIL);
+    let read = spool.read(AT, 0, u32::MAX, 0).await.unwrap();
+    assert_eq!((&read[..line.len()], &read[line.len()..]), (line.as_bytes(), &many[..]));
+    assert!(!Spool::open(&dir.path().join("other")).unwrap().0.is_tight());
+}
+
+#[test]
+fn a_log_whose_end_has_no_room_either_says_so_in_one_line() {
+    let mut cap = Cap::new(0);
+    cap.keep(&vec![b'x'; limits::LOG_TAIL as usize + 5]);
+    let (_, alone) = cap.take_end();
+    let text = String::from_utf8(alone).unwrap();
+    assert_eq!(text, "\n[alloy: 1048581 bytes of log are left out here, to its end: the disk is full]\n");
 }

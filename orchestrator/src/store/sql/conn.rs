@@ -22,16 +22,27 @@ pub(super) enum Db {
 }
 
 /// The same code inside a transaction of either engine. SQLite takes the write lock at once: a read lock that is raised
-/// later fails instead of waiting. `$body` gives the value and whether to keep what was done.
+/// later fails instead of waiting. `$body` gives the value and whether to keep what was done. A connection whose transaction
+/// failed is not used again: SQLite ends some of them by itself (a full disk), and the driver then counts wrong.
 macro_rules! tx {
     ($db:expr, |$conn:ident| $body:expr) => {
         match $db {
             Db::Sqlite { write, .. } => {
-                let mut tx = write.begin_with("BEGIN IMMEDIATE").await.map_err(fault::of)?;
-                let mut $conn = Conn::Sqlite(&mut tx);
-                let (out, keep) = $body;
-                end!(tx, keep);
-                Ok(out)
+                let mut own = write.acquire().await.map_err(fault::of)?;
+                let done: Result<_, StoreError> = async {
+                    let mut tx = own.begin_with("BEGIN IMMEDIATE").await.map_err(fault::of)?;
+                    let mut $conn = Conn::Sqlite(&mut tx);
+                    let (out, keep) = $body;
+                    end!(tx, keep);
+                    Ok(out)
+                }
+                .await;
+                if done.is_err()
+                    && let Err(error) = own.close().await
+                {
+                    tracing::debug!(%error, "a connection whose transaction failed did not close in order");
+                }
+                done
             }
             Db::Postgres(pool) => {
                 let mut tx = pool.begin().await.map_err(fault::of)?;

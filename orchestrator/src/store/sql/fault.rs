@@ -51,6 +51,8 @@ const SQLITE_FULL: i32 = 13;
 const SQLITE_TOOBIG: i32 = 18;
 const SQLITE_CONSTRAINT: i32 = 19;
 const SQLITE_NOTADB: i32 = 26;
+/// The index of the log could not grow.
+const SQLITE_IOERR_SHMSIZE: i32 = SQLITE_IOERR | 19 << 8;
 
 enum Code {
     /// The low byte of the extended code.
@@ -68,6 +70,10 @@ fn code(db: &dyn DatabaseError) -> Code {
     }
 }
 
+fn extended(db: &dyn DatabaseError) -> Option<i32> {
+    db.code()?.parse().ok()
+}
+
 /// What SQLite says of a file that is no good database.
 pub(super) fn damage(error: &sqlx::Error) -> Option<String> {
     let db = error.as_database_error()?;
@@ -81,6 +87,8 @@ pub(super) fn of(error: sqlx::Error) -> StoreError {
         sqlx::Error::Database(db) => match code(db.as_ref()) {
             Code::Sqlite(SQLITE_FULL) => StoreError::Full(text),
             Code::Sqlite(SQLITE_CORRUPT | SQLITE_NOTADB) => damaged(text),
+            Code::Sqlite(SQLITE_IOERR) if extended(db.as_ref()) == Some(SQLITE_IOERR_SHMSIZE) => StoreError::Full(text),
+            Code::Sqlite(SQLITE_IOERR) => StoreError::Broken(text),
             Code::Sqlite(_) => StoreError::Unavailable(text),
             Code::Postgres(state) => match state.as_str() {
                 "53100" => StoreError::Full(text),
@@ -96,7 +104,7 @@ pub(super) fn of(error: sqlx::Error) -> StoreError {
 pub(super) fn of_commit(error: sqlx::Error) -> StoreError {
     let refused = match &error {
         sqlx::Error::Database(db) => match code(db.as_ref()) {
-            Code::Sqlite(primary) => primary != SQLITE_IOERR,
+            Code::Sqlite(_) => true,
             // The connection went down (08, 57), or completion is unknown (40003).
             Code::Postgres(state) => !(state.starts_with("08") || state.starts_with("57") || state == "40003"),
         },
@@ -168,6 +176,7 @@ mod tests {
             StoreError::Unavailable(_) => "unavailable",
             StoreError::Unknown(_) => "unknown",
             StoreError::Full(_) => "full",
+            StoreError::Broken(_) => "broken",
             StoreError::Corrupt { .. } => "corrupt",
         }
     }
@@ -175,10 +184,11 @@ mod tests {
     #[test]
     fn each_code_has_its_meaning_before_and_during_the_commit() {
         for (code, before, during) in [
-            // SQLite: busy, I/O (write, fsync), corrupt, full, not a database.
+            // SQLite: busy, I/O (write, fsync), no room for the log's index, corrupt, full, not a database.
             ("5", "unavailable", "unavailable"),
-            ("778", "unavailable", "unknown"),
-            ("1034", "unavailable", "unknown"),
+            ("778", "broken", "broken"),
+            ("1034", "broken", "broken"),
+            ("4874", "full", "full"),
             ("11", "corrupt", "corrupt"),
             ("13", "full", "full"),
             ("26", "corrupt", "corrupt"),

@@ -3,6 +3,7 @@
 //! Each noun's file holds its texts, its writes and its reads; `CATALOGUE` lists them all, and a test prepares every one
 //! on both engines. `batch` turns a commit's groups into statements.
 
+pub mod backup;
 mod batch;
 mod blob;
 mod conn;
@@ -16,11 +17,13 @@ mod open;
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
 use alloy_shared::limits;
 use async_trait::async_trait;
+use sqlx::Connection as _;
 
 use super::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, Scope, Store,
     StoreError, TokenRow, Worker,
 };
+use crate::broken::Broken;
 use conn::{Args, Conn, Db, Row, Wide, end, tx};
 use fault::within;
 
@@ -45,17 +48,30 @@ pub struct SqlStore {
     db: Db,
     /// Lies beside a SQLite file while it is open: found at start, it tells of an unclean stop.
     marker: Option<std::path::PathBuf>,
+    broken: Broken,
 }
 
 impl SqlStore {
     async fn rows(&self, text: &'static str, args: Args) -> Result<Vec<Row>, StoreError> {
         let work = async { self.db.rows(text, args).await.map_err(fault::of) };
-        within(limits::STORE_READ_MS, StoreError::Unavailable, work).await
+        self.heard(within(limits::STORE_READ_MS, StoreError::Unavailable, work).await)
+    }
+
+    /// Raised when the file's disk has failed.
+    pub fn broken(&self) -> Broken {
+        self.broken.clone()
+    }
+
+    fn heard<T>(&self, done: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::Broken(why)) = &done {
+            self.broken.tell("the database", why);
+        }
+        done
     }
 
     async fn rows_wide(&self, wide: &Wide, rows: Args) -> Result<Vec<Row>, StoreError> {
         let work = async { self.db.rows_wide(wide, rows).await.map_err(fault::of) };
-        within(limits::STORE_READ_MS, StoreError::Unavailable, work).await
+        self.heard(within(limits::STORE_READ_MS, StoreError::Unavailable, work).await)
     }
 
     async fn commit_now(&self, groups: &[Group]) -> Result<Committed, StoreError> {
@@ -77,7 +93,11 @@ impl Store for SqlStore {
         if groups.is_empty() {
             return Ok(Committed { groups: Vec::new() });
         }
-        within(limits::STORE_COMMIT_MS, StoreError::Unknown, self.commit_now(groups)).await
+        // A sync that failed is not repeated: the next one would succeed without the pages that this one lost.
+        if self.broken.is_told() {
+            return Err(StoreError::Broken("an earlier write failed".to_owned()));
+        }
+        self.heard(within(limits::STORE_COMMIT_MS, StoreError::Unknown, self.commit_now(groups)).await)
     }
 
     async fn job(&self, scope: &Scope, id: &JobId) -> Result<Option<Job>, StoreError> {

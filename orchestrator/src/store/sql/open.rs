@@ -13,6 +13,7 @@ use sqlx::{ConnectOptions, SqlSafeStr};
 
 use super::conn::Db;
 use super::{SqlStore, fault};
+use crate::broken::Broken;
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -38,7 +39,7 @@ pub enum OpenError {
 
 /// The first version without the WAL-reset bug.
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
-const MIGRATIONS: &[(i64, &str, &str)] = &[
+pub(super) const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "farm", include_str!("../../../migrations/0001_farm.sql")),
     (2, "images", include_str!("../../../migrations/0002_images.sql")),
 ];
@@ -69,6 +70,7 @@ impl SqlStore {
         check_version(&write).await?;
         let unclean = fs::exists(&marker).map_err(|error| OpenError::Io { path: marker.clone(), error })?;
         if unclean {
+            settle_log(&write).await?;
             check_pages(&write, path).await?;
         }
         fs::write(&marker, "").map_err(|error| OpenError::Io { path: marker.clone(), error })?;
@@ -81,7 +83,7 @@ impl SqlStore {
             .max_lifetime(None)
             .connect_with(sqlite(path).read_only(true).pragma("cache_size", "-16384"))
             .await?;
-        Ok(Self { db: Db::Sqlite { write, read }, marker: Some(marker) })
+        Ok(Self { db: Db::Sqlite { write, read }, marker: Some(marker), broken: Broken::default() })
     }
 
     /// Opens a direct or session-mode connection.
@@ -104,11 +106,15 @@ impl SqlStore {
             .connect_with(options)
             .await?;
         migrator().run(&pool).await?;
-        Ok(Self { db: Db::Postgres(pool), marker: None })
+        Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default() })
     }
 
     /// Lets go of the database in good order: what follows a stop without it is a check of every page.
     pub async fn close(&self) {
+        if self.broken.is_told() {
+            // Closing would write. The next start finds the marker, and the log as it is.
+            return;
+        }
         match &self.db {
             Db::Sqlite { write, read } => {
                 read.close().await;
@@ -169,6 +175,16 @@ fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
     Some((parts.next()??, parts.next()??, parts.next()??))
 }
 
+/// A process whose sync failed leaves a log that reads well and lies in memory only: the disk may lack pages of it for ever,
+/// and what is appended behind them would be cut off with them. So the whole log goes into the database first.
+async fn settle_log(pool: &SqlitePool) -> Result<(), OpenError> {
+    let (busy, _, _): (i64, i64, i64) = sqlx::query_as("PRAGMA wal_checkpoint(TRUNCATE)").fetch_one(pool).await?;
+    if busy != 0 {
+        tracing::warn!("another process reads the database: its log is settled later");
+    }
+    Ok(())
+}
+
 async fn check_pages(pool: &SqlitePool, path: &Path) -> Result<(), OpenError> {
     tracing::info!(path = %path.display(), "the farm did not stop in good order: checking the database");
     let found: Vec<String> = sqlx::query_scalar("PRAGMA quick_check(10)").fetch_all(pool).await?;
@@ -202,6 +218,26 @@ fn migrator() -> Migrator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::{Group, Store as _, StoreError, Write};
+
+    #[tokio::test]
+    async fn a_database_whose_disk_failed_commits_nothing_and_is_checked_by_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("alloy.db");
+        let store = SqlStore::open_sqlite(&path).await.unwrap();
+        let add = |name| [Group(vec![Write::AddMeta { name, value: "v".into() }])];
+        store.commit(&add("before")).await.unwrap();
+        store.broken().tell("a test", &"EIO");
+        assert!(matches!(store.commit(&add("after")).await, Err(StoreError::Broken(_))));
+        store.close().await;
+        assert!(dir.path().join("alloy.db.open").exists(), "it did not end well");
+        let log = dir.path().join("alloy.db-wal");
+        assert!(fs::metadata(&log).unwrap().len() > 0);
+        let next = SqlStore::open_sqlite(&path).await.unwrap();
+        assert_eq!(fs::metadata(&log).unwrap().len(), 0, "all of it is in the database itself");
+        assert_eq!(next.meta("before").await.unwrap().as_deref(), Some("v"));
+        assert_eq!(next.meta("after").await.unwrap(), None);
+    }
 
     #[test]
     fn versions_compare_by_their_numbers() {

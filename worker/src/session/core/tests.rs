@@ -192,6 +192,7 @@ fn no_start_without_a_lease_while_draining_or_beyond_the_bound() {
     let effects = bench.give(Input::Full(true));
     let [Effect::Send(ToOrchestrator::Heartbeat(beat))] = &effects[..] else { panic!("{effects:?}") };
     assert!(beat.draining, "to the farm a full disk is a drain");
+    assert!(beat.trouble.as_ref().is_some_and(|why| why.contains("disk is full")), "{beat:?}");
     assert!(refused(&bench.give(assign(AT, 1))));
     bench.give(Input::Full(false));
     bench.give(assign(AT, 1));

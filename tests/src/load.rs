@@ -1,0 +1,113 @@
+//! Jobs whose log and artifact anybody can compute again from a number, and the check that all of it is there.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::farm::bin_dir;
+use crate::noise::{sha256, sha256_of};
+use crate::observe::{Api, is_terminal};
+
+/// Of each log, and of each artifact.
+pub const LOG: u64 = 50_000;
+pub const ARTIFACT: u64 = 300;
+/// An answer that takes longer is none.
+const ANSWER: Duration = Duration::from_secs(20);
+
+pub fn spec(seed: u64) -> Value {
+    let noise = bin_dir().join("noise");
+    let noise = noise.display();
+    let line = format!("{noise} {seed} {LOG}; {noise} {seed} {ARTIFACT} > result.bin");
+    json!({ "spec": { "shell": line, "artifacts": ["=result.bin"] } })
+}
+
+/// Submits once, under a key of its own. `None`: it was not acknowledged.
+pub async fn submit(api: &Api, seed: u64) -> Option<String> {
+    let request = api.request(Method::POST, "/v1/jobs").header("idempotency-key", format!("seed-{seed}"));
+    let answer = request.json(&spec(seed)).timeout(ANSWER).send().await.ok()?;
+    if !answer.status().is_success() {
+        return None;
+    }
+    Some(answer.json::<Value>().await.ok()?["id"].as_str()?.to_owned())
+}
+
+/// The job ends well, and all that it leaves is what it was.
+pub async fn check(api: &Api, id: &str, seed: u64) -> Result<Value> {
+    let job = api.end(id).await;
+    ensure!(job["state"] == "succeeded", "seed {seed}: {job}");
+    check_bytes(api, id, seed).await?;
+    Ok(job)
+}
+
+/// The log and the artifact of a job that has ended.
+pub async fn check_bytes(api: &Api, id: &str, seed: u64) -> Result<()> {
+    ensure!(sha256_of(&api.log(id).await?) == sha256(seed, LOG), "the log of {id}, seed {seed}");
+    let artifact = api.request(Method::GET, &format!("/v1/jobs/{id}/artifacts/result.bin")).send().await?;
+    ensure!(artifact.status().is_success(), "the artifact of {id}, seed {seed}: {}", artifact.status());
+    ensure!(sha256_of(&artifact.bytes().await?) == sha256(seed, ARTIFACT), "the artifact of {id}, seed {seed}");
+    Ok(())
+}
+
+/// A job as its submitter knows it.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub id: String,
+    pub seed: u64,
+    /// Its events, once it was seen to have ended well.
+    pub done: Option<Vec<Value>>,
+}
+
+/// Jobs without end, a few at a time. Dropping it stops submitting.
+pub struct Load {
+    known: Arc<Mutex<Vec<Known>>>,
+    tasks: JoinSet<()>,
+}
+
+impl Load {
+    pub fn on(api: &Api, at_once: u64) -> Load {
+        let known = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = JoinSet::new();
+        for lane in 0..at_once {
+            tasks.spawn(lane_of_jobs(api.clone(), known.clone(), lane, at_once));
+        }
+        Load { known, tasks }
+    }
+
+    /// What was acknowledged by now.
+    pub fn known(&self) -> Vec<Known> {
+        self.known.lock().expect("nobody panics with it").clone()
+    }
+
+    pub async fn stop(mut self) {
+        self.tasks.shutdown().await;
+    }
+}
+
+async fn lane_of_jobs(api: Api, known: Arc<Mutex<Vec<Known>>>, lane: u64, lanes: u64) {
+    for seed in (1 + lane..).step_by(usize::try_from(lanes).expect("few")) {
+        let Some(id) = submit(&api, seed).await else {
+            crate::chaos::pause(Duration::from_millis(50)).await;
+            continue;
+        };
+        let place = {
+            let mut known = known.lock().expect("nobody panics with it");
+            known.push(Known { id: id.clone(), seed, done: None });
+            known.len() - 1
+        };
+        if let Ok(events) = ended(&api, &id).await {
+            known.lock().expect("nobody panics with it")[place].done = Some(events);
+        }
+    }
+}
+
+async fn ended(api: &Api, id: &str) -> Result<Vec<Value>> {
+    let job = api.get(&format!("/v1/jobs/{id}?wait=terminal")).await?;
+    ensure!(is_terminal(&job) && job["state"] == "succeeded", "{job}");
+    let events = api.events(id).await?;
+    events.last().filter(|event| event["kind"] == "finished").context("its last event is its end")?;
+    Ok(events)
+}
