@@ -1,5 +1,6 @@
 //! Jobs whose log and artifact anybody can compute again from a number, and the check that all of it is there.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -64,17 +65,23 @@ pub struct Known {
 /// Jobs without end, a few at a time. Dropping it stops submitting.
 pub struct Load {
     known: Arc<Mutex<Vec<Known>>>,
+    held: Arc<AtomicBool>,
     tasks: JoinSet<()>,
 }
 
 impl Load {
     pub fn on(api: &Api, at_once: u64) -> Load {
         let known = Arc::new(Mutex::new(Vec::new()));
-        let mut tasks = JoinSet::new();
+        let (held, mut tasks) = (Arc::new(AtomicBool::new(false)), JoinSet::new());
         for lane in 0..at_once {
-            tasks.spawn(lane_of_jobs(api.clone(), known.clone(), lane, at_once));
+            tasks.spawn(lane_of_jobs(api.clone(), known.clone(), held.clone(), lane, at_once));
         }
-        Load { known, tasks }
+        Load { known, held, tasks }
+    }
+
+    /// Submits nothing while it is held.
+    pub fn hold(&self, held: bool) {
+        self.held.store(held, Ordering::Relaxed);
     }
 
     /// What was acknowledged by now.
@@ -87,8 +94,11 @@ impl Load {
     }
 }
 
-async fn lane_of_jobs(api: Api, known: Arc<Mutex<Vec<Known>>>, lane: u64, lanes: u64) {
+async fn lane_of_jobs(api: Api, known: Arc<Mutex<Vec<Known>>>, held: Arc<AtomicBool>, lane: u64, lanes: u64) {
     for seed in (1 + lane..).step_by(usize::try_from(lanes).expect("few")) {
+        while held.load(Ordering::Relaxed) {
+            crate::chaos::pause(Duration::from_millis(10)).await;
+        }
         let Some(id) = submit(&api, seed).await else {
             crate::chaos::pause(Duration::from_millis(50)).await;
             continue;

@@ -72,7 +72,9 @@ fn no_sql_stands_outside_the_catalogue() {
 async fn every_statement_searches_by_an_index() {
     let stores = stores().await;
     let (mut sqlite, _) = connections(&stores).await;
-    for (name, text) in texts().filter(|(_, text)| !text.contains("SAVEPOINT")) {
+    // A backup reads its own copy from end to end.
+    let whole = ["OBJECTS", "ENDED_LOGS"];
+    for (name, text) in texts().filter(|(name, text)| !text.contains("SAVEPOINT") && !whole.contains(name)) {
         let explain = AssertSqlSafe(format!("EXPLAIN QUERY PLAN {text}"));
         for row in sqlite.fetch_all(explain).await.unwrap() {
             let step: String = row.get("detail");

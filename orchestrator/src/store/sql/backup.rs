@@ -7,12 +7,14 @@ use alloy_shared::limits;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions as _, Connection as _};
 
-use super::fault;
 use super::open::{MIGRATIONS, OpenError};
+use super::{fault, statements};
 
-/// In no catalogue: they read a whole file that nobody else uses.
-const OBJECTS: &str = "SELECT DISTINCT object FROM blobs";
-const ENDED_LOGS: &str = "SELECT job_id, attempt, log_len FROM attempts WHERE log_len > 0";
+// They read a whole file that nobody else uses.
+statements! {
+    OBJECTS = "SELECT DISTINCT object FROM blobs";
+    ENDED_LOGS = "SELECT job_id, attempt, log_len FROM attempts WHERE log_len > 0";
+}
 
 /// What must lie beside a database for it to be whole.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

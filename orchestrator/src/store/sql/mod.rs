@@ -40,7 +40,8 @@ macro_rules! statements {
 use statements;
 
 /// Every text that the store sends, by name.
-pub const CATALOGUE: &[&[(&str, &str)]] = &[batch::TEXTS, job::TEXTS, farm::TEXTS, image::TEXTS, blob::TEXTS];
+pub const CATALOGUE: &[&[(&str, &str)]] =
+    &[batch::TEXTS, job::TEXTS, farm::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS];
 
 /// The store on SQLite or Postgres.
 #[derive(Debug)]
