@@ -314,3 +314,28 @@ fn the_kind_of_a_file_is_read_from_its_first_line() {
     assert_eq!(kind("//! X: decides\n"), None);
     assert_eq!(kind("//! T: \n"), None);
 }
+
+#[test]
+fn the_simulator_runs_the_daemons_and_writes_none_of_them_again() {
+    let files: Vec<_> = all_files().into_iter().filter(|file| file.path.starts_with("tests/src/sim/")).collect();
+    // Whoever acts a daemon's part speaks its protocol or decides with its nouns.
+    let parts = [
+        "ToOrchestrator",
+        "ToWorker",
+        "Heartbeat",
+        "reconcile",
+        "fn apply",
+        "fn admit",
+        "fn pick_",
+        "impl Desk",
+        "Core::new",
+        "Core::restore",
+        "PoolAction",
+        "job::apply",
+    ];
+    let wrong: Vec<_> = files.iter().flat_map(|file| parts.iter().filter_map(|part| file.finds(part))).collect();
+    assert!(wrong.is_empty(), "a part of a daemon stands in the simulator: {wrong:#?}");
+    for used in ["App::on(", "app.begin(", "body::run(", "drive(", "feed::follow(", "job::submit(", "job::cancel("] {
+        assert!(files.iter().any(|file| file.finds(used).is_some()), "the simulator does not use {used}…");
+    }
+}

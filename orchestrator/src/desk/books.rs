@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use alloy_shared::env::Ms;
-use alloy_shared::wire::job::{End, EventKind, Timings};
+use alloy_shared::wire::job::{Blame, End, EventKind, Reason, Timings};
 
 use super::{Live, News};
 use crate::job::{Event, State, Step, Then};
@@ -83,7 +83,7 @@ fn note(
     }
     if before.lease().is_some() && live.job.state.lease().is_none() {
         attempt.ended_at = Some(now);
-        attempt.end = Some(attempt_end(event, &live.job.state));
+        attempt.end = Some(attempt_end(before, event, &live.job.state));
         change.attempt = true;
     }
     message
@@ -98,14 +98,24 @@ fn merge(ours: &mut Timings, theirs: &Timings) {
     ours.collect_ms = theirs.collect_ms.or(ours.collect_ms);
 }
 
-fn attempt_end(event: &Event, after: &State) -> End {
+fn attempt_end(before: &State, event: &Event, after: &State) -> End {
+    let revoked = match &before.step {
+        Step::Canceling { then: Then::Requeue(reason), .. } => Some(*reason),
+        Step::Queued { .. }
+        | Step::Assigned { .. }
+        | Step::Running { .. }
+        | Step::Canceling { .. }
+        | Step::Done { .. } => None,
+    };
     match (event, &after.step) {
         (_, Step::Done { end, .. }) => end.clone(),
+        // The worker let go as it was told to. Nobody canceled the job.
+        (Event::Finished { end, .. }, _) if end.blame() != Some(Blame::User) && revoked.is_some() => {
+            End::because(revoked.unwrap_or(Reason::WorkerLost), "the assignment was revoked")
+        }
         (Event::Finished { end, .. }, _) => end.clone(),
         (Event::Lost { reason, message, .. }, _) => End::because(*reason, message.clone()),
-        (Event::Refused { message, .. }, _) => {
-            End::because(alloy_shared::wire::job::Reason::WorkerLost, message.clone())
-        }
+        (Event::Refused { message, .. }, _) => End::because(Reason::WorkerLost, message.clone()),
         (
             Event::Assigned { .. }
             | Event::Accepted { .. }
@@ -115,7 +125,7 @@ fn attempt_end(event: &Event, after: &State) -> End {
             | Event::NoImage { .. }
             | Event::DeadlinePassed { .. },
             _,
-        ) => End::because(alloy_shared::wire::job::Reason::WorkerLost, "the assignment was revoked"),
+        ) => End::because(Reason::WorkerLost, "the assignment was revoked"),
     }
 }
 

@@ -118,6 +118,20 @@ fn the_versions_of_a_job_that_was_born_assigned_go_on_from_one() {
 }
 
 #[test]
+fn an_attempt_that_was_revoked_is_told_as_lost_and_not_as_canceled() {
+    let mut desk = Desk::new(Limits::default(), Mono(0));
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let late = (Limits::default().startup_grace_ms + Limits::default().accept_ms) as i64;
+    assert_eq!(moved(&turn(&mut desk, late, vec![]).1), [(10, StateWord::Canceling)]);
+    let end = End::because(Reason::UserCanceled, "canceled");
+    let (groups, _) = turn(&mut desk, late + 5, vec![report(2, 10, 1, 1, Event::Finished { attempt: 1, end })]);
+    let [Write::Advance(requeued)] = groups[0].0.as_slice() else { panic!("{groups:?}") };
+    assert_eq!(requeued.next.state.word(), StateWord::Queued);
+    assert_eq!(requeued.attempt.as_ref().unwrap().end.as_ref().unwrap().reason, Some(Reason::WorkerLost));
+    assert_eq!(requeued.events[0].reason, Some(Reason::WorkerLost));
+}
+
+#[test]
 fn a_report_is_applied_once_and_in_order() {
     let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);

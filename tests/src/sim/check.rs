@@ -1,0 +1,417 @@
+//! The invariants I1 to I14, checked where they could be broken: each commit, each command that starts, each frame that a
+//! follower gets. Everything that is stored is looked at again every so many steps and at the end.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use alloy_shared::id::{AttemptRef, JobId};
+use alloy_shared::wire::job::{Blame, EventKind, StateWord};
+use futures_util::FutureExt as _;
+use orchestrator::blobs::{self, BlobKey};
+use orchestrator::job::Step;
+use orchestrator::logs::{self, Logs};
+use orchestrator::store::write::{Advance, CloseAttempt, InsertJob};
+use orchestrator::store::{Artifact, Attempt, BlobKind, Guard, Job, JobEventRow, Write};
+use worker::provider::VmName;
+
+use super::cover::{Cover, Fault, NEVER, legal_steps};
+use super::exec::Sim;
+use super::log_check::check_log;
+use super::plan::{self, Plan};
+
+/// How long after its end an attempt's command may still run, whatever went wrong.
+const GONE_MS: u64 = 60_000;
+
+pub struct Check {
+    sim: Sim,
+    pub cover: Cover,
+    state: Mutex<State>,
+    legal: BTreeSet<(&'static str, &'static str)>,
+    pub logs: logs::Mem,
+    pub blobs: blobs::Mem,
+}
+
+#[derive(Default)]
+struct State {
+    violations: Vec<String>,
+    /// As the commits have them.
+    jobs: BTreeMap<JobId, Job>,
+    attempts: BTreeMap<AttemptRef, Attempt>,
+    /// When each ended, by the world's clock.
+    ended: BTreeMap<AttemptRef, u64>,
+    accepted: BTreeSet<JobId>,
+    plans: BTreeMap<JobId, Plan>,
+    produced: BTreeMap<AttemptRef, u64>,
+    /// Commands that run.
+    alive: BTreeMap<AttemptRef, VmName>,
+    /// Attempts that ended by their worker's result: their logs are whole.
+    reported: BTreeSet<AttemptRef>,
+    /// So much of a stored log was looked at.
+    looked: BTreeMap<AttemptRef, u64>,
+}
+
+impl Check {
+    pub fn new(sim: Sim, logs: logs::Mem, blobs: blobs::Mem) -> Self {
+        let legal = legal_steps().into_iter().filter(|step| !NEVER.contains(step)).collect();
+        Self { sim, cover: Cover::default(), state: Mutex::default(), legal, logs, blobs }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that an invariant is broken. The run ends with it.
+    pub fn fail(&self, invariant: &str, what: impl Into<String>) {
+        let at = self.sim.now();
+        self.state().violations.push(format!("{invariant} at {at} ms: {}", what.into()));
+    }
+
+    pub fn is_clean(&self) -> bool {
+        self.state().violations.is_empty()
+    }
+
+    pub fn violations(&self) -> Vec<String> {
+        self.state().violations.clone()
+    }
+
+    // --- what is heard of --------------------------------------------------------------------------------------------
+
+    pub fn planned(&self, job: JobId, plan: Plan) {
+        self.state().plans.insert(job, plan);
+    }
+
+    pub fn plan_of(&self, at: &AttemptRef) -> Option<Plan> {
+        self.state().plans.get(&at.job).copied()
+    }
+
+    /// I1: what was accepted is there.
+    pub fn accepted(&self, job: JobId) {
+        let known = self.state().jobs.contains_key(&job);
+        self.state().accepted.insert(job);
+        if !known {
+            self.fail("I1", format!("{job} was accepted and is in no commit"));
+        }
+    }
+
+    pub fn produced(&self, at: &AttemptRef, upto: u64) {
+        self.state().produced.insert(*at, upto);
+    }
+
+    /// I9: no other attempt of the job has a live command. I8: an attempt runs in one VM.
+    pub fn command_started(&self, at: AttemptRef, vm: &VmName, host: usize) {
+        let other =
+            self.state().alive.iter().find(|(other, _)| other.job == at.job).map(|(other, vm)| (*other, vm.clone()));
+        if let Some((other, where_)) = other {
+            self.fail("I9", format!("{at} starts on host {host} while {other} runs in {where_}"));
+        }
+        self.state().alive.insert(at, vm.clone());
+    }
+
+    pub fn command_ended(&self, at: &AttemptRef) {
+        self.state().alive.remove(at);
+    }
+
+    pub fn vm_dead(&self, vm: &VmName) {
+        self.state().alive.retain(|_, other| other != vm);
+    }
+
+    // --- commits -----------------------------------------------------------------------------------------------------
+
+    /// A write that the store has made true.
+    pub fn committed(&self, write: &Write) {
+        match write {
+            Write::InsertJob(insert) => self.inserted(insert),
+            Write::Advance(advance) => self.advanced(advance),
+            Write::CloseAttempt(close) => self.closed(close),
+            Write::Enrol(_)
+            | Write::SetWorker(_)
+            | Write::RevokeWorker { .. }
+            | Write::OpenSession(_)
+            | Write::Seen { .. }
+            | Write::AddToken(_)
+            | Write::RevokeToken { .. }
+            | Write::SetImage(_)
+            | Write::DropImage { .. }
+            | Write::AddBlobs(_)
+            | Write::AddMeta { .. } => {}
+        }
+    }
+
+    fn inserted(&self, insert: &InsertJob) {
+        let job = &insert.job;
+        if let Ok(plan) = job.spec.shell.as_deref().unwrap_or_default().parse() {
+            self.planned(job.id, plan);
+        }
+        self.events(job, 0, &insert.events);
+        self.attempt_row(None, job, insert.attempt.as_ref());
+        if job.state.word() != StateWord::Queued {
+            self.cover.step((StateWord::Queued, job.state.word()));
+        }
+        if self.state().jobs.insert(job.id, job.clone()).is_some() {
+            self.fail("I4", format!("{} is inserted twice", job.id));
+        }
+    }
+
+    fn advanced(&self, advance: &Advance) {
+        let next = &advance.next;
+        let Some(before) = self.state().jobs.get(&next.id).cloned() else {
+            return self.fail("I1", format!("{} moves and was never inserted", next.id));
+        };
+        let (from, to) = (before.state.word(), next.state.word());
+        self.transition(&before, next, advance);
+        if from != to {
+            self.cover.step((from, to));
+        }
+        self.events(next, before.events, &advance.events);
+        self.attempt_row(Some(&before), next, advance.attempt.as_ref());
+        self.charges(&before, next, advance.attempt.as_ref());
+        advance.artifacts.iter().for_each(|artifact| self.listed(artifact));
+        let moved = Job { version: next.version, state: next.state.clone(), events: next.events, ..before };
+        self.state().jobs.insert(next.id, moved);
+    }
+
+    /// I3, I14: what has ended stays so; no step that the table does not have; a worker's word counts for its attempt only.
+    fn transition(&self, before: &Job, next: &Job, advance: &Advance) {
+        let (from, to) = (before.state.word(), next.state.word());
+        if before.state.is_done() {
+            self.fail("I3", format!("{} moves from {from} to {to}", next.id));
+        }
+        if from != to && !self.legal.contains(&(from.as_str(), to.as_str())) {
+            self.fail("I14", format!("{} moves from {from} to {to}, which no rule allows", next.id));
+        }
+        if next.version != before.version + 1 {
+            self.fail("I3", format!("{}: version {} follows {}", next.id, next.version, before.version));
+        }
+        if let Guard::Fence { attempt, .. } = advance.guard
+            && attempt != before.state.tries.made
+        {
+            self.fail("I3", format!("attempt {attempt} moves {}, which is at {}", next.id, before.state.tries.made));
+        }
+        if let Step::Done { end, .. } = &next.state.step {
+            let reason = end.reason.map_or("none", |reason| reason.as_str());
+            self.cover.end(format!("{} {reason}", end.outcome()));
+        }
+    }
+
+    /// I14: numbers without a gap, and the last one tells the state.
+    fn events(&self, job: &Job, before: u64, events: &[JobEventRow]) {
+        for (event, seq) in events.iter().zip(before + 1..) {
+            if event.seq != seq {
+                self.fail("I14", format!("{}: event {} where {seq} was due", job.id, event.seq));
+            }
+        }
+        if job.events != before + events.len() as u64 {
+            self.fail("I14", format!("{}: {} events, {} were told", job.id, job.events, before + events.len() as u64));
+        }
+        if let Some(last) = events.last()
+            && last.state != job.state.word()
+        {
+            self.fail("I14", format!("{} is {} and its last event says {}", job.id, job.state.word(), last.state));
+        }
+        let ends = events.iter().filter(|event| event.kind == EventKind::Finished).count();
+        if job.state.is_done() != (ends == 1) {
+            self.fail("I14", format!("{} is {} with {ends} events of its end", job.id, job.state.word()));
+        }
+    }
+
+    /// I2, I4: an attempt ends once; numbers go up by one, and the next begins when the last has ended.
+    fn attempt_row(&self, before: Option<&Job>, next: &Job, row: Option<&Attempt>) {
+        let made = before.map_or(0, |job| job.state.tries.made);
+        let now = next.state.tries.made;
+        if now > made {
+            if now != made + 1 || row.is_none_or(|row| row.at.attempt != now) {
+                self.fail("I4", format!("{}: attempt {now} follows {made}", next.id));
+            }
+            let open = self
+                .state()
+                .attempts
+                .iter()
+                .find(|(at, row)| at.job == next.id && row.ended_at.is_none())
+                .map(|(at, _)| *at);
+            if let Some(open) = open {
+                self.fail("I4", format!("{open} is open while attempt {now} begins"));
+            }
+        }
+        let Some(row) = row else { return };
+        let known = self.state().attempts.get(&row.at).cloned();
+        if let Some(known) = &known
+            && known.ended_at.is_some()
+            && (known.ended_at, &known.end) != (row.ended_at, &row.end)
+        {
+            self.fail("I2", format!("{} ends a second time", row.at));
+        }
+        if known.as_ref().is_some_and(|known| row.seq < known.seq) {
+            self.fail("I2", format!("{}: report {} after a later one", row.at, row.seq));
+        }
+        if row.ended_at.is_some() && known.as_ref().is_none_or(|known| known.ended_at.is_none()) {
+            if known.is_some_and(|known| row.seq > known.seq) {
+                self.state().reported.insert(row.at);
+            }
+            self.ended(row);
+        }
+        self.state().attempts.insert(row.at, row.clone());
+    }
+
+    /// I5, I12: an attempt whose command came to its own end has its whole log on the disk.
+    fn ended(&self, row: &Attempt) {
+        let now = self.sim.now();
+        self.state().ended.insert(row.at, now);
+        let own = row
+            .end
+            .as_ref()
+            .is_some_and(|end| end.exit_code.is_some() && end.reason.is_none_or(|r| r.blame() == Blame::User));
+        let Some(plan) = self.plan_of(&row.at).filter(|_| own) else { return };
+        let durable = self.log_durable(&row.at);
+        let whole = check_log(&row.at, &self.log(&row.at));
+        match whole {
+            Ok(stands_for) if stands_for < plan.log => {
+                self.fail("I5", format!("{} ended with a log of {stands_for} bytes; it wrote {}", row.at, plan.log));
+            }
+            Err(why) => self.fail("I5", format!("{}: {why}", row.at)),
+            Ok(_) if durable < self.log(&row.at).len() as u64 => {
+                self.fail("I12", format!("{} ended and only {durable} bytes of its log are durable", row.at));
+            }
+            Ok(_) => {}
+        }
+    }
+
+    /// I10: only a command's own failure is charged to its retries, and it is tried again only if that was asked for.
+    fn charges(&self, before: &Job, next: &Job, row: Option<&Attempt>) {
+        let (was, is) = (before.state.tries, next.state.tries);
+        let blame = row.and_then(|row| row.end.as_ref()).and_then(|end| end.blame());
+        let requeued = matches!(next.state.step, Step::Queued { .. });
+        if is.failed > was.failed && (blame != Some(Blame::User) || is.failed > next.spec.retries) {
+            self.fail("I10", format!("{}: charged for an end by {blame:?}; {} retries", next.id, next.spec.retries));
+        }
+        if requeued && blame == Some(Blame::User) && is.failed == was.failed {
+            self.fail("I10", format!("{}: a failure of the command is tried again uncharged", next.id));
+        }
+        if requeued && matches!(blame, None | Some(Blame::Policy)) {
+            self.fail("I10", format!("{}: tried again after {blame:?}", next.id));
+        }
+    }
+
+    /// I7: a listed artifact is there, with these bytes.
+    fn listed(&self, artifact: &Artifact) {
+        let key = BlobKey::alone(artifact.org, BlobKind::Artifact, &artifact.sha256);
+        let object = self.blobs.object(&key);
+        let whole = object.as_ref().is_some_and(|bytes| {
+            bytes.len() as u64 == artifact.size && alloy_shared::id::Digest::of(bytes) == artifact.sha256
+        });
+        let number = (0..8).find(|number| plan::file_name(*number) == artifact.path);
+        let true_bytes = number.is_some_and(|number| plan::file_digest(&artifact.at, number) == artifact.sha256);
+        if !whole || !true_bytes {
+            self.fail("I7", format!("{} of {}: stored {whole}, as written {true_bytes}", artifact.path, artifact.at));
+        }
+    }
+
+    fn closed(&self, close: &CloseAttempt) {
+        let known = self.state().attempts.get(&close.at).cloned();
+        if known.is_none_or(|row| row.worker != close.worker) {
+            self.fail("I2", format!("{} is closed by a worker that never had it", close.at));
+        }
+    }
+
+    // --- everything --------------------------------------------------------------------------------------------------
+
+    fn log(&self, at: &AttemptRef) -> bytes::Bytes {
+        let read = Logs::Mem(self.logs.clone());
+        let parts = read.read(at, 0, u32::MAX).now_or_never().and_then(Result::ok).unwrap_or_default();
+        parts.into_iter().next().unwrap_or_default()
+    }
+
+    fn log_durable(&self, at: &AttemptRef) -> u64 {
+        Logs::Mem(self.logs.clone()).durable(at).now_or_never().and_then(Result::ok).unwrap_or(0)
+    }
+
+    /// I5, I8, I9 over all that there is. `calm`: no fault is under way.
+    pub fn full(&self, claimed: &[(usize, Vec<AttemptRef>)], running: &[usize]) {
+        if let Some((host, count)) = running.iter().enumerate().find(|(_, count)| **count > 2) {
+            self.fail("I8", format!("host {host} runs {count} VMs"));
+        }
+        let attempts: Vec<AttemptRef> = self.state().attempts.keys().copied().collect();
+        for at in attempts {
+            let stored = self.log_len(&at);
+            let looked = self.state().looked.get(&at).copied();
+            if looked != Some(stored) {
+                self.look_at_log(&at, stored);
+            }
+        }
+        let now = self.sim.now();
+        let late: Vec<AttemptRef> = {
+            let state = self.state();
+            let over = |at: &&AttemptRef| state.ended.get(*at).is_some_and(|ended| now > ended + GONE_MS);
+            state.alive.keys().filter(over).copied().collect()
+        };
+        for at in late {
+            self.fail("I8", format!("{at} ended {GONE_MS} ms ago and its command still runs"));
+        }
+        let mut seen = BTreeSet::new();
+        for (host, attempts) in claimed {
+            for at in attempts {
+                if !seen.insert(*at) {
+                    self.fail("I8", format!("{at} has a second VM, on host {host}"));
+                }
+            }
+        }
+    }
+
+    fn log_len(&self, at: &AttemptRef) -> u64 {
+        Logs::Mem(self.logs.clone()).len(at).now_or_never().and_then(Result::ok).unwrap_or(0)
+    }
+
+    fn look_at_log(&self, at: &AttemptRef, stored: u64) {
+        let produced = self.state().produced.get(at).copied().unwrap_or(0);
+        match check_log(at, &self.log(at)) {
+            Ok(stands_for) if stands_for > produced => {
+                self.fail("I5", format!("{at}: {stands_for} bytes are stored, {produced} were written"));
+            }
+            Ok(_) => _ = self.state().looked.insert(*at, stored),
+            Err(why) => self.fail("I5", format!("{at}: {why}")),
+        }
+    }
+
+    /// I6: what a follower got of an attempt is what is stored. The tail of an attempt that was lost may come later.
+    pub fn followed(&self, at: &AttemptRef, got: &[u8]) {
+        let (stored, whole) = (self.log(at), self.state().reported.contains(at));
+        // A follower sees bytes before the disk has them. What the disk then loses comes again from the worker, unless the
+        // attempt is lost as well.
+        let lost = !whole && (self.cover.has(Fault::LogTorn) || self.cover.has(Fault::OrchestratorDiskBroken));
+        let same = match stored.len().cmp(&got.len()) {
+            std::cmp::Ordering::Less => lost && got.starts_with(&stored),
+            std::cmp::Ordering::Equal => stored == got,
+            std::cmp::Ordering::Greater => !whole && stored.starts_with(got),
+        };
+        if !same {
+            self.fail("I6", format!("{at}: a follower got {} bytes, {} are stored", got.len(), stored.len()));
+        }
+    }
+
+    /// Jobs that have not ended.
+    pub fn open(&self) -> Vec<JobId> {
+        let state = self.state();
+        state.jobs.values().filter(|job| !job.state.is_done()).map(|job| job.id).collect()
+    }
+
+    pub fn counts(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.jobs.len(), state.attempts.len())
+    }
+
+    /// I1, I11 at the end: every accepted job has ended, and is known.
+    pub fn at_the_end(&self) {
+        let lost: Vec<String> = {
+            let state = self.state();
+            let open = |id: &&JobId| state.jobs.get(*id).is_none_or(|job| !job.state.is_done());
+            let tell = |id: &JobId| format!("{id} {:?}", state.jobs.get(id).map(|job| job.state.clone()));
+            state.accepted.iter().filter(open).map(tell).collect()
+        };
+        if !lost.is_empty() {
+            self.fail("I11", format!("the faults are over and these have not ended: {lost:?}"));
+        }
+        let alive: Vec<AttemptRef> = self.state().alive.keys().copied().collect();
+        if !alive.is_empty() {
+            self.fail("I11", format!("every job has ended and these commands run: {alive:?}"));
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The farm in a seed: the daemons' own deciders and procedures on virtual time, with a network, disks, clocks, VMs and a
+//! database that fail as the seed says. Nothing of a daemon is written a second time here: what is simulated stands behind
+//! the seams.
+//!
+//! | Invariant | Where it is checked |
+//! |---|---|
+//! | I1 | at each answer to a submit, and at the end |
+//! | I2, I3, I4, I10, I14 | at each commit; I14 also at each frame that a follower gets |
+//! | I5, I12 | when an attempt's command has come to its own end; I5 also over all stored logs, every so many steps |
+//! | I6 | at each frame, and at the end of each feed |
+//! | I7 | at each commit that lists an artifact |
+//! | I8, I9 | when a VM is made or a command starts, and over all hosts, every so many steps |
+//! | I11 | the faults stop, and everything must end |
+//! | I13 | not here: memory is measured on real processes; every queue of the daemons is as bounded here as it is there |
+
+pub mod check;
+pub mod client;
+pub mod cover;
+pub mod exec;
+pub mod farm;
+pub mod log_check;
+pub mod nemesis;
+pub mod net;
+pub mod plan;
+pub mod run;
+pub mod seams;
+pub mod vms;
+
+use std::sync::Arc;
+
+use alloy_shared::env::Env as _;
+use alloy_shared::limits::Limits;
+use alloy_shared::mem_disk::MemDisk;
+use futures_util::FutureExt as _;
+use orchestrator::store::mem::MemStore;
+use orchestrator::{blobs, logs};
+
+use check::Check;
+use client::Client;
+pub use cover::Seen;
+use exec::Sim;
+use farm::{Centre, Mini};
+use nemesis::Nemesis;
+use net::Line;
+use seams::{SimStore, StoreMood};
+
+/// Steps between two looks at everything.
+const FULL_EVERY: u64 = 1_000;
+/// After the last fault everything ends within this.
+const CALM_MS: u64 = 90 * 60_000;
+
+/// What one seed came to.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    pub seed: u64,
+    pub violations: Vec<String>,
+    pub trace: u64,
+    pub virtual_ms: u64,
+    pub polls: u64,
+    pub jobs: usize,
+    pub attempts: usize,
+    pub seen: Seen,
+}
+
+/// Everything of one seed.
+struct World {
+    sim: Sim,
+    check: Arc<Check>,
+    centre: Arc<Centre>,
+    minis: Vec<Arc<Mini>>,
+    clients: Vec<Arc<Client>>,
+    nemesis: Arc<Nemesis>,
+}
+
+/// The farm's own numbers, some of them small enough that two hours reach their ends.
+fn limits(sim: &Sim) -> Limits {
+    let mut limits = Limits { queue_timeout_ms: 30 * 60_000, drain_ms: 10 * 60_000, ..Limits::default() };
+    if sim.chance(500) {
+        limits.image_ms = 5 * 60_000;
+        limits.stage_source_ms = 60_000;
+        limits.collect_ms = 60_000;
+    }
+    limits.validate().expect("the lease holds");
+    limits
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let sim = Sim::new(seed);
+        let limits = limits(&sim);
+        let disk = Arc::new(MemDisk::on(sim.world()));
+        let check = Arc::new(Check::new(sim.clone(), logs::Mem::on(disk.clone()), blobs::Mem::on(disk.clone())));
+        let (mem, mood) = (MemStore::default(), StoreMood::default());
+        let store = Arc::new(SimStore { sim: sim.clone(), check: check.clone(), mem, mood });
+        let drift = sim.roll(1_001) as i64 - 500;
+        let centre = Arc::new(Centre::new(sim.clone(), store, disk, limits.clone(), drift));
+        let line = || Arc::new(Line::new(sim.clone(), centre.front.clone()));
+        let mini = |index| Arc::new(Mini::new(sim.clone(), index, line(), check.clone(), limits.clone()));
+        let minis: Vec<Arc<Mini>> = (0..sim.between(1, 4) as usize).map(mini).collect();
+        let pause_ms = sim.between(20_000, 240_000);
+        let client = |index| Arc::new(Client { sim: sim.clone(), line: line(), check: check.clone(), index, pause_ms });
+        let clients: Vec<Arc<Client>> = (0..2).map(client).collect();
+        let lines = minis.iter().map(|mini| mini.line.clone()).chain(clients.iter().map(|client| client.line.clone()));
+        let nemesis = Nemesis {
+            sim: sim.clone(),
+            check: check.clone(),
+            centre: centre.clone(),
+            minis: minis.clone(),
+            lines: lines.collect(),
+            pause_ms: sim.between(10_000, 300_000),
+        };
+        Self { check, centre, minis, clients, nemesis: Arc::new(nemesis), sim }
+    }
+
+    fn begin(&self, end: u64) {
+        let world = self.sim.world();
+        world.spawn("orchestrator's supervisor", self.centre.clone().supervise().boxed());
+        for mini in &self.minis {
+            world.spawn("worker's supervisor", mini.clone().supervise().boxed());
+        }
+        for client in &self.clients {
+            world.spawn("client", client.clone().run(end).boxed());
+            world.spawn("visitor", client.clone().look_around(end).boxed());
+        }
+        world.spawn("nemesis", self.nemesis.clone().run(end).boxed());
+    }
+
+    /// Runs until `end` or a violation.
+    fn run(&self, end: u64, mut over: impl FnMut() -> bool) {
+        let mut steps = 0u64;
+        self.sim.run(end, || {
+            steps += 1;
+            if steps.is_multiple_of(FULL_EVERY) {
+                self.full();
+                if over() {
+                    return false;
+                }
+            }
+            self.check.is_clean()
+        });
+    }
+
+    fn full(&self) {
+        let claimed: Vec<_> = self.minis.iter().map(|mini| (mini.host.index, mini.host.claimed())).collect();
+        let running: Vec<usize> = self.minis.iter().map(|mini| mini.host.running()).collect();
+        self.check.full(&claimed, &running);
+    }
+
+    /// Every job has ended and nobody holds anything of one.
+    fn is_over(&self) -> bool {
+        self.check.open().is_empty() && self.minis.iter().all(|mini| mini.spool.attempts().is_empty())
+    }
+}
+
+/// Runs one seed of so many virtual hours, and then without faults to the end of all jobs.
+pub fn run_seed(seed: u64, hours_milli: u64) -> Outcome {
+    run::catch_panics();
+    let world = World::new(seed);
+    let end = hours_milli * 3_600;
+    world.begin(end);
+    world.run(end, || false);
+    if world.check.is_clean() {
+        world.nemesis.calm();
+        world.run(end + CALM_MS, || world.is_over());
+    }
+    if world.check.is_clean() {
+        world.full();
+        world.check.at_the_end();
+        for mini in &world.minis {
+            let held = mini.spool.attempts();
+            if !held.is_empty() {
+                world.check.fail("I11", format!("host {} still holds {held:?}", mini.host.index));
+            }
+        }
+    }
+    let panics = run::take_panics();
+    for broken in world.sim.take_broken().into_iter().chain(panics) {
+        world.check.fail("panic", broken);
+    }
+    let (jobs, attempts) = world.check.counts();
+    Outcome {
+        seed,
+        violations: world.check.violations(),
+        trace: world.sim.trace(),
+        virtual_ms: world.sim.now(),
+        polls: world.sim.polls(),
+        jobs,
+        attempts,
+        seen: world.check.cover.take(),
+    }
+}
