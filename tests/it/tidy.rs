@@ -158,6 +158,16 @@ fn only_its_provider_speaks_to_tart() {
 }
 
 #[test]
+fn what_the_executor_calls_does_not_call_back() {
+    let files = product_files();
+    let stages = ["artifacts", "ctx", "hooks", "job_env", "sources", "spool", "upstream", "vm_pool"];
+    let found = |name: &str| files.iter().find(|file| file.path == format!("worker/src/{name}.rs"));
+    let wrong: Vec<_> =
+        stages.iter().filter_map(|name| found(name).unwrap_or_else(|| panic!("{name}")).finds("executor::")).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
 fn the_simulated_tart_shares_nothing_with_what_it_tests() {
     // Message types in common would agree on a mistake.
     let ours = ["worker", "orchestrator", "alloy_shared", "alloy_cli"];

@@ -11,7 +11,7 @@ use alloy_shared::wire::source::check_path;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use globset::{GlobBuilder, GlobMatcher};
 
-use crate::executor::Ctx;
+use crate::ctx::Ctx;
 use crate::provider::{ArtifactRule, Guest, GuestFile, Listing, RuleKind, Unfit, VmError};
 use crate::session::Input;
 use crate::upstream::{Grant, TransferError};

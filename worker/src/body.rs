@@ -12,7 +12,8 @@ use alloy_shared::wire::session::{Held, Report};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::executor::{Ctx, run_attempt};
+use crate::ctx::Ctx;
+use crate::executor::run_attempt;
 use crate::hooks::Hooks;
 use crate::image_book::BookFile;
 use crate::images::{ImageSetup, ImageStore};

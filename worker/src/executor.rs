@@ -11,21 +11,19 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use alloy_shared::env::{Env, Mono, Ms, backoff};
 use alloy_shared::id::{AttemptRef, Digest};
-use alloy_shared::limits::Limits;
 use alloy_shared::wire::job::{Blame, End, Phase, Reason, Timings};
 use alloy_shared::wire::session::{Assignment, Report, ResultReport, fact};
 use futures_util::FutureExt;
 use tokio::sync::mpsc;
 
 use crate::artifacts::{self, CollectError, Missed};
-use crate::hooks::Hooks;
+use crate::ctx::Ctx;
 use crate::job_env::{Place, job_env};
 use crate::provider::{Command, Exec, ExecInput, ExecOutput, Exit, NetworkPolicy, Run, Signal, VmError, VmFault};
-use crate::session::{Input, Inputs, KillReason, Stop};
-use crate::sources::{SourceError, Sources};
-use crate::spool::Spool;
-use crate::upstream::{Grant, TransferError, Upstream};
-use crate::vm_pool::{Claimed, VmPool};
+use crate::session::{Input, KillReason, Stop};
+use crate::sources::SourceError;
+use crate::upstream::{Grant, TransferError};
+use crate::vm_pool::Claimed;
 
 mod hook;
 
@@ -34,20 +32,6 @@ const STAGE_PAUSE_MS: u64 = 500;
 const STAGE_PAUSE_CAP_MS: u64 = 10_000;
 /// Between two looks whether the log of a held command has room again.
 const PRESSURE_LOOK_MS: u64 = 100;
-
-/// What executors stand on.
-pub struct Ctx {
-    pub env: Arc<dyn Env>,
-    pub limits: Limits,
-    pub pool: Arc<VmPool>,
-    pub spool: Arc<Spool>,
-    pub sources: Arc<Sources>,
-    pub upstream: Arc<dyn Upstream>,
-    pub inputs: Inputs,
-    pub hooks: Arc<Hooks>,
-    /// What the job is told about where it runs.
-    pub worker_name: String,
-}
 
 /// Why an attempt goes no further.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ pub mod artifacts;
 pub mod body;
 pub mod care;
 pub mod config;
+pub mod ctx;
 pub mod doctor;
 pub mod executor;
 pub mod guard;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use alloy_shared::env::Now;
 use alloy_shared::id::{DEFAULT_ORG, Digest, JobId};
+use alloy_shared::limits::Limits;
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::job::JobSpec;
 use alloy_shared::wire::session::Link;
@@ -15,14 +16,16 @@ use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::guard::tests::guard_program;
+use crate::hooks::Hooks;
 use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
 use crate::provider::{ArtifactRule, Guest, ImageRef, Listing};
-use crate::spool::SpoolFile;
-use crate::upstream::{Blobs, DialError};
+use crate::sources::Sources;
+use crate::spool::{Spool, SpoolFile};
+use crate::upstream::{Blobs, DialError, Upstream};
 use crate::vm_demand::Wish;
-use crate::vm_pool::PoolSetup;
+use crate::vm_pool::{PoolSetup, VmPool};
 
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(5), attempt: 2 };
 
