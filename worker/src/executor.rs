@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use alloy_shared::env::{Env, Mono, Ms, backoff};
 use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::limits;
 use alloy_shared::wire::job::{Blame, End, Phase, Reason, Timings};
 use alloy_shared::wire::session::{Assignment, Report, ResultReport, fact};
 use futures_util::FutureExt;
@@ -22,6 +23,7 @@ use crate::job_env::{Place, job_env};
 use crate::provider::{Command, Exec, ExecInput, ExecOutput, Exit, NetworkPolicy, Run, Signal, VmError, VmFault};
 use crate::session::{Input, KillReason, Stop};
 use crate::sources::SourceError;
+use crate::spool::Cut;
 use crate::upstream::{Grant, TransferError};
 use crate::vm_pool::Claimed;
 
@@ -276,6 +278,11 @@ impl Attempt {
                 }
             }
         };
+        let mut end = end;
+        match self.ctx.spool.cut(self.at) {
+            Ok(cut) => end.warnings.extend(cut.map(cut_warning)),
+            Err(error) => tracing::warn!(attempt = %self.at, %error, "whether the log was cut is not known"),
+        }
         let report = Report::Result(Box::new(ResultReport {
             end,
             timings: self.timings.clone(),
@@ -443,6 +450,14 @@ async fn by<T>(env: &Arc<dyn Env>, deadline: Mono, work: impl Future<Output = T>
         done = work => Ok(done),
         () = env.sleep_until(deadline) => Err(Late),
     }
+}
+
+fn cut_warning(cut: Cut) -> String {
+    let why = match cut.disk_full {
+        true => "the worker's disk was full while the job wrote its log".to_owned(),
+        false => format!("the log is longer than {} GiB", limits::LOG_CAP >> 30),
+    };
+    format!("{why}; {} bytes in its middle were dropped", cut.bytes)
 }
 
 fn drained() -> End {

@@ -89,6 +89,14 @@ impl Spool {
         }
     }
 
+    /// What is missing in the middle of a log that was sealed.
+    pub fn cut(&self, at: AttemptRef) -> io::Result<Option<Cut>> {
+        match self {
+            Self::Disk(disk) => disk.cut(at),
+            Self::Mem(mem) => mem.cut(at),
+        }
+    }
+
     /// Returns the log length that is on disk.
     pub async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
         match self {
@@ -246,6 +254,14 @@ fn judge(reports: &[(u64, Report)], log_len: u64, has: impl Fn(&Digest) -> bool)
     }
 }
 
+/// Bytes of a log that nobody will see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    pub bytes: u64,
+    /// The log was not too long: the disk had no room for it.
+    pub disk_full: bool,
+}
+
 /// Where appended bytes go: to the log up to the cap, then into a ring that remembers only the end.
 #[derive(Debug)]
 struct Cap {
@@ -255,12 +271,13 @@ struct Cap {
     limit: u64,
     ring: VecDeque<u8>,
     dropped: u64,
+    disk_full: bool,
     sealed: bool,
 }
 
 impl Cap {
     fn new(limit: u64) -> Self {
-        Self { len: 0, limit, ring: VecDeque::new(), dropped: 0, sealed: false }
+        Self { len: 0, limit, ring: VecDeque::new(), dropped: 0, disk_full: false, sealed: false }
     }
 
     /// A log that an earlier daemon left: it grows no more.
@@ -275,6 +292,16 @@ impl Cap {
         }
         let fits = usize::try_from(self.limit.saturating_sub(self.len)).unwrap_or(usize::MAX);
         Ok(bytes.split_at(fits.min(bytes.len())))
+    }
+
+    /// The disk takes no more: the log grows no further than it is, and keeps the end, like any log that is too long.
+    fn no_room(&mut self) {
+        self.limit = self.len;
+        self.disk_full = true;
+    }
+
+    fn cut(&self) -> Option<Cut> {
+        (self.dropped > 0).then_some(Cut { bytes: self.dropped, disk_full: self.disk_full })
     }
 
     /// Remembers the end of what has no room in the log.

@@ -105,5 +105,8 @@ async fn a_flood_without_a_line_end_grows_no_process_and_is_cut_to_the_byte() ->
     let job = stage.unnamed().await?.pop().context("the flood's job")?;
     let view = stage.api().end(&job).await;
     ensure!(view["state"] == json!("succeeded") && view["attempt"] == json!(1), "{view}");
+    let dropped = format!("{} bytes in its middle were dropped", total - LOG_CAP - LOG_TAIL);
+    ensure!(view["warnings"][0].as_str().is_some_and(|warning| warning.ends_with(&dropped)), "{view}");
+    ensure!(told.contains(&dropped), "{told}");
     stage.leave().await
 }

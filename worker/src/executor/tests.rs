@@ -170,13 +170,13 @@ impl Rig {
                 story.artifacts.push(format!("{}{link}", artifact.path));
             }
             Input::Report { report: Report::Result(result), .. } => {
-                let read = self.ctx.spool.read(AT, 0, 1 << 20, 0).await.unwrap();
+                let read = self.ctx.spool.read(AT, 0, 4 << 20, 0).await.unwrap();
                 assert_eq!(read.len() as u64, result.log_len, "the result comes after the last byte");
                 story.log = String::from_utf8(read.to_vec()).unwrap();
                 assert!(story.result.replace(*result).is_none());
             }
             Input::Spooled { len, .. } => {
-                let read = self.ctx.spool.read(AT, 0, 1 << 20, 0).await.unwrap();
+                let read = self.ctx.spool.read(AT, 0, 4 << 20, 0).await.unwrap();
                 assert!(read.len() as u64 >= len);
                 story.log = String::from_utf8_lossy(&read).into_owned();
             }
@@ -299,6 +299,22 @@ async fn a_failed_command_leaves_its_artifacts_too() {
     let mut rig = Rig::new(Farm::default()).await;
     let story = rig.run(with_artifacts("echo x > report; exit 3", &["report"]), None).await;
     assert_eq!((end(&story), story.artifacts), ((Some(Reason::ScriptFailure), Some(3)), vec!["report".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_log_that_was_cut_is_a_warning_with_the_count_of_its_marker() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let assignment = assignment("head -c 3000000 /dev/zero | tr '\\0' x");
+    rig.ctx.spool.begin(&assignment).await.unwrap();
+    let Spool::Mem(spool) = rig.ctx.spool.as_ref() else { panic!("it is in memory") };
+    spool.limit_log(AT, 1_000);
+    let story = rig.run(assignment, None).await;
+    let dropped = 3_000_000 - 1_000 - limits::LOG_TAIL;
+    assert!(story.log.contains(&format!("[alloy: {dropped} bytes of log are left out")));
+    let warning = format!("the log is longer than 1 GiB; {dropped} bytes in its middle were dropped");
+    assert_eq!(story.result.unwrap().end, End { warnings: vec![warning], ..End::success() });
+    let full = cut_warning(Cut { bytes: 7, disk_full: true });
+    assert!(full.contains("disk was full") && full.contains("7 bytes"), "{full}");
 }
 
 #[tokio::test]

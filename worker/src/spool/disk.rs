@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::segments::Segments;
-use super::{Cap, PIECE, PIECES_AHEAD, gone, journal, judge};
+use super::{Cap, Cut, PIECE, PIECES_AHEAD, gone, journal, judge};
 use crate::host::disk_free;
 
 const JOURNAL: &str = "journal";
@@ -139,9 +139,9 @@ impl Disk {
         match extended {
             Ok(()) => cap.keep(later),
             Err(error) if is_full(&error) => {
-                // The job goes on; its log keeps the end, like any log that is too long.
+                // The job goes on.
                 tracing::warn!(attempt = %at, "the disk is full: the log is cut off and only its end is kept");
-                cap.limit = cap.len;
+                cap.no_room();
                 cap.keep(bytes);
             }
             Err(error) => return Err(error),
@@ -162,6 +162,10 @@ impl Disk {
             }
         }
         self.sync(at).await
+    }
+
+    pub(super) fn cut(&self, at: AttemptRef) -> io::Result<Option<Cut>> {
+        Ok(lock(&self.entry(at)?.cap).cut())
     }
 
     pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {

@@ -12,7 +12,7 @@ use alloy_shared::wire::session::{Assignment, Held, Report};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
-use super::{Cap, PIECE, gone, judge};
+use super::{Cap, Cut, PIECE, gone, judge};
 
 #[derive(Debug, Clone, Default)]
 pub struct Mem {
@@ -100,8 +100,8 @@ impl Mem {
         self.with(at, |entry| {
             let (now, later) = entry.cap.split(bytes)?;
             if self.disk.is_full() {
-                // The job goes on; its log keeps the end, like any log that is too long.
-                entry.cap.limit = entry.cap.len;
+                // The job goes on.
+                entry.cap.no_room();
                 entry.cap.keep(bytes);
                 return Ok(entry.cap.len);
             }
@@ -123,6 +123,20 @@ impl Mem {
             Ok(())
         })?;
         self.sync(at).await
+    }
+
+    pub(super) fn cut(&self, at: AttemptRef) -> io::Result<Option<Cut>> {
+        self.with(at, |entry| Ok(entry.cap.cut()))
+    }
+
+    /// Lets a log be as long as this and no longer.
+    #[cfg(test)]
+    pub(crate) fn limit_log(&self, at: AttemptRef, limit: u64) {
+        self.with(at, |entry| {
+            entry.cap.limit = limit;
+            Ok(())
+        })
+        .unwrap();
     }
 
     /// Makes durable what was written before the call.

@@ -135,6 +135,7 @@ fn a_log_beyond_its_cap_keeps_its_head_and_its_end_and_counts_the_rest() {
         }
         log.extend(cap.take_end().0);
         let dropped = total.saturating_sub(1_000 + tail);
+        assert_eq!(cap.cut(), (dropped > 0).then_some(Cut { bytes: dropped, disk_full: false }));
         let mut want = all[..all.len().min(1_000)].to_vec();
         if dropped > 0 {
             want.extend(
