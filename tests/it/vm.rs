@@ -126,7 +126,9 @@ async fn a_job_whose_image_nobody_keeps_warm_is_told_why_it_waits() -> Result<()
     let ended = job(&farm, json!({ "shell": "true", "image": OTHER })).await?;
     let stages = &ended["timings"]["vm"];
     assert_eq!((&stages["warm"], &stages["why"]), (&json!(false), &json!("no_warm_vm")), "{ended}");
-    let made: u64 = ["clone_ms", "boot_ms", "agent_ms", "clock_ms"].iter().filter_map(|s| stages[s].as_u64()).sum();
+    assert!(stages["pull_ms"].is_u64(), "{ended}");
+    let made: u64 =
+        ["pull_ms", "clone_ms", "boot_ms", "agent_ms", "clock_ms"].iter().filter_map(|s| stages[s].as_u64()).sum();
     assert!(made <= ended["timings"]["vm_ms"].as_u64().context("vm_ms")? + 3, "{ended}");
     let id = ended["id"].as_str().context("an id")?;
     let events = farm.api().events(id).await?;
@@ -134,7 +136,10 @@ async fn a_job_whose_image_nobody_keeps_warm_is_told_why_it_waits() -> Result<()
     let told = told["message"].as_str().context("a word about the VM")?;
     assert!(told.starts_with("in a cold VM after ") && told.contains(": no warm VM of this image (clone "), "{told}");
     let status = text(&output(farm.alloy(&["status", id])).await?.stdout);
-    assert!(status.contains("cold: no warm VM of this image") && status.contains("(clone "), "{status}");
+    assert!(
+        status.contains("cold: no warm VM of this image") && status.contains("(pull ") && status.contains(", clone "),
+        "{status}"
+    );
     Ok(())
 }
 
@@ -246,6 +251,7 @@ async fn a_warm_vm_has_its_filter_and_its_image_on_record() -> Result<()> {
     assert_eq!(text(&farm.api().log(id).await?), format!("warm {IMAGE}\n"));
     let stages = &ended["timings"]["vm"];
     assert_eq!((&stages["warm"], &stages["why"]), (&json!(true), &Value::Null), "{ended}");
+    assert!(stages["pull_ms"].is_null(), "{ended}");
     for stage in ["clone_ms", "boot_ms", "agent_ms", "clock_ms"] {
         assert!(stages[stage].is_u64(), "{stage}: {ended}");
     }

@@ -73,6 +73,11 @@ impl ImageStore {
 
     /// The image for a VM. Brings it if it is not here, which may take an hour; dropping the future ends the wait only.
     pub async fn get(&self, image: &ImageRef) -> Result<Use, VmError> {
+        Ok(self.fetch(image).await?.0)
+    }
+
+    /// Like [`ImageStore::get`]; true if it was not here.
+    pub async fn fetch(&self, image: &ImageRef) -> Result<(Use, bool), VmError> {
         // No removal begins from here on. One that is under way makes void what the provider says meanwhile.
         let _wanted = lock(&self.shelf).want(image);
         let mut brought = None;
@@ -84,7 +89,7 @@ impl ImageStore {
             let used = answer.await.map_err(|_| over())??;
             // What was brought may be another one by now: the provider says what the name stands for.
             if here == Some(used.digest()) {
-                return Ok(used);
+                return Ok((used, brought.is_some()));
             }
             brought = Some(used);
         }

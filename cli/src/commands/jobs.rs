@@ -329,7 +329,8 @@ fn stages(job: &JobView) -> Option<String> {
 fn within(stage: &str, timings: &Timings) -> String {
     let Some(vm) = timings.vm.as_ref().filter(|_| stage == "vm") else { return String::new() };
     let made = [("clone", vm.clone_ms), ("boot", vm.boot_ms), ("agent", vm.agent_ms)];
-    let waited = made.into_iter().filter(|_| !vm.warm).chain([("clock", vm.clock_ms)]);
+    let made = made.into_iter().filter(|_| !vm.warm);
+    let waited = [("pull", vm.pull_ms)].into_iter().chain(made).chain([("clock", vm.clock_ms)]);
     let shown: Vec<_> = waited.filter_map(|(name, ms)| ms.map(|ms| format!("{name} {}", precise(ms)))).collect();
     if shown.is_empty() { String::new() } else { format!(" ({})", shown.join(", ")) }
 }
@@ -370,10 +371,13 @@ mod tests {
         job.image = Some("r/i:1".into());
         job.vm_source = Some("cold".into());
         let stages = VmStages { clone_ms: Some(900), boot_ms: Some(10), clock_ms: Some(30), ..VmStages::default() };
-        let cold = VmStages { why: Some(Miss::NoWarmVm), ..stages };
+        let cold = VmStages { why: Some(Miss::NoWarmVm), pull_ms: Some(7), ..stages };
         job.timings = Timings { vm_ms: Some(950), vm: Some(Box::new(cold)), exec_ms: Some(5), ..Timings::default() };
         assert_eq!(image(&job).as_deref(), Some("r/i:1, cold: no warm VM of this image"));
-        assert_eq!(super::stages(&job).as_deref(), Some("vm 950ms (clone 900ms, boot 10ms, clock 30ms) · exec 5ms"));
+        assert_eq!(
+            super::stages(&job).as_deref(),
+            Some("vm 950ms (pull 7ms, clone 900ms, boot 10ms, clock 30ms) · exec 5ms")
+        );
         job.vm_source = Some("warm".into());
         job.timings.vm = Some(Box::new(VmStages { warm: true, ..stages }));
         assert_eq!(image(&job).as_deref(), Some("r/i:1, warm"));

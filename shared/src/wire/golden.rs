@@ -136,6 +136,7 @@ fn jobs() {
             vm: Some(Box::new(VmStages {
                 warm: true,
                 why: None,
+                pull_ms: Some(12),
                 clone_ms: Some(8),
                 boot_ms: Some(9),
                 agent_ms: Some(10),
@@ -146,7 +147,7 @@ fn jobs() {
     };
     check(
         done,
-        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","image":"r/i:1","image_digest":"sha256:ab","vm_source":"warm","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7,"vm":{"warm":true,"clone_ms":8,"boot_ms":9,"agent_ms":10,"clock_ms":11}},"url":"http://farm/jobs/1"}"#,
+        r#"{"id":"$JOB","org":"$ORG","state":"failed","phase":"executing","spec":{"argv":["true"]},"source":"$ABC","attempt":2,"worker":"$WORKER","worker_name":"mini-1","image":"r/i:1","image_digest":"sha256:ab","vm_source":"warm","lost":1,"created_at":"2026-01-02T03:04:05.678Z","finished_at":"2026-01-02T03:05:00.000Z","outcome":"failed","reason":"script_failure","blame":"user","message":"exit code 7","warnings":["w"],"exit_code":7,"exit_origin":"command","signal":9,"timings":{"queue_ms":1,"assign_ms":2,"vm_ms":3,"source_ms":4,"exec_ms":5,"collect_ms":6,"teardown_ms":7,"vm":{"warm":true,"pull_ms":12,"clone_ms":8,"boot_ms":9,"agent_ms":10,"clock_ms":11}},"url":"http://farm/jobs/1"}"#,
     );
     let page = JobPage { jobs: vec![view()], next_cursor: Some("c".into()) };
     check(page, &format!(r#"{{"jobs":[{VIEW}],"next_cursor":"c"}}"#));

@@ -11,6 +11,9 @@ pub struct VmStages {
     /// Why the attempt had to wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<Miss>,
+    /// How long the attempt waited for its image to come onto the host, if it was not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pull_ms: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone_ms: Option<u64>,
     /// From the start of the VM until it runs.

@@ -72,7 +72,9 @@ impl VmPool {
         network: NetworkPolicy,
     ) -> Result<Claimed, VmError> {
         let image = image.map_or_else(|| self.image.borrow().clone(), |name| ImageRef(name.to_owned()));
-        let here = self.bring(&image).await?;
+        let asked = self.env.now().mono;
+        let (here, was_away) = self.bring(&image).await?;
+        let pull_ms = was_away.then(|| self.env.now().mono.since(asked));
         let (mut tries, mut missed) = (1, None);
         loop {
             let mut claimed = self.wait(Waiting { attempt, image: image.clone() }, here.clone(), missed).await?;
@@ -81,6 +83,7 @@ impl VmPool {
                 Ok(()) => {
                     if let Some(stages) = &mut claimed.stages {
                         stages.clock_ms = Some(self.env.now().mono.since(start));
+                        stages.pull_ms = pull_ms;
                     }
                     return Ok(claimed);
                 }
@@ -96,10 +99,10 @@ impl VmPool {
     }
 
     /// An image that nobody has is the asker's fault and not the slot's. A fault of the host is the pool's to judge.
-    /// A download goes on for as long as it goes on.
-    async fn bring(&self, image: &ImageRef) -> Result<Use, VmError> {
+    /// A download goes on for as long as it goes on. True if it was not here.
+    async fn bring(&self, image: &ImageRef) -> Result<(Use, bool), VmError> {
         loop {
-            match within(&self.env, self.limits.image_ms, self.images.get(image)).await {
+            match within(&self.env, self.limits.image_ms, self.images.fetch(image)).await {
                 Err(error) if error.what == VmFault::Host => {
                     let (reply, judged) = oneshot::channel();
                     self.asks.send(Ask::Judge { error, reply }).await.map_err(|_| gone())?;

@@ -419,6 +419,18 @@ async fn another_image_takes_the_place_of_a_spare() {
 }
 
 #[tokio::test]
+async fn the_way_of_an_image_onto_the_host_has_its_own_clock() {
+    let fake = Fake { away: Mutex::new(["other".to_owned()].into()), ..Fake::default() };
+    let rig = Rig::new(1, fake).await;
+    let pulled = async |n| {
+        let claimed = rig.pool.claim(attempt(n), Some("other"), NetworkPolicy::Default).await.unwrap();
+        claimed.stages.pull_ms.is_some()
+    };
+    assert!(pulled(1).await);
+    assert!(!pulled(2).await, "it is here");
+}
+
+#[tokio::test]
 async fn a_claim_after_a_vm_that_was_not_fit_says_so() {
     let mut rig = Rig::new(2, Fake { unfit: Mutex::new(1), ..Fake::default() }).await;
     rig.slots(&[(SlotState::Warm, None), (SlotState::Warm, None)]).await;
