@@ -93,7 +93,7 @@ impl Host {
     /// Waits for the jobs that still run here: others may have sent them. The end of the worker ends the wait. Once there is
     /// no job, none is taken any more, and only then does the last look count. False if the farm is to stop at once.
     pub(crate) async fn wait_for_jobs(&self, app: &App, signals: &mut Signals) -> bool {
-        let (mut said, mut said_readers, mut last_look, mut asked) = (0, false, false, false);
+        let (mut said, mut last_look, mut asked) = (None, false, false);
         let mut until: Option<Mono> = None;
         let quiet_until = app.env.now().mono + QUIET_MS;
         loop {
@@ -150,17 +150,7 @@ impl Host {
             if app.env.now().mono < quiet_until {
                 continue;
             }
-            if jobs.is_empty() && !std::mem::replace(&mut said_readers, true) {
-                app.talk.say(
-                    "another command still reads from the farm of this process: waiting for it  (Ctrl-C stops at once)",
-                );
-            }
-            if !jobs.is_empty() && std::mem::replace(&mut said, jobs.len()) != jobs.len() {
-                let (many, first) = (plural(jobs.len() as u64, "job"), named(&jobs));
-                app.talk.say(&format!(
-                    "{many} still in the farm of this process ({first}): waiting for it to end  (Ctrl-C says whose)"
-                ));
-            }
+            tell_wait(app, &jobs, &mut said);
         }
     }
 
@@ -240,6 +230,22 @@ impl Host {
         }
         false
     }
+}
+
+/// Says what the host waits for when that changes: a number of jobs, or none and a command that still reads.
+fn tell_wait(app: &App, jobs: &[JobView], said: &mut Option<usize>) {
+    if said.replace(jobs.len()) == Some(jobs.len()) {
+        return;
+    }
+    if jobs.is_empty() {
+        return app
+            .talk
+            .say("another command still reads from the farm of this process: waiting for it  (Ctrl-C stops at once)");
+    }
+    let (many, first) = (plural(jobs.len() as u64, "job"), named(jobs));
+    app.talk.say(&format!(
+        "{many} still in the farm of this process ({first}): waiting for it to end  (Ctrl-C says whose)"
+    ));
 }
 
 fn stop_at_once(app: &App) -> bool {

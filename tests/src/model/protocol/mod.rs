@@ -72,7 +72,6 @@ impl Bound {
         let (misfortunes, cancels, beats) = match mutant {
             Mutant::CancelLost => (1, 1, 0),
             Mutant::SilenceBelieved => (2, 0, 1),
-            Mutant::AttemptNumberReused => (1, 0, 0),
             _ => (2, 0, 0),
         };
         Self { messages: 3, budget: Budget { misfortunes, crashes: 1, cancels, beats } }
