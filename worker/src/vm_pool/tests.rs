@@ -424,7 +424,7 @@ async fn the_way_of_an_image_onto_the_host_has_its_own_clock() {
     let rig = Rig::new(1, fake).await;
     let pulled = async |n| {
         let claimed = rig.pool.claim(attempt(n), Some("other"), NetworkPolicy::Default).await.unwrap();
-        claimed.stages.pull_ms.is_some()
+        claimed.stages.is_some_and(|stages| stages.pull_ms.is_some())
     };
     assert!(pulled(1).await);
     assert!(!pulled(2).await, "it is here");
