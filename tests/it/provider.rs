@@ -69,7 +69,7 @@ impl Bed {
         };
         let image = match provider {
             Provider::Host => vms.find(&ImageRef(HOST_IMAGE.into())).await?.context("a host has its image")?,
-            Provider::Tart => vms.pull(&ImageRef(IMAGE.into()), &watch::Sender::default()).await?,
+            Provider::Tart => vms.pull(&ImageRef(IMAGE.into()), &watch::Sender::default(), &Default::default()).await?,
         };
         Ok(Bed { state, vms, image, mac, fence })
     }
@@ -436,7 +436,7 @@ async fn two_workers_of_one_mac_run_two_vms_together() -> Result<()> {
     let mac = bed.mac.as_ref().context("it is one of tart")?;
     let state = mac.dir().join("user/second");
     let other = tart_of(mac, mac.other_home("second-home"), state.clone(), bed.fence.subscribe()).await?;
-    other.pull(&ImageRef(IMAGE.into()), &watch::Sender::default()).await?;
+    other.pull(&ImageRef(IMAGE.into()), &watch::Sender::default(), &Default::default()).await?;
     let (first, guest) = bed.guest(1).await?;
     let (second, _guest) = bed.guest(2).await?;
     drop(guest);

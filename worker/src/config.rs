@@ -8,6 +8,7 @@ use alloy_shared::config::{File, Key, Layers, Origin, Problem, Setting, parse};
 use alloy_shared::id::Labels;
 use alloy_shared::limits::{DISK_FLOOR as DISK_FLOOR_BYTES, FLOORS_MAX, Limits, MACOS_GUESTS_MAX, SLOTS_MAX};
 use alloy_shared::runtime::LogFormat;
+use alloy_shared::wire::image::canonical;
 use alloy_shared::wire::network;
 
 use crate::provider::host::HOST_IMAGE;
@@ -216,14 +217,14 @@ pub fn chosen_provider(
 }
 
 impl Config {
-    /// What idle slots hold.
+    /// What idle slots hold, by the names that the farm uses.
     pub fn wish(&self) -> Wish {
         let (image, floors) = match self.provider {
             Provider::Tart => (self.image.as_str(), self.min_idle.as_slice()),
             Provider::Host => (HOST_IMAGE, [].as_slice()),
         };
-        let floors = floors.iter().map(|(image, count)| (ImageRef(image.clone()), *count)).collect();
-        Wish { slots: self.slots, image: ImageRef(image.to_owned()), floors }
+        let floors = floors.iter().map(|(image, count)| (ImageRef(canonical(image)), *count)).collect();
+        Wish { slots: self.slots, image: ImageRef(canonical(image)), floors }
     }
 }
 

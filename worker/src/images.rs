@@ -8,11 +8,12 @@ use alloy_shared::id::Digest;
 use alloy_shared::limits::{HELD_MAX, Limits};
 use alloy_shared::wire::image::{ImageReport, ImageWish, Inventory, PullProgress};
 use futures_util::future::{BoxFuture, OptionFuture, select_all};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::image_book::BookFile;
 use crate::image_plan::{Images, Next};
-use crate::image_shelf::{Shelf, Use};
+use crate::image_shelf::{Shelf, Use, Want};
 use crate::provider::{ImageRef, VmError, VmFault, VmProvider};
 use crate::session::{Input, Inputs};
 
@@ -47,6 +48,21 @@ pub struct ImageStore {
     wishes: watch::Sender<Option<Vec<ImageWish>>>,
     kept: watch::Sender<Vec<ImageRef>>,
     here: watch::Receiver<BTreeSet<ImageRef>>,
+    /// A look at an image is over.
+    over: Arc<Notify>,
+}
+
+/// A name that is being looked at. When that is over, however it ended, the store decides anew what may go.
+struct Wanted {
+    want: Option<Want>,
+    over: Arc<Notify>,
+}
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        drop(self.want.take());
+        self.over.notify_one();
+    }
 }
 
 struct Ask {
@@ -66,9 +82,9 @@ impl ImageStore {
         let (kept, keeps) = watch::channel(setup.kept.clone());
         let (env, provider) = (Arc::clone(&setup.env), Arc::clone(&setup.provider));
         let runner = Runner::new(setup, tell_here);
-        let shelf = Arc::clone(&runner.shelf);
+        let (shelf, over) = (Arc::clone(&runner.shelf), Arc::clone(&runner.over));
         env.spawn("images", Box::pin(runner.run(asked, wished, keeps)));
-        Arc::new(Self { provider, shelf, asks, wishes, kept, here })
+        Arc::new(Self { provider, shelf, asks, wishes, kept, here, over })
     }
 
     /// The image for a VM. Brings it if it is not here, which may take an hour; dropping the future ends the wait only.
@@ -79,7 +95,7 @@ impl ImageStore {
     /// Like [`ImageStore::get`]; true if it was not here.
     pub async fn fetch(&self, image: &ImageRef) -> Result<(Use, bool), VmError> {
         // No removal begins from here on. One that is under way makes void what the provider says meanwhile.
-        let _wanted = lock(&self.shelf).want(image);
+        let _wanted = Wanted { want: Some(lock(&self.shelf).want(image)), over: Arc::clone(&self.over) };
         let mut brought = None;
         for _ in 0..ROUNDS {
             let seen = lock(&self.shelf).images.removals();
@@ -144,7 +160,10 @@ struct Runner {
     waiting: Vec<(ImageRef, oneshot::Sender<Result<Use, VmError>>)>,
     work: Option<BoxFuture<'static, Done>>,
     progress: watch::Sender<PullProgress>,
+    /// Breaks off the pull that runs.
+    stop: CancellationToken,
     tell_here: watch::Sender<BTreeSet<ImageRef>>,
+    over: Arc<Notify>,
     look_at: Mono,
     told: Option<Vec<ImageReport>>,
     tell_at: Mono,
@@ -161,7 +180,9 @@ impl Runner {
             waiting: Vec::new(),
             work: None,
             progress: watch::channel(PullProgress::default()).0,
+            stop: CancellationToken::new(),
             tell_here,
+            over: Arc::default(),
             look_at: Mono(0),
             told: None,
             tell_at: Mono(0),
@@ -178,7 +199,7 @@ impl Runner {
         let mut progress = self.progress.subscribe();
         loop {
             let wake = self.turn().await;
-            let env = Arc::clone(&self.setup.env);
+            let (env, over) = (Arc::clone(&self.setup.env), Arc::clone(&self.over));
             let gone = async {
                 if self.waiting.is_empty() {
                     return std::future::pending().await;
@@ -202,6 +223,7 @@ impl Runner {
                 }
                 Ok(()) = progress.changed() => self.shelf().images.progress(*progress.borrow_and_update()),
                 () = gone => {}
+                () = over.notified() => {}
                 () = env.sleep_until(wake) => {}
             }
         }
@@ -225,7 +247,7 @@ impl Runner {
         let wake = match next {
             Next::Pull(image) => self.pull(image),
             Next::BreakOff => {
-                self.setup.provider.break_off();
+                self.stop.cancel();
                 None
             }
             Next::Remove(digest) => self.remove(digest),
@@ -298,9 +320,12 @@ impl Runner {
 
     fn pull(&mut self, image: ImageRef) -> Option<Mono> {
         let (provider, progress) = (Arc::clone(&self.setup.provider), self.progress.clone());
+        // Of this pull: one that was given up earlier takes no order of it.
+        self.stop = CancellationToken::new();
+        let stop = self.stop.clone();
         progress.send_replace(PullProgress::default());
         self.work = Some(Box::pin(async move {
-            let result = provider.pull(&image, &progress).await;
+            let result = provider.pull(&image, &progress, &stop).await;
             Done::Pulled { image, result }
         }));
         None

@@ -56,6 +56,11 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     if let Err(error) = start_log(&config) {
         return complain(&error, ExitCode::from(2));
     }
+    // It ends a process that has no answer to it, also one that waits for its state directory.
+    let hangups = match signal(SignalKind::hangup()) {
+        Ok(hangups) => hangups,
+        Err(error) => return complain(&format!("signals: {error}"), ExitCode::FAILURE),
+    };
     let daemon = match Daemon::open(config) {
         Ok(daemon) => daemon,
         Err(error @ RunError::Host(HostError::NotJoined { .. })) => {
@@ -67,10 +72,6 @@ pub async fn run(flags: &Flags, guard: PathBuf) -> ExitCode {
     if let Err(error) = life.install_signals() {
         return complain(&format!("signals: {error}"), ExitCode::FAILURE);
     }
-    let hangups = match signal(SignalKind::hangup()) {
-        Ok(hangups) => hangups,
-        Err(error) => return complain(&format!("signals: {error}"), ExitCode::FAILURE),
-    };
     let grace_ms = daemon.config().limits.drain_ms;
     let env = Arc::new(SystemEnv::new(life.clone()));
     let reload = reload(hangups, flags.clone(), daemon.config().clone(), daemon.wishes(), life.soft.clone());

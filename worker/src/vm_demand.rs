@@ -42,31 +42,40 @@ pub struct Share {
 
 /// The requests of late, of all images together.
 #[derive(Debug, Default)]
-pub struct Demand(VecDeque<(Mono, ImageRef)>);
+pub struct Demand(VecDeque<Request>);
+
+#[derive(Debug)]
+struct Request {
+    at: Mono,
+    image: ImageRef,
+    /// It said which image it wants. Else it wants the worker's own, whatever that is.
+    named: bool,
+}
 
 impl Demand {
-    pub fn asked(&mut self, image: &ImageRef, now: Mono) {
+    pub fn asked(&mut self, image: &ImageRef, named: bool, now: Mono) {
         if self.0.len() == DEMAND_MAX {
             self.0.pop_front();
         }
-        self.0.push_back((now, image.clone()));
+        self.0.push_back(Request { at: now, image: image.clone(), named });
     }
 
     /// No spare of this image shall be made for what was asked before.
     pub fn forget(&mut self, image: &ImageRef) {
-        self.0.retain(|(_, asked)| asked != image);
+        self.0.retain(|asked| asked.image != *image);
     }
 
-    /// Who asked for the one would ask for the other.
+    /// The worker's own image is another one from here on: who asked for none by name would get that.
     pub fn rename(&mut self, old: &ImageRef, new: &ImageRef) {
-        self.0.iter_mut().filter(|(_, asked)| asked == old).for_each(|(_, asked)| asked.clone_from(new));
+        let unnamed = self.0.iter_mut().filter(|asked| !asked.named && asked.image == *old);
+        unnamed.for_each(|asked| asked.image.clone_from(new));
     }
 
     /// The images that may be kept warm: the worker's own first, then those with a floor.
     pub fn shares(&self, wish: &Wish, now: Mono) -> Vec<Share> {
         let mut heats: BTreeMap<&ImageRef, u64> = BTreeMap::new();
-        for (at, image) in &self.0 {
-            *heats.entry(image).or_default() += heat(now.since(*at));
+        for asked in &self.0 {
+            *heats.entry(&asked.image).or_default() += heat(now.since(asked.at));
         }
         let floors = wish.floors.iter().take(FLOORS_MAX).map(|(image, floor)| (image, *floor));
         let mut shares: Vec<Share> = Vec::new();

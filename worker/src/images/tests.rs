@@ -43,10 +43,19 @@ impl VmProvider for Fake {
         self.finds.acquire().await.unwrap().forget();
         Ok(self.here.lock().unwrap().contains_key(&image.0).then(|| Digest::of(image.0.as_bytes())))
     }
-    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+    async fn pull(
+        &self,
+        image: &ImageRef,
+        progress: &watch::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> Result<Digest, VmError> {
         progress.send_replace(PullProgress { percent: 40, total_bytes: Some(9) });
         self.pulled.lock().unwrap().push(image.0.clone());
-        self.pulls.acquire().await.unwrap().forget();
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Err(VmError::farm(VmFault::Pull, "broken off")),
+            permit = self.pulls.acquire() => permit.unwrap().forget(),
+        }
         if let Some(error) = self.faults.lock().unwrap().pop() {
             return Err(error);
         }
@@ -228,4 +237,37 @@ async fn what_is_brought_beyond_the_budget_is_brought_once_and_stays_while_it_is
     assert!(rig.fake.removing.lock().unwrap().is_empty());
     drop(used);
     rig.until("r/x:1", |report| report.is_none()).await;
+}
+
+#[tokio::test]
+async fn a_look_that_is_given_up_lets_what_it_kept_go_at_once() {
+    let mut rig = Rig::new(&["r/own:1", "r/x:1"], None);
+    rig.until("r/x:1", |report| report.is_some()).await;
+    rig.fake.finds.forget_permits(Semaphore::MAX_PERMITS);
+    let image = ImageRef("r/x:1".into());
+    let store = Arc::clone(&rig.store);
+    let mut look = Box::pin(store.get(&image));
+    assert!(futures_util::poll!(look.as_mut()).is_pending());
+    let wish = ImageWish { name: "r/x:1".into(), want: ImageWant::Absent, pinned: false, generation: 1 };
+    rig.store.wish(vec![wish]);
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(*rig.fake.removing.lock().unwrap(), [], "somebody looks at it");
+    drop(look);
+    rig.until("r/x:1", |report| report.is_none_or(|report| report.digest.is_none())).await;
+    assert_eq!(*rig.fake.removing.lock().unwrap(), [Digest::of(b"r/x:1")]);
+}
+
+#[tokio::test]
+async fn a_pull_that_nobody_wants_is_broken_off_and_the_next_one_is_not() {
+    let mut rig = Rig::new(&["r/own:1"], None);
+    let is_pulling = |report: Option<&ImageReport>| report.is_some_and(|report| report.pulling.is_some());
+    rig.store.wish(vec![wish("r/x:1", ImageWant::Present)]);
+    rig.until("r/x:1", is_pulling).await;
+    rig.store.wish(vec![wish("r/y:1", ImageWant::Present)]);
+    rig.until("r/y:1", is_pulling).await;
+    rig.fake.pulls.add_permits(1);
+    rig.until("r/y:1", is_here).await;
+    assert_eq!(*rig.fake.pulled.lock().unwrap(), ["r/x:1", "r/y:1"]);
 }

@@ -105,7 +105,12 @@ impl VmProvider for Host {
         Ok((image.0 == HOST_IMAGE).then(|| Digest::of(HOST_IMAGE.as_bytes())))
     }
 
-    async fn pull(&self, image: &ImageRef, _progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+    async fn pull(
+        &self,
+        image: &ImageRef,
+        _progress: &watch::Sender<PullProgress>,
+        _stop: &CancellationToken,
+    ) -> Result<Digest, VmError> {
         self.find(image).await?.ok_or_else(|| {
             let why = format!("this worker runs jobs on the host; `{image}` is an image of VMs");
             VmError::policy(VmFault::NoImage, why)

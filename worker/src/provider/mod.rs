@@ -16,6 +16,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 mod agent;
 pub mod host;
@@ -34,11 +35,14 @@ pub trait VmProvider: Send + Sync {
     fn pulls(&self) -> bool;
     /// The image's digest, if VMs can be made of it at once. Asks nobody beyond this host.
     async fn find(&self, image: &ImageRef) -> Result<Option<Digest>, VmError>;
-    /// Brings an image onto this host as its name stands for it now, however long that takes while it goes on. What was
-    /// downloaded before stays of use after a failure.
-    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError>;
-    /// Ends the pull that runs, which is then an error. What it has stays for the next one.
-    fn break_off(&self) {}
+    /// Brings an image onto this host as its name stands for it now, however long that takes while it goes on. `stop` breaks
+    /// it off, which is an error then. What was downloaded stays of use after a failure.
+    async fn pull(
+        &self,
+        image: &ImageRef,
+        progress: &watch::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> Result<Digest, VmError>;
     /// Removes an image with all its names. VMs that were made of it stay. One that is gone already is a success.
     async fn remove(&self, image: &Digest) -> Result<(), VmError>;
     /// Removes one of several tags of an image. One that is gone already is a success.

@@ -107,8 +107,6 @@ pub struct TartHost {
     making: tokio::sync::Mutex<()>,
     /// One download at a time: `tart` would let a second one wait in silence.
     pulling: tokio::sync::Mutex<()>,
-    /// Ends the newest download.
-    broken_off: Mutex<CancellationToken>,
     /// What broke off and may be resumed.
     unfinished: Unfinished,
     live: Mutex<HashMap<VmName, Arc<Vm>>>,
@@ -140,7 +138,6 @@ impl TartHost {
             version,
             making: tokio::sync::Mutex::default(),
             pulling: tokio::sync::Mutex::default(),
-            broken_off: Mutex::default(),
             unfinished,
             live: Mutex::default(),
             names: Mutex::default(),
@@ -259,12 +256,13 @@ impl VmProvider for TartHost {
         self.cached(image).await
     }
 
-    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
-        self.bring(image, progress).await
-    }
-
-    fn break_off(&self) {
-        self.broken_off.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+    async fn pull(
+        &self,
+        image: &ImageRef,
+        progress: &watch::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> Result<Digest, VmError> {
+        self.bring(image, progress, stop).await
     }
 
     async fn remove(&self, image: &Digest) -> Result<(), VmError> {

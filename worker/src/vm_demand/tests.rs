@@ -30,7 +30,7 @@ fn requests_fade_by_half_and_then_count_no_more() {
 fn shares_are_the_own_image_the_floors_and_what_was_asked_for() {
     let mut demand = Demand::default();
     for name in ["b", "own", "c", "b"] {
-        demand.asked(&image(name), NOW);
+        demand.asked(&image(name), name == "b", NOW);
     }
     let row = |name: &str, floor, heat| (name.to_owned(), floor, heat);
     let wish = wish(&[("d", 1), ("own", 2)]);
@@ -41,7 +41,18 @@ fn shares_are_the_own_image_the_floors_and_what_was_asked_for() {
     assert_eq!(shown(&demand, &wish, NOW), [row("own", 2, OWN + 2_000), row("d", 1, 0)]);
     assert_eq!(shown(&demand, &wish, NOW + 30 * HALF_LIFE_MS), [row("own", 2, OWN), row("d", 1, 0)]);
     for _ in 0..2 * DEMAND_MAX {
-        demand.asked(&image("e"), NOW);
+        demand.asked(&image("e"), true, NOW);
     }
     assert_eq!(demand.0.len(), DEMAND_MAX);
+}
+
+#[test]
+fn a_request_that_named_its_image_stays_with_it() {
+    let mut demand = Demand::default();
+    for named in [true, false, true] {
+        demand.asked(&image("old"), named, NOW);
+    }
+    demand.rename(&image("old"), &image("own"));
+    let row = |name: &str, heat| (name.to_owned(), 0, heat);
+    assert_eq!(shown(&demand, &wish(&[]), NOW), [row("own", OWN + 1_000), row("old", 2_000)]);
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use alloy_shared::id::{AttemptRef, Digest};
+use alloy_shared::wire::image::canonical;
 use alloy_shared::wire::vm::{Miss, VmStages};
 use tokio::sync::{mpsc, oneshot};
 
@@ -47,6 +48,8 @@ impl Drop for Claimed {
 pub(super) struct Claim {
     pub(super) waiting: Waiting,
     pub(super) image: Use,
+    /// The job said which image it wants.
+    pub(super) named: bool,
     pub(super) reply: oneshot::Sender<Result<Claimed, VmError>>,
     /// Why no VM was waiting for it, once that is known.
     pub(super) missed: Option<Miss>,
@@ -71,13 +74,15 @@ impl VmPool {
         image: Option<&str>,
         network: NetworkPolicy,
     ) -> Result<Claimed, VmError> {
-        let image = image.map_or_else(|| self.image.borrow().clone(), |name| ImageRef(name.to_owned()));
+        let named = image.is_some();
+        let image = image.map_or_else(|| self.image.borrow().clone(), |name| ImageRef(canonical(name)));
         let asked = self.env.now().mono;
         let (here, was_away) = self.bring(&image).await?;
         let pull_ms = was_away.then(|| self.env.now().mono.since(asked));
         let (mut tries, mut missed) = (1, None);
         loop {
-            let mut claimed = self.wait(Waiting { attempt, image: image.clone() }, here.clone(), missed).await?;
+            let waiting = Waiting { attempt, image: image.clone() };
+            let mut claimed = self.wait(waiting, here.clone(), named, missed).await?;
             let start = self.env.now().mono;
             match within(&self.env, self.limits.boot_ms, self.provider.restrict(&claimed.vm, &network)).await {
                 Ok(()) => {
@@ -114,9 +119,9 @@ impl VmPool {
         }
     }
 
-    async fn wait(&self, waiting: Waiting, image: Use, missed: Option<Miss>) -> Result<Claimed, VmError> {
+    async fn wait(&self, waiting: Waiting, image: Use, named: bool, missed: Option<Miss>) -> Result<Claimed, VmError> {
         let (reply, answer) = oneshot::channel();
-        let claim = Claim { waiting, image, reply, missed, failures: 0 };
+        let claim = Claim { waiting, image, named, reply, missed, failures: 0 };
         let _tells_the_pool = Interest(self.freed.clone());
         self.asks.send(Ask::Claim(claim)).await.map_err(|_| gone())?;
         within(&self.env, self.limits.claim_ms, async { answer.await.map_err(|_| gone())? }).await

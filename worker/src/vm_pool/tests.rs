@@ -42,7 +42,7 @@ struct Fake {
     leaving: Mutex<Option<Digest>>,
 }
 
-const IMAGES: [&str; 3] = ["own", "other", "third"];
+const IMAGES: [&str; 4] = ["own", "other", "third", "r/own:latest"];
 
 async fn pass(gate: &Option<Semaphore>) {
     if let Some(gate) = gate {
@@ -93,7 +93,12 @@ impl VmProvider for Fake {
         let is_here = image.0 != "absent" && !self.away.lock().unwrap().contains(&image.0);
         Ok(is_here.then(|| Digest::of(image.0.as_bytes())))
     }
-    async fn pull(&self, image: &ImageRef, _: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+    async fn pull(
+        &self,
+        image: &ImageRef,
+        _: &watch::Sender<PullProgress>,
+        _: &CancellationToken,
+    ) -> Result<Digest, VmError> {
         match self.away.lock().unwrap().remove(&image.0) || IMAGES.contains(&image.0.as_str()) {
             true => Ok(Digest::of(image.0.as_bytes())),
             false => Err(VmError::policy(VmFault::NoImage, "absent")),
@@ -428,6 +433,50 @@ async fn the_way_of_an_image_onto_the_host_has_its_own_clock() {
     };
     assert!(pulled(1).await);
     assert!(!pulled(2).await, "it is here");
+}
+
+#[tokio::test]
+async fn an_image_is_the_same_with_its_tag_and_without() {
+    let mut rig = Rig::new(1, Fake::default()).await;
+    rig.pool.change(wish(1, "r/own:latest", &[])).await;
+    rig.slots(&[(SlotState::Recycling, None)]).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    for name in ["r/own", "r/own:latest"] {
+        let claimed = rig.pool.claim(attempt(1), Some(name), NetworkPolicy::Default).await.unwrap();
+        assert_eq!(
+            (claimed.image.0.as_str(), claimed.stages.map(|it| it.warm)),
+            ("r/own:latest", Some(true)),
+            "{name}"
+        );
+        rig.pool.release(claimed).await;
+        rig.slots(&[(SlotState::Warm, None)]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_claim_whose_asker_is_gone_gets_nothing() {
+    let rig = Rig::new(1, Fake::default()).await;
+    let (frees, _freed) = mpsc::channel(1);
+    let setup = PoolSetup {
+        env: Arc::new(SystemEnv::detached()),
+        images: Arc::clone(&rig.images),
+        limits: Limits::default(),
+        provider: Arc::clone(&rig.fake) as Arc<dyn VmProvider>,
+        inputs: mpsc::channel(1).0,
+        state_dir: "/state".into(),
+        wish: wish(1, "own", &[]),
+    };
+    let mut runner = Runner::new(setup, frees);
+    let image = ImageRef("own".into());
+    for is_gone in [true, false] {
+        let (reply, answer) = oneshot::channel();
+        let answer = (!is_gone).then_some(answer);
+        let waiting = Waiting { attempt: attempt(1), image: image.clone() };
+        let used = rig.images.get(&image).await.unwrap();
+        runner.ask(Claim { waiting, image: used, named: false, reply, missed: None, failures: 0 });
+        assert_eq!(runner.claims.len(), usize::from(!is_gone));
+        drop(answer);
+    }
 }
 
 #[tokio::test]

@@ -13,9 +13,13 @@ use crate::vm_plan::{PoolAction, Slot, spent};
 
 impl Runner {
     pub(super) fn ask(&mut self, claim: Claim) {
+        // Whoever is gone before the claim arrived has said so already.
+        if claim.reply.is_closed() {
+            return;
+        }
         // One that comes again for another VM asks for nothing new.
         if claim.missed.is_none() {
-            self.demand.asked(&claim.waiting.image, self.setup.env.now().mono);
+            self.demand.asked(&claim.waiting.image, claim.named, self.setup.env.now().mono);
         }
         self.claims.push(claim);
     }

@@ -284,7 +284,8 @@ async fn nothing_outlives_a_killed_daemon_and_the_next_one_cleans_up() {
 #[tokio::test]
 async fn other_images_are_refused() {
     let fixture = Fixture::new();
-    let error = fixture.host.pull(&ImageRef("macos-15".into()), &Default::default()).await.unwrap_err();
+    let error =
+        fixture.host.pull(&ImageRef("macos-15".into()), &Default::default(), &Default::default()).await.unwrap_err();
     assert_eq!((error.what, error.retry), (VmFault::NoImage, false));
 }
 

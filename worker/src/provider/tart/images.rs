@@ -79,6 +79,7 @@ impl TartHost {
         &self,
         image: &ImageRef,
         progress: &watch::Sender<PullProgress>,
+        stop: &CancellationToken,
     ) -> Result<Digest, VmError> {
         if !is_remote(&image.0) {
             return self.cached(image).await?.ok_or_else(|| {
@@ -86,10 +87,8 @@ impl TartHost {
             });
         }
         let _one = self.pulling.lock().await;
-        let stop = CancellationToken::new();
-        *self.broken_off.lock().unwrap_or_else(PoisonError::into_inner) = stop.clone();
         tracing::info!(%image, "pulling");
-        let ended = self.download(image, progress, &stop).await;
+        let ended = self.download(image, progress, stop).await;
         // Before anybody's next command of `tart` clears it away.
         self.unfinished.hold(self.setup.env.now().mono);
         let ended = ended.map_err(|error| VmError { what: VmFault::Pull, ..error })?;

@@ -119,7 +119,7 @@ impl World {
 
     fn asks(&mut self, name: &str) {
         self.jobs += 1;
-        self.demand.asked(&image(name), self.now);
+        self.demand.asked(&image(name), name != self.wish.image.0, self.now);
         self.waiting.push(Waiting { attempt: attempt(self.jobs), image: image(name) });
     }
 
@@ -218,7 +218,7 @@ fn an_image_that_was_asked_for_repeatedly_is_wanted_by_the_next_plan() {
         world.wish.floors.clear();
         world.settle();
         assert_eq!(world.warm("a"), 2);
-        (0..3).for_each(|_| world.demand.asked(&image("d"), world.now));
+        (0..3).for_each(|_| world.demand.asked(&image("d"), true, world.now));
         // One of the two makes room at once, and what is made there next is the image that was asked for.
         let planned = world.plan();
         let [PoolAction::Unmake { slot }] = planned[..] else { panic!("{planned:?}") };

@@ -7,7 +7,7 @@ use super::*;
 /// Two images fill the budget; a third one can be brought.
 async fn rig(slots: usize, removes: Semaphore) -> Rig {
     let fake = Fake {
-        away: Mutex::new(["third".to_owned()].into()),
+        away: Mutex::new(["third", "r/own:latest"].map(str::to_owned).into()),
         finds: Some(Semaphore::new(Semaphore::MAX_PERMITS)),
         removes: Some(removes),
         ..Fake::default()
