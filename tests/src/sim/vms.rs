@@ -197,14 +197,22 @@ impl VmProvider for SimVms {
         Ok(here.then(|| Digest::of(image.0.as_bytes())))
     }
 
-    async fn pull(&self, image: &ImageRef, progress: &watch::Sender<PullProgress>) -> Result<Digest, VmError> {
+    async fn pull(
+        &self,
+        image: &ImageRef,
+        progress: &watch::Sender<PullProgress>,
+        stop: &CancellationToken,
+    ) -> Result<Digest, VmError> {
         if image.0 == NO_IMAGE {
             self.sim.sleep(500).await;
             self.host.check.cover.fault(Fault::PullRefused);
             return Err(VmError::policy(VmFault::NoImage, "no such image anywhere"));
         }
         for _ in 0..4 {
-            self.sim.sleep(self.sim.between(1_000, 20_000)).await;
+            let part = self.sim.sleep(self.sim.between(1_000, 20_000));
+            if stop.run_until_cancelled(part).await.is_none() {
+                return Err(VmError::farm(VmFault::Pull, "nobody wants it any more"));
+            }
             progress.send_modify(|progress| *progress = PullProgress::default());
             if self.host.fault(Fault::PullBroken, |moods| moods.pull_fails) {
                 return Err(VmError::farm(VmFault::Pull, "the registry broke off"));
