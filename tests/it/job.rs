@@ -338,9 +338,7 @@ async fn a_job_finds_the_environment_that_is_promised_and_nothing_of_the_daemons
     let names = log.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name.to_owned());
     let found: BTreeSet<String> = names.filter(|name| !own.contains(&name.as_str())).collect();
     let (mut told, absent) = variables_of_a_job();
-    if provider == Provider::Tart {
-        told.remove("ALLOY_VM_DIR");
-    }
+    told.remove(if provider == Provider::Tart { "ALLOY_VM_DIR" } else { "ALLOY_VM_SOURCE" });
     assert_eq!(found, told, "docs/OPERATIONS.md says what a job finds");
     assert!(absent.len() > 8 && absent.is_disjoint(&found), "{absent:?}");
     Ok(())
