@@ -118,7 +118,8 @@ impl Seen {
     }
 }
 
-/// What `apply` allows and no worker brings about that numbers its reports: an end is never the first of them.
+/// What `apply` allows and no worker brings about that keeps to the protocol: an end is never the first of its reports, and
+/// it says that a job was canceled only after the order to cancel it, which follows the state.
 pub const NEVER: &[(&str, &str)] =
     &[("assigned", "canceled"), ("assigned", "failed"), ("assigned", "succeeded"), ("assigned", "timed_out")];
 
