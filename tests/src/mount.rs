@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 
 /// A mounted file system. Dropping it takes it away, also from under whoever still uses it.
 #[derive(Debug)]
@@ -21,8 +19,7 @@ impl Mount {
     pub fn tmpfs(at: &Path, mib: u64) -> Result<Mount> {
         fs::create_dir_all(at)?;
         let options = format!("size={mib}m,mode=700");
-        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))
-            .with_context(|| format!("mount a tmpfs at {}", at.display()))?;
+        system::mount_tmpfs(at, &options).with_context(|| format!("mount a tmpfs at {}", at.display()))?;
         Ok(Mount { at: at.to_owned() })
     }
 
@@ -41,12 +38,8 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        if umount2(&self.at, MntFlags::empty()).is_err() {
-            // Somebody holds it: it goes when they do.
-            let gone = umount2(&self.at, MntFlags::MNT_DETACH);
-            if let Err(error) = gone {
-                eprintln!("{} stays mounted: {error}", self.at.display());
-            }
+        if let Err(error) = system::unmount(&self.at) {
+            eprintln!("{} stays mounted: {error}", self.at.display());
         }
     }
 }
@@ -100,9 +93,7 @@ pub fn run(command: &mut Command) -> Result<()> {
 
 /// Runs a test whose mounts nobody else sees: however it ends, they are gone with it.
 pub fn alone(test: &str, work: impl Future<Output = Result<()>>) -> Result<()> {
-    let apart = unshare(CloneFlags::CLONE_NEWNS)
-        .and_then(|()| mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>));
-    if let Err(error) = apart {
+    if let Err(error) = system::set_mounts_apart() {
         skipped(test, &format!("no mounts of its own: {error}"));
         return Ok(());
     }
@@ -138,8 +129,7 @@ pub fn skipped(test: &str, why: &str) {
 
 /// Bytes that may still be written at a path.
 pub fn free(at: &Path) -> u64 {
-    let stat = nix::sys::statvfs::statvfs(at).expect("a mounted disk can be asked");
-    stat.blocks_available() * stat.fragment_size()
+    worker::host::disk_free(at).expect("a mounted disk can be asked")
 }
 
 /// A file that takes all but so many bytes of its disk. Deleting it gives them back.
@@ -175,5 +165,49 @@ impl Drop for Filler {
     fn drop(&mut self) {
         // With its disk it is gone too.
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::path::Path;
+
+    use nix::Result;
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use nix::sched::{CloneFlags, unshare};
+
+    pub(super) fn mount_tmpfs(at: &Path, options: &str) -> Result<()> {
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options))
+    }
+
+    /// At once, or else when whoever holds it lets go.
+    pub(super) fn unmount(at: &Path) -> Result<()> {
+        umount2(at, MntFlags::empty()).or_else(|_| umount2(at, MntFlags::MNT_DETACH))
+    }
+
+    pub(super) fn set_mounts_apart() -> Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+    }
+}
+
+/// Elsewhere no process has mounts of its own.
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use std::path::Path;
+
+    use nix::Result;
+    use nix::errno::Errno;
+
+    pub(super) fn mount_tmpfs(_: &Path, _: &str) -> Result<()> {
+        Err(Errno::ENOTSUP)
+    }
+
+    pub(super) fn unmount(_: &Path) -> Result<()> {
+        Err(Errno::ENOTSUP)
+    }
+
+    pub(super) fn set_mounts_apart() -> Result<()> {
+        Err(Errno::ENOTSUP)
     }
 }
