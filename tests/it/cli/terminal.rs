@@ -1,9 +1,8 @@
 //! Ctrl-C in a real terminal: tmux.
 
-use std::path::PathBuf;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 
-use alloy_tests::farm::{Farm, Provider, Setup, bin_dir, output};
+use alloy_tests::farm::{Farm, Provider, Setup, bin_dir, isolated, output};
 use alloy_tests::observe::until;
 use anyhow::{Context as _, Result, ensure};
 
@@ -14,9 +13,9 @@ on_every_provider! {
     the_second_ctrl_c_detaches_and_tells_the_job,
 }
 
-/// A terminal of its own on a server of its own.
+/// A terminal of its own on a server of its own, with a person's environment: nothing in it says `CI`.
 struct Terminal {
-    socket: PathBuf,
+    dir: PathBuf,
 }
 
 impl Terminal {
@@ -26,11 +25,10 @@ impl Terminal {
     }
 
     fn start_wide(farm: &Farm, columns: u16, args: &str) -> Result<Terminal> {
-        let terminal = Terminal { socket: farm.dir().join("tmux") };
+        let terminal = Terminal { dir: farm.dir().to_owned() };
         let alloy = bin_dir().join("alloy");
         let line = format!(
-            "cd {home}; export HOME={home} ORCHESTRATOR_URL={url} ALLOY_TOKEN={token}; unset XDG_STATE_HOME; \
-             {alloy} {args}; echo exit=$?; cat",
+            "cd {home}; export ORCHESTRATOR_URL={url} ALLOY_TOKEN={token}; {alloy} {args}; echo exit=$?; cat",
             home = farm.dir().join("home").display(),
             url = farm.url(),
             token = farm.token(),
@@ -41,7 +39,8 @@ impl Terminal {
     }
 
     fn tmux(&self, args: &[&str]) -> Result<String> {
-        let out = Command::new("tmux").arg("-S").arg(&self.socket).args(args).output().context("tmux")?;
+        let mut tmux = isolated(Path::new("tmux"), &self.dir);
+        let out = tmux.arg("-S").arg(self.dir.join("tmux")).args(args).output().context("tmux")?;
         ensure!(out.status.success(), "tmux {args:?}: {}", String::from_utf8_lossy(&out.stderr));
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
