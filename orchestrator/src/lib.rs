@@ -88,6 +88,15 @@ fn start_error(what: impl Into<String>, why: impl std::fmt::Display) -> ServeErr
     ServeError::Start { what: what.into(), why: why.to_string() }
 }
 
+fn cannot_listen(at: SocketAddr, error: std::io::Error) -> ServeError {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            start_error(format!("cannot listen on {at}"), "another program does; --listen ADDR:PORT takes another port")
+        }
+        _ => start_error(format!("cannot listen on {at}"), error),
+    }
+}
+
 /// Starts an orchestrator: lock, open, restore, listen. When it returns, requests are answered.
 pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Result<Served, ServeError> {
     config.check().map_err(ServeError::Config)?;
@@ -99,8 +108,7 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
         return Err(start_error("told to stop", "nothing was begun"));
     }
     let sql = Arc::new(SqlStore::open_sqlite(&dir.join("alloy.db")).await?);
-    let listener =
-        TcpListener::bind(config.listen).await.map_err(|error| start_error(config.listen.to_string(), error))?;
+    let listener = TcpListener::bind(config.listen).await.map_err(|error| cannot_listen(config.listen, error))?;
     let addr = listener.local_addr().map_err(|error| start_error("the listening socket", error))?;
 
     let background = life.hard.child_token();

@@ -370,7 +370,11 @@ async fn a_local_run_has_the_same_events_as_one_over_separate_processes() -> Res
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_farm_of_alloy_up_serves_other_commands_until_it_is_stopped() -> Result<()> {
     let alone = Alone::new()?;
-    let mut up = alloy_tests::process::Daemon::start("up", alone.alloy(&["up"]), &alone.0.path().join("up.log"))?;
+    let mut up = alloy_tests::process::Daemon::start(
+        "up",
+        alone.alloy(&["up", "--listen", "127.0.0.1:0"]),
+        &alone.0.path().join("up.log"),
+    )?;
     let ready = alloy_tests::observe::until_blocking("alloy up is ready", alloy_tests::observe::PATIENCE, || {
         up.log_text().contains("http://") || up.has_ended().is_some()
     });
@@ -386,6 +390,12 @@ async fn a_farm_of_alloy_up_serves_other_commands_until_it_is_stopped() -> Resul
     let out = output(alone.alloy(&["run", "--local", "--detach", "-c", "true"])).await?;
     assert_eq!(out.status.code(), Some(2), "{}", told(&out));
     assert!(text(&out.stderr).contains("alloy up"), "{}", told(&out));
+    let log = up.log_text();
+    let (_, url) = log.split_once("http://").context("a URL")?;
+    let port = url.split(|c: char| c == ':' || c.is_whitespace() || c == '/').nth(1).context("a port")?;
+    let out = output(Alone::new()?.alloy(&["up", "--listen", &format!("127.0.0.1:{port}")])).await?;
+    assert_eq!(out.status.code(), Some(1), "{}", told(&out));
+    assert!(text(&out.stderr).contains("takes another port"), "{}", told(&out));
     up.signal(nix::sys::signal::Signal::SIGTERM);
     let status = up.wait(alloy_tests::observe::PATIENCE)?;
     assert!(status.success(), "{status}: {}", up.log_text());
