@@ -6,8 +6,9 @@ use alloy_tests::farm::{Farm, Setup, full};
 use alloy_tests::inject::{Fault, Injected, injected};
 use alloy_tests::load::{check, submit};
 use alloy_tests::mount::skipped;
-use alloy_tests::observe::until;
+use alloy_tests::observe::{Api, is_terminal, until};
 use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
 use tokio::task::JoinSet;
 
 const SYNCS: &str = "fdatasync,fsync";
@@ -63,7 +64,9 @@ async fn nothing_that_an_orchestrator_acknowledged_is_lost_when_its_disk_fails()
             while let Some(done) = asked.join_next().await {
                 told.push(done?);
             }
-            let mut ended = under_way(&mut farm, &told).await;
+            let ids = told.iter().filter_map(|(id, _)| id.as_ref());
+            let api = farm.api();
+            let mut ended = under_way(&api, ids, is_terminal, || farm.orchestrator().has_ended().is_some()).await;
             drop(under);
             // It may have met the fault in the last moment.
             ended |= farm.orchestrator().has_ended().is_some();
@@ -94,20 +97,24 @@ async fn nothing_that_an_orchestrator_acknowledged_is_lost_when_its_disk_fails()
     Ok(())
 }
 
-/// Waits until the acknowledged jobs have ended, or the orchestrator has, or for a while: a fault may hold them up. True: it has ended.
-async fn under_way(farm: &mut Farm, told: &[(Option<String>, u64)]) -> bool {
-    let api = farm.api();
+/// Waits until these jobs are so far, or the daemon has ended, or for a while: a fault may hold them up for as long as it stays.
+/// True: it has ended.
+async fn under_way(
+    api: &Api,
+    jobs: impl IntoIterator<Item = &String>,
+    so_far: impl Fn(&Value) -> bool,
+    mut has_ended: impl FnMut() -> bool,
+) -> bool {
+    let jobs: Vec<&String> = jobs.into_iter().collect();
     let looks = 150;
     for _ in 0..looks {
-        if farm.orchestrator().has_ended().is_some() {
+        if has_ended() {
             return true;
         }
         let mut open = 0;
-        for (id, _) in told {
-            let Some(id) = id else { continue };
+        for id in &jobs {
             let job = tokio::time::timeout(std::time::Duration::from_secs(2), api.job(id)).await;
-            let done = matches!(job, Ok(Ok(job)) if alloy_tests::observe::is_terminal(&job));
-            open += usize::from(!done);
+            open += usize::from(!matches!(job, Ok(Ok(job)) if so_far(&job)));
         }
         if open == 0 {
             return false;
@@ -177,18 +184,10 @@ async fn no_job_is_lost_when_the_disk_of_its_worker_fails() -> Result<()> {
                 seed += 1;
                 jobs.push((submit(&api, seed).await.context("the farm is well")?, seed));
             }
-            let mut ended = false;
-            until("the jobs have ended or the worker has", async || {
-                ended = farm.worker(0).has_ended().is_some();
-                let mut open = 0;
-                for (id, _) in &jobs {
-                    let job = api.job(id).await?;
-                    // What it holds up is tried again elsewhere in time: here nobody else is there.
-                    open += usize::from(!alloy_tests::observe::is_terminal(&job) && job["attempt"].as_u64() < Some(2));
-                }
-                Ok((ended || open == 0).then_some(()))
-            })
-            .await;
+            // What it holds up is tried again elsewhere in time: here nobody else is there.
+            let so_far = |job: &Value| is_terminal(job) || job["attempt"].as_u64() >= Some(2);
+            let ids = jobs.iter().map(|(id, _)| id);
+            let mut ended = under_way(&api, ids, so_far, || farm.worker(0).has_ended().is_some()).await;
             drop(under);
             ended |= farm.worker(0).has_ended().is_some();
             if ended {
