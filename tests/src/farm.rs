@@ -478,7 +478,8 @@ impl Farm {
             ensure!(left.is_empty(), "VM directories are left: {left:?}");
         }
         for mac in &self.macs {
-            until_blocking("no process of the simulated Mac is left", PATIENCE, || mac.processes().is_empty())?;
+            until_blocking("no process of the simulated Mac is left", PATIENCE, || mac.processes().is_empty())
+                .with_context(|| format!("left: {:#?}", mac.processes()))?;
             ensure!(mac.leaks().is_empty(), "left on a simulated Mac: {:#?}", mac.leaks());
         }
         Ok(())
