@@ -18,12 +18,26 @@ const IN_USE_LOOK_MS: u64 = 5_000;
 const STUCK_PAUSE_MS: u64 = 1_000;
 const STUCK_PAUSE_CAP_MS: u64 = 10 * 60_000;
 
+/// A daemon that was killed may have forgotten this much of when an image was used.
+const USED_STEP_MS: u64 = 60_000;
+
 /// What outlives the daemon.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Book {
     /// The newest wish that was fulfilled, by image.
     pub done: BTreeMap<String, i64>,
     pub used_at: BTreeMap<Digest, Ms>,
+}
+
+impl Book {
+    /// Whether it is worth writing down after `kept` was. When an image was used need not be known to the second, and a VM
+    /// is made for every job.
+    pub fn is_news_after(&self, kept: &Self) -> bool {
+        let as_good = |(digest, at): (&Digest, &Ms)| {
+            kept.used_at.get(digest).is_some_and(|kept| at.0.abs_diff(kept.0) < USED_STEP_MS)
+        };
+        self.done != kept.done || self.used_at.len() != kept.used_at.len() || !self.used_at.iter().all(as_good)
+    }
 }
 
 /// A pull that did not bring its image.

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::image_book::BookFile;
-use crate::image_plan::{Images, Next};
+use crate::image_plan::{Book, Images, Next};
 use crate::image_shelf::{Shelf, Use, Want};
 use crate::provider::{ImageRef, VmError, VmFault, VmProvider};
 use crate::session::{Input, Inputs};
@@ -157,6 +157,8 @@ struct Runner {
     setup: ImageSetup,
     shelf: Arc<Mutex<Shelf>>,
     book: BookFile,
+    /// What was written down last.
+    kept: Book,
     waiting: Vec<(ImageRef, oneshot::Sender<Result<Use, VmError>>)>,
     work: Option<BoxFuture<'static, Done>>,
     progress: watch::Sender<PullProgress>,
@@ -173,8 +175,9 @@ impl Runner {
     fn new(setup: ImageSetup, tell_here: watch::Sender<BTreeSet<ImageRef>>) -> Self {
         let book = setup.book.clone();
         let (pulls, known) = (setup.provider.pulls(), book.load());
-        let images = Images::new(&setup.kept, setup.budget, pulls, setup.limits.clone(), known);
+        let images = Images::new(&setup.kept, setup.budget, pulls, setup.limits.clone(), known.clone());
         Self {
+            kept: known,
             shelf: Arc::new(Mutex::new(Shelf::new(images))),
             book,
             waiting: Vec::new(),
@@ -242,7 +245,6 @@ impl Runner {
         // The farm hears of a failure before the job that it ends: it must not send the next one here.
         let tell = self.tell(now.mono).await;
         self.answer(now.mono);
-        let before = self.shelf().images.book().clone();
         let next = self.shelf().next(now.mono);
         let wake = match next {
             Next::Pull(image) => self.pull(image),
@@ -254,9 +256,7 @@ impl Runner {
             Next::Untag(tag) => self.untag(tag),
             Next::Wait(wake) => wake,
         };
-        if before != *self.shelf().images.book() {
-            self.save();
-        }
+        self.save();
         let here: BTreeSet<ImageRef> = {
             let shelf = self.shelf();
             self.setup.kept.iter().filter(|image| shelf.images.has(image)).cloned().collect()
@@ -370,10 +370,14 @@ impl Runner {
         self.look_at = now.mono;
     }
 
-    fn save(&self) {
+    fn save(&mut self) {
         let book = self.shelf().images.book().clone();
-        if let Err(error) = self.book.save(&book) {
-            tracing::warn!(%error, "which images were used when is not written down");
+        if !book.is_news_after(&self.kept) {
+            return;
+        }
+        match self.book.save(&book) {
+            Ok(()) => self.kept = book,
+            Err(error) => tracing::warn!(%error, "which images were used when is not written down"),
         }
     }
 

@@ -287,3 +287,22 @@ fn a_tag_that_will_not_go_is_tried_again_after_a_pause() {
     assert!(matches!(images.next(NOW), Next::Wait(Some(_))));
     assert_eq!(images.next(NOW + STUCK_PAUSE_MS), Next::Untag(named("r/a:1")));
 }
+
+#[test]
+fn a_use_a_moment_later_is_not_worth_a_write_and_everything_else_is() {
+    let (a, b) = (Digest::of(b"a"), Digest::of(b"b"));
+    let kept = Book { done: [("x".into(), 1)].into(), used_at: [(a, Ms(1_000))].into() };
+    let used =
+        |at: &[(Digest, i64)]| Book { used_at: at.iter().map(|(d, at)| (*d, Ms(*at))).collect(), ..kept.clone() };
+    for (book, news) in [
+        (kept.clone(), false),
+        (used(&[(a, 60_999)]), false),
+        (used(&[(a, 61_000)]), true),
+        (used(&[(a, 1_000), (b, 1_000)]), true),
+        (used(&[(b, 1_000)]), true),
+        (used(&[]), true),
+        (Book { done: [("x".into(), 2)].into(), ..kept.clone() }, true),
+    ] {
+        assert_eq!(book.is_news_after(&kept), news, "{book:?}");
+    }
+}
