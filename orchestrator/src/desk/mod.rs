@@ -32,6 +32,8 @@ struct Live {
     attempt: Option<Attempt>,
     rules: Rules,
     required: Labels,
+    /// It was found in the store: those who could take it, or who have it, may not have had the time to come.
+    found: bool,
     due: Option<Due>,
 }
 
@@ -44,7 +46,7 @@ enum Draft {
 
 pub struct Desk {
     limits: Limits,
-    /// Leased jobs are not overdue before this: their workers had no time to come back.
+    /// Jobs that were leased or waited before the start are not overdue before this: workers had no time to come back.
     patient_until: Mono,
     live: BTreeMap<JobId, Live>,
     /// Waiting jobs, oldest first.
@@ -99,7 +101,7 @@ impl Desk {
                 // With nobody connected yet, each worker that comes may be the one that has not lost it.
                 let rules = Rules { untried: self.offers.is_empty(), ..Rules::of(&job.spec, &self.limits) };
                 let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
-                self.put(Live { job, attempt, rules, required, due }, now);
+                self.put(Live { job, attempt, rules, required, found: due.is_none(), due }, now);
             }
         }
     }
@@ -173,7 +175,7 @@ impl Desk {
         self.fresh.insert(id, self.drafts.len());
         let insert = Box::new(InsertJob { job: job.clone(), key, attempt: None, events });
         self.drafts.push(Draft::Insert { ticket, insert });
-        self.put(Live { job, attempt: None, rules, required, due: None }, now);
+        self.put(Live { job, attempt: None, rules, required, found: false, due: None }, now);
     }
 
     fn report(&mut self, ticket: Ticket, from: From, seq: u64, event: &Event, mut news: News, now: Now) {

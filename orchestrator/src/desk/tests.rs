@@ -358,13 +358,28 @@ fn what_is_loaded_has_what_the_wall_clock_left_of_it() {
     let mut first = Desk::new(limits.clone(), Mono(0));
     turn_at(&mut first, 0, 0, vec![submit(1, 10)]);
     let job = first.live[&id(10)].job.clone();
+    let grace = limits.startup_grace_ms;
     let rows =
-        [("later", 1_000, queue - 1_000), ("much later", 400 * DAY, 0), ("on a clock set back", -400 * DAY, queue)];
+        [("later", 1_000, queue - 1_000), ("much later", 400 * DAY, grace), ("on a clock set back", -400 * DAY, queue)];
     for (name, wall, left) in rows {
         let mut desk = Desk::new(limits.clone(), started);
         desk.restore(vec![(job.clone(), None)], Now { wall: Ms(wall), mono: started });
         assert_eq!(desk.next_wake(), Some(started + left), "{name}");
     }
+}
+
+#[test]
+fn a_job_whose_wait_was_over_while_nobody_looked_gets_a_worker_that_comes_in_time() {
+    let limits = Limits::default();
+    let grace = limits.startup_grace_ms as i64;
+    let mut first = Desk::new(limits.clone(), Mono(0));
+    turn(&mut first, 0, vec![submit(1, 10), submit(2, 11)]);
+    let jobs = [10, 11].map(|n| (first.live[&id(n)].job.clone(), None));
+    let started = 400 * DAY;
+    let mut desk = Desk::new(limits, Mono(started as u64));
+    desk.restore(jobs.to_vec(), at(started));
+    assert_eq!(moved(&turn(&mut desk, started + 1, vec![offer(1, &[FREE])]).1), [(10, StateWord::Assigned)]);
+    assert_eq!(moved(&turn(&mut desk, started + grace, vec![]).1).last(), Some(&(11, StateWord::Expired)));
 }
 
 #[test]
