@@ -11,15 +11,23 @@ use anyhow::{Context as _, Result};
 async fn a_worker_with_damaged_records_starts_and_its_jobs_are_tried_again() -> Result<()> {
     let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1, ..Setup::default() }).await?;
     let mut dice = Dice::from_environment();
-    for round in 1..=if full() { 30 } else { 4 } {
+    let (mut done, often) = ([0; HARMS.len()], if full() { 8 } else { 1 });
+    let mut round = 0;
+    while done.iter().any(|times| *times < often) {
+        round += 1;
+        assert!(round <= ROUNDS_MAX, "after {ROUNDS_MAX} rounds: {HARMS:?}: {done:?}");
         let api = farm.api();
         let ids =
             [submit(&api, 2 * round).await.context("taken")?, submit(&api, 2 * round + 1).await.context("taken")?];
         dice.instant(400).await;
         farm.kill_worker(0);
         let state = farm.worker_dir(0);
-        for entry in fs::read_dir(state.join("spool"))?.flatten() {
-            harm(&entry.path(), &mut dice);
+        let all = fs::read_dir(state.join("spool"))?.flatten();
+        // What an earlier round set aside is no record any more.
+        for entry in all.filter(|entry| !entry.file_name().to_string_lossy().starts_with('.')) {
+            // Dealt in turn: the one that came least.
+            let (_, kind) = done.iter().zip(0..).min().expect("there are some");
+            done[kind] += u64::from(harm(&entry.path(), kind, &mut dice));
         }
         fs::write(state.join("spool/no attempt"), "x")?;
         fs::create_dir_all(state.join("spool").join(format!("job_{round}.1")))?;
@@ -30,33 +38,40 @@ async fn a_worker_with_damaged_records_starts_and_its_jobs_are_tried_again() -> 
             check(&farm.api(), id, seed).await.with_context(|| format!("round {round}"))?;
         }
     }
+    HARMS.iter().zip(done).for_each(|(harm, times)| println!("{harm}: {times} times"));
     farm.all_connected().await;
     let log = fs::read_to_string(farm.dir().join("logs/worker-0.log"))?;
     assert!(log.contains("set aside"), "{log}");
     Ok(())
 }
 
-/// Does one of the things that a failing disk does to a record.
-fn harm(attempt: &std::path::Path, dice: &mut Dice) {
-    let journal = attempt.join("journal");
+/// What a failing disk does to a record.
+const HARMS: [&str; 6] =
+    ["a torn journal", "a wrong byte", "no journal", "no log", "an empty log", "a file in place of the directory"];
+/// A record is there to be harmed in most rounds.
+const ROUNDS_MAX: u64 = 60;
+
+/// False if there was nothing to harm: the record may have been deleted meanwhile.
+fn harm(attempt: &std::path::Path, kind: usize, dice: &mut Dice) -> bool {
+    let (journal, log) = (attempt.join("journal"), attempt.join("log.0"));
     let bytes = fs::read(&journal).unwrap_or_default();
-    let at = usize::try_from(dice.roll(bytes.len().max(1) as u64)).expect("small");
-    let done = match dice.roll(6) {
+    if bytes.is_empty() || !log.exists() {
+        return false;
+    }
+    let at = usize::try_from(dice.roll(bytes.len() as u64)).expect("small");
+    let done = match kind {
         0 => fs::write(&journal, &bytes[..at]),
         1 => {
             let mut flipped = bytes;
-            if let Some(byte) = flipped.get_mut(at) {
-                *byte ^= 0x55;
-            }
+            flipped[at] ^= 0x55;
             fs::write(&journal, flipped)
         }
         2 => fs::remove_file(&journal),
-        3 => fs::remove_file(attempt.join("log.0")),
-        4 => fs::write(attempt.join("log.0"), ""),
+        3 => fs::remove_file(log),
+        4 => fs::write(log, ""),
         _ => fs::remove_dir_all(attempt).and_then(|()| fs::write(attempt, "a file")),
     };
-    // The record may have been deleted meanwhile.
-    let _ = done;
+    done.is_ok()
 }
 
 /// The worker is there again, busy or not.
