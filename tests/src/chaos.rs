@@ -18,6 +18,10 @@ impl Dice {
         Dice(seed)
     }
 
+    pub fn seeded(seed: u64) -> Dice {
+        Dice(seed)
+    }
+
     /// The dice of a part of a test, which roll the same whatever other parts do meanwhile.
     pub fn apart(&self, part: u64) -> Dice {
         Dice(crate::noise::mix(self.0 ^ crate::noise::mix(part)))

@@ -78,8 +78,25 @@ pub enum Seen {
         lost: u64,
         blame: Option<String>,
     },
+    /// The raw log of an attempt came to its end.
+    Through {
+        who: String,
+        job: String,
+        attempt: u32,
+    },
     /// How much an attempt printed, by its own word.
     Printed {
+        job: String,
+        attempt: u32,
+        len: u64,
+    },
+    /// How much an attempt prints that comes to its end, as it was told before it began.
+    Planned {
+        job: String,
+        len: u64,
+    },
+    /// So much of an attempt's log could be read: whoever comes later gets it too.
+    Readable {
         job: String,
         attempt: u32,
         len: u64,

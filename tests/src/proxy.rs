@@ -55,6 +55,8 @@ pub enum Then {
     HoldReply,
     /// So many bytes behind the words go on, and no more.
     HoldBody(usize),
+    /// The connection breaks before the farm has the request.
+    DropRequest,
     /// The request goes on; when the answer comes, the connection breaks instead.
     DropReply,
 }
@@ -238,20 +240,21 @@ impl Line {
         for trap in orders.traps.iter_mut().filter(|trap| trap.way == way) {
             // What stands wholly in the tail was judged before.
             let fresh = tail.len().saturating_sub(trap.words.len() - 1);
-            let Some(end) = find(&all[fresh..], &trap.words).map(|at| fresh + at + trap.words.len()) else { continue };
             if trap.left == 0 {
                 continue;
             }
+            let Some(end) = find(&all[fresh..], &trap.words).map(|at| fresh + at + trap.words.len()) else { continue };
             trap.left -= 1;
             match trap.then {
                 Then::Note => {}
+                Then::DropRequest => verdict = Verdict::Break,
                 Then::HoldReply => {
                     state.held.push((Way::Down, heals));
                     state.asks = Some(trap.told.clone());
                 }
                 Then::HoldBody(more) => {
                     state.held.push((way, heals));
-                    verdict = Verdict::Part((end + more).saturating_sub(tail.len()).min(bytes.len()));
+                    verdict = Verdict::Part(end.saturating_add(more).saturating_sub(tail.len()).min(bytes.len()));
                 }
                 Then::DropReply => {
                     state.drops_reply = true;
@@ -259,6 +262,8 @@ impl Line {
                 }
             }
             trap.told.send_modify(|sprung| sprung.seen += 1);
+            // Of several traps for the same words each one has connections of its own.
+            break;
         }
         verdict
     }

@@ -35,6 +35,16 @@ struct Teller {
     printed: u64,
 }
 
+/// How much these steps print, if that is a matter of the steps alone.
+pub fn length(steps: &[String]) -> Option<u64> {
+    let prints = |step: &String| match step.split_once(':')? {
+        ("bytes" | "plain", len) => len.parse().ok(),
+        ("flood" | "trickle", _) => None,
+        _ => Some(0),
+    };
+    steps.iter().map(prints).sum()
+}
+
 /// Does the steps, one after the other.
 pub fn tell(steps: &[String]) -> Result<()> {
     let var = |name: &str| std::env::var(name).with_context(|| format!("{name} is not set"));
@@ -103,5 +113,19 @@ impl Teller {
 fn wait(path: &Path) {
     while !path.exists() {
         std::thread::sleep(LOOK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_steps_print_is_known_unless_they_print_until_they_are_told() {
+        let length = |steps: &[&str]| length(&steps.iter().map(|step| (*step).to_owned()).collect::<Vec<_>>());
+        assert_eq!(length(&[]), Some(0));
+        assert_eq!(length(&["file:a:9", "bytes:20", "until:/gate", "stay:1", "plain:5", "told:/dir"]), Some(25));
+        assert_eq!(length(&["bytes:20", "trickle:/gate"]), None);
+        assert_eq!(length(&["flood:/gate", "bytes:20"]), None);
     }
 }

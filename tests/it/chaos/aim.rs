@@ -16,6 +16,26 @@ use tokio::sync::watch;
 /// A phase of `reliability.md`.
 pub(super) type Phase = u8;
 
+/// A phase in which somebody speaks and somebody answers has several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Moment {
+    Any,
+    /// What was said was not heard.
+    Unheard,
+    /// It is being heard.
+    Arriving,
+    /// It was heard, and its answer was not.
+    Unanswered,
+}
+
+pub(super) fn moments(phase: Phase) -> &'static [Moment] {
+    match phase {
+        0 => &[Moment::Unheard, Moment::Arriving, Moment::Unanswered],
+        3 | 10 => &[Moment::Unheard, Moment::Unanswered],
+        _ => &[Moment::Any],
+    }
+}
+
 pub(super) const PHASES: [&str; 14] = [
     "submit received",
     "blob uploading",
@@ -77,16 +97,17 @@ pub(super) fn blockers_gate(stage: &Stage) -> std::path::PathBuf {
 }
 
 /// Brings a new job into this phase. `by_follower`: it is the client that will be struck there.
-pub(super) async fn reach(stage: &mut Stage, phase: Phase, by_follower: bool) -> Result<Aim> {
+pub(super) async fn reach(stage: &mut Stage, phase: Phase, moment: Moment, by_follower: bool) -> Result<Aim> {
     match phase {
-        0 | 1 => before_the_job(stage, phase).await,
+        0 => submitted(stage, moment).await,
+        1 => uploading(stage).await,
         2 => queued(stage).await,
-        3 => assigned(stage).await,
+        3 => assigned(stage, moment).await,
         4 | 12 => vm(stage, phase).await,
         5 => copying(stage).await,
         6 | 7 => executing(stage, phase).await,
         8 | 9 => collecting(stage, phase).await,
-        10 => result_sent(stage).await,
+        10 => result_sent(stage, moment).await,
         11 if by_follower => downloading(stage).await,
         11 => result_acked(stage).await,
         13 => Ok(Aim::default()),
@@ -110,7 +131,7 @@ pub(super) async fn named(stage: &mut Stage, run: &Run) -> (String, watch::Recei
         Ok(run.client.job())
     })
     .await;
-    let progress = stage.follow(&job);
+    let progress = stage.follow(&job, &run.plan.steps);
     (job, progress)
 }
 
@@ -136,30 +157,36 @@ async fn has_printed(aim: &mut Aim, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-async fn before_the_job(stage: &mut Stage, phase: Phase) -> Result<Aim> {
-    let (words, then) = match phase {
-        0 => ("POST /v1/jobs HTTP", Then::HoldReply),
-        _ => ("POST /v1/packs", Then::HoldBody(1_000)),
-    };
-    let mut trap = stage.front.trap(Way::Up, words, 1, then);
-    let run = stage.run(Plan {
-        steps: steps(&["bytes:3000", "until:{gate}", "bytes:500"]),
-        tree: 400_000,
-        ..Plan::default()
-    })?;
-    // A submit that has just arrived, or one that is answered already and the answer is on its way.
-    let answered = phase == 0 && stage.dice.roll(2) == 0;
-    sprung(&mut trap, |sprung| sprung.seen == 1 && (!answered || sprung.answered == 1)).await?;
+async fn submitted(stage: &mut Stage, moment: Moment) -> Result<Aim> {
+    let then = if moment == Moment::Unheard { Then::HoldBody(0) } else { Then::HoldReply };
+    let mut trap = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", 1, then);
+    let run = stage.run(unnamed_plan())?;
+    sprung(&mut trap, |sprung| sprung.seen == 1 && (moment != Moment::Unanswered || sprung.answered == 1)).await?;
+    ensure!(run.client.job().is_none(), "nobody has an answer");
+    if moment != Moment::Arriving {
+        let accepted = stage.unnamed().await?;
+        ensure!(accepted.len() == usize::from(moment == Moment::Unanswered), "{moment:?}: {accepted:?}");
+    }
+    Ok(Aim { run: Some(run), ..Aim::default() })
+}
+
+async fn uploading(stage: &mut Stage) -> Result<Aim> {
+    let mut trap = stage.front.trap(Way::Up, "POST /v1/packs", 1, Then::HoldBody(1_000));
+    let run = stage.run(unnamed_plan())?;
+    sprung(&mut trap, |sprung| sprung.seen == 1).await?;
     ensure!(run.client.job().is_none(), "nobody has an answer");
     Ok(Aim { run: Some(run), ..Aim::default() })
+}
+
+fn unnamed_plan() -> Plan {
+    Plan { steps: steps(&["bytes:3000", "until:{gate}", "bytes:500"]), tree: 400_000, ..Plan::default() }
 }
 
 async fn queued(stage: &mut Stage) -> Result<Aim> {
     let gate = format!("until:{}", blockers_gate(stage).display());
     let mut blockers = Vec::new();
     for _ in 0..stage.links.len() * stage.slots() {
-        let job = stage.submit(&steps(&["bytes:2000", &gate])).await?;
-        let mut progress = stage.follow(&job);
+        let (job, mut progress) = stage.submit(&steps(&["bytes:2000", &gate])).await?;
         tokio::time::timeout(alloy_tests::observe::PATIENCE, progress.wait_for(|at| at.offset >= 2_000)).await??;
         blockers.push(job);
     }
@@ -169,9 +196,9 @@ async fn queued(stage: &mut Stage) -> Result<Aim> {
     Ok(aim)
 }
 
-async fn assigned(stage: &mut Stage) -> Result<Aim> {
+async fn assigned(stage: &mut Stage, moment: Moment) -> Result<Aim> {
     // The worker has not heard of it, or nobody has heard that it accepted.
-    let way = if stage.dice.roll(2) == 0 { Way::Down } else { Way::Up };
+    let way = if moment == Moment::Unheard { Way::Down } else { Way::Up };
     stage.links.iter().for_each(|link| link.hold(way, Which::Sessions));
     let run = stage.run(Plan { steps: steps(&["bytes:3000", "until:{gate}"]), ..Plan::default() })?;
     let aim = held(stage, run).await;
@@ -202,7 +229,7 @@ async fn vm(stage: &mut Stage, phase: Phase) -> Result<Aim> {
         stage.farm.all_warm().await;
         stage.farm.mac(0).faults(std::slice::from_ref(&slow));
         let first = stage.api().shell("true").await?;
-        stage.follow(&first);
+        stage.follow(&first, &[]);
         stage.settle(&first).await?;
     } else {
         stage.farm.all_warm().await;
@@ -264,14 +291,14 @@ async fn collecting(stage: &mut Stage, phase: Phase) -> Result<Aim> {
     Ok(aim)
 }
 
-async fn result_sent(stage: &mut Stage) -> Result<Aim> {
+async fn result_sent(stage: &mut Stage, moment: Moment) -> Result<Aim> {
     let run = stage.run(Plan { steps: steps(&["bytes:3000", "until:{gate}", "bytes:77"]), ..Plan::default() })?;
     let mut aim = held(stage, run).await;
     has_printed(&mut aim, 3_000).await?;
     let job = aim.job.clone().expect("a named job");
     let link = stage.holder(&job).await?;
-    // The farm has it and its word back is lost, or the farm does not have it.
-    let way = if stage.dice.roll(2) == 0 { Way::Down } else { Way::Up };
+    // The farm does not have it, or has it and its word back is lost.
+    let way = if moment == Moment::Unheard { Way::Up } else { Way::Down };
     stage.links[link].hold(way, Which::Sessions);
     aim.run.as_ref().expect("a run").open_gate()?;
     let journal = stage.farm.worker_dir(link).join(format!("spool/{job}.1/journal"));

@@ -71,8 +71,7 @@ async fn a_flood_without_a_line_end_grows_no_process_and_is_cut_to_the_byte() ->
             let base = warm.get_or_insert_with(|| sample.clone()).len();
             most = (0..base).map(|index| most[index].max(sample[index])).collect::<Vec<u64>>();
             samples += 1;
-            let job = stage.submit(&["bytes:2000".to_owned()]).await?;
-            stage.follow(&job);
+            let (job, _) = stage.submit(&["bytes:2000".to_owned()]).await?;
             let view = stage.settle(&job).await?;
             ensure!(view["attempt"] == 1, "{view}");
             others += 1;

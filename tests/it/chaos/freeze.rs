@@ -10,6 +10,7 @@ use alloy_tests::chaos::watch::running;
 use alloy_tests::farm::{Farm, Provider, Setup};
 use alloy_tests::observe::{PATIENCE, until, until_blocking};
 use alloy_tests::process::Daemon;
+use alloy_tests::proxy::{Proxy, Then, Way};
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -54,8 +55,8 @@ async fn requeued(farm: &Farm, job: &str) -> Result<(String, String)> {
 async fn nobody_notices_daemons_that_stand_still_for_less_than_a_lease() -> Result<()> {
     let mut stage = stage("short-freeze", 1, Provider::Host).await?;
     let gate = stage.dir.join("gate");
-    let job = stage.submit(&steps(&["bytes:3000", &format!("trickle:{}", gate.display()), "bytes:50"])).await?;
-    let mut progress = stage.follow(&job);
+    let trickle = format!("trickle:{}", gate.display());
+    let (job, mut progress) = stage.submit(&steps(&["bytes:3000", &trickle, "bytes:50"])).await?;
     progress.wait_for(|at| at.offset > 3_000).await?;
     for round in 0..4 {
         let daemon = if round % 2 == 0 { stage.farm.worker(0) } else { stage.farm.orchestrator() };
@@ -69,13 +70,19 @@ async fn nobody_notices_daemons_that_stand_still_for_less_than_a_lease() -> Resu
     std::fs::write(&gate, "")?;
     let view = stage.settle(&job).await?;
     assert_eq!((&view["attempt"], &view["lost"]), (&json!(1), &json!(0)), "{view}");
+    assert_eq!(progress.borrow().cuts, 0, "no follower was cut off");
     stage.leave().await
 }
 
 async fn the_command_of_a_worker_that_stands_still_too_long_dies_without_it_and_runs_once_elsewhere(
     provider: Provider,
 ) -> Result<()> {
-    let mut stage = stage("long-freeze", 2, provider).await?;
+    let setup = Setup { workers: 2, slots: 1, time_scale: 10, ..Setup::default() }.on(provider);
+    let mut stage = Stage::new("long-freeze", setup, provider, Dice::from_environment()).await?;
+    if provider == Provider::Host {
+        // Nothing is heard after the assignment: the lease of that moment is the command's only one.
+        stage.links.iter().for_each(|link| drop(link.trap(Way::Down, "\"assign\"", 1, Then::HoldBody(usize::MAX))));
+    }
     let run = stage.run(alloy_tests::chaos::stage::Plan {
         steps: steps(&["bytes:3000", "stay:1", "bytes:50"]),
         ..Default::default()
@@ -83,6 +90,7 @@ async fn the_command_of_a_worker_that_stands_still_too_long_dies_without_it_and_
     let (job, mut progress) = super::aim::named(&mut stage, &run).await;
     tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset >= 3_000)).await??;
     let first = stage.holder(&job).await?;
+    stage.links[1 - first].heal();
     freeze(stage.farm.worker(first))?;
     assert!(!cfg!(target_os = "linux") || lives(&job, 1), "it runs: {:?}", running(1));
     // The daemon cannot do it: its guard does, at the end of the lease.
@@ -96,6 +104,7 @@ async fn the_command_of_a_worker_that_stands_still_too_long_dies_without_it_and_
     );
     assert_ne!(stage.holder(&job).await?, first, "another worker did it");
     assert_eq!(requeued(&stage.farm, &job).await?.0, "worker_lost");
+    stage.links.iter().for_each(Proxy::heal);
     stage.farm.worker(first).signal(Signal::SIGCONT);
     stage.farm.all_connected().await;
     stage.leave().await
@@ -105,13 +114,12 @@ async fn the_command_of_a_worker_that_stands_still_too_long_dies_without_it_and_
 async fn a_worker_that_wakes_up_with_an_old_assignment_before_it_does_not_start_it() -> Result<()> {
     let mut stage = stage("late-assign", 2, Provider::Host).await?;
     let gate = stage.dir.join("gate");
-    let blocker = stage.submit(&steps(&["bytes:100", &format!("until:{}", gate.display())])).await?;
-    let mut busy = stage.follow(&blocker);
+    let wait = format!("until:{}", gate.display());
+    let (blocker, mut busy) = stage.submit(&steps(&["bytes:100", &wait])).await?;
     tokio::time::timeout(PATIENCE, busy.wait_for(|at| at.offset == 100)).await??;
     let other = 1 - stage.holder(&blocker).await?;
     freeze(stage.farm.worker(other))?;
-    let job = stage.submit(&steps(&["bytes:1000"])).await?;
-    stage.follow(&job);
+    let (job, _) = stage.submit(&steps(&["bytes:1000"])).await?;
     let api = stage.api();
     until("the job is given to the worker that stands still", async || {
         let view = api.job(&job).await?;
@@ -138,10 +146,9 @@ async fn an_orchestrator_that_stood_still_believes_no_silence_that_it_did_not_he
     let mut stage = stage("orchestrator-freeze", 2, Provider::Host).await?;
     let gate = stage.dir.join("gate");
     let wait = format!("until:{}", gate.display());
-    let ends = stage.submit(&steps(&["bytes:2000", &wait, "bytes:500"])).await?;
-    let stays = stage.submit(&steps(&["bytes:2000", "stay:1", "bytes:500"])).await?;
-    for job in [&ends, &stays] {
-        let mut progress = stage.follow(job);
+    let (ends, one) = stage.submit(&steps(&["bytes:2000", &wait, "bytes:500"])).await?;
+    let (stays, other) = stage.submit(&steps(&["bytes:2000", "stay:1", "bytes:500"])).await?;
+    for mut progress in [one, other] {
         tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset >= 2_000)).await??;
     }
     freeze(stage.farm.orchestrator())?;

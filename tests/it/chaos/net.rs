@@ -1,5 +1,6 @@
 //! Networks that are gone for a while, one way or both, and answers that never come back. `ALLOY_SEED` repeats which.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use alloy_tests::chaos::stage::{Plan, Stage, is_what_was_printed};
@@ -14,7 +15,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 /// What a partition may cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Cost {
     Nothing,
     AtMostOneTry,
@@ -33,13 +34,40 @@ const PARTITIONS: [(u64, Cost); 8] = [
     (300, Cost::OneTry),
 ];
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Both,
     Up,
     Down,
     /// The farm sees the connection close, the worker hears nothing.
     HalfOpen,
+}
+
+const KINDS: [Kind; 4] = [Kind::Both, Kind::Up, Kind::Down, Kind::HalfOpen];
+
+/// Which partitions come: in a full run every length with every kind; in the gate every cost with every kind, and every
+/// length, dealt in turn from where the dice say.
+fn deal(dice: &mut Dice) -> Vec<(u64, Cost, Kind)> {
+    if full() {
+        return PARTITIONS.iter().flat_map(|(seconds, cost)| KINDS.map(|kind| (*seconds, *cost, kind))).collect();
+    }
+    let mut dealt = Vec::new();
+    for cost in [Cost::Nothing, Cost::AtMostOneTry, Cost::OneTry] {
+        let mut lengths: Vec<_> = PARTITIONS.iter().filter(|(_, of)| *of == cost).collect();
+        dice.shuffle(&mut lengths);
+        dealt.extend(KINDS.into_iter().zip(lengths.iter().cycle()).map(|(kind, (seconds, _))| (*seconds, cost, kind)));
+    }
+    dealt
+}
+
+#[test]
+fn a_gate_run_deals_every_kind_of_partition_at_every_cost_and_every_length() {
+    for seed in 0..50 {
+        let dealt = deal(&mut Dice::seeded(seed));
+        let cells: BTreeSet<_> = dealt.iter().map(|(_, cost, kind)| (*cost, *kind)).collect();
+        let lengths: BTreeSet<_> = dealt.iter().map(|(seconds, ..)| *seconds).collect();
+        assert_eq!((cells.len(), lengths.len()), (3 * KINDS.len(), PARTITIONS.len()), "{dealt:?}");
+    }
 }
 
 fn cut_off(link: &Proxy, kind: Kind) {
@@ -98,7 +126,9 @@ impl Case {
             Cost::AtMostOneTry => 1..=2,
             Cost::OneTry => 2..=2,
         };
+        let cuts = self.progress.borrow().cuts;
         println!("{} s, {:?}: {tries} attempts", self.seconds, self.kind);
+        ensure!(cuts == 0, "{} s, {:?}: a follower whose own network was well was cut off", self.seconds, self.kind);
         ensure!(allowed.contains(&tries) && view["lost"] == tries - 1, "{} s, {:?}: {view}", self.seconds, self.kind);
         Ok(())
     }
@@ -107,25 +137,27 @@ impl Case {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_two_vms() -> Result<()> {
     let scale = if full() { 1 } else { 5 };
-    let workers = PARTITIONS.len() + 2;
-    let setup = Setup { workers, slots: 1, time_scale: scale, ..Setup::default() };
-    let mut stage = Stage::new("partitions", setup, Provider::Host, Dice::from_environment()).await?;
+    let mut dice = Dice::from_environment();
+    let dealt = deal(&mut dice);
+    // One for each job that is tried again, and some for those that may be.
+    let spare = dealt.iter().filter(|(_, cost, _)| *cost == Cost::OneTry).count() + 2;
+    let setup = Setup { workers: dealt.len() + spare, slots: 1, time_scale: scale, ..Setup::default() };
+    let workers = setup.workers;
+    let mut stage = Stage::new("partitions", setup, Provider::Host, dice).await?;
     let mut cases = Vec::new();
     for number in 0..workers {
         let gate = stage.dir.join(format!("gate-{number}"));
         let flow = format!("trickle:{}", gate.display());
-        let job = stage.submit(&["bytes:2000".to_owned(), flow, "bytes:50".to_owned()]).await?;
-        let mut progress = stage.follow(&job);
+        let steps = ["bytes:2000".to_owned(), flow, "bytes:50".to_owned()];
+        let (job, mut progress) = stage.submit(&steps).await?;
         tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > 2_000)).await??;
         let link = stage.holder(&job).await?;
-        let Some((seconds, cost)) = PARTITIONS.get(number).copied() else {
+        let Some((seconds, cost, kind)) = dealt.get(number).copied() else {
             // Its worker takes what is tried again.
             std::fs::write(&gate, "")?;
             stage.settle(&job).await?;
             continue;
         };
-        let kinds = [Kind::Both, Kind::Up, Kind::Down, Kind::HalfOpen];
-        let kind = kinds[stage.dice.roll(kinds.len() as u64) as usize];
         cases.push(Case { seconds, cost, kind, job, link, gate, progress });
     }
     let api = stage.api();
@@ -134,10 +166,16 @@ async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_tw
         case.run(link, &api, scale)
     }))
     .await?;
+    let mut hit = BTreeMap::<(Cost, Kind), Vec<u64>>::new();
     for case in &cases {
         let view = stage.settle(&case.job).await?;
         case.check(&view)?;
+        hit.entry((case.cost, case.kind)).or_default().push(case.seconds);
     }
+    for (cell, seconds) in &hit {
+        println!("{cell:?}: {} partitions, of {seconds:?} s", seconds.len());
+    }
+    ensure!(hit.len() == 3 * KINDS.len(), "a kind of partition was never met: {hit:?}");
     stage.farm.all_connected().await;
     stage.leave().await
 }
@@ -149,7 +187,9 @@ async fn a_submit_whose_reply_is_lost_is_one_job_however_often_it_is_sent() -> R
             .await?;
     stage.front.delay(Duration::from_millis(20));
     let runs = 5;
-    let clients = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", runs + 2, Then::DropReply);
+    // No more in all than one client tries.
+    let requests = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", 3, Then::DropRequest);
+    let replies = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", 4, Then::DropReply);
     let mut under_way = Vec::new();
     for _ in 0..runs {
         under_way.push(stage.run(Plan { steps: vec!["bytes:9000".to_owned()], ..Plan::default() })?);
@@ -162,17 +202,20 @@ async fn a_submit_whose_reply_is_lost_is_one_job_however_often_it_is_sent() -> R
         is_what_was_printed(&job, 1, 9_000, &run.client.printed())?;
         assert_eq!(view["attempt"], 1, "{view}");
     }
-    assert_eq!(clients.borrow().answered, runs + 2, "replies were lost");
+    assert_eq!((requests.borrow().seen, replies.borrow().answered), (3, 4), "lost before they were heard, and after");
     // The same by hand: every answer under a key names one job.
     let front = Api::new(&stage.front.url(), Some(stage.farm.token()));
-    for key in ["one", "two", "three"] {
-        let lost = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", 2, Then::DropReply);
+    let ways = [("before", 2, 0), ("after", 0, 2), ("both", 1, 1)];
+    for (key, before, after) in ways {
+        let requests = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", before, Then::DropRequest);
+        let replies = stage.front.trap(Way::Up, "POST /v1/jobs HTTP", after, Then::DropReply);
         let job = submit_until_answered(&stage, &front, key).await?;
-        assert_eq!(lost.borrow().answered, 2);
-        stage.follow(&job);
+        assert_eq!((requests.borrow().seen, replies.borrow().answered), (before, after), "{key}");
+        stage.follow(&job, &["bytes:500".to_owned()]);
         stage.settle(&job).await?;
+        println!("{key}: {before} requests lost before they were heard, {after} replies after");
     }
-    assert_eq!(stage.listed().await?.len() as u64, runs + 3, "one job for each");
+    assert_eq!(stage.listed().await?.len(), runs + ways.len(), "one job for each");
     stage.leave().await
 }
 

@@ -4,12 +4,14 @@
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use alloy_tests::chaos::Dice;
 use alloy_tests::chaos::follow::raw;
 use alloy_tests::chaos::stage::{Client, Plan, Stage, is_what_was_printed};
+use alloy_tests::chaos::{Dice, pause};
 use alloy_tests::farm::{Provider, Setup, bin_dir, full, isolated};
 use alloy_tests::observe::{PATIENCE, until};
+use alloy_tests::proxy::{Way, Which};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
@@ -39,8 +41,11 @@ impl Elsewhere {
         command
     }
 
-    fn attach(&self, job: &str, name: &str) -> Result<Client> {
-        Client::start(self.alloy(&["attach", job]), &self.dir().join(name))
+    /// Returns when it follows.
+    async fn attach(&self, job: &str, name: &str) -> Result<Client> {
+        let client = Client::start(self.alloy(&["attach", job]), &self.dir().join(name))?;
+        until("it follows elsewhere", async || Ok((client.printed().len() > 3_000).then_some(()))).await;
+        Ok(client)
     }
 
     fn dir(&self) -> &Path {
@@ -62,9 +67,7 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
             jobs.push(named(&mut stage, &run).await);
             runs.push(run);
         } else {
-            let job = stage.submit(&steps).await?;
-            let progress = stage.follow(&job);
-            jobs.push((job, progress));
+            jobs.push(stage.submit(&steps).await?);
         }
     }
     for (_, progress) in &mut jobs {
@@ -73,8 +76,7 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
     let raws: Vec<_> =
         jobs[..4].iter().map(|(job, _)| raw(stage.api(), job, 1, "raw", stage.recorder.clone())).collect();
     let elsewhere = Elsewhere::new(&stage)?;
-    let mut attached = vec![elsewhere.attach(&jobs[0].0, "early")?];
-    until("it follows elsewhere", async || Ok((attached[0].printed().len() > 3_000).then_some(()))).await;
+    let mut attached = vec![elsewhere.attach(&jobs[0].0, "early").await?];
     for round in 0..restarts {
         if round % 4 == 3 {
             stage.farm.stop_orchestrator()?;
@@ -89,15 +91,17 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
             on.with_context(|| format!("round {round}: {job} does not go on"))??;
         }
         if round == restarts / 2 {
-            attached.push(elsewhere.attach(&jobs[0].0, "late")?);
+            attached.push(elsewhere.attach(&jobs[0].0, "late").await?);
         }
     }
     std::fs::write(&gate, "")?;
     let mut lens = Vec::new();
-    for (job, _) in &jobs {
+    for (job, progress) in &jobs {
         let view = stage.settle(job).await?;
         ensure!((&view["attempt"], &view["lost"]) == (&json!(1), &json!(0)), "an attempt was lost: {view}");
-        lens.push(stage.api().log(job).await?.len() as u64);
+        let cuts = progress.borrow().cuts;
+        ensure!(cuts == restarts as u64, "a follower was cut off {cuts} times by {restarts} restarts");
+        lens.push(stage.printed(job, 1)?);
     }
     for (raw, len) in raws.into_iter().zip(&lens) {
         ensure!(raw.await?? == *len, "the raw log has {len} bytes");
@@ -109,6 +113,32 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
         same_to_the_end(client, &jobs[0].0, lens[0], restarts).await?;
     }
     println!("{restarts} restarts under {JOBS} jobs, {} bytes each at least", lens.iter().min().unwrap_or(&0));
+    stage.leave().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_orchestrator_that_is_back_before_its_workers_waits_for_them() -> Result<()> {
+    // A lease ends after 8 s then, and who is silent is looked for every second.
+    let setup = Setup { workers: 2, slots: 1, time_scale: 5, ..Setup::default() };
+    let mut stage = Stage::new("back-first", setup, Provider::Host, Dice::from_environment()).await?;
+    let gate = stage.dir.join("gate");
+    let steps = ["bytes:3000".to_owned(), format!("trickle:{}", gate.display()), "bytes:70".to_owned()];
+    let (job, mut progress) = stage.submit(&steps).await?;
+    tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > 3_000)).await??;
+    let link = stage.holder(&job).await?;
+    [Way::Up, Way::Down].into_iter().for_each(|way| stage.links[link].hold(way, Which::All));
+    stage.farm.kill_orchestrator();
+    stage.farm.start_orchestrator().await?;
+    // The fault itself: some looks at who is silent, and less than a lease.
+    pause(Duration::from_millis(2_500)).await;
+    let before = progress.borrow().offset;
+    stage.links[link].break_all();
+    stage.links[link].heal();
+    tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > before + 600)).await??;
+    std::fs::write(&gate, "")?;
+    let view = stage.settle(&job).await?;
+    ensure!((&view["attempt"], &view["lost"]) == (&json!(1), &json!(0)), "it was given up too early: {view}");
+    stage.farm.all_connected().await;
     stage.leave().await
 }
 

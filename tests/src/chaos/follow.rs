@@ -3,13 +3,13 @@
 use anyhow::{Context as _, Result, ensure};
 use base64::Engine as _;
 use futures_util::StreamExt as _;
-use reqwest::Method;
+use reqwest::{Method, Response};
 use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::pause;
-use crate::history::Recorder;
+use crate::history::{Recorder, Seen};
 use crate::observe::{Api, BEAT};
 
 /// How far a follower is.
@@ -21,7 +21,7 @@ pub struct Progress {
     pub offset: u64,
     /// The job, once the last frame has come.
     pub end: Option<Value>,
-    /// Connections that were lost.
+    /// Connections that ended before the job.
     pub cuts: u64,
 }
 
@@ -32,8 +32,7 @@ pub fn feed(api: Api, job: &str, who: &str, recorder: Recorder) -> watch::Receiv
     spawn(async move {
         while told.borrow().end.is_none() && !told.is_closed() {
             // A farm that is away or that cuts the connection is asked again.
-            let _cut = feed_once(&api, &job, &who, &recorder, &told).await;
-            told.send_modify(|progress| progress.cuts += 1);
+            let _cut_or_away = feed_once(&api, &job, &who, &recorder, &told).await;
             pause(BEAT).await;
         }
     });
@@ -45,6 +44,20 @@ async fn feed_once(api: &Api, job: &str, who: &str, recorder: &Recorder, told: &
     let path = format!("/v1/jobs/{job}/feed?cursor={}.{}.{}", at.event, at.attempt, at.offset);
     let answer = api.request(Method::GET, &path).header("accept", "application/x-ndjson").send().await?;
     ensure!(answer.status().is_success(), "{}", answer.status());
+    let read = frames(answer, job, who, recorder, told).await;
+    if told.borrow().end.is_none() {
+        told.send_modify(|progress| progress.cuts += 1);
+    }
+    read
+}
+
+async fn frames(
+    answer: Response,
+    job: &str,
+    who: &str,
+    recorder: &Recorder,
+    told: &watch::Sender<Progress>,
+) -> Result<()> {
     let mut body = answer.bytes_stream();
     let mut rest = Vec::new();
     while let Some(bytes) = body.next().await {
@@ -102,7 +115,10 @@ pub fn raw(api: Api, job: &str, attempt: u32, who: &str, recorder: Recorder) -> 
                             at += bytes.len() as u64;
                         }
                         Some(Err(_)) => break,
-                        None => return Ok(at),
+                        None => {
+                            recorder.write(Seen::Through { who, job, attempt });
+                            return Ok(at);
+                        }
                     }
                 }
             }

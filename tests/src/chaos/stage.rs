@@ -1,11 +1,13 @@
 //! A farm whose connections go through proxies and whose history is written down. A job on it is a real `alloy run` beside a
 //! follower of the feed; when the stage is left, the history is checked and nothing may be left over.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
 use nix::sys::signal::Signal;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -17,9 +19,10 @@ use super::watch::Watch;
 use crate::farm::{Farm, Provider, Setup, bin_dir};
 use crate::history::{Recorder, Seen, check};
 use crate::noise;
-use crate::observe::{Api, is_terminal, until};
+use crate::observe::{Api, PATIENCE, is_terminal, until};
 use crate::process::signal;
 use crate::proxy::Proxy;
+use crate::teller;
 
 pub struct Stage {
     pub farm: Farm,
@@ -32,9 +35,17 @@ pub struct Stage {
     pub dir: PathBuf,
     name: String,
     slots: usize,
-    jobs: Vec<String>,
+    jobs: BTreeMap<String, Known>,
     made: u64,
     watch: Option<Watch>,
+}
+
+/// A job of this stage.
+struct Known {
+    /// What it prints if it comes to its end.
+    prints: Option<u64>,
+    /// Reads on to the end, whoever else looks at it.
+    follower: watch::Receiver<Progress>,
 }
 
 /// A client process; its output of both kinds lies in files.
@@ -137,7 +148,7 @@ impl Stage {
         let recorder = Recorder::create(&dir.join("history"))?;
         let watch = Some(Watch::start(recorder.clone(), slots));
         let name = name.to_owned();
-        Ok(Stage { farm, front, links, recorder, dice, dir, name, slots, jobs: Vec::new(), made: 0, watch })
+        Ok(Stage { farm, front, links, recorder, dice, dir, name, slots, jobs: BTreeMap::new(), made: 0, watch })
     }
 
     pub fn slots(&self) -> usize {
@@ -210,8 +221,8 @@ impl Stage {
         Ok(path)
     }
 
-    /// Submits a job without a client process, under a key, and follows it.
-    pub async fn submit(&mut self, steps: &[String]) -> Result<String> {
+    /// Submits a job that shall succeed, without a client process, under a key, and follows it.
+    pub async fn submit(&mut self, steps: &[String]) -> Result<(String, watch::Receiver<Progress>)> {
         self.made += 1;
         let key = format!("{}-{}", self.name, self.made);
         let mut argv = vec![bin_dir().join("noise").display().to_string(), "tell".to_owned()];
@@ -222,17 +233,29 @@ impl Stage {
         let answer: Value = request.json(&json!({ "spec": { "argv": argv } })).send().await?.json().await?;
         let job = answer["id"].as_str().with_context(|| answer.to_string())?.to_owned();
         self.recorder.write(Seen::Answer { key, job: Some(job.clone()) });
-        self.jobs.push(job.clone());
-        Ok(job)
+        let progress = self.follow(&job, steps);
+        Ok((job, progress))
     }
 
-    /// A job of this stage that shall succeed, and its follower.
-    pub fn follow(&mut self, job: &str) -> watch::Receiver<Progress> {
-        if !self.jobs.iter().any(|known| known == job) {
-            self.jobs.push(job.to_owned());
-        }
+    /// A job of this stage that does these steps and shall succeed, and its follower.
+    pub fn follow(&mut self, job: &str, steps: &[String]) -> watch::Receiver<Progress> {
+        let prints = teller::length(steps);
         self.recorder.write(Seen::Job { job: job.to_owned(), retries: 0, ends: "succeeded".into() });
-        follow::feed(self.api(), job, "feed", self.recorder.clone())
+        if let Some(len) = prints {
+            self.recorder.write(Seen::Planned { job: job.to_owned(), len });
+        }
+        let follower = follow::feed(self.api(), job, "feed", self.recorder.clone());
+        let known = Known { prints, follower: follower.clone() };
+        assert!(self.jobs.insert(job.to_owned(), known).is_none(), "{job} is followed already");
+        follower
+    }
+
+    /// How much this attempt printed, which came to its end: by its own word, else by its plan. The farm is not asked.
+    pub fn printed(&self, job: &str, attempt: u32) -> Result<u64> {
+        match fs::read_to_string(self.dir.join("printed").join(format!("{job}.{attempt}"))) {
+            Ok(told) => Ok(told.parse()?),
+            Err(_) => self.jobs.get(job).and_then(|known| known.prints).with_context(|| format!("{job} has no plan")),
+        }
     }
 
     /// All jobs that the farm has.
@@ -251,7 +274,7 @@ impl Stage {
 
     /// Jobs that nobody has named yet: their client died before it could.
     pub async fn unnamed(&self) -> Result<Vec<String>> {
-        Ok(self.listed().await?.into_iter().filter(|job| !self.jobs.contains(job)).collect())
+        Ok(self.listed().await?.into_iter().filter(|job| !self.jobs.contains_key(job)).collect())
     }
 
     /// Waits until the worker's newest session is open.
@@ -278,14 +301,22 @@ impl Stage {
         Ok(name.trim_start_matches("mini-").parse()?)
     }
 
-    /// Waits for the job's end and writes down all that is left of it.
+    /// Waits until the job has ended and its follower was told so, lets another one read all of it again, and writes down
+    /// all that is left of it.
     pub async fn settle(&mut self, job: &str) -> Result<Value> {
         let api = self.api();
         let view = api.end(job).await;
         self.recorder.end("api", &view);
-        for attempt in 1..=u32::try_from(view["attempt"].as_u64().unwrap_or(0))? {
-            let path = format!("/v1/jobs/{job}/log?attempt={attempt}");
-            let bytes = api.request(Method::GET, &path).send().await?.error_for_status()?.bytes().await?;
+        let known = self.jobs.get(job).with_context(|| format!("nobody follows {job}"))?;
+        told_the_end(job, known.follower.clone()).await?;
+        let attempts = 1..=u32::try_from(view["attempt"].as_u64().unwrap_or(0))?;
+        for attempt in attempts.clone() {
+            let len = stored(&api, job, attempt).await?.len() as u64;
+            self.recorder.write(Seen::Readable { job: job.to_owned(), attempt, len });
+        }
+        told_the_end(job, follow::feed(api.clone(), job, "late", self.recorder.clone())).await?;
+        for attempt in attempts {
+            let bytes = stored(&api, job, attempt).await?;
             let (len, sum) = (bytes.len() as u64, noise::sum(&bytes));
             self.recorder.write(Seen::Stored { job: job.to_owned(), attempt, len, sum });
             if let Ok(printed) = fs::read_to_string(self.dir.join("printed").join(format!("{job}.{attempt}"))) {
@@ -329,6 +360,18 @@ impl Stage {
         tokio::task::block_in_place(|| drop(self));
         Ok(())
     }
+}
+
+async fn told_the_end(job: &str, mut follower: watch::Receiver<Progress>) -> Result<()> {
+    let told = tokio::time::timeout(PATIENCE, follower.wait_for(|at| at.end.is_some())).await;
+    told.with_context(|| format!("a follower of {job} is not told the end"))??;
+    Ok(())
+}
+
+/// What can be read of an attempt's log.
+async fn stored(api: &Api, job: &str, attempt: u32) -> Result<Bytes> {
+    let answer = api.request(Method::GET, &format!("/v1/jobs/{job}/log?attempt={attempt}")).send().await?;
+    Ok(answer.error_for_status()?.bytes().await?)
 }
 
 /// What a client printed of a job: what there was of each attempt, one behind the other, the last one whole.

@@ -22,9 +22,18 @@ struct Job<'a> {
     ends: Option<&'a str>,
     events: BTreeMap<&'a str, Vec<Event<'a>>>,
     ends_seen: Vec<End<'a>>,
+    /// Who was told an end.
+    told: BTreeSet<&'a str>,
     printed: BTreeMap<u32, u64>,
+    planned: Option<u64>,
     stored: BTreeMap<u32, (u64, u64)>,
-    logs: BTreeMap<(&'a str, u32), Vec<Piece>>,
+    logs: BTreeMap<&'a str, Vec<Piece>>,
+    /// The line with which each follower of the feed began.
+    began: BTreeMap<&'a str, usize>,
+    /// What could be read of attempts, and at which line.
+    readable: Vec<(usize, u32, u64)>,
+    /// Whose raw log of an attempt came to its end.
+    through: BTreeSet<(&'a str, u32)>,
     /// When the first observer saw that an attempt ended.
     over: BTreeMap<u32, u64>,
 }
@@ -48,6 +57,7 @@ struct End<'a> {
 }
 
 struct Piece {
+    attempt: u32,
     offset: u64,
     len: u64,
     sum: u64,
@@ -87,7 +97,7 @@ pub fn check(history: &[Line]) -> Vec<Violation> {
 
 fn read(history: &[Line]) -> Book<'_> {
     let mut book = Book::default();
-    for Line { at, seen } in history {
+    for (index, Line { at, seen }) in history.iter().enumerate() {
         book.last = *at;
         match seen {
             Seen::Submit { key, .. } => drop(book.answers.entry(key).or_default()),
@@ -110,20 +120,29 @@ fn read(history: &[Line]) -> Book<'_> {
                 if matches!(kind.as_str(), "requeued" | "finished") {
                     job.over.entry(*attempt).or_insert(*at);
                 }
+                job.began.entry(who).or_insert(index);
                 let event = Event { seq: *seq, attempt: *attempt, kind, state, reason: reason.as_deref() };
                 job.events.entry(who).or_default().push(event);
             }
             Seen::Log { who, job, attempt, offset, len, sum } => {
-                let pieces = book.jobs.entry(job).or_default().logs.entry((who, *attempt)).or_default();
-                pieces.push(Piece { offset: *offset, len: *len, sum: *sum });
+                let pieces = book.jobs.entry(job).or_default().logs.entry(who).or_default();
+                pieces.push(Piece { attempt: *attempt, offset: *offset, len: *len, sum: *sum });
             }
-            Seen::End { job, attempt, state, exit_code, lost, blame, .. } => {
+            Seen::End { who, job, attempt, state, exit_code, lost, blame } => {
                 let job = book.jobs.entry(job).or_default();
+                job.told.insert(who);
                 let (exit_code, lost, blame) = (*exit_code, *lost, blame.as_deref());
                 job.ends_seen.push(End { attempt: *attempt, state, exit_code, lost, blame });
             }
+            Seen::Through { who, job, attempt } => {
+                book.jobs.entry(job).or_default().through.insert((who, *attempt));
+            }
             Seen::Printed { job, attempt, len } => {
                 book.jobs.entry(job).or_default().printed.insert(*attempt, *len);
+            }
+            Seen::Planned { job, len } => book.jobs.entry(job).or_default().planned = Some(*len),
+            Seen::Readable { job, attempt, len } => {
+                book.jobs.entry(job).or_default().readable.push((index, *attempt, *len));
             }
             Seen::Stored { job, attempt, len, sum } => {
                 book.jobs.entry(job).or_default().stored.insert(*attempt, (*len, *sum));
@@ -216,41 +235,80 @@ fn attempts_are_numbered(job: &Job<'_>, say: &mut impl FnMut(&'static str, Strin
     }
 }
 
-/// I5: what is stored is what was printed, and all of it if the attempt told how it ended.
+/// The attempt that told how the job ended.
+fn newest(job: &Job<'_>) -> Option<u32> {
+    job.ends_seen.last().map(|end| end.attempt).filter(|attempt| *attempt > 0)
+}
+
+/// I5: what is stored is what was printed, and all of it if the attempt told how it ended. How much that is nobody takes
+/// from the farm.
 fn stored_logs_are_what_was_printed(name: &str, job: &Job<'_>, say: &mut impl FnMut(&'static str, String)) {
     for (attempt, (len, sum)) in &job.stored {
         if noise::sum(&noise::range(noise::stream(name, *attempt), 0, *len)) != *sum {
             say("I5", format!("the stored log of attempt {attempt} is not what it printed"));
         }
-        let Some(printed) = job.printed.get(attempt) else { continue };
         let told =
             job.ends_seen.iter().any(|end| end.attempt == *attempt && matches!(end.state, "succeeded" | "failed"));
-        if len > printed || told && len < printed {
-            say("I5", format!("attempt {attempt} printed {printed} bytes, {len} are stored"));
+        let printed = job.printed.get(attempt).copied();
+        for right in printed.into_iter().chain(job.planned) {
+            if *len > right || told && *len < right {
+                say("I5", format!("attempt {attempt} printed {right} bytes, {len} are stored"));
+            }
         }
+        if told && printed.or(job.planned).is_none() {
+            say("I5", format!("nobody knows how much attempt {attempt} printed"));
+        }
+    }
+    if let Some(attempt) = newest(job).filter(|attempt| !job.stored.contains_key(attempt)) {
+        say("I5", format!("nobody looked at the stored log of attempt {attempt}"));
     }
 }
 
-/// I6: each follower's bytes join on and are right, and who saw the end has all of the newest attempt.
+/// I6: each follower's bytes begin with the first one, join on and are right; who followed the feed is told the end, and has
+/// all of the newest attempt then.
 fn followers_read_the_stored_log(name: &str, job: &Job<'_>, say: &mut impl FnMut(&'static str, String)) {
-    for ((who, attempt), pieces) in &job.logs {
-        let mut at = pieces.first().map_or(0, |piece| piece.offset);
+    let mut got = BTreeMap::<(&str, u32), u64>::new();
+    for (who, pieces) in &job.logs {
+        let mut attempt = 0;
         for piece in pieces {
-            if piece.offset != at {
+            if piece.attempt < attempt {
+                say("I6", format!("{who} went back from attempt {attempt} to {}", piece.attempt));
+            }
+            attempt = piece.attempt;
+            let at = got.entry((who, attempt)).or_default();
+            if piece.offset != *at {
                 say("I6", format!("{who} got byte {} of attempt {attempt} where {at} follows", piece.offset));
             }
-            at = piece.offset + piece.len;
-            let right = noise::range(noise::stream(name, *attempt), piece.offset, piece.len);
+            *at = piece.offset + piece.len;
+            let right = noise::range(noise::stream(name, attempt), piece.offset, piece.len);
             if noise::sum(&right) != piece.sum {
                 say("I6", format!("{who} got wrong bytes at {} of attempt {attempt}", piece.offset));
             }
         }
-        let saw_the_end =
-            job.events.get(who).and_then(|events| events.last()).is_some_and(|last| last.kind == "finished");
-        let stored = job.stored.get(attempt).map(|(len, _)| *len);
-        let newest = job.stored.keys().last() == Some(attempt);
-        if stored.is_some_and(|len| at > len || saw_the_end && newest && at < len) {
-            say("I6", format!("{who} has {at} bytes of attempt {attempt}, {stored:?} are stored"));
+    }
+    for (who, began) in &job.began {
+        for (_, attempt, len) in job.readable.iter().filter(|(index, ..)| index < began) {
+            let at = got.get(&(who, *attempt)).copied().unwrap_or(0);
+            if job.told.contains(who) && at < *len {
+                say("I6", format!("{who} came later and has {at} bytes of attempt {attempt}, {len} were there"));
+            }
+        }
+    }
+    for ((who, attempt), at) in &got {
+        if let Some((len, _)) = job.stored.get(attempt).filter(|(len, _)| at > len) {
+            say("I6", format!("{who} has {at} bytes of attempt {attempt}, {len} are stored"));
+        }
+    }
+    let Some(newest) = newest(job) else { return };
+    for who in job.events.keys().filter(|who| !job.told.contains(*who)) {
+        say("I6", format!("{who} follows and was never told the end"));
+    }
+    let feeds = job.events.keys().copied();
+    let raws = job.through.iter().filter(|(_, attempt)| *attempt == newest).map(|(who, _)| *who);
+    for who in feeds.chain(raws) {
+        let at = got.get(&(who, newest)).copied().unwrap_or(0);
+        if let Some((len, _)) = job.stored.get(&newest).filter(|(len, _)| at < *len) {
+            say("I6", format!("{who} saw the end with {at} bytes of attempt {newest}, {len} are stored"));
         }
     }
 }
@@ -356,12 +414,11 @@ const LEGAL: &[(&str, &str, &[&str])] = &[
     ("canceling", "finished", &["succeeded", "failed", "timed_out", "canceled", "errored"]),
 ];
 
-/// I14: numbers without a gap, the same event for everybody, and only what may follow.
+/// I14: numbers from 1 on without a gap, the same event for everybody, and only what may follow.
 fn events_go_on_without_a_gap(job: &Job<'_>, say: &mut impl FnMut(&'static str, String)) {
     let mut known = BTreeMap::<u64, Event<'_>>::new();
     for (who, events) in &job.events {
-        let first = events.first().map_or(1, |event| event.seq);
-        for (expected, event) in (first..).zip(events) {
+        for (expected, event) in (1..).zip(events) {
             if event.seq != expected {
                 say("I14", format!("{who} got event {} where {expected} follows", event.seq));
                 break;

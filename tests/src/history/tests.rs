@@ -26,9 +26,22 @@ fn stored(attempt: u32, len: u64) -> Seen {
     Seen::Stored { job: JOB.into(), attempt, len, sum: sum(&range(stream(JOB, attempt), 0, len)) }
 }
 
-fn end(state: &str, attempt: u32, lost: u64, blame: Option<&str>) -> Seen {
-    let blame = blame.map(str::to_owned);
-    Seen::End { who: "api".into(), job: JOB.into(), attempt, state: state.into(), exit_code: Some(0), lost, blame }
+fn end(who: &str, state: &str, attempt: u32, lost: u64) -> Seen {
+    let (who, job, state) = (who.into(), JOB.into(), state.into());
+    Seen::End { who, job, attempt, state, exit_code: Some(0), lost, blame: None }
+}
+
+/// The follower of the feed is told the end, and whoever asks.
+fn ends() -> [Seen; 2] {
+    [end("feed", "succeeded", 2, 1), end("api", "succeeded", 2, 1)]
+}
+
+fn printed(len: u64) -> Seen {
+    Seen::Printed { job: JOB.into(), attempt: 2, len }
+}
+
+fn planned(len: u64) -> Seen {
+    Seen::Planned { job: JOB.into(), len }
 }
 
 fn running(vms: &[(&str, &str, u32)]) -> Seen {
@@ -54,7 +67,7 @@ fn good() -> Vec<Seen> {
         event(3, 1, "accepted", "running", None),
         event(4, 1, "phase", "running", None),
         running(&[("mini-0", "vm-1", 1)]),
-        log(1, 0, 5_000),
+        log(1, 0, 2_000),
         running(&[]),
         event(5, 1, "requeued", "queued", Some("worker_lost")),
         event(6, 2, "assigned", "assigned", None),
@@ -64,9 +77,11 @@ fn good() -> Vec<Seen> {
         log(2, 100, 4_900),
         event(8, 2, "finished", "succeeded", None),
         running(&[]),
-        end("succeeded", 2, 1, None),
-        Seen::Printed { job: JOB.into(), attempt: 2, len: 5_000 },
-        stored(1, 6_000),
+        end("feed", "succeeded", 2, 1),
+        end("api", "succeeded", 2, 1),
+        printed(5_000),
+        planned(5_000),
+        stored(1, 3_000),
         stored(2, 5_000),
         Seen::Artifact {
             job: JOB.into(),
@@ -87,6 +102,12 @@ fn judged(history: Vec<Seen>) -> Vec<&'static str> {
     broken
 }
 
+/// The good history without these lines.
+fn without(lines: &[Seen]) -> Vec<Seen> {
+    assert!(lines.iter().all(|line| good().contains(line)), "{lines:?}");
+    good().into_iter().filter(|seen| !lines.contains(seen)).collect()
+}
+
 /// The good history with this line replaced.
 fn with(old: &Seen, new: &[Seen]) -> Vec<Seen> {
     let history = good();
@@ -103,8 +124,9 @@ fn a_good_history_breaks_nothing() {
 fn a_lost_job_and_a_key_with_two_jobs_break_i1() {
     let listed = Seen::Listed { jobs: vec![JOB.into()] };
     assert_eq!(judged(with(&listed, &[Seen::Listed { jobs: vec![] }])), ["I1"]);
-    assert_eq!(judged(with(&end("succeeded", 2, 1, None), &[])), ["I1"]);
-    assert_eq!(judged(with(&end("succeeded", 2, 1, None), &[end("failed", 2, 1, None)])), ["I1"]);
+    assert_eq!(judged(without(&ends())), ["I1"]);
+    let failed = ends().map(|_| end("api", "failed", 2, 1));
+    assert_eq!(judged(without(&ends()).into_iter().chain(failed).collect()), ["I1", "I6"]);
     let nobody = Seen::Answer { key: "k".into(), job: None };
     assert!(judged(with(&nobody, &[Seen::Answer { key: "k".into(), job: Some("job_b".into()) }])).contains(&"I1"));
 }
@@ -120,8 +142,8 @@ fn a_second_end_one_by_an_old_attempt_and_one_that_changes_break_i3() {
     let finished = event(8, 2, "finished", "succeeded", None);
     assert!(judged(with(&finished, &[finished.clone(), event(9, 2, "finished", "failed", None)])).contains(&"I3"));
     assert!(judged(with(&finished, &[event(8, 1, "finished", "succeeded", None)])).contains(&"I3"));
-    let ended = end("succeeded", 2, 1, None);
-    assert_eq!(judged(with(&ended, &[ended.clone(), end("succeeded", 3, 1, None)])), ["I3"]);
+    let ended = end("feed", "succeeded", 2, 1);
+    assert_eq!(judged(with(&ended, &[end("feed", "succeeded", 3, 1), ended.clone()])), ["I3"]);
 }
 
 #[test]
@@ -134,12 +156,24 @@ fn an_attempt_out_of_turn_breaks_i4() {
 
 #[test]
 fn a_stored_log_with_other_bytes_or_without_its_end_breaks_i5() {
-    let wrong = Seen::Stored { job: JOB.into(), attempt: 1, len: 6_000, sum: 7 };
-    assert_eq!(judged(with(&stored(1, 6_000), &[wrong])), ["I5"]);
-    let printed = Seen::Printed { job: JOB.into(), attempt: 2, len: 5_000 };
+    let wrong = Seen::Stored { job: JOB.into(), attempt: 1, len: 3_000, sum: 7 };
+    assert_eq!(judged(with(&stored(1, 3_000), &[wrong])), ["I5"]);
     for len in [4_999, 5_001] {
-        assert!(judged(with(&printed, &[Seen::Printed { job: JOB.into(), attempt: 2, len }])).contains(&"I5"));
+        // Each of both is enough to tell.
+        assert_eq!(judged(with(&printed(5_000), &[printed(len)])), ["I5"]);
+        assert_eq!(judged(with(&planned(5_000), &[planned(len)])), ["I5"]);
     }
+    assert_eq!(judged(with(&stored(1, 3_000), &[stored(1, 5_001)])), ["I5"]);
+}
+
+#[test]
+fn a_log_whose_length_nobody_knows_but_the_farm_and_one_that_nobody_looked_at_break_i5() {
+    assert_eq!(judged(without(&[printed(5_000)])), [""; 0]);
+    assert_eq!(judged(without(&[planned(5_000)])), [""; 0]);
+    assert_eq!(judged(without(&[printed(5_000), planned(5_000)])), ["I5"]);
+    assert_eq!(judged(without(&[stored(2, 5_000)])), ["I5"]);
+    // Of one that did not tell how it ended nobody knows it.
+    assert_eq!(judged(without(&[stored(1, 3_000)])), [""; 0]);
 }
 
 #[test]
@@ -150,6 +184,66 @@ fn a_gap_a_repetition_wrong_bytes_and_a_missing_end_break_i6() {
     }
     let Seen::Log { who, job, attempt, offset, len, sum } = second.clone() else { unreachable!() };
     assert_eq!(judged(with(&second, &[Seen::Log { who, job, attempt, offset, len, sum: sum ^ 1 }])), ["I6"]);
+    assert_eq!(judged(with(&second, &[second.clone(), log(2, 5_000, 1)])), ["I6"]);
+}
+
+#[test]
+fn a_feed_that_withholds_the_beginning_of_a_log_or_all_of_it_breaks_i6() {
+    assert_eq!(judged(without(&[log(2, 0, 100)])), ["I6"]);
+    assert_eq!(judged(without(&[log(2, 0, 100), log(2, 100, 4_900)])), ["I6"]);
+    assert_eq!(judged(with(&log(1, 0, 2_000), &[log(1, 1, 1_999)])), ["I6"]);
+    // What a lost attempt had printed may come too late for a follower.
+    assert_eq!(judged(without(&[log(1, 0, 2_000)])), [""; 0]);
+}
+
+#[test]
+fn a_feed_that_withholds_the_log_of_a_lost_attempt_from_whoever_comes_later_breaks_i6() {
+    let as_late = |seen: Seen| match seen {
+        Seen::Event { job, seq, attempt, kind, state, reason, .. } => {
+            Seen::Event { who: "late".into(), job, seq, attempt, kind, state, reason }
+        }
+        Seen::Log { job, attempt, offset, len, sum, .. } => {
+            Seen::Log { who: "late".into(), job, attempt, offset, len, sum }
+        }
+        other => other,
+    };
+    let readable = Seen::Readable { job: JOB.into(), attempt: 1, len: 3_000 };
+    let again = good().into_iter().filter(|seen| matches!(seen, Seen::Event { .. } | Seen::Log { .. })).map(as_late);
+    let reads = |first: &[Seen]| {
+        let end = end("late", "succeeded", 2, 1);
+        let read = again.clone().filter(|seen| !matches!(seen, Seen::Log { attempt: 1, .. }));
+        let first = first.iter().cloned().map(as_late);
+        good().into_iter().chain([readable.clone()]).chain(first).chain(read).chain([end]).collect()
+    };
+    assert_eq!(judged(reads(&[log(1, 0, 3_000)])), [""; 0]);
+    assert_eq!(judged(reads(&[log(1, 0, 2_000)])), ["I6"]);
+    assert_eq!(judged(reads(&[])), ["I6"]);
+}
+
+#[test]
+fn a_feed_that_goes_back_and_one_that_never_tells_the_end_break_i6() {
+    let second = log(2, 100, 4_900);
+    assert_eq!(judged(with(&second, &[log(1, 2_000, 10), second.clone()])), ["I6"]);
+    assert_eq!(judged(without(&[end("feed", "succeeded", 2, 1)])), ["I6"]);
+}
+
+#[test]
+fn a_raw_log_that_ends_too_early_breaks_i6() {
+    let through = |attempt| Seen::Through { who: "raw".into(), job: JOB.into(), attempt };
+    let as_raw = |seen: Seen| match seen {
+        Seen::Log { job, attempt, offset, len, sum, .. } => {
+            Seen::Log { who: "raw".into(), job, attempt, offset, len, sum }
+        }
+        other => other,
+    };
+    let all = [log(2, 0, 100), log(2, 100, 4_900)].map(as_raw);
+    let heard = |parts: &[Seen], attempt| [&good()[..], parts, &[through(attempt)]].concat();
+    assert_eq!(judged(heard(&all, 2)), [""; 0]);
+    assert_eq!(judged(heard(&all[..1], 2)), ["I6"]);
+    assert_eq!(judged(heard(&all[1..], 2)), ["I6"]);
+    assert_eq!(judged(heard(&[], 2)), ["I6"]);
+    // The tail of a lost attempt may come later.
+    assert_eq!(judged(heard(&[], 1)), [""; 0]);
 }
 
 #[test]
@@ -186,12 +280,14 @@ fn two_attempts_alive_break_i9() {
 fn a_charge_for_the_farms_fault_breaks_i10() {
     let requeued = event(5, 1, "requeued", "queued", Some("worker_lost"));
     assert!(judged(with(&requeued, &[event(5, 1, "requeued", "queued", Some("script_failure"))])).contains(&"I10"));
-    assert_eq!(judged(with(&end("succeeded", 2, 1, None), &[end("succeeded", 2, 0, None)])), ["I10"]);
+    let uncounted = ["feed", "api"].map(|who| end(who, "succeeded", 2, 0));
+    assert_eq!(judged(without(&ends()).into_iter().chain(uncounted).collect()), ["I10"]);
 }
 
 #[test]
 fn a_gap_another_story_and_an_illegal_step_break_i14() {
-    assert_eq!(judged(with(&event(4, 1, "phase", "running", None), &[])), ["I14"]);
+    assert_eq!(judged(without(&[event(4, 1, "phase", "running", None)])), ["I14"]);
+    assert_eq!(judged(without(&[event(1, 0, "submitted", "queued", None)])), ["I14"]);
     assert_eq!(
         judged(with(&event(3, 1, "accepted", "running", None), &[event(3, 1, "phase", "running", None)])),
         ["I14"]
@@ -201,7 +297,7 @@ fn a_gap_another_story_and_an_illegal_step_break_i14() {
     };
     let other = Seen::Event { who: "other".into(), job, seq, attempt, kind, state, reason: None };
     let first = event(1, 0, "submitted", "queued", None);
-    assert_eq!(judged(with(&first, &[first.clone(), other])), ["I14"]);
+    assert_eq!(judged(with(&first, &[first.clone(), other])), ["I6", "I14"], "nobody told it the end either");
 }
 
 #[test]
@@ -209,7 +305,8 @@ fn a_history_is_read_as_it_was_written() {
     let dir = tempfile::tempdir().unwrap();
     let recorder = Recorder::create(&dir.path().join("history")).unwrap();
     good().into_iter().for_each(|seen| recorder.write(seen));
-    recorder.log("raw", JOB, 2, 0, &range(stream(JOB, 2), 0, 300));
+    recorder.log("raw", JOB, 2, 0, &range(stream(JOB, 2), 0, 5_000));
+    recorder.write(Seen::Through { who: "raw".into(), job: JOB.into(), attempt: 2 });
     let read = recorder.read().unwrap();
     assert_eq!(read.iter().map(|line| line.seen.clone()).take(good().len()).collect::<Vec<_>>(), good());
     assert!(check(&read).is_empty());

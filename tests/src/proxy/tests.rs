@@ -129,13 +129,16 @@ async fn a_trap_holds_the_reply_or_the_body_or_drops_the_reply_of_what_it_was_se
     assert_eq!(read_exactly(&mut client, 7).await, b"PUT /b ");
 
     echo.heard.store(0, Ordering::SeqCst);
+    let unheard = proxy.trap(Way::Up, "POST /jobs ", 1, Then::DropRequest);
     let mut dropped = proxy.trap(Way::Up, "POST /jobs ", 1, Then::DropReply);
-    for expected in ["", "POST /jobs "] {
+    for (expected, heard) in [("", 0), ("", 11), ("POST /jobs ", 22)] {
         let mut client = TcpStream::connect(proxy.address).await.unwrap();
         client.write_all(b"POST /jobs ").await.unwrap();
         client.shutdown().await.unwrap();
         assert_eq!(ends(&mut client).await, expected.as_bytes());
+        assert_eq!(echo.heard.load(Ordering::SeqCst), heard);
     }
+    assert_eq!(unheard.borrow().seen, 1);
     assert_eq!(dropped.wait_for(|sprung| sprung.answered == 1).await.unwrap().seen, 1);
 }
 
