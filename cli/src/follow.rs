@@ -252,7 +252,7 @@ impl<'a> Follower<'a> {
                         }
                         tries += 1;
                         let pause = CANCEL_AGAIN_MS + backoff(tries, CANCEL_AGAIN_MS, CANCEL_AGAIN_CAP_MS, env.dice());
-                        env.sleep_until(env.now().mono + pause).await;
+                        env.sleep_until(env.now().mono + pause.max(error.retry_after_ms())).await;
                     }
                     result => break result,
                 }

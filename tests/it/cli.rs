@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 mod leaving;
 mod local;
+mod refused;
 mod terminal;
 mod words;
 

@@ -23,6 +23,8 @@ use sanitize::Sanitizer;
 /// Chunks that wait for a slow reader of standard output before the follower waits too.
 const SINK_QUEUE: usize = 16;
 
+const DOCTOR_HINT: &str = "alloy doctor      compares the versions of both sides";
+
 /// What the process exits with. `alloy run` and `alloy attach` exit with the job's own number once there is one.
 pub(crate) mod exit {
     pub(crate) const OK: i32 = 0;
@@ -153,8 +155,10 @@ impl Failure {
                 let failure = Self::new(Fault::Unreachable, format!("no farm answers at {url}: {why}"));
                 failure.hint("alloy up          starts a farm on this machine; --url URL names another one")
             }
-            ClientError::Protocol(why) => Self::error(format!("{url} answers, but not as a farm does: {why}"))
-                .hint("alloy doctor      compares the versions of both sides"),
+            ClientError::Protocol(text) => {
+                let (why, hint) = text.split_once("\n  hint: ").unwrap_or((&text, DOCTOR_HINT));
+                Self::error(format!("{url} answers, but not as a farm does: {why}")).hint(hint)
+            }
             ClientError::Problem(problem) => Self::of_problem(problem, url),
         }
     }

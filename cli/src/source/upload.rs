@@ -9,6 +9,7 @@ use alloy_shared::client::{Client, ClientError};
 use alloy_shared::env::{Env, backoff};
 use alloy_shared::id::Digest;
 use alloy_shared::limits::{FRAME_TARGET, PACK_MAX};
+use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::source::PackFrame;
 use bytes::Bytes;
 use indicatif::ProgressBar;
@@ -77,15 +78,16 @@ pub(crate) async fn upload(
     let (mut rounds, mut tries) = (0, 0);
     let mut last_progress = env.now().mono;
     let mut fewest_missing = usize::MAX;
-    let (mut answered, mut away) = (false, false);
+    let mut answered = false;
+    let mut trouble = Trouble::default();
     loop {
         let answer = match client.put_source(&digest, manifest.clone()).await {
             Ok(status) if status.complete => {
-                tell_back(talk, &mut away);
+                trouble.over(talk);
                 return Ok((digest, moved));
             }
             Ok(status) => {
-                tell_back(talk, &mut away);
+                trouble.over(talk);
                 answered = true;
                 let packs = plan(scan, &status.missing.iter().copied().collect());
                 if packs.is_empty() {
@@ -109,29 +111,57 @@ pub(crate) async fn upload(
         };
         answered |= matches!(error, ClientError::Problem(_));
         let patience_ms = if answered { patience.stalled_ms } else { patience.first_ms };
-        if !worth_another_try(&error) || env.now().mono.since(last_progress) >= patience_ms {
-            return Err(Failure::of(error, client.url()));
-        }
         tries += 1;
-        if !std::mem::replace(&mut away, true) {
-            talk.warn(&format!("reconnecting…  {error}"));
+        let pause_ms = pause_ms(&error, backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice()));
+        match pause_ms {
+            Some(pause_ms) if env.now().mono.since(last_progress) + pause_ms < patience_ms => {
+                trouble.tell(talk, &error);
+                env.sleep_until(env.now().mono + pause_ms).await;
+            }
+            Some(_) | None => return Err(Failure::of(error, client.url())),
         }
-        let wait = backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice());
-        env.sleep_until(env.now().mono + wait).await;
     }
 }
 
-fn tell_back(talk: &Talk, away: &mut bool) {
-    if std::mem::take(away) {
-        talk.say("reconnected");
-    }
-}
-
-fn worth_another_try(error: &ClientError) -> bool {
-    match error {
+/// Until the next try, if one is worth it: as long as the farm asks for, where it does.
+fn pause_ms(error: &ClientError, backoff_ms: u64) -> Option<u64> {
+    let again = match error {
         ClientError::Unreachable { .. } => true,
-        ClientError::Problem(problem) => problem.code.is_retryable(),
+        // Room comes when a person makes some, who may be the one that reads this.
+        ClientError::Problem(problem) => problem.code.is_retryable() && problem.code != ErrorCode::StorageFull,
         ClientError::Protocol(_) => false,
+    };
+    again.then(|| error.retry_after_ms().max(backoff_ms))
+}
+
+/// What was said of an upload that does not get on.
+#[derive(Default)]
+struct Trouble {
+    away: bool,
+    put_off: bool,
+}
+
+impl Trouble {
+    fn tell(&mut self, talk: &Talk, error: &ClientError) {
+        match error {
+            // It answers, so there is nothing to reconnect to; that it takes the rest shows by itself.
+            ClientError::Problem(_) => {
+                if !std::mem::replace(&mut self.put_off, true) {
+                    talk.warn(&format!("the farm does not take the source yet, trying again  {}", error.why()));
+                }
+            }
+            ClientError::Unreachable { .. } | ClientError::Protocol(_) => {
+                if !std::mem::replace(&mut self.away, true) {
+                    talk.warn(&format!("reconnecting…  {}", error.why()));
+                }
+            }
+        }
+    }
+
+    fn over(&mut self, talk: &Talk) {
+        if std::mem::take(&mut self.away) {
+            talk.say("reconnected");
+        }
     }
 }
 
@@ -292,6 +322,7 @@ fn pieces(scan: &Scan) -> impl Iterator<Item = Piece> {
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::wire::Problem;
     use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
 
     use super::*;
@@ -349,6 +380,24 @@ mod tests {
         for pack in &packs {
             assert!(pack.iter().flatten().map(|piece| u64::from(piece.len)).sum::<u64>() <= PACK_MAX);
             assert!(pack.iter().all(|frame| frame.len() == 1));
+        }
+    }
+
+    #[test]
+    fn another_try_waits_as_long_as_the_farm_asks_and_a_full_disk_is_none() {
+        let problem = |code, retry_after_s| {
+            ClientError::Problem(Problem { retry_after_s, ..Problem::new(code, "it says so") })
+        };
+        let gone = ClientError::Unreachable { url: "http://farm".into(), why: "reset".into() };
+        for (error, expected) in [
+            (gone, Some(300)),
+            (problem(ErrorCode::Unavailable, None), Some(300)),
+            (problem(ErrorCode::TooManyRequests, Some(10)), Some(10_000)),
+            (problem(ErrorCode::StorageFull, Some(10)), None),
+            (problem(ErrorCode::InvalidSource, None), None),
+            (ClientError::Protocol("who?".into()), None),
+        ] {
+            assert_eq!(pause_ms(&error, 300), expected, "{error}");
         }
     }
 

@@ -159,14 +159,6 @@ impl Failure {
     pub(super) fn last(why: impl Into<String>) -> Self {
         Self::new(Kind::Final, ClientError::Protocol(why.into()))
     }
-    /// The reason in one line, without the address.
-    pub(super) fn why(&self) -> String {
-        match &self.error {
-            ClientError::Unreachable { why, .. } => why.clone(),
-            ClientError::Problem(problem) => problem.message.clone(),
-            ClientError::Protocol(why) => why.clone(),
-        }
-    }
 }
 
 impl From<ClientError> for Failure {
@@ -209,7 +201,7 @@ impl Lost {
             (Budget::Stream, _) => (STREAM_BUDGET_MS, u32::MAX),
         };
         let twice_wrong = failure.kind == Kind::Wrong && std::mem::replace(&mut self.wrong, true);
-        if failure.kind == Kind::Final || twice_wrong || self.tries >= tries || now.since(since) + delay > budget_ms {
+        if failure.kind == Kind::Final || twice_wrong || self.tries >= tries || now.since(since) + delay >= budget_ms {
             return Err(failure.error);
         }
         Ok(delay)
@@ -396,8 +388,9 @@ fn refusal(response: &Response, body: &[u8]) -> Failure {
         _ => Kind::Final,
     };
     let (error, after) = match serde_json::from_slice::<Problem>(body) {
-        Ok(problem) => {
-            let after = header.or(problem.retry_after_s);
+        Ok(mut problem) => {
+            problem.retry_after_s = header.or(problem.retry_after_s);
+            let after = problem.retry_after_s;
             (ClientError::Problem(problem), after)
         }
         Err(_) => (ClientError::Protocol(foreign(response, status, body)), header),

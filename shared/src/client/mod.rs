@@ -72,6 +72,20 @@ impl ClientError {
             Self::Unreachable { .. } | Self::Protocol(_) => None,
         }
     }
+
+    /// The reason in one line, without the address and without advice.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::Unreachable { why, .. } => why,
+            Self::Problem(problem) => &problem.message,
+            Self::Protocol(why) => why.lines().next().unwrap_or_default(),
+        }
+    }
+
+    /// How long the farm asks to be left alone.
+    pub fn retry_after_ms(&self) -> u64 {
+        self.problem().and_then(|problem| problem.retry_after_s).unwrap_or(0).saturating_mul(1000)
+    }
 }
 
 impl fmt::Display for ClientError {

@@ -57,7 +57,7 @@ impl Client {
             let mut cursor = cursor;
             let mut lost = Lost::default();
             while let Err(failure) = client.feed_once(id, &mut cursor, &mut lost, &tx).await {
-                let why = failure.why();
+                let why = failure.error.why().to_owned();
                 let delay = lost.count(&*client.env, failure, Budget::Stream)?;
                 give(&tx, FeedItem::Reconnecting { tries: lost.tries, why }).await;
                 client.env.sleep_until(client.env.now().mono + delay).await;

@@ -132,7 +132,8 @@ impl Upstream for Https {
                 return Err(transfer_error(error));
             }
             tries = tries.saturating_add(1);
-            let pause_ms = backoff(tries, PUT_PAUSE_MS, PUT_PAUSE_CAP_MS, self.env.dice());
+            let backoff = backoff(tries, PUT_PAUSE_MS, PUT_PAUSE_CAP_MS, self.env.dice());
+            let pause_ms = backoff.max(error.retry_after_ms().min(PUT_PAUSE_CAP_MS));
             self.env.sleep_until(now + pause_ms).await;
         }
     }

@@ -59,11 +59,17 @@ async fn a_retry_waits_as_long_as_the_farm_says() {
 #[tokio::test]
 async fn a_wait_longer_than_the_budget_is_not_begun() {
     let bench = Bench::new();
-    let problem = Problem { retry_after_s: Some(11), ..Problem::new(ErrorCode::Unavailable, "tomorrow") };
-    let body = serde_json::to_vec(&problem).unwrap();
-    let server = Server::start(move |_: &Heard| reply(503, &[], &body)).await;
-    let error = bench.client(&server.url).info().await.unwrap_err();
-    assert_eq!((error.problem(), server.heard().len()), (Some(&problem), 1));
+    // As long as the whole budget is too long too.
+    for (word, header) in [(Some(10), None), (Some(11), None), (None, Some("11"))] {
+        let problem = Problem { retry_after_s: word, ..Problem::new(ErrorCode::Unavailable, "tomorrow") };
+        let body = serde_json::to_vec(&problem).unwrap();
+        let headers: Vec<(&str, &str)> = header.iter().map(|value| ("retry-after", *value)).collect();
+        let answer = reply(503, &headers, &body);
+        let server = Server::start(move |_: &Heard| answer.clone()).await;
+        let error = bench.client(&server.url).info().await.unwrap_err();
+        assert_eq!((error.why(), server.heard().len()), ("tomorrow", 1));
+        assert_eq!(error.retry_after_ms(), word.unwrap_or(11) * 1_000, "from wherever it was said");
+    }
 }
 
 #[tokio::test]

@@ -1,0 +1,33 @@
+//! How a run ends that never becomes a job.
+
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+
+use alloy_tests::farm::{Farm, Setup, output};
+use anyhow::Result;
+
+use super::{text, told};
+
+async fn run_in(farm: &Farm, tree: &Path) -> Result<Output> {
+    let mut run = farm.alloy(&["run", "-c", "true"]);
+    run.current_dir(tree);
+    output(run).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_ends_a_run_at_once_whether_or_not_there_is_a_tree_to_send() -> Result<()> {
+    let farm = Farm::orchestrator_only(Setup { disk_floor_mib: 1 << 40, ..Setup::default() }).await?;
+    let (empty, tree) = (farm.scratch("empty")?, farm.scratch("tree")?);
+    fs::write(tree.join("file"), "the farm does not have this")?;
+    for dir in [empty, tree] {
+        let out = run_in(&farm, &dir).await?;
+        let stderr = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(125), "{}", told(&out));
+        assert!(stderr.contains("error: the farm's disk is full\n"), "{}", told(&out));
+        assert!(stderr.contains("  hint: "), "{}", told(&out));
+        assert!(!stderr.contains("warning") && !stderr.contains("reconnect"), "{}", told(&out));
+        assert!(!stderr.contains('\u{fffd}'), "{}", told(&out));
+    }
+    Ok(())
+}
