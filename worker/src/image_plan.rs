@@ -167,9 +167,10 @@ impl Images {
         }
     }
 
-    /// The farm's wishes, all of them.
+    /// The farm's wishes, all of them. A worker that brings no images has no part in them.
     pub fn wish(&mut self, wishes: Vec<ImageWish>) {
-        let known = wishes.into_iter().take(IMAGES_MAX).map(|wish| (canonical(&wish.name), wish));
+        let most = if self.pulls { IMAGES_MAX } else { 0 };
+        let known = wishes.into_iter().take(most).map(|wish| (canonical(&wish.name), wish));
         let old = std::mem::replace(&mut self.wishes, known.collect());
         // A new wish does not wait for the end of an old failure's pause.
         for (name, wish) in &self.wishes {

@@ -10,11 +10,15 @@ use indicatif::ProgressBar;
 use crate::context::{App, Farm};
 use crate::farm::Hosted;
 use crate::output::talk::Tone;
-use crate::output::{Failure, ago, exit, plural, print, print_json, size, stdout_is_terminal, table};
+use crate::output::{Failure, ago, duration, exit, plural, print, print_json, size, stdout_is_terminal, table};
 use crate::signals::Signals;
 
 /// Between two looks at how far the workers are.
 const LOOK_MS: u64 = 500;
+/// So long the removal of an image is waited for. A worker that brings another one meanwhile removes it later.
+const REMOVE_MS: u64 = 2 * 60_000;
+/// A wait that is over this soon is not worth a line.
+const QUIET_MS: u64 = 1_000;
 /// Where nobody watches, progress is a line each time so much more has come.
 const STEP_PERCENT: u8 = 10;
 
@@ -22,6 +26,7 @@ const STEP_PERCENT: u8 = 10;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum ImageVerb {
     Pull(PullArgs),
+    /// Show the images, and how far each worker is with them
     #[command(visible_alias = "ls")]
     List,
     Rm(RmArgs),
@@ -295,21 +300,24 @@ async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
     let mut signals = Signals::install()?;
     let mut view = farm.client.remove_image(&args.image).await.map_err(|error| Failure::of(error, &farm.url))?;
     let wish = view.generation;
-    // A worker that needs it says so and keeps it until then: that is not waited for.
-    let is_open = |worker: &&WorkerImage| worker.connected && worker.report.generation < wish && !worker.report.in_use;
-    while view.generation == wish && view.workers.iter().any(|worker| is_open(&worker)) {
+    let started = app.env.now().mono;
+    let mut said = false;
+    while view.generation == wish && app.env.now().mono < started + REMOVE_MS {
+        let open = names(&view, |worker| is_open(worker, wish));
+        if open.is_empty() {
+            break;
+        }
+        if app.env.now().mono >= started + QUIET_MS && !std::mem::replace(&mut said, true) {
+            let most = duration(REMOVE_MS);
+            app.talk.say(&format!("waiting for {} to remove it, up to {most}", open.join(", ")));
+        }
         let look = async {
             app.env.sleep_until(app.env.now().mono + LOOK_MS).await;
             one(farm, &view.name).await
         };
         view = signals.unless_told(look).await??;
     }
-    let keepers: Vec<&str> = view
-        .workers
-        .iter()
-        .filter(|worker| worker.report.digest.is_some())
-        .map(|worker| worker.worker_name.as_str())
-        .collect();
+    let keepers = names(&view, |worker| worker.report.digest.is_some());
     if keepers.is_empty() {
         app.talk.verdict(Tone::Good, "✓", &format!("no worker has {} any more", view.name), None);
     } else {
@@ -322,6 +330,15 @@ async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
         print_json(&view)?;
     }
     Ok(exit::OK)
+}
+
+/// Whose removal is waited for. One that needs the image says so and keeps it until then.
+fn is_open(worker: &WorkerImage, wish: i64) -> bool {
+    worker.connected && worker.report.generation < wish && !worker.report.in_use
+}
+
+fn names(view: &ImageView, counts: impl Fn(&WorkerImage) -> bool) -> Vec<&str> {
+    view.workers.iter().filter(|worker| counts(worker)).map(|worker| worker.worker_name.as_str()).collect()
 }
 
 async fn pin(app: &App, farm: &Farm, args: &PinArgs) -> Result<i32, Failure> {
@@ -369,6 +386,16 @@ mod tests {
             let worker = on("mini", report);
             assert_eq!((stage(&worker.report, 7).text.as_str(), is_over(&worker, 7)), (text, over));
         }
+    }
+
+    #[test]
+    fn a_removal_waits_for_workers_that_are_there_and_have_not_done_it() {
+        let using = ImageReport { in_use: true, ..here(7) };
+        let mut away = on("away", here(7));
+        away.connected = false;
+        let workers = vec![on("still", here(7)), on("gone", here(8)), on("uses", using), away];
+        let view = ImageView { name: "r/a:1".into(), want: ImageWant::Absent, pinned: false, generation: 8, workers };
+        assert_eq!(names(&view, |worker| is_open(worker, 8)), ["still"]);
     }
 
     #[test]

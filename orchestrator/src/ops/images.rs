@@ -30,8 +30,10 @@ pub async fn list(app: &App, who: &Principal) -> Result<ImageList, OpError> {
         let live = app.hub.view(&worker.id, now);
         let connected = live.as_ref().is_some_and(|live| live.connected);
         let inventory = live.map(|live| live.images).unwrap_or_default();
+        // Where no VMs are made a wish comes to nothing: only what is there counts.
+        let counts = |report: &&ImageReport| inventory.pulls || report.digest.is_some();
         let mut told: BTreeMap<&str, &ImageReport> =
-            inventory.images.iter().map(|report| (report.name.as_str(), report)).collect();
+            inventory.images.iter().filter(counts).map(|report| (report.name.as_str(), report)).collect();
         let shown = |wanted, report: ImageReport| WorkerImage {
             worker: worker.id,
             worker_name: worker.name.clone(),

@@ -306,3 +306,12 @@ fn a_use_a_moment_later_is_not_worth_a_write_and_everything_else_is() {
         assert_eq!(book.is_news_after(&kept), news, "{book:?}");
     }
 }
+
+#[test]
+fn a_worker_that_brings_no_images_has_no_part_in_wishes() {
+    let mut images = Images::new(&[named("host")], None, false, Limits::default(), Book::default());
+    for (want, generation) in [(ImageWant::Present, 5), (ImageWant::Absent, 6)] {
+        images.wish(vec![wish("r/a:1", want, true, generation)]);
+        assert_eq!((images.view(NOW), images.next(NOW)), (vec![], Next::Wait(None)), "{want:?}");
+    }
+}
