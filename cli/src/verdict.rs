@@ -82,6 +82,8 @@ fn hint(job: &JobView) -> Option<&'static str> {
         (Reason::RunTimeout, _) => Some("--timeout 90m gives it longer"),
         (Reason::QueueExpired, _) => Some("alloy worker list shows who could run it; --queue-timeout waits longer"),
         (Reason::ArtifactMissing, _) => Some("a glob with `=` in front must match; without it, it may match nothing"),
+        // The same name would end the same way.
+        (Reason::ImagePullFailure, _) => Some("alloy image list shows the images there are; --image names another one"),
         (_, Blame::Farm) => Some("the farm's fault, not the command's: run it again, or ask who keeps the workers"),
         (_, Blame::User | Blame::Policy) => None,
     }
@@ -165,8 +167,10 @@ pub(crate) mod tests {
             assert_eq!((verdict.mark, verdict.text.as_str(), verdict.took.as_deref()), (mark, text, Some("1m 32s")));
         }
         for reason in Reason::ALL {
-            let verdict = verdict(&ended(&End::because(*reason, "")));
-            assert_eq!(verdict.hint.is_some_and(|hint| hint.contains("farm's fault")), reason.blame() == Blame::Farm);
+            let hint = verdict(&ended(&End::because(*reason, ""))).hint.unwrap_or_default();
+            let again = reason.blame() == Blame::Farm && *reason != Reason::ImagePullFailure;
+            assert_eq!(hint.contains("run it again"), again, "{reason:?}: {hint}");
+            assert_eq!(hint.contains("alloy image list"), *reason == Reason::ImagePullFailure, "{reason:?}: {hint}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! D: which waiting job gets which free slot, and why a job waits.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ pub struct Room {
 }
 
 /// What a worker's part in a job's image is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Stance<'a> {
     /// A VM of it waits.
     Warm,
@@ -31,13 +32,13 @@ enum Stance<'a> {
     Can,
     /// It did not come; the worker tries again later.
     Later(&'a PullFailed),
-    /// It is not to be had there.
-    Refused(&'a PullFailed),
+    /// It is not to be had there, for this reason.
+    Refused(Cow<'a, str>),
 }
 
 impl Stance<'_> {
     /// How good a place it is; absent: none.
-    fn rank(self) -> Option<u32> {
+    fn rank(&self) -> Option<u32> {
         match self {
             Self::Warm => Some(2),
             Self::Here => Some(1),
@@ -54,13 +55,23 @@ impl Room {
             return Stance::Warm;
         }
         let found = self.images.images.binary_search_by(|report| report.name.as_str().cmp(&name));
-        let Ok(report) = found.map(|at| &self.images.images[at]) else { return Stance::Can };
-        match &report.failed {
-            _ if report.digest.is_some() => Stance::Here,
-            Some(failed) if failed.refused => Stance::Refused(failed),
+        let report = found.ok().map(|at| &self.images.images[at]);
+        if report.is_some_and(|report| report.digest.is_some()) {
+            return Stance::Here;
+        }
+        if let Some(why) = self.images.brings_none().filter(|_| name != self.images.own) {
+            return Stance::Refused(Cow::Owned(why));
+        }
+        match report.and_then(|report| report.failed.as_ref()) {
+            Some(failed) if failed.refused => Stance::Refused(Cow::Borrowed(&failed.message)),
             Some(failed) => Stance::Later(failed),
             None => Stance::Can,
         }
+    }
+
+    /// A job that names an image waits until the worker has said what it has: it may be one that brings none.
+    fn knows(&self, image: Option<&str>) -> bool {
+        image.is_none() || self.images.is_told()
     }
 }
 
@@ -113,7 +124,7 @@ fn place(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> Option<WorkerId>
     let least = least_grudge(job, rooms)?;
     rooms
         .iter()
-        .filter(|(id, room)| room.free > 0 && job.grudge(id) == least)
+        .filter(|(id, room)| room.free > 0 && room.knows(job.image) && job.grudge(id) == least)
         .filter_map(|(id, room)| Some((fit(job, room)?, room.free, std::cmp::Reverse(*id))))
         .max()
         .map(|(_, _, id)| id.0)
@@ -142,13 +153,13 @@ pub fn refusal(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId
     let mut told = Vec::new();
     for room in open {
         match room.stance(image) {
-            Stance::Refused(failed) => told.push((room, failed)),
+            Stance::Refused(why) => told.push((room, why)),
             Stance::Warm | Stance::Here | Stance::Can | Stance::Later(_) => return None,
         }
     }
-    let (room, failed) = told.first()?;
+    let (room, why) = told.first()?;
     let name = image.unwrap_or(&room.images.own);
-    Some(format!("no worker can get the image {name}: {}: {}", room.name, failed.message))
+    Some(format!("no worker can get the image {name}: {}: {why}", room.name))
 }
 
 /// Why a job is not running, from what is connected at this moment.
@@ -232,7 +243,8 @@ pub fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId
         return WhyNot::Broken { workers: open.len() as u32 };
     }
     let failed = |room: &Room| match room.stance(image) {
-        Stance::Later(failed) | Stance::Refused(failed) => Some(format!("{}: {}", room.name, failed.message)),
+        Stance::Later(failed) => Some(format!("{}: {}", room.name, failed.message)),
+        Stance::Refused(why) => Some(format!("{}: {why}", room.name)),
         Stance::Warm | Stance::Here | Stance::Can => None,
     };
     let (without, open): (Vec<&&Room>, Vec<&&Room>) = open.into_iter().partition(|room| failed(room).is_some());
@@ -379,9 +391,11 @@ mod tests {
         ]);
         let own = |reports| Arc::new(Inventory { pulls: true, own: "r/own:1".into(), images: reports });
         for (n, reports) in [
+            (1, vec![]),
             (2, vec![told("r/a:latest", None, Some(false))]),
             (3, vec![told("r/a:latest", None, Some(true)), told("r/own:1", None, Some(true))]),
             (4, vec![told("r/a:latest", Some("sha256:ab"), Some(true))]),
+            (5, vec![]),
         ] {
             rooms.get_mut(&worker(n)).unwrap().images = own(reports);
         }
@@ -402,6 +416,25 @@ mod tests {
         };
         let picked: Vec<u128> = pick(queue(9), &mut imaged()).into_iter().map(|(_, w)| w.raw()).collect();
         assert_eq!(picked, [5, 4, 1, 1], "warm, here, and then whoever is not known to fail");
+    }
+
+    #[test]
+    fn a_job_that_names_an_image_goes_to_nobody_who_brings_none_or_has_not_said() {
+        let none = Labels::default();
+        let picked = |image, rooms: &BTreeMap<WorkerId, Room>| {
+            let waiting = Waiting { id: JobId::from_raw(1), required: &none, image, avoid: &[] };
+            pick([waiting].into_iter(), &mut rooms.clone()).len()
+        };
+        let mut rooms = rooms(&[(1, &[], 1, false)]);
+        assert_eq!((picked(None, &rooms), picked(Some("r/a"), &rooms)), (1, 0), "not a word yet");
+        assert_eq!(refusal(&none, Some("r/a"), &rooms), None);
+        let host = vec![told("host", Some("sha256:ab"), None)];
+        let images = Arc::new(Inventory { pulls: false, own: "host".into(), images: host });
+        rooms.get_mut(&worker(1)).unwrap().images = images;
+        assert_eq!((picked(Some("host"), &rooms), picked(Some("r/a"), &rooms)), (1, 0));
+        let why = "w1: it brings no images and runs jobs in `host`";
+        assert_eq!(refusal(&none, Some("r/a"), &rooms).unwrap(), format!("no worker can get the image r/a: {why}"));
+        assert_eq!(why_not(&none, Some("r/a"), &rooms), WhyNot::NoImage { why: why.into() });
     }
 
     #[test]

@@ -232,6 +232,7 @@ async fn a_tag_is_removed_alone_while_its_image_has_another() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_that_make_no_vms_have_no_part_in_images_and_nobody_waits_for_them() -> Result<()> {
     let farm = Farm::start(Setup::default()).await?;
+    until_report(&farm, "host", "the worker has said what it has", is_here).await;
     let pulled = done(&farm, &["image", "pull", OTHER]).await?;
     assert!(pulled.contains("no worker that makes VMs is meant"), "{pulled}");
     assert_eq!(reports(&farm, OTHER).await?, Vec::<Value>::new());

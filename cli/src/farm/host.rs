@@ -216,14 +216,17 @@ impl Host {
             .map_err(|error| Failure::error(format!("the worker cannot join: {error}")))
     }
 
-    /// Waits until the worker has said hello: a job that names one of its labels would be refused before.
+    /// Waits until the worker has said hello and what it runs jobs in: a job that names one of its labels would be refused
+    /// before, and one that names an image taken that nobody can get.
     pub(crate) async fn ready(&self, app: &App) -> Result<Option<WorkerView>, Failure> {
         let Some(local) = &self.worker else { return Ok(None) };
         let until = app.env.now().mono + READY_MS;
         loop {
             let list = self.farm.client.workers().await.map_err(|error| Failure::of(error, &self.farm.url))?;
             let here = list.workers.into_iter().find(|worker| worker.id == local.id);
-            if let Some(worker) = here.filter(|w| matches!(w.state, WorkerState::Ready | WorkerState::Busy)) {
+            let live = self.app.hub.view(&local.id, self.app.env.now().mono);
+            let told = live.is_some_and(|live| live.images.is_told());
+            if let Some(worker) = here.filter(|w| told && matches!(w.state, WorkerState::Ready | WorkerState::Busy)) {
                 return Ok(Some(worker));
             }
             if let Some(why) = local.ended() {

@@ -31,7 +31,8 @@ pub async fn list(app: &App, who: &Principal) -> Result<ImageList, OpError> {
         let connected = live.as_ref().is_some_and(|live| live.connected);
         let inventory = live.map(|live| live.images).unwrap_or_default();
         // Where no VMs are made a wish comes to nothing: only what is there counts.
-        let counts = |report: &&ImageReport| inventory.pulls || report.digest.is_some();
+        let makes_vms = inventory.brings_none().is_none();
+        let counts = |report: &&ImageReport| makes_vms || report.digest.is_some();
         let mut told: BTreeMap<&str, &ImageReport> =
             inventory.images.iter().filter(counts).map(|report| (report.name.as_str(), report)).collect();
         let shown = |wanted, report: ImageReport| WorkerImage {
@@ -42,7 +43,7 @@ pub async fn list(app: &App, who: &Principal) -> Result<ImageList, OpError> {
             report,
         };
         for row in &rows {
-            let wanted = row.want == ImageWant::Present && is_meant(row, worker) && (inventory.pulls || !connected);
+            let wanted = row.want == ImageWant::Present && is_meant(row, worker) && makes_vms;
             let report = told.remove(row.name.as_str()).cloned();
             if let (Some(view), true) = (views.get_mut(&row.name), wanted || report.is_some()) {
                 let silent = ImageReport { name: row.name.clone(), ..ImageReport::default() };

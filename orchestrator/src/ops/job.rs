@@ -147,14 +147,11 @@ async fn somebody_has_the_image(app: &App, who: &Principal, body: &SubmitJob) ->
         let Some(live) = app.hub.view(&worker.id, now).filter(|live| live.connected) else { return Ok(()) };
         let report = live.images.images.iter().find(|report| report.name == name);
         let failed = report.and_then(|report| report.failed.as_ref());
-        let message = match (failed, report.is_some_and(|report| report.digest.is_some())) {
-            (_, true) => return Ok(()),
-            (Some(failed), false) if failed.refused => failed.message.clone(),
-            (_, false) if !live.images.pulls && !live.images.own.is_empty() => {
-                format!("it brings no images and runs jobs in `{}`", live.images.own)
-            }
-            (_, false) => return Ok(()),
-        };
+        if report.is_some_and(|report| report.digest.is_some()) {
+            return Ok(());
+        }
+        let refused = failed.filter(|failed| failed.refused).map(|failed| failed.message.clone());
+        let Some(message) = live.images.brings_none().or(refused) else { return Ok(()) };
         why = why.or(Some(format!("{}: {message}", worker.name)));
     }
     match why {

@@ -53,6 +53,19 @@ pub struct Inventory {
     pub images: Vec<ImageReport>,
 }
 
+impl Inventory {
+    /// False as long as the worker has said nothing: its first word names what its jobs get.
+    pub fn is_told(&self) -> bool {
+        !self.own.is_empty()
+    }
+
+    /// Why no image can be had that is not here.
+    pub fn brings_none(&self) -> Option<String> {
+        let brings_none = self.is_told() && !self.pulls;
+        brings_none.then(|| format!("it brings no images and runs jobs in `{}`", self.own))
+    }
+}
+
 /// One image on one worker, by one of its names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -7,7 +7,7 @@ use std::process::Output;
 use alloy_tests::farm::{Farm, Setup, output};
 use anyhow::Result;
 
-use super::{text, told};
+use super::{Alone, text, told};
 
 async fn run_in(farm: &Farm, tree: &Path) -> Result<Output> {
     let mut run = farm.alloy(&["run", "-c", "true"]);
@@ -29,5 +29,20 @@ async fn a_full_disk_ends_a_run_at_once_whether_or_not_there_is_a_tree_to_send()
         assert!(!stderr.contains("warning") && !stderr.contains("reconnect"), "{}", told(&out));
         assert!(!stderr.contains('\u{fffd}'), "{}", told(&out));
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_local_run_in_an_image_is_refused_each_time() -> Result<()> {
+    let alone = Alone::new()?;
+    for round in 0..6 {
+        let out = output(alone.alloy(&["run", "--local", "--image", "foo", "-c", "true"])).await?;
+        let stderr = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(125), "{round}: {}", told(&out));
+        assert!(stderr.contains("error: no worker can get the image foo: "), "{round}: {}", told(&out));
+        assert!(stderr.contains("it brings no images and runs jobs in `host`"), "{round}: {}", told(&out));
+    }
+    let list = output(alone.alloy(&["list", "--local", "--json"])).await?;
+    assert!(text(&list.stdout).contains(r#""jobs":[]"#), "no job came of it: {}", told(&list));
     Ok(())
 }
