@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -37,14 +36,22 @@ const LEASES_LOOK_MS: u64 = 1_000;
 const STOP_MS: u64 = 10_000;
 
 /// What a host is wanted for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Wish {
     /// Jobs are looked at.
     Read,
     /// Jobs run.
     Work,
     /// For others, until a signal: at the address that the configuration names.
-    Up { listen: Option<SocketAddr> },
+    Up(UpFlags),
+}
+
+/// What `alloy up` is told on the command line.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct UpFlags {
+    pub(crate) listen: Option<String>,
+    pub(crate) behind_proxy: bool,
+    pub(crate) base_url: Option<String>,
 }
 
 pub(crate) enum Start {
@@ -74,11 +81,11 @@ pub(super) struct LocalWorker {
     fault: watch::Receiver<Option<String>>,
 }
 
-pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start, Failure> {
+pub(crate) async fn start(app: &App, data: &DataDir, wish: &Wish) -> Result<Start, Failure> {
     // A command may become the host a second time, after somebody else's farm ended under it.
     static LOGGING: OnceLock<Result<(), String>> = OnceLock::new();
     LOGGING.get_or_init(|| telemetry(LogFormat::Compact, "error")).clone().map_err(Failure::usage)?;
-    let config = orchestrator_config(data, wish)?;
+    let config = orchestrator_config(data, wish, variables())?;
     let life = Lifecycle::new();
     let env = Arc::new(SystemEnv::new(life.clone()));
     let served = match orchestrator::serve(config, env, life.clone()).await {
@@ -116,14 +123,21 @@ pub(crate) async fn start(app: &App, data: &DataDir, wish: Wish) -> Result<Start
 }
 
 /// The user's variables count here as they do for the daemon of its own; where it listens is this command's business.
-fn orchestrator_config(data: &DataDir, wish: Wish) -> Result<orchestrator::config::Config, Failure> {
-    let mut variables = variables();
+fn orchestrator_config(
+    data: &DataDir,
+    wish: &Wish,
+    mut variables: BTreeMap<String, String>,
+) -> Result<orchestrator::config::Config, Failure> {
     let mut flags = orchestrator::config::Flags {
         data_dir: Some(data.root().display().to_string()),
         ..orchestrator::config::Flags::default()
     };
     match wish {
-        Wish::Up { listen } => flags.listen = listen.map(|addr| addr.to_string()),
+        Wish::Up(told) => {
+            flags.listen.clone_from(&told.listen);
+            flags.base_url.clone_from(&told.base_url);
+            flags.behind_proxy = told.behind_proxy;
+        }
         Wish::Read | Wish::Work => {
             flags.listen = Some("127.0.0.1:0".into());
             variables.retain(|name, _| name != "BASE_URL" && name != "ALLOY_BEHIND_PROXY");
@@ -158,14 +172,14 @@ fn variables() -> BTreeMap<String, String> {
 }
 
 impl Host {
-    async fn finish_start(&mut self, app: &App, url: String, wish: Wish) -> Result<(), Failure> {
-        if wish == Wish::Read {
+    async fn finish_start(&mut self, app: &App, url: String, wish: &Wish) -> Result<(), Failure> {
+        if *wish == Wish::Read {
             // Without a note nobody joins: this farm is gone in a moment, and has no worker.
             return Ok(());
         }
         // Before there is a worker: what is ended here does not run again.
         let living = self.end_unwanted(app).await;
-        if wish == Wish::Work {
+        if *wish == Wish::Work {
             self.leave_asleep(app, &living).await?;
         }
         self.worker = Some(self.start_worker(app, &url).await?);
@@ -320,4 +334,29 @@ async fn stop(life: Lifecycle, grace_ms: u64) {
     life.soft.cancel();
     // Its exit code is that of a daemon; this command has its own.
     let _ = life.wait(grace_ms).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[test]
+    fn a_farm_for_others_takes_the_flags_that_a_refusal_advises() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::new(dir.path());
+        let config = |behind_proxy, base_url: Option<&str>| {
+            let listen = Some("0.0.0.0:3000".into());
+            let wish = Wish::Up(UpFlags { listen, behind_proxy, base_url: base_url.map(str::to_owned) });
+            orchestrator_config(&data, &wish, BTreeMap::new())
+        };
+        let refused = config(false, None).unwrap_err();
+        assert!(refused.message.contains("--behind-proxy"), "{}", refused.message);
+        let line = ["alloy", "up", "--listen", "0.0.0.0:3000", "--behind-proxy", "--base-url", "https://farm.example"];
+        assert!(crate::Cli::try_parse_from(line).is_ok());
+        let config = config(true, Some("https://farm.example")).unwrap();
+        assert!(config.behind_proxy);
+        assert_eq!(config.url(config.listen), "https://farm.example");
+    }
 }

@@ -137,7 +137,7 @@ impl Hosted {
             Purpose::Run => host::Wish::Work,
             Purpose::Read => host::Wish::Read,
         };
-        Ok(match host::start(app, data, wish).await? {
+        Ok(match host::start(app, data, &wish).await? {
             host::Start::Running(host) => Some(Self::Host(host)),
             host::Start::Taken => None,
         })

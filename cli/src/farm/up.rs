@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use alloy_shared::secret::Token;
 
 use super::data::{DataDir, Lock};
-use super::host::{Host, Start, Wish, start};
+use super::host::{Host, Start, UpFlags, Wish, start};
 use crate::context::{App, ConfigFile, Context, DEFAULT_URL};
 use crate::output::talk::Tone;
 use crate::output::{Failure, duration, exit, plural, print_json};
@@ -19,6 +19,12 @@ pub(crate) struct UpArgs {
     /// Address and port to listen on [default: 127.0.0.1:3000]
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<SocketAddr>,
+    /// A proxy in front speaks TLS: other addresses than loopback are allowed
+    #[arg(long)]
+    behind_proxy: bool,
+    /// URL under which people and workers reach this farm [default: http://localhost:PORT]
+    #[arg(long, value_name = "URL")]
+    base_url: Option<String>,
 }
 
 pub(crate) async fn up(app: &App, args: &UpArgs) -> Result<i32, Failure> {
@@ -31,7 +37,12 @@ pub(crate) async fn up(app: &App, args: &UpArgs) -> Result<i32, Failure> {
     app.talk.say(&format!("alloy {} · orchestrator and worker on this machine", env!("CARGO_PKG_VERSION")));
     let data = DataDir::new(&app.places.data);
     let starting = async {
-        match start(app, &data, Wish::Up { listen: args.listen }).await? {
+        let told = UpFlags {
+            listen: args.listen.map(|addr| addr.to_string()),
+            behind_proxy: args.behind_proxy,
+            base_url: args.base_url.clone(),
+        };
+        match start(app, &data, &Wish::Up(told)).await? {
             Start::Running(host) => Ok(host),
             Start::Taken => Err(taken(&data)),
         }
