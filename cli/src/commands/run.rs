@@ -519,7 +519,7 @@ pub(crate) fn milliseconds(text: &str) -> Result<u64, String> {
     if text.is_empty() {
         Err(wrong())
     } else if total == 0 {
-        Err("it must be longer than nothing; without it, the farm's default counts".to_owned())
+        Err("it must be longer than nothing; leave it out to have the default".to_owned())
     } else {
         Ok(total)
     }

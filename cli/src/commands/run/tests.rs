@@ -87,4 +87,6 @@ fn times_are_written_with_units() {
     for text in ["", "90", "s", "1x", "-1s", "0s", "1.5h", "99999999999999999999s", "9999999999999999d"] {
         assert!(milliseconds(text).is_err(), "{text}");
     }
+    // Some defaults are the farm's, others are `for ever`.
+    assert!(!milliseconds("0s").unwrap_err().contains("farm"));
 }
