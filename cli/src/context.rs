@@ -321,12 +321,14 @@ impl App {
     }
 }
 
+const NO_TOKEN: &str = "alloy login URL --with-token   signs in; in CI: set ALLOY_TOKEN to a whole token\nwho is signed in as admin makes one: alloy token create NAME";
+
 /// Checks a token's form before it travels; the text itself is in no message.
 pub(crate) fn check_token(text: &str, origin: &str) -> Result<Secret<String>, Failure> {
     let text = text.trim();
     match Token::parse(text) {
         Ok(token) => Ok(Secret::new(token.expose().to_owned())),
-        Err(why) => Err(Failure::new(Fault::Forbidden, format!("{origin} holds no token: {why}"))),
+        Err(why) => Err(Failure::new(Fault::Unauthenticated, format!("{origin} holds no token: {why}")).hint(NO_TOKEN)),
     }
 }
 
@@ -430,6 +432,15 @@ mod tests {
             assert!(failure.is_ok() || !failure.unwrap_err().message.contains("hu"), "{url}");
         }
         assert_eq!(without_user("http://farm:1/p"), "http://farm:1/p");
+    }
+
+    #[test]
+    fn what_cannot_be_a_token_leaves_one_without_a_sign_in() {
+        let failure = check_token("alloy_pat_short", "ALLOY_TOKEN").unwrap_err();
+        let told = failure.json(failure.fault.exit_code());
+        assert_eq!((&told["code"], &told["exit_code"]), (&"unauthenticated".into(), &4.into()));
+        assert!(failure.message.starts_with("ALLOY_TOKEN holds no token: ") && !failure.message.contains("short"));
+        assert!(failure.hint.unwrap().contains("alloy login"));
     }
 
     #[test]

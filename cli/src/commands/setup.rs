@@ -76,8 +76,8 @@ pub(crate) async fn login(app: &App, args: &LoginArgs) -> Result<i32, Failure> {
     let token = read_token()?;
     let farm = app.farm_at(url.clone(), Some(check_token(token.expose(), "standard input")?))?;
     let who = farm.client.whoami().await.map_err(|error| match Failure::of(error, &url) {
-        failure if failure.fault == Fault::Forbidden => {
-            Failure::new(Fault::Forbidden, format!("{url} does not know this token"))
+        failure if failure.fault == Fault::Unauthenticated => {
+            Failure::new(Fault::Unauthenticated, format!("{url} does not know this token"))
                 .hint("was it revoked, or is it for another farm?")
         }
         failure => failure,
@@ -118,7 +118,7 @@ fn read_token() -> Result<Token, Failure> {
     let read = std::io::stdin().lock().take(TOKEN_INPUT_MAX).read_to_string(&mut text);
     read.map_err(|error| Failure::io("standard input", &error))?;
     Token::parse(text.trim())
-        .map_err(|why| Failure::new(Fault::Forbidden, format!("standard input holds no token: {why}")))
+        .map_err(|why| Failure::new(Fault::Unauthenticated, format!("standard input holds no token: {why}")))
 }
 
 /// The context that has this URL already, or one named after the host.

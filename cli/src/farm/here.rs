@@ -79,7 +79,7 @@ fn join_failure(error: JoinError, url: &str) -> Failure {
         JoinError::Joined { .. } | JoinError::Host(_) => Failure::error(error.to_string()),
         JoinError::Farm(error) => {
             let failure = Failure::of(error, url);
-            if failure.fault != Fault::Forbidden {
+            if !matches!(failure.fault, Fault::Unauthenticated | Fault::Forbidden) {
                 return failure;
             }
             Failure::new(Fault::Forbidden, "the farm does not take this invitation: it was used, or it is too old")

@@ -44,6 +44,8 @@ pub(crate) mod exit {
 pub(crate) enum Fault {
     Error,
     Usage,
+    /// There is no token that could be one.
+    Unauthenticated,
     Forbidden,
     NotFound,
     Unreachable,
@@ -57,7 +59,7 @@ impl Fault {
         match self {
             Self::Error | Self::Pipe => exit::ERROR,
             Self::Usage => exit::USAGE,
-            Self::Forbidden => exit::FORBIDDEN,
+            Self::Unauthenticated | Self::Forbidden => exit::FORBIDDEN,
             Self::NotFound => exit::NOT_FOUND,
             Self::Unreachable => exit::UNREACHABLE,
             Self::Interrupted => exit::INTERRUPTED,
@@ -70,7 +72,7 @@ impl Fault {
             Self::Usage => exit::USAGE,
             Self::Interrupted => exit::INTERRUPTED,
             Self::Pipe => exit::ERROR,
-            Self::Error | Self::Forbidden | Self::NotFound | Self::Unreachable => exit::NO_JOB,
+            Self::Error | Self::Unauthenticated | Self::Forbidden | Self::NotFound | Self::Unreachable => exit::NO_JOB,
         }
     }
 
@@ -78,6 +80,7 @@ impl Fault {
         match self {
             Self::Error => "error",
             Self::Usage => "usage",
+            Self::Unauthenticated => "unauthenticated",
             Self::Forbidden => "forbidden",
             Self::NotFound => "not_found",
             Self::Unreachable => "unreachable",
@@ -88,7 +91,8 @@ impl Fault {
 
     const fn of(code: ErrorCode) -> Self {
         match code {
-            ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Forbidden,
+            ErrorCode::Unauthenticated => Self::Unauthenticated,
+            ErrorCode::Forbidden => Self::Forbidden,
             ErrorCode::NotFound => Self::NotFound,
             ErrorCode::InvalidBody
             | ErrorCode::IncompleteBody
@@ -463,6 +467,7 @@ mod tests {
         for (fault, code, before_job) in [
             (Fault::Error, 1, 125),
             (Fault::Usage, 2, 2),
+            (Fault::Unauthenticated, 4, 125),
             (Fault::Forbidden, 4, 125),
             (Fault::NotFound, 5, 125),
             (Fault::Unreachable, 7, 125),
