@@ -149,7 +149,7 @@ pub struct ListQuery {
 #[utoipa::path(
     get, path = path::JOBS, tag = "jobs",
     params(
-        ("limit" = Option<u32>, Query, description = "At most this many; 50 if absent, never more than 200"),
+        ("limit" = Option<u32>, Query, description = "At most this many, 1 to 200; 50 if absent"),
         ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before"),
         ("state" = Option<String>, Query, description = "Only these states, with commas between them"),
         ("mine" = Option<bool>, Query, description = "Only those that this token submitted"),
@@ -161,7 +161,10 @@ pub async fn list(
     Viewer(who): Viewer,
     QueryOf(query): QueryOf<ListQuery>,
 ) -> Result<Json<JobPage>, Fault> {
-    let limit = query.limit.unwrap_or(50).clamp(1, limits::PAGE_MAX);
+    let limit = query.limit.unwrap_or(50);
+    if !(1..=limits::PAGE_MAX).contains(&limit) {
+        return Err(parameter("limit", &format!("is 1 to {}", limits::PAGE_MAX)));
+    }
     let before = match &query.cursor {
         Some(text) => Some(JobId::from_str(text).map_err(|_| parameter("cursor", "is not one of ours"))?),
         None => None,

@@ -139,6 +139,8 @@ async fn wrong_parameters_types_and_sizes_are_problems() {
     let admin = token(&app, Role::Admin).await;
     for (path, message) in [
         ("/v1/jobs?limit=many", "limit: is a whole number"),
+        ("/v1/jobs?limit=0", "limit: is 1 to 200"),
+        ("/v1/jobs?limit=201", "limit: is 1 to 200"),
         ("/v1/jobs?limit=3&nonsense=1", "nonsense: `nonsense` is not known here; known are limit, cursor, state, mine"),
         ("/v1/jobs?state=waiting", "state: is one of queued, assigned, "),
         ("/v1/jobs?cursor=x", "cursor: is not one of ours"),
