@@ -322,8 +322,13 @@ fn check_label_part(what: &'static str, text: &str) -> Result<(), BadName> {
 
 /// A stranger's text, shortened and without control characters, fit for a message.
 pub fn printable(text: &str) -> String {
-    let mut out: String = text.chars().take(80).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
-    if text.chars().nth(80).is_some() {
+    printable_to(80, text)
+}
+
+/// The same for a sentence, of which so many characters may be needed.
+pub fn printable_to(most: usize, text: &str) -> String {
+    let mut out: String = text.chars().take(most).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    if text.chars().nth(most).is_some() {
         out.push('…');
     }
     out

@@ -267,3 +267,11 @@ fn a_code_is_one_word_and_the_same_in_json() {
         assert_eq!(serde_json::to_value(code).unwrap(), code.as_str());
     }
 }
+
+#[test]
+fn why_an_orchestrator_is_not_reached_is_told_to_its_end() {
+    let why = "cannot reach the farm at http://a-long-name.example.com:3000: tcp connect error: Connection refused (os error 111)";
+    let facts = with(|facts| facts.farm = Some(Farm { url: "http://farm".into(), seen: Err(why.into()) }));
+    let found = examine(&facts).findings.into_iter().find(|finding| finding.code == Code::Orchestrator).unwrap();
+    assert_eq!(found.text, why);
+}
