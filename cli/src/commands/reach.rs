@@ -37,12 +37,20 @@ async fn ask(app: &App, farm: &Farm, patience_ms: u64) -> Result<Option<Info>, F
     loop {
         match farm.client.info().await {
             Ok(info) => return Ok(Some(info)),
-            Err(ClientError::Unreachable { .. }) if app.env.now().mono < until => {
+            Err(error) if may_come(&error) && app.env.now().mono < until => {
                 app.env.sleep_until(app.env.now().mono + AGAIN_MS).await;
             }
             Err(error @ ClientError::Unreachable { .. }) => return Err(Failure::of(error, &farm.url)),
             Err(ClientError::Problem(_) | ClientError::Protocol(_)) => return Ok(None),
         }
+    }
+}
+
+/// True for a farm that may be restarting. A name that stands for no machine comes from a mistake.
+fn may_come(error: &ClientError) -> bool {
+    match error {
+        ClientError::Unreachable { unknown_host, .. } => !unknown_host,
+        ClientError::Problem(_) | ClientError::Protocol(_) => false,
     }
 }
 
@@ -61,12 +69,22 @@ pub(super) fn check_times(spec: &JobSpec, info: &Info) -> Result<(), Failure> {
             message: format!("is at most {} on this farm", duration(most)),
         })
         .collect();
-    if faults.is_empty() { Ok(()) } else { Err(Failure::wrong_fields(Fault::Error, &faults)) }
+    if faults.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::wrong_fields(Fault::Error, &faults).hint("leave it out to have the farm's default"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_farm_that_may_come_back_is_waited_for_and_a_name_that_means_nothing_is_not() {
+        let away = |unknown_host| ClientError::Unreachable { url: String::new(), why: String::new(), unknown_host };
+        assert!(may_come(&away(false)) && !may_come(&away(true)));
+        assert!(!may_come(&ClientError::Protocol(String::new())));
+    }
 
     #[test]
     fn a_time_beyond_the_farms_limit_is_refused_and_one_at_it_is_not() {

@@ -385,10 +385,9 @@ mod tests {
 
     #[test]
     fn another_try_waits_as_long_as_the_farm_asks_and_a_full_disk_is_none() {
-        let problem = |code, retry_after_s| {
-            ClientError::Problem(Problem { retry_after_s, ..Problem::new(code, "it says so") })
-        };
-        let gone = ClientError::Unreachable { url: "http://farm".into(), why: "reset".into() };
+        let problem =
+            |code, retry_after_s| ClientError::Problem(Problem { retry_after_s, ..Problem::new(code, "it says so") });
+        let gone = ClientError::Unreachable { url: "http://farm".into(), why: "reset".into(), unknown_host: false };
         for (error, expected) in [
             (gone, Some(300)),
             (problem(ErrorCode::Unavailable, None), Some(300)),

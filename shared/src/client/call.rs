@@ -8,9 +8,9 @@ use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Client, ClientError};
+use super::{Client, ClientError, unreachable};
 use crate::env::{Env, Mono, backoff};
-use crate::id::printable;
+use crate::id::{printable, printable_to};
 use crate::limits;
 use crate::secret::Secret;
 use crate::wire::Problem;
@@ -29,6 +29,10 @@ const CONNECT_BUDGET_MS: u64 = 2_000;
 const CONNECT_TRIES: u32 = 3;
 /// How long a stream without any progress is tried.
 const STREAM_BUDGET_MS: u64 = 10 * 60_000;
+/// Of a library's sentence: it may name a certificate's subject.
+const WHY_MAX: usize = 300;
+/// What the TLS library says of a peer that answers in plain text.
+const NO_TLS: &str = "InvalidContentType";
 const RETRY_BASE_MS: u64 = 200;
 const RETRY_CAP_MS: u64 = 3_000;
 
@@ -331,11 +335,17 @@ impl Client {
     }
 
     pub(super) fn cut(&self, why: impl Into<String>) -> Failure {
-        Failure::new(Kind::Cut, ClientError::Unreachable { url: self.base.to_string(), why: why.into() })
+        Failure::new(Kind::Cut, unreachable(&self.base, why))
     }
 
     fn broken(&self, error: &reqwest::Error) -> Failure {
         let why = if error.is_timeout() { "no connection within 5 s".to_owned() } else { root_cause(error) };
+        if error.is_connect()
+            && why.contains(NO_TLS)
+            && let Some(rest) = self.base.strip_prefix("https://")
+        {
+            return Failure::last(format!("it speaks no TLS there\n  hint: http://{rest} may be its address"));
+        }
         let kind = if error.is_builder() {
             Kind::Final
         } else if error.is_connect() {
@@ -343,8 +353,14 @@ impl Client {
         } else {
             Kind::Cut
         };
-        Failure::new(kind, ClientError::Unreachable { url: self.base.to_string(), why })
+        let unknown_host = names_no_host(&why);
+        Failure::new(kind, ClientError::Unreachable { url: self.base.to_string(), why, unknown_host })
     }
+}
+
+/// True for what the standard library says of a name that does not resolve.
+pub(super) fn names_no_host(why: &str) -> bool {
+    why.starts_with("failed to lookup address information")
 }
 
 /// Runs until `ms` have passed; `None` if that was not enough.
@@ -373,7 +389,7 @@ pub(super) fn root_cause(error: &reqwest::Error) -> String {
         cause = inner;
     }
     // An error without a cause would print its address, which may hold a query.
-    if error.source().is_none() { "the request failed".to_owned() } else { printable(&cause.to_string()) }
+    if error.source().is_none() { "the request failed".to_owned() } else { printable_to(WHY_MAX, &cause.to_string()) }
 }
 
 /// Judges an answer that is no success.

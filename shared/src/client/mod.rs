@@ -58,7 +58,12 @@ impl fmt::Debug for Client {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ClientError {
     /// Nobody answers at this address, or not to the end.
-    Unreachable { url: String, why: String },
+    Unreachable {
+        url: String,
+        why: String,
+        /// Its name stands for no machine, as far as this one can tell.
+        unknown_host: bool,
+    },
     /// The farm refused.
     Problem(Problem),
     /// Something answered that does not speak as a farm does.
@@ -91,7 +96,7 @@ impl ClientError {
 impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unreachable { url, why } => write!(f, "cannot reach the farm at {url}: {why}"),
+            Self::Unreachable { url, why, .. } => write!(f, "cannot reach the farm at {url}: {why}"),
             Self::Protocol(why) => f.write_str(why),
             Self::Problem(problem) => {
                 f.write_str(&problem.message)?;
@@ -146,9 +151,7 @@ impl Client {
             builder = builder.no_proxy();
         }
         let base: Arc<str> = base.as_str().trim_end_matches('/').into();
-        let http = builder
-            .build()
-            .map_err(|error| ClientError::Unreachable { url: base.to_string(), why: call::root_cause(&error) })?;
+        let http = builder.build().map_err(|error| unreachable(&base, call::root_cause(&error)))?;
         Ok(Self { http, base, token: options.token, env })
     }
 
@@ -281,10 +284,14 @@ impl Client {
     }
 }
 
+fn unreachable(url: &str, why: impl Into<String>) -> ClientError {
+    ClientError::Unreachable { url: url.to_owned(), why: why.into(), unknown_host: false }
+}
+
 fn base_url(text: &str) -> Result<reqwest::Url, ClientError> {
     // What stands before an `@` may be a password.
     let shown = printable(text.rsplit('@').next().unwrap_or(text));
-    let wrong = |why: &str| ClientError::Unreachable { url: shown.clone(), why: why.to_owned() };
+    let wrong = |why: &str| unreachable(&shown, why);
     let url = reqwest::Url::parse(text).map_err(|_| wrong("this is no URL; http://host:3000 is one"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
         return Err(wrong("the address starts with neither http:// nor https://"));

@@ -46,3 +46,20 @@ async fn a_local_run_in_an_image_is_refused_each_time() -> Result<()> {
     assert!(text(&list.stdout).contains(r#""jobs":[]"#), "no job came of it: {}", told(&list));
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_farm_that_speaks_no_tls_is_told_at_once() -> Result<()> {
+    let farm = Farm::orchestrator_only(Setup::default()).await?;
+    let tree = farm.scratch("tree")?;
+    fs::write(tree.join("file"), "content")?;
+    let url = farm.url().replace("http://", "https://");
+    let mut run = farm.alloy(&["run", "--url", &url, "-c", "true"]);
+    run.current_dir(&tree);
+    let out = output(run).await?;
+    let stderr = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(125), "{}", told(&out));
+    assert!(stderr.contains("it speaks no TLS there\n"), "{}", told(&out));
+    assert!(stderr.contains(&format!("hint: {} may be its address", farm.url())), "{}", told(&out));
+    assert!(!stderr.contains("waiting for it"), "{}", told(&out));
+    Ok(())
+}

@@ -129,9 +129,34 @@ async fn nobody_at_the_address_is_unreachable() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let error = bench.client(&format!("{url}/")).info().await.unwrap_err();
-    let ClientError::Unreachable { url: at, why } = &error else { panic!("{error}") };
+    let ClientError::Unreachable { url: at, why, unknown_host: false } = &error else { panic!("{error}") };
     assert_eq!(*at, url);
     assert!(why.contains("refused"), "{why}");
+}
+
+#[tokio::test]
+async fn a_farm_without_tls_is_told_from_an_absent_one() {
+    let bench = Bench::new();
+    let raw = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", raw.local_addr().unwrap());
+    let client = bench.client(&url);
+    let plain = async {
+        let (mut socket, _) = raw.accept().await.unwrap();
+        socket.write_all(&reply(400, &[], b"")).await.unwrap();
+        socket
+    };
+    let (answer, _socket) = tokio::join!(client.info(), plain);
+    let error = answer.unwrap_err();
+    let expected = format!("it speaks no TLS there\n  hint: {} may be its address", url.replace("https", "http"));
+    assert_eq!(error, ClientError::Protocol(expected), "and it is not asked again");
+    assert_eq!(error.why(), "it speaks no TLS there");
+}
+
+#[test]
+fn a_name_that_does_not_resolve_is_known_by_what_the_system_says() {
+    let error = std::net::ToSocketAddrs::to_socket_addrs(&("no-such-host.invalid", 1)).unwrap_err();
+    assert!(call::names_no_host(&error.to_string()), "{error}");
+    assert!(!call::names_no_host("Connection refused (os error 111)"));
 }
 
 #[tokio::test]
