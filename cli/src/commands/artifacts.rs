@@ -74,15 +74,14 @@ fn row(artifact: &ArtifactView) -> Vec<String> {
 
 async fn get(app: &App, farm: &Farm, args: &GetArgs) -> Result<i32, Failure> {
     let mut signals = Signals::install()?;
-    let (job, globs) = split(&args.what);
-    let globs = patterns(globs)?;
+    let (job, globs_given) = split(&args.what);
+    let globs = patterns(globs_given)?;
     let job = app.job(farm, job).await?;
     let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url))?;
     let chosen: Vec<ArtifactView> =
         list.artifacts.into_iter().filter(|artifact| chosen(globs.as_ref(), &artifact.path)).collect();
     if chosen.is_empty() {
-        return Err(Failure::new(Fault::NotFound, format!("no artifact of {} is meant", job.id))
-            .hint(format!("alloy artifacts {}   lists them", job.id)));
+        return Err(none_of(&job, globs_given));
     }
     if args.output.as_deref().is_some_and(|path| path.as_os_str() == "-") {
         let [one] = chosen.as_slice() else {
@@ -110,6 +109,15 @@ async fn get(app: &App, farm: &Farm, args: &GetArgs) -> Result<i32, Failure> {
         )?;
     }
     Ok(if tell_artifacts(app, &report) { exit::OK } else { exit::ERROR })
+}
+
+fn none_of(job: &JobView, globs: &[String]) -> Failure {
+    let what = match globs {
+        [] => format!("{} has no artifacts", job.id),
+        [one] => format!("no artifact of {} matches `{one}`", job.id),
+        many => format!("no artifact of {} matches any of `{}`", job.id, many.join("`, `")),
+    };
+    Failure::new(Fault::NotFound, what).hint(format!("alloy artifacts {}   lists them", job.id))
 }
 
 /// The first argument is the job if it can be one.
@@ -176,6 +184,18 @@ mod tests {
         assert_eq!(split_of(&["abc123", "*.zip"]), (Some("abc123".into()), vec!["*.zip".into()]));
         assert_eq!(split_of(&["http://f/jobs/job_1"]), (Some("http://f/jobs/job_1".into()), vec![]));
         assert_eq!(split_of(&["MyApp.app.zip"]), (None, vec!["MyApp.app.zip".into()]));
+    }
+
+    #[test]
+    fn what_matches_nothing_is_named() {
+        let job = crate::verdict::tests::ended(&alloy_shared::wire::job::End::success());
+        let told = |globs: &[&str]| {
+            let globs: Vec<String> = globs.iter().map(|glob| (*glob).to_owned()).collect();
+            none_of(&job, &globs).message.replace(&job.id.to_string(), "it")
+        };
+        assert_eq!(told(&[]), "it has no artifacts");
+        assert_eq!(told(&["*.zip"]), "no artifact of it matches `*.zip`");
+        assert_eq!(told(&["*.zip", "a"]), "no artifact of it matches any of `*.zip`, `a`");
     }
 
     #[test]
