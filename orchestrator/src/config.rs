@@ -110,7 +110,11 @@ impl Config {
         let mut layers = Layers::new(given(flags), variables.clone(), file);
         let local = SocketAddr::from(([127, 0, 0, 1], 3000));
         let listen = layers.take(LISTEN, local, parse("is no address with a port, like 127.0.0.1:3000"));
-        let base_url = layers.take(BASE_URL, String::new(), checked_url);
+        let port = match listen.port() {
+            0 => "PORT".to_owned(),
+            port => port.to_string(),
+        };
+        let base_url = layers.take(BASE_URL, format!("http://localhost:{port}"), checked_url);
         let home = home(variables, "XDG_DATA_HOME", ".local/share");
         let default_dir = home.map(|dir| dir.join("alloy")).unwrap_or_default();
         let data_dir = layers.take(DATA_DIR, default_dir.display().to_string(), |text| Ok(text.to_owned()));
@@ -130,7 +134,8 @@ impl Config {
         };
         let config = Self {
             listen,
-            base_url: Some(base_url).filter(|url| !url.is_empty()),
+            // The port that is bound is known later.
+            base_url: Some(base_url).filter(|_| layers.origin(BASE_URL) != Origin::Default),
             data_dir: PathBuf::from(&data_dir),
             behind_proxy,
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),
@@ -242,6 +247,19 @@ mod tests {
         assert_eq!(config, Config { listen: "127.0.0.1:3000".parse().unwrap(), ..embedded });
         assert_eq!(config.url(config.listen), "http://localhost:3000");
         assert!(settings.iter().all(|setting| setting.origin == Origin::Default));
+    }
+
+    #[test]
+    fn the_url_that_counts_is_shown_though_nobody_said_it() {
+        let shown = |listen: &str| {
+            let flags = Flags { listen: Some(listen.into()), ..Flags::default() };
+            let (config, settings) = resolve(flags, &[], "").unwrap();
+            assert_eq!(config.base_url, None);
+            settings.into_iter().find(|setting| setting.name == "base_url").unwrap().value
+        };
+        assert_eq!(shown("127.0.0.1:3000"), "http://localhost:3000");
+        assert_eq!(shown("127.0.0.1:4000"), "http://localhost:4000");
+        assert_eq!(shown("127.0.0.1:0"), "http://localhost:PORT");
     }
 
     #[test]
