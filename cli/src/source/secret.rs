@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use alloy_shared::secret::Token;
 use memchr::memmem;
 
 /// This much of a file is looked at: a key is a small file, or near the top of one.
@@ -11,7 +12,7 @@ const HEAD: usize = 64 << 10;
 /// A marker within a line, with at least this much of a key behind it, is not just talk about keys.
 const KEY_MIN: usize = 24;
 
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 11] = [
     "id_rsa",
     "id_dsa",
     "id_ecdsa",
@@ -22,6 +23,7 @@ const NAMES: [&str; 10] = [
     ".pgpass",
     ".htpasswd",
     "credentials.json",
+    "admin.token",
 ];
 const ENDINGS: [&str; 10] =
     [".p8", ".p12", ".pfx", ".key", ".pem", ".ppk", ".jks", ".keystore", ".keychain", ".keychain-db"];
@@ -54,8 +56,17 @@ pub(super) fn by_content(path: &Path, head: &[u8]) -> Option<&'static str> {
     if holds_private_key(head) {
         return Some("holds a private key");
     }
+    if begins_with_token(head) {
+        return Some("holds a token of Alloy");
+    }
     let name = path.file_name()?.to_str()?.to_ascii_lowercase();
     (SETTINGS.contains(&name.as_str()) && holds_token(head)).then_some("holds a token")
+}
+
+/// The check digits tell a token from talk about one.
+fn begins_with_token(head: &[u8]) -> bool {
+    let word = head.trim_ascii_start().split(u8::is_ascii_whitespace).next().unwrap_or_default();
+    std::str::from_utf8(word).is_ok_and(|word| Token::parse(word).is_ok())
 }
 
 fn holds_private_key(head: &[u8]) -> bool {
@@ -105,6 +116,8 @@ fn holds_token(head: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::secret::TokenKind;
+
     use super::*;
 
     #[test]
@@ -136,6 +149,8 @@ mod tests {
             ("aws/credentials", false),
             (".git-credentials", true),
             ("release.keystore", true),
+            ("farm/admin.token", true),
+            ("admin.tokens.swift", false),
         ] {
             assert_eq!(by_name(path).is_some(), secret, "{path}");
         }
@@ -181,6 +196,24 @@ mod tests {
             (".npmrc.md", "//npm.example/:_authToken=abc\n", false),
         ] {
             assert_eq!(by_content(Path::new(name), text.as_bytes()).is_some(), secret, "{name}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_token_of_alloy_is_known_in_a_file_of_any_name() {
+        for kind in TokenKind::ALL {
+            let token = Token::mint(kind, [9; 32]);
+            let text = token.expose();
+            let typo = format!("{}0", &text[..text.len() - 1]);
+            for (text, secret) in [
+                (text.to_owned(), true),
+                (format!("\n {text}\nmore"), true),
+                (typo, false),
+                (format!("a token looks like {text}"), false),
+                (kind.prefix().to_owned(), false),
+            ] {
+                assert_eq!(by_content(Path::new("notes.txt"), text.as_bytes()).is_some(), secret, "{text}");
+            }
         }
     }
 }
