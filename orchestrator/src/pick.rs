@@ -188,14 +188,12 @@ impl WhyNot {
         match self {
             Self::NoWorker => "no worker is connected".to_owned(),
             Self::NoLabels { missing } => format!("no connected worker has the labels {missing}{}", wish(missing)),
-            Self::Draining { workers } => format!("the {workers} worker(s) with its labels are draining"),
+            Self::Draining { workers: 1 } => "the one worker with its labels is draining".to_owned(),
+            Self::Draining { workers } => format!("all {workers} workers with its labels are draining"),
             Self::NoImage { why } => format!("its image did not come, and is tried again later: {why}"),
-            Self::Broken { workers } => {
-                format!("no slot of the {workers} worker(s) with its labels can start a VM")
-            }
-            Self::Busy { workers, slots } => {
-                format!("all {slots} slots of the {workers} worker(s) with its labels are taken")
-            }
+            Self::Broken { workers } => format!("no slot of the {} can start a VM", with_labels(*workers)),
+            Self::Busy { workers, slots: 1 } => format!("the one slot of the {} is taken", with_labels(*workers)),
+            Self::Busy { workers, slots } => format!("all {slots} slots of the {} are taken", with_labels(*workers)),
             Self::Asleep => "nobody waits for it, and this farm lives only as long as `alloy run --local`".to_owned(),
             Self::Next => "it is next".to_owned(),
         }
@@ -215,6 +213,13 @@ impl WhyNot {
             }
             Self::Next => "no worker took it in time".to_owned(),
         }
+    }
+}
+
+fn with_labels(workers: u32) -> String {
+    match workers {
+        1 => "worker with its labels".to_owned(),
+        many => format!("{many} workers with its labels"),
     }
 }
 
@@ -373,6 +378,21 @@ mod tests {
             assert_eq!(why.late(), text);
         }
         assert_eq!(why_not(&labels(&["a=1"]), None, &some), WhyNot::Busy { workers: 1, slots: 2 });
+    }
+
+    #[test]
+    fn reasons_count_as_people_do() {
+        for (why, text) in [
+            (WhyNot::Draining { workers: 1 }, "the one worker with its labels is draining"),
+            (WhyNot::Draining { workers: 2 }, "all 2 workers with its labels are draining"),
+            (WhyNot::Broken { workers: 1 }, "no slot of the worker with its labels can start a VM"),
+            (WhyNot::Broken { workers: 3 }, "no slot of the 3 workers with its labels can start a VM"),
+            (WhyNot::Busy { workers: 1, slots: 1 }, "the one slot of the worker with its labels is taken"),
+            (WhyNot::Busy { workers: 1, slots: 2 }, "all 2 slots of the worker with its labels are taken"),
+            (WhyNot::Busy { workers: 2, slots: 4 }, "all 4 slots of the 2 workers with its labels are taken"),
+        ] {
+            assert_eq!(why.sentence(), text);
+        }
     }
 
     fn told(name: &str, digest: Option<&str>, refused: Option<bool>) -> ImageReport {

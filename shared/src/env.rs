@@ -37,6 +37,17 @@ impl Ms {
     }
 }
 
+/// How long something lasts, as a person would write it: `250ms`, `2s`, `1m 30s`, `24h`.
+pub fn span(ms: u64) -> String {
+    if ms < 1_000 || ms < 60_000 && !ms.is_multiple_of(1_000) {
+        return format!("{ms}ms");
+    }
+    let seconds = ms / 1_000;
+    let parts = [(seconds / 3_600, "h"), (seconds / 60 % 60, "m"), (seconds % 60, "s")];
+    let parts: Vec<String> = parts.into_iter().filter(|(n, _)| *n > 0).map(|(n, unit)| format!("{n}{unit}")).collect();
+    parts.join(" ")
+}
+
 /// Monotonic milliseconds since an origin of the process's own. For deadlines, never for people.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Mono(pub u64);
@@ -87,6 +98,23 @@ pub fn backoff(tries: u32, base_ms: u64, cap_ms: u64, dice: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_span_is_written_as_a_person_writes_it() {
+        for (ms, text) in [
+            (0, "0ms"),
+            (100, "100ms"),
+            (1_000, "1s"),
+            (1_500, "1500ms"),
+            (60_000, "1m"),
+            (90_000, "1m 30s"),
+            (3_600_000, "1h"),
+            (5_430_999, "1h 30m 30s"),
+            (86_400_000, "24h"),
+        ] {
+            assert_eq!(span(ms), text);
+        }
+    }
 
     #[test]
     fn backoff_grows_to_its_cap_and_never_beyond() {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use alloy_shared::env::{Env, Mono, Ms, backoff};
+use alloy_shared::env::{Env, Mono, Ms, backoff, span};
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
 use alloy_shared::wire::job::{Blame, End, Phase, Reason, Timings};
@@ -175,8 +175,8 @@ impl Attempt {
                 () = self.ctx.env.sleep_until(wake) => match &mut stopping {
                     None => {
                         wake = self.ctx.env.now().mono + self.assignment.cancel_grace_ms;
-                        let after = self.assignment.timeout_ms;
-                        let end = End::because(Reason::RunTimeout, format!("the command ran longer than {after} ms"));
+                        let most = span(self.assignment.timeout_ms);
+                        let end = End::because(Reason::RunTimeout, format!("the command ran longer than {most}"));
                         stopping = Some(Stopping::begin(&exec, end).await);
                     }
                     Some(stopping) if stopping.killed => {

@@ -27,6 +27,7 @@ pub(crate) enum WorkerVerb {
     Doctor(Box<crate::farm::here::DoctorArgs>),
     #[cfg(feature = "farm")]
     Install(Box<crate::farm::here::InstallArgs>),
+    /// Show the workers: state, slots, labels
     #[command(visible_alias = "ls")]
     List,
     Drain(DrainArgs),
@@ -76,6 +77,7 @@ pub(crate) struct RmArgs {
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum TokenVerb {
     Create(CreateArgs),
+    /// Show the tokens, without the secret part
     #[command(visible_alias = "ls")]
     List,
     Revoke(RevokeArgs),

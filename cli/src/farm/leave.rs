@@ -56,8 +56,7 @@ impl Host {
         if jobs.is_empty() {
             return Ok(());
         }
-        let many = plural(jobs.len() as u64, "job");
-        app.talk.warn(&format!("{many} that nobody waits for stay in the queue of this machine's farm"));
+        app.talk.warn(&asleep(jobs.len()));
         app.talk.hint("alloy up   runs them; alloy list --local   shows them");
         self.app.leave_asleep(jobs.clone()).await;
         self.asleep = jobs;
@@ -242,10 +241,23 @@ fn tell_wait(app: &App, jobs: &[JobView], said: &mut Option<usize>) {
             .talk
             .say("another command still reads from the farm of this process: waiting for it  (Ctrl-C stops at once)");
     }
+    app.talk.say(&still_here(jobs));
+}
+
+fn asleep(jobs: usize) -> String {
+    let stay = if jobs == 1 { "stays" } else { "stay" };
+    format!("{} that nobody waits for {stay} in the queue of this machine's farm", plural(jobs as u64, "job"))
+}
+
+fn still_here(jobs: &[JobView]) -> String {
     let (many, first) = (plural(jobs.len() as u64, "job"), named(jobs));
-    app.talk.say(&format!(
-        "{many} still in the farm of this process ({first}): waiting for it to end  (Ctrl-C says whose)"
-    ));
+    let whose = if jobs.len() == 1 { "its end" } else { "their end" };
+    format!("{many} still in the farm of this process ({first}): waiting for {whose}  (Ctrl-C says whose)")
+}
+
+fn end_first(jobs: &[JobView]) -> String {
+    let (run, end) = if jobs.len() == 1 { ("runs", "ends") } else { ("run", "end") };
+    format!("{} that {run} here {end} first ({})", plural(jobs.len() as u64, "job"), named(jobs))
 }
 
 fn stop_at_once(app: &App) -> bool {
@@ -263,7 +275,7 @@ enum Wait {
 fn tell_drain(app: &App, waiting: &[JobView], here: &[JobView], elsewhere: &[JobView]) {
     let mut told = Vec::new();
     if !here.is_empty() {
-        told.push(format!("{} that runs here ends first ({})", plural(here.len() as u64, "job"), named(here)));
+        told.push(end_first(here));
     }
     if !waiting.is_empty() {
         told.push(format!("{} in the queue for the next start", plural(waiting.len() as u64, "job")));
@@ -284,4 +296,22 @@ fn named(jobs: &[JobView]) -> String {
     let mut ids: Vec<String> = jobs.iter().take(NAMED).map(|job| job.id.to_string()).collect();
     ids.extend((jobs.len() > NAMED).then(|| "…".to_owned()));
     ids.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::wire::job::End;
+
+    use super::*;
+
+    #[test]
+    fn one_job_is_one_and_two_are_two() {
+        let job = crate::verdict::tests::ended(&End::success());
+        let (id, jobs) = (job.id, [job.clone(), job]);
+        assert_eq!(end_first(&jobs[..1]), format!("1 job that runs here ends first ({id})"));
+        assert_eq!(end_first(&jobs), format!("2 jobs that run here end first ({id}, {id})"));
+        assert!(still_here(&jobs[..1]).contains("waiting for its end") && still_here(&jobs).contains("for their end"));
+        assert_eq!(asleep(1), "1 job that nobody waits for stays in the queue of this machine's farm");
+        assert_eq!(asleep(2), "2 jobs that nobody waits for stay in the queue of this machine's farm");
+    }
 }

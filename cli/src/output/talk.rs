@@ -95,7 +95,7 @@ impl Talk {
             let took = took.map_or(String::new(), |took| format!("{:gap$}{DIM}{took}{DIM:#}", ""));
             self.write(&format!("{style}{mark}{style:#} {text}{took}"));
         } else {
-            let took = took.map_or(String::new(), |took| format!(" after {took}"));
+            let took = took.map_or(String::new(), |took| format!("  ({took})"));
             self.stamped(&format!("{text}{took}"));
         }
     }

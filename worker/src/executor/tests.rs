@@ -474,7 +474,9 @@ async fn a_command_that_never_pauses_meets_its_time_out() {
         artifacts: AtomicU32::new(0),
     };
     attempt.exec().await.unwrap();
-    assert_eq!(attempt.end.take().unwrap().reason, Some(Reason::RunTimeout), "its output did not outrun the clock");
+    let end = attempt.end.take().unwrap();
+    assert_eq!(end.reason, Some(Reason::RunTimeout), "its output did not outrun the clock");
+    assert!(end.message.starts_with("the command ran longer than ") && end.message.ends_with('s'), "{}", end.message);
     attempt.teardown().await;
 }
 
