@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use alloy_shared::limits::Limits;
 use alloy_tests::chaos::stage::{Plan, Stage, is_what_was_printed};
 use alloy_tests::chaos::{Dice, pause};
 use alloy_tests::farm::{Provider, Setup, full};
 use alloy_tests::history::Seen;
-use alloy_tests::observe::{Api, PATIENCE, until};
+use alloy_tests::observe::{Api, PATIENCE, now, until};
 use alloy_tests::proxy::{Proxy, Then, Way, Which};
 use anyhow::{Context as _, Result, ensure};
 use futures_util::future::try_join_all;
@@ -142,7 +143,8 @@ async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_tw
     // One for each job that is tried again, and some for those that may be.
     let spare = dealt.iter().filter(|(_, cost, _)| *cost == Cost::OneTry).count() + 2;
     let setup = Setup { workers: dealt.len() + spare, slots: 1, time_scale: scale, ..Setup::default() };
-    let workers = setup.workers;
+    let (workers, grace) = (setup.workers, Duration::from_millis(Limits::default().startup_grace_ms / scale));
+    let started = now();
     let mut stage = Stage::new("partitions", setup, Provider::Host, dice).await?;
     let mut cases = Vec::new();
     for number in 0..workers {
@@ -160,6 +162,8 @@ async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_tw
         };
         cases.push(Case { seconds, cost, kind, job, link, gate, progress });
     }
+    // A young orchestrator calls nobody silent, and would hide that it is impatient.
+    pause(grace.saturating_sub(started.elapsed())).await;
     let api = stage.api();
     try_join_all(cases.iter_mut().map(|case| {
         let link = &stage.links[case.link];
