@@ -18,7 +18,6 @@ use crate::signals::Signals;
 
 /// List a job's artifacts, or get them
 #[derive(Debug, clap::Args)]
-#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct ArtifactsArgs {
     #[command(subcommand)]
     pub(crate) verb: Option<ArtifactsVerb>,
@@ -43,6 +42,9 @@ pub(crate) struct GetArgs {
 }
 
 pub(crate) async fn artifacts(app: &App, args: &ArtifactsArgs) -> Result<i32, Failure> {
+    if let (Some(_), Some(job)) = (&args.verb, &args.job) {
+        return Err(Failure::usage(format!("`{job}` stands before `get`; the job comes after it")));
+    }
     let hosted = Hosted::open_to_read(app).await?;
     match &args.verb {
         Some(ArtifactsVerb::Get(args)) => get(app, hosted.farm(), args).await,
@@ -169,7 +171,11 @@ async fn to_stdout(app: &App, farm: &Farm, job: &JobView, artifact: &ArtifactVie
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
+    use crate::Cli;
+    use crate::commands::Command;
 
     fn split_of(words: &[&str]) -> (Option<String>, Vec<String>) {
         let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
@@ -184,6 +190,19 @@ mod tests {
         assert_eq!(split_of(&["abc123", "*.zip"]), (Some("abc123".into()), vec!["*.zip".into()]));
         assert_eq!(split_of(&["http://f/jobs/job_1"]), (Some("http://f/jobs/job_1".into()), vec![]));
         assert_eq!(split_of(&["MyApp.app.zip"]), (None, vec!["MyApp.app.zip".into()]));
+    }
+
+    #[test]
+    fn flags_that_every_command_takes_may_stand_before_get() {
+        let parse = |line: &[&str]| match Cli::try_parse_from([&["alloy", "artifacts"], line].concat()).unwrap().command
+        {
+            Command::Artifacts(args) => (args.job, args.verb.map(|ArtifactsVerb::Get(args)| args.what)),
+            other => panic!("{other:?}"),
+        };
+        let get = |what: &[&str]| (None, Some(what.iter().map(|word| (*word).to_owned()).collect()));
+        assert_eq!(parse(&["--local", "get", "*.zip"]), get(&["*.zip"]));
+        assert_eq!(parse(&["get", "--local", "*.zip"]), get(&["*.zip"]));
+        assert_eq!(parse(&["--local", "abc123"]), (Some("abc123".to_owned()), None));
     }
 
     #[test]
