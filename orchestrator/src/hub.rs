@@ -92,10 +92,16 @@ impl Hub {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a session. An older one of the same worker is told that it is superseded.
+    /// Registers a session. The older of two of the same worker is told that it is superseded: that may be this one, if its
+    /// opening took so long that the worker has come back meanwhile.
     pub fn open(&self, worker: WorkerId, epoch: i64, now: Mono) -> mpsc::Receiver<Mail> {
         let (mailbox, letters) = mpsc::channel(MAILBOX);
         let mut state = self.state();
+        if state.workers.get(&worker).is_some_and(|entry| entry.epoch > epoch) {
+            // Its mailbox is new and has room.
+            let _ = mailbox.try_send(Mail::Superseded);
+            return letters;
+        }
         let entry = state.workers.entry(worker).or_insert_with(|| Entry {
             seen: now,
             epoch,
@@ -282,6 +288,18 @@ mod tests {
         assert!(hub.close(worker, 2, true) && hub.view(&worker, Mono(1)).unwrap().left);
         let _back = hub.open(worker, 3, Mono(2));
         assert!(!hub.view(&worker, Mono(2)).unwrap().left);
+    }
+
+    #[test]
+    fn a_session_that_was_opened_late_does_not_supersede_the_one_that_followed_it() {
+        let hub = Hub::new(Limits::default(), Mono(0));
+        let worker = WorkerId::from_raw(1);
+        let mut new = hub.open(worker, 2, Mono(0));
+        let mut late = hub.open(worker, 1, Mono(5));
+        assert!(matches!(late.try_recv(), Ok(Mail::Superseded)) && late.is_closed());
+        hub.set_drain(worker, true);
+        assert!(matches!(new.try_recv(), Ok(Mail::Drain { on: true })));
+        assert!(!hub.close(worker, 1, false) && hub.view(&worker, Mono(9)).unwrap().connected);
     }
 
     #[test]
