@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use alloy_shared::env::{Env, Mono, backoff};
-use alloy_shared::id::JobId;
+use alloy_shared::id::{JobId, WorkerId};
 use alloy_shared::limits::{self, Limits};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, warn};
@@ -182,12 +182,12 @@ impl Loop {
                 self.wake.moved(job.id);
                 self.hub.moved(&job, left);
             }
-            Effect::Reload(id) => self.reload(id).await,
+            Effect::Reload { job, left } => self.reload(job, left).await,
         }
     }
 
     /// Nothing is decided about a job whose picture is not true; the loop waits for the store.
-    async fn reload(&mut self, id: JobId) {
+    async fn reload(&mut self, id: JobId, left: Option<WorkerId>) {
         let mut tries = 0;
         loop {
             let loaded = match self.store.job(&Scope::farm(), &id).await {
@@ -197,9 +197,10 @@ impl Loop {
             };
             match loaded {
                 Ok(Some((job, attempt))) => {
-                    // Whoever was to hear of a change may have missed it.
+                    // Whoever was to hear of a change may have missed it: a session that takes the job for its worker's own
+                    // would assign it again.
                     self.wake.moved(id);
-                    self.hub.moved(&job, None);
+                    self.hub.moved(&job, left);
                     return self.desk.restore(vec![(job, attempt)], self.env.now());
                 }
                 Ok(None) => return,

@@ -148,6 +148,9 @@ pub enum Effect {
         job: Box<Job>,
         left: Option<WorkerId>,
     },
-    /// The picture of this job is not to be trusted: load it again.
-    Reload(JobId),
+    /// The picture of this job is not to be trusted: load it again. `left` is a worker that may have lost it unheard.
+    Reload {
+        job: JobId,
+        left: Option<WorkerId>,
+    },
 }

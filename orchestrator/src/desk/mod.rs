@@ -315,7 +315,7 @@ impl Desk {
         let answers = std::mem::take(&mut self.answers);
         self.fresh.clear();
         let mut effects = Vec::with_capacity(drafts.len() * 2 + answers.len());
-        let mut suspect = BTreeSet::new();
+        let mut suspect = BTreeMap::new();
         let failed = done.is_err();
         let results: Vec<Result<(), Missed>> = match done {
             Ok(done) => done.groups.into_iter().map(|group| group.map(|_| ()).map_err(Missed::Group)).collect(),
@@ -325,17 +325,17 @@ impl Desk {
             match result {
                 Ok(()) => self.done(draft, &mut effects),
                 Err(missed) if repeated && missed.is_own(&draft) => {
-                    suspect.extend(draft.job());
+                    suspect.extend(draft.job().map(|id| (id, None)));
                     self.done(draft, &mut effects);
                 }
                 Err(missed) => self.missed(draft, missed, &mut suspect, &mut effects),
             }
         }
         for (ticket, job, answer) in answers {
-            let unsound = failed || job.is_some_and(|id| suspect.contains(&id));
+            let unsound = failed || job.is_some_and(|id| suspect.contains_key(&id));
             effects.push(Effect::Answer { ticket, answer: if unsound { Answer::Stale } else { answer } });
         }
-        effects.extend(suspect.into_iter().map(Effect::Reload));
+        effects.extend(suspect.into_iter().map(|(job, left)| Effect::Reload { job, left }));
         effects
     }
 
@@ -359,7 +359,13 @@ impl Desk {
         }
     }
 
-    fn missed(&mut self, draft: Draft, missed: Missed, suspect: &mut BTreeSet<JobId>, effects: &mut Vec<Effect>) {
+    fn missed(
+        &mut self,
+        draft: Draft,
+        missed: Missed,
+        suspect: &mut BTreeMap<JobId, Option<WorkerId>>,
+        effects: &mut Vec<Effect>,
+    ) {
         let answer = match missed {
             Missed::All(error) => Answer::Failed(error),
             Missed::Group(Miss::Stale) => Answer::Stale,
@@ -372,12 +378,14 @@ impl Desk {
                 self.remove(&insert.job.id);
                 (None, Some(ticket))
             }
-            Draft::Advance { ticket, advance, .. } => (Some(advance.next.id), ticket),
+            Draft::Advance { ticket, advance, left } => (Some((advance.next.id, left)), ticket),
             Draft::Close { ticket, .. } => (None, Some(ticket)),
         };
-        if let Some(id) = job {
+        if let Some((id, left)) = job {
             self.remove(&id);
-            suspect.insert(id);
+            // The first of its changes took it from whoever had it.
+            let known = suspect.entry(id).or_default();
+            *known = known.or(left);
         }
         if let Some(ticket) = ticket {
             effects.push(Effect::Answer { ticket, answer });

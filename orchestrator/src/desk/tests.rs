@@ -62,7 +62,7 @@ fn answers(effects: &[Effect]) -> Vec<(Ticket, &Answer)> {
         .iter()
         .filter_map(|effect| match effect {
             Effect::Answer { ticket, answer } => Some((*ticket, answer)),
-            Effect::Moved { .. } | Effect::Reload(_) => None,
+            Effect::Moved { .. } | Effect::Reload { .. } => None,
         })
         .collect()
 }
@@ -72,7 +72,17 @@ fn moved(effects: &[Effect]) -> Vec<(u128, StateWord)> {
         .iter()
         .filter_map(|effect| match effect {
             Effect::Moved { job, .. } => Some((job.id.raw(), job.state.word())),
-            Effect::Answer { .. } | Effect::Reload(_) => None,
+            Effect::Answer { .. } | Effect::Reload { .. } => None,
+        })
+        .collect()
+}
+
+fn reloads(effects: &[Effect]) -> Vec<(u128, Option<WorkerId>)> {
+    effects
+        .iter()
+        .filter_map(|effect| match effect {
+            Effect::Reload { job, left } => Some((job.raw(), *left)),
+            Effect::Answer { .. } | Effect::Moved { .. } => None,
         })
         .collect()
 }
@@ -208,7 +218,7 @@ fn when_nothing_was_committed_nothing_is_answered_as_done_and_all_is_loaded_agai
             (3, &Answer::Stale)
         ]
     );
-    assert!(effects.contains(&Effect::Reload(id(10))) && !effects.contains(&Effect::Reload(id(11))));
+    assert_eq!(reloads(&effects), [(10, None)]);
     assert_eq!(desk.live_count(), 0);
 }
 
@@ -281,7 +291,21 @@ fn a_commit_of_unknown_fate_is_not_a_second_job() {
     desk.decide(vec![submit(1, 10)], at(1));
     let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale)] }), true);
     assert!(matches!(answers(&effects)[..], [(1, Answer::Job(_))]), "{effects:?}");
-    assert!(effects.contains(&Effect::Reload(id(10))) && desk.live_count() == 1);
+    assert!(reloads(&effects) == [(10, None)] && desk.live_count() == 1);
+}
+
+#[test]
+fn whoever_lost_a_job_in_a_commit_of_unknown_fate_is_told_when_it_is_loaded() {
+    let mut desk = Desk::new(Limits::default(), Mono(0));
+    turn(&mut desk, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let from = From { at: AttemptRef { job: id(10), attempt: 1 }, worker: worker(1), epoch: EPOCH };
+    let event = Event::Refused { attempt: 1, message: "no room".into() };
+    let refused = Request::Report { ticket: 2, from, seq: 1, event, news: Box::default() };
+    // It is requeued and given to the next worker in one commit.
+    let groups = desk.decide(vec![offer(2, &[FREE]), refused], at(1));
+    assert_eq!(groups.len(), 2);
+    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale), Err(Miss::Stale)] }), true);
+    assert_eq!(reloads(&effects), [(10, Some(worker(1)))]);
 }
 
 #[test]
@@ -338,7 +362,7 @@ fn a_running_job_keeps_its_deadline_over_news_a_missed_commit_and_a_clock_that_i
         let set_at = Now { wall: Ms(set), mono: Mono(5) };
         assert_eq!(desk.decide(vec![phase(2, Phase::Executing), report(4, 10, 1, 3, end)], set_at).len(), 2, "{name}");
         let effects = desk.committed(Err(StoreError::Full("disk".into())), false);
-        assert!(effects.contains(&Effect::Reload(id(10))), "{name}: {effects:?}");
+        assert!(matches!(reloads(&effects)[..], [(10, _)]), "{name}: {effects:?}");
         desk.restore(vec![(truth.job, truth.attempt)], set_at);
         assert_eq!(desk.next_wake(), Some(Mono(run)), "{name}: loaded again");
 

@@ -209,7 +209,7 @@ impl World {
         for effect in self.desk.committed(done, repeated) {
             match effect {
                 Effect::Moved { job, .. } => self.moved(&job),
-                Effect::Reload(id) => self.reload(&id),
+                Effect::Reload { job, .. } => self.reload(&job),
                 Effect::Answer { .. } => {}
             }
         }

@@ -195,7 +195,7 @@ impl Books {
             match effect {
                 Effect::Answer { answer: said, .. } => answer = Some(said),
                 Effect::Moved { left, .. } => moved = Some(left.map(index_of)),
-                Effect::Reload(_) => {}
+                Effect::Reload { .. } => {}
             }
         }
         Done { books: self.read(&store), answer, moved }
