@@ -4,19 +4,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use alloy_shared::id::{AttemptRef, JobId};
+use alloy_shared::id::{AttemptRef, JobId, WorkerId};
 use alloy_shared::wire::job::{Blame, EventKind, StateWord};
-use futures_util::FutureExt as _;
 use orchestrator::blobs::{self, BlobKey};
 use orchestrator::job::Step;
-use orchestrator::logs::{self, Logs};
+use orchestrator::logs;
 use orchestrator::store::write::{Advance, CloseAttempt, InsertJob};
 use orchestrator::store::{Artifact, Attempt, BlobKind, Guard, Job, JobEventRow, Write};
 use worker::provider::VmName;
 
-use super::cover::{Cover, Fault, NEVER, legal_steps};
+use super::cover::{Cover, NEVER, legal_steps};
 use super::exec::Sim;
-use super::log_check::check_log;
+use super::log_check::{LogCheck, check_log};
 use super::plan::{self, Plan};
 
 /// How long after its end an attempt's command may still run, whatever went wrong.
@@ -27,7 +26,7 @@ pub struct Check {
     pub cover: Cover,
     state: Mutex<State>,
     legal: BTreeSet<(&'static str, &'static str)>,
-    pub logs: logs::Mem,
+    pub logs: LogCheck,
     pub blobs: blobs::Mem,
 }
 
@@ -40,20 +39,20 @@ struct State {
     /// When each ended, by the world's clock.
     ended: BTreeMap<AttemptRef, u64>,
     accepted: BTreeSet<JobId>,
+    slots: BTreeMap<WorkerId, usize>,
+    /// Keys that jobs were asked for with.
+    asked: usize,
     plans: BTreeMap<JobId, Plan>,
-    produced: BTreeMap<AttemptRef, u64>,
     /// Commands that run.
     alive: BTreeMap<AttemptRef, VmName>,
     /// Attempts that ended by their worker's result: their logs are whole.
     reported: BTreeSet<AttemptRef>,
-    /// So much of a stored log was looked at.
-    looked: BTreeMap<AttemptRef, u64>,
 }
 
 impl Check {
     pub fn new(sim: Sim, logs: logs::Mem, blobs: blobs::Mem) -> Self {
         let legal = legal_steps().into_iter().filter(|step| !NEVER.contains(step)).collect();
-        Self { sim, cover: Cover::default(), state: Mutex::default(), legal, logs, blobs }
+        Self { sim, cover: Cover::default(), state: Mutex::default(), legal, logs: LogCheck::new(logs), blobs }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -84,6 +83,16 @@ impl Check {
         self.state().plans.get(&at.job).copied()
     }
 
+    /// A worker that has joined, and how many jobs it runs at once.
+    pub fn joined(&self, worker: WorkerId, slots: usize) {
+        self.state().slots.insert(worker, slots);
+    }
+
+    /// A job is asked for with a new key.
+    pub fn asked(&self) {
+        self.state().asked += 1;
+    }
+
     /// I1: what was accepted is there.
     pub fn accepted(&self, job: JobId) {
         let known = self.state().jobs.contains_key(&job);
@@ -91,10 +100,6 @@ impl Check {
         if !known {
             self.fail("I1", format!("{job} was accepted and is in no commit"));
         }
-    }
-
-    pub fn produced(&self, at: &AttemptRef, upto: u64) {
-        self.state().produced.insert(*at, upto);
     }
 
     /// I9: no other attempt of the job has a live command. I8: an attempt runs in one VM.
@@ -150,6 +155,18 @@ impl Check {
         if self.state().jobs.insert(job.id, job.clone()).is_some() {
             self.fail("I4", format!("{} is inserted twice", job.id));
         }
+        self.room(job);
+    }
+
+    /// I8: a job is given only to a worker that has a slot for it.
+    fn room(&self, job: &Job) {
+        let Some(lease) = job.state.lease().filter(|_| job.state.word() == StateWord::Assigned) else { return };
+        let leased = |job: &&Job| job.state.lease().is_some_and(|other| other.worker == lease.worker);
+        let count = self.state().jobs.values().filter(leased).count();
+        let slots = self.state().slots.get(&lease.worker).copied();
+        if slots.is_some_and(|slots| count > slots) {
+            self.fail("I8", format!("{} makes {count} jobs of {}, which has {slots:?} slots", job.id, lease.worker));
+        }
     }
 
     fn advanced(&self, advance: &Advance) {
@@ -168,6 +185,7 @@ impl Check {
         advance.artifacts.iter().for_each(|artifact| self.listed(artifact));
         let moved = Job { version: next.version, state: next.state.clone(), events: next.events, ..before };
         self.state().jobs.insert(next.id, moved);
+        self.room(next);
     }
 
     /// I3, I14: what has ended stays so; no step that the table does not have; a worker's word counts for its attempt only.
@@ -222,12 +240,10 @@ impl Check {
             if now != made + 1 || row.is_none_or(|row| row.at.attempt != now) {
                 self.fail("I4", format!("{}: attempt {now} follows {made}", next.id));
             }
-            let open = self
-                .state()
-                .attempts
-                .iter()
-                .find(|(at, row)| at.job == next.id && row.ended_at.is_none())
-                .map(|(at, _)| *at);
+            let first = AttemptRef { job: next.id, attempt: 0 };
+            let last = AttemptRef { attempt: u32::MAX, ..first };
+            let open =
+                self.state().attempts.range(first..=last).find(|(_, row)| row.ended_at.is_none()).map(|(at, _)| *at);
             if let Some(open) = open {
                 self.fail("I4", format!("{open} is open while attempt {now} begins"));
             }
@@ -261,14 +277,13 @@ impl Check {
             .as_ref()
             .is_some_and(|end| end.exit_code.is_some() && end.reason.is_none_or(|r| r.blame() == Blame::User));
         let Some(plan) = self.plan_of(&row.at).filter(|_| own) else { return };
-        let durable = self.log_durable(&row.at);
-        let whole = check_log(&row.at, &self.log(&row.at));
-        match whole {
+        let (durable, log) = (self.logs.durable(&row.at), self.logs.read(&row.at, 0));
+        match check_log(&row.at, &log) {
             Ok(stands_for) if stands_for < plan.log => {
                 self.fail("I5", format!("{} ended with a log of {stands_for} bytes; it wrote {}", row.at, plan.log));
             }
             Err(why) => self.fail("I5", format!("{}: {why}", row.at)),
-            Ok(_) if durable < self.log(&row.at).len() as u64 => {
+            Ok(_) if durable < log.len() as u64 => {
                 self.fail("I12", format!("{} ended and only {durable} bytes of its log are durable", row.at));
             }
             Ok(_) => {}
@@ -314,16 +329,6 @@ impl Check {
 
     // --- everything --------------------------------------------------------------------------------------------------
 
-    fn log(&self, at: &AttemptRef) -> bytes::Bytes {
-        let read = Logs::Mem(self.logs.clone());
-        let parts = read.read(at, 0, u32::MAX).now_or_never().and_then(Result::ok).unwrap_or_default();
-        parts.into_iter().next().unwrap_or_default()
-    }
-
-    fn log_durable(&self, at: &AttemptRef) -> u64 {
-        Logs::Mem(self.logs.clone()).durable(at).now_or_never().and_then(Result::ok).unwrap_or(0)
-    }
-
     /// I5, I8, I9 over all that there is. `calm`: no fault is under way.
     pub fn full(&self, claimed: &[(usize, Vec<AttemptRef>)], running: &[usize]) {
         if let Some((host, count)) = running.iter().enumerate().find(|(_, count)| **count > 2) {
@@ -331,11 +336,7 @@ impl Check {
         }
         let attempts: Vec<AttemptRef> = self.state().attempts.keys().copied().collect();
         for at in attempts {
-            let stored = self.log_len(&at);
-            let looked = self.state().looked.get(&at).copied();
-            if looked != Some(stored) {
-                self.look_at_log(&at, stored);
-            }
+            self.logs.look(&at).unwrap_or_else(|why| self.fail("I5", why));
         }
         let now = self.sim.now();
         let late: Vec<AttemptRef> = {
@@ -356,35 +357,22 @@ impl Check {
         }
     }
 
-    fn log_len(&self, at: &AttemptRef) -> u64 {
-        Logs::Mem(self.logs.clone()).len(at).now_or_never().and_then(Result::ok).unwrap_or(0)
-    }
-
-    fn look_at_log(&self, at: &AttemptRef, stored: u64) {
-        let produced = self.state().produced.get(at).copied().unwrap_or(0);
-        match check_log(at, &self.log(at)) {
-            Ok(stands_for) if stands_for > produced => {
-                self.fail("I5", format!("{at}: {stands_for} bytes are stored, {produced} were written"));
-            }
-            Ok(_) => _ = self.state().looked.insert(*at, stored),
-            Err(why) => self.fail("I5", format!("{at}: {why}")),
-        }
-    }
-
-    /// I6: what a follower got of an attempt is what is stored. The tail of an attempt that was lost may come later.
+    /// I6, for one that got the end of a feed.
     pub fn followed(&self, at: &AttemptRef, got: &[u8]) {
-        let (stored, whole) = (self.log(at), self.state().reported.contains(at));
-        // A follower sees bytes before the disk has them. What the disk then loses comes again from the worker, unless the
-        // attempt is lost as well.
-        let lost = !whole && (self.cover.has(Fault::LogTorn) || self.cover.has(Fault::OrchestratorDiskBroken));
-        let same = match stored.len().cmp(&got.len()) {
-            std::cmp::Ordering::Less => lost && got.starts_with(&stored),
-            std::cmp::Ordering::Equal => stored == got,
-            std::cmp::Ordering::Greater => !whole && stored.starts_with(got),
-        };
-        if !same {
-            self.fail("I6", format!("{at}: a follower got {} bytes, {} are stored", got.len(), stored.len()));
-        }
+        let whole = self.state().reported.contains(at);
+        self.logs.followed(at, got, whole).unwrap_or_else(|why| self.fail("I6", why));
+    }
+
+    /// How a job ended, and in which attempt; nothing while it has not.
+    pub fn end_of(&self, job: JobId) -> Option<(StateWord, u32)> {
+        let state = self.state();
+        let job = state.jobs.get(&job).filter(|job| job.state.is_done())?;
+        Some((job.state.word(), job.state.tries.made))
+    }
+
+    /// True while a command of the job runs.
+    pub fn is_alive(&self, job: JobId) -> bool {
+        self.state().alive.keys().any(|at| at.job == job)
     }
 
     /// Jobs that have not ended.
@@ -398,8 +386,19 @@ impl Check {
         (state.jobs.len(), state.attempts.len())
     }
 
-    /// I1, I11 at the end: every accepted job has ended, and is known.
+    /// I1, I4, I5, I6, I11 at the end: every accepted job has ended, none is there that nobody asked for, and all logs are
+    /// whole.
     pub fn at_the_end(&self) {
+        let attempts: Vec<AttemptRef> = self.state().attempts.keys().copied().collect();
+        for at in attempts {
+            self.logs.look_at_all(&at).unwrap_or_else(|why| self.fail("I5", why));
+        }
+        self.logs.at_the_end().unwrap_or_else(|why| self.fail("end", why));
+        let asked = self.state().asked;
+        let jobs = self.counts().0;
+        if jobs > asked {
+            self.fail("I4", format!("{asked} jobs were asked for, and {jobs} are there"));
+        }
         let lost: Vec<String> = {
             let state = self.state();
             let open = |id: &&JobId| state.jobs.get(*id).is_none_or(|job| !job.state.is_done());

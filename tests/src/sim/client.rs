@@ -64,8 +64,7 @@ impl Client {
         let Some(source) = source.map_or(Some(None), |uploaded| uploaded.map(Some)) else { return };
         let body = SubmitJob { spec: self.spec(), source };
         let key = format!("key-{}-{number}", self.index);
-        let Some(id) = self.submit(&body, &key).await else { return };
-        self.check.accepted(id);
+        let Some(id) = self.ask(&body, &key).await else { return };
         if self.sim.chance(50) {
             // Asked again, it is the same job.
             if self.submit(&body, &key).await.is_some_and(|again| again != id) {
@@ -157,7 +156,15 @@ impl Client {
         None
     }
 
-    async fn submit(&self, body: &SubmitJob, key: &str) -> Option<JobId> {
+    /// Submits a new job.
+    pub async fn ask(&self, body: &SubmitJob, key: &str) -> Option<JobId> {
+        self.check.asked();
+        let id = self.submit(body, key).await?;
+        self.check.accepted(id);
+        Some(id)
+    }
+
+    pub async fn submit(&self, body: &SubmitJob, key: &str) -> Option<JobId> {
         let mut again = false;
         let ask = || {
             if std::mem::replace(&mut again, true) {
@@ -173,6 +180,10 @@ impl Client {
     async fn cancel(&self, id: JobId) {
         self.sim.sleep(self.sim.roll(100_000)).await;
         self.check.cover.fault(Fault::CancelAsked);
+        self.cancel_at_once(id).await;
+    }
+
+    pub async fn cancel_at_once(&self, id: JobId) {
         let ask = || {
             let call = self.line.call(async move |app| job::cancel(&app, &admin(), id).await);
             async move { heard(call.await) }

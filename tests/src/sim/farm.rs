@@ -107,7 +107,7 @@ pub fn admin() -> Principal {
 impl Centre {
     pub fn new(sim: Sim, store: Arc<SimStore>, disk: Arc<MemDisk>, limits: Limits, drift: i64) -> Self {
         TOKENS.with(|count| count.set(0));
-        let (logs, blobs) = (store.check.logs.clone(), store.check.blobs.clone());
+        let (logs, blobs) = (store.check.logs.stored.clone(), store.check.blobs.clone());
         let unit = Unit::new(sim.node(drift));
         Self { sim, unit, front: Arc::default(), store, logs, blobs, disk, limits }
     }
@@ -205,6 +205,11 @@ impl Mini {
         }
     }
 
+    /// How many jobs it runs at once.
+    pub fn slots(&self) -> usize {
+        self.wishes.borrow().slots
+    }
+
     fn pair(&self) -> Ed25519KeyPair {
         Ed25519KeyPair::from_seed_unchecked(&self.key).expect("32 bytes are a seed")
     }
@@ -220,6 +225,7 @@ impl Mini {
             }
             self.sim.sleep(1_000).await;
         };
+        self.check.joined(worker, self.slots());
         loop {
             self.unit.has_power().await;
             self.live(worker).await;

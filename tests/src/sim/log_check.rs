@@ -1,9 +1,147 @@
-//! Whether stored bytes are an attempt's log: a prefix of what it wrote, or such a prefix, a line that counts what is left
-//! out, and the end.
+//! All logs: whether stored bytes are what an attempt wrote, whether followers got what is stored, and whether in the end the
+//! farm has all that a worker's disk had.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::AttemptRef;
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use orchestrator::logs::{self, Logs};
 
 use super::plan::differs;
+
+pub struct LogCheck {
+    pub stored: logs::Mem,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What was written, by attempt.
+    produced: BTreeMap<AttemptRef, u64>,
+    /// So much of a stored log was looked at, and is the attempt's own first bytes.
+    looked: BTreeMap<AttemptRef, u64>,
+    /// The longest that a worker's disk was seen to have of a log.
+    spooled: BTreeMap<AttemptRef, u64>,
+    /// What a power cut left on a worker's disk of a log that was longer.
+    torn: BTreeMap<AttemptRef, u64>,
+    /// What followers got of lost attempts beyond what was stored then.
+    ahead: BTreeMap<AttemptRef, Bytes>,
+}
+
+impl LogCheck {
+    pub fn new(stored: logs::Mem) -> Self {
+        Self { stored, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn read(&self, at: &AttemptRef, from: u64) -> Bytes {
+        let parts = Logs::Mem(self.stored.clone()).read(at, from, u32::MAX).now_or_never().and_then(Result::ok);
+        parts.and_then(|parts| parts.into_iter().next()).unwrap_or_default()
+    }
+
+    pub fn durable(&self, at: &AttemptRef) -> u64 {
+        Logs::Mem(self.stored.clone()).durable(at).now_or_never().and_then(Result::ok).unwrap_or(0)
+    }
+
+    fn len(&self, at: &AttemptRef) -> u64 {
+        Logs::Mem(self.stored.clone()).len(at).now_or_never().and_then(Result::ok).unwrap_or(0)
+    }
+
+    pub fn produced(&self, at: &AttemptRef, upto: u64) {
+        self.state().produced.insert(*at, upto);
+    }
+
+    /// What a worker's disk has at this moment.
+    pub fn spooled(&self, held: &BTreeMap<AttemptRef, u64>) {
+        let mut state = self.state();
+        for (at, len) in held {
+            let most = state.spooled.entry(*at).or_default();
+            *most = (*most).max(*len);
+        }
+    }
+
+    /// A power cut took from a worker's disk what was not synced.
+    pub fn torn(&self, before: &BTreeMap<AttemptRef, u64>, after: &BTreeMap<AttemptRef, u64>) {
+        let mut state = self.state();
+        for (at, len) in before {
+            let left = after.get(at).copied().unwrap_or(0);
+            if left < *len {
+                state.torn.insert(*at, left);
+                state.spooled.insert(*at, left);
+            }
+        }
+    }
+
+    /// I5: what came to a stored log since the last look is what the attempt wrote.
+    pub fn look(&self, at: &AttemptRef) -> Result<(), String> {
+        let stored = self.len(at);
+        let looked = self.state().looked.get(at).copied().filter(|looked| *looked <= stored).unwrap_or(0);
+        if looked == stored || differs(at, looked, &self.read(at, looked)).is_none() {
+            self.is_written(at, stored)?;
+            self.state().looked.insert(*at, stored);
+            return Ok(());
+        }
+        self.look_at_all(at)
+    }
+
+    /// I5: a stored log is what the attempt wrote.
+    pub fn look_at_all(&self, at: &AttemptRef) -> Result<(), String> {
+        let stands_for = check_log(at, &self.read(at, 0)).map_err(|why| format!("{at}: {why}"))?;
+        self.is_written(at, stands_for)
+    }
+
+    fn is_written(&self, at: &AttemptRef, stands_for: u64) -> Result<(), String> {
+        let produced = self.state().produced.get(at).copied().unwrap_or(0);
+        match stands_for > produced {
+            true => Err(format!("{at}: {stands_for} bytes are stored, {produced} were written")),
+            false => Ok(()),
+        }
+    }
+
+    /// I6: what a follower got of an attempt is what is stored. `whole`: the attempt ended by its worker's result. Else its
+    /// tail may come later, and a follower may have seen of it what the orchestrator's disk has lost since: that comes again.
+    pub fn followed(&self, at: &AttemptRef, got: &[u8], whole: bool) -> Result<(), String> {
+        let stored = self.read(at, 0);
+        if stored.starts_with(got) && !(whole && stored.len() > got.len()) {
+            return Ok(());
+        }
+        if !whole && got.starts_with(&stored) {
+            let mut state = self.state();
+            let most = state.ahead.entry(*at).or_default();
+            if most.len() < got.len() {
+                *most = Bytes::copy_from_slice(got);
+            }
+            return Ok(());
+        }
+        Err(format!("{at}: a follower got {} bytes, {} are stored", got.len(), stored.len()))
+    }
+
+    /// Nothing more comes. I5: all that workers' disks had is here. I6: so is all that followers got, but for what the
+    /// orchestrator's disk lost before a sync and a power cut took from the worker's before it was sent again.
+    pub fn at_the_end(&self) -> Result<(), String> {
+        let state = self.state();
+        for (at, spooled) in &state.spooled {
+            let stored = self.len(at);
+            if stored < *spooled {
+                return Err(format!("I5: {at}: its worker had {spooled} bytes of its log, {stored} are stored"));
+            }
+        }
+        for (at, got) in &state.ahead {
+            let stored = self.read(at, 0);
+            let gone_here_and_there = state.torn.get(at).is_some_and(|left| *left <= stored.len() as u64);
+            let came = stored.starts_with(got) || gone_here_and_there && got.starts_with(&stored);
+            if !came {
+                return Err(format!("I6: {at}: a follower got {} bytes, {} came to stay", got.len(), stored.len()));
+            }
+        }
+        Ok(())
+    }
+}
 
 const MARK: &[u8] = b"\n[alloy: ";
 
@@ -30,6 +168,7 @@ pub fn check_log(at: &AttemptRef, stored: &[u8]) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use alloy_shared::id::JobId;
+    use alloy_shared::mem_disk::MemDisk;
 
     use super::super::plan::log_bytes;
     use super::*;
@@ -57,5 +196,45 @@ mod tests {
         assert!(check_log(&at, &wrong).is_err());
         wrong.remove(500);
         assert!(check_log(&at, &wrong).is_err());
+    }
+    fn at() -> AttemptRef {
+        AttemptRef { job: JobId::from_raw(3), attempt: 1 }
+    }
+
+    /// A log of so many bytes.
+    fn with_log(len: u64) -> LogCheck {
+        let logs = logs::Mem::on(std::sync::Arc::new(MemDisk::default()));
+        let append = Logs::Mem(logs.clone()).append(&at(), 0, log_bytes(&at(), 0, len)).now_or_never();
+        assert!(append.unwrap().is_ok());
+        let check = LogCheck::new(logs);
+        check.produced(&at(), 1_000);
+        check
+    }
+
+    #[test]
+    fn a_log_that_is_ahead_of_the_stored_one_must_come_unless_two_disks_lost_it() {
+        let got = log_bytes(&at(), 0, 80);
+        let check = with_log(80);
+        assert_eq!((check.followed(&at(), &got, true), check.at_the_end()), (Ok(()), Ok(())));
+        assert!(check.followed(&at(), &got[..70], true).is_err() && check.followed(&at(), &got[..70], false).is_ok());
+        let check = with_log(50);
+        assert!(check.followed(&at(), &got, true).is_err() && check.followed(&at(), &got[1..], false).is_err());
+        assert!(check.followed(&at(), &got, false).is_ok() && check.at_the_end().is_err());
+        let held = |len| BTreeMap::from([(at(), len)]);
+        check.torn(&held(90), &held(60));
+        assert!(check.at_the_end().is_err(), "the worker still had ten bytes more than came");
+        check.torn(&held(60), &held(50));
+        assert_eq!(check.at_the_end(), Ok(()));
+    }
+
+    #[test]
+    fn what_a_worker_had_on_its_disk_comes_in_the_end() {
+        let check = with_log(50);
+        check.spooled(&BTreeMap::from([(at(), 50)]));
+        assert_eq!((check.look(&at()), check.at_the_end()), (Ok(()), Ok(())));
+        check.spooled(&BTreeMap::from([(at(), 51)]));
+        assert!(check.at_the_end().is_err());
+        check.produced(&at(), 49);
+        assert!(check.look(&at()).is_err() && check.look_at_all(&at()).is_err());
     }
 }

@@ -6,11 +6,11 @@
 //! |---|---|
 //! | I1 | at each answer to a submit, and at the end |
 //! | I2, I3, I4, I10, I14 | at each commit; I14 also at each frame that a follower gets |
-//! | I5, I12 | when an attempt's command has come to its own end; I5 also over all stored logs, every so many steps |
-//! | I6 | at each frame, and at the end of each feed |
+//! | I5, I12 | when an attempt's command has come to its own end; I5 also over all stored logs, every so many steps and at the end |
+//! | I6 | at each frame, at the end of each feed, and for what came later at the end |
 //! | I7 | at each commit that lists an artifact |
 //! | I8, I9 | when a VM is made or a command starts, and over all hosts, every so many steps |
-//! | I11 | the faults stop, and everything must end |
+//! | I11 | the faults stop, everything must end, and then new jobs run at once and at their first try |
 //! | I13 | not here: memory is measured on real processes; every queue of the daemons is as bounded here as it is there |
 
 pub mod check;
@@ -22,11 +22,13 @@ pub mod log_check;
 pub mod nemesis;
 pub mod net;
 pub mod plan;
+pub mod probe;
 pub mod run;
 pub mod seams;
 pub mod vms;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use alloy_shared::env::Env as _;
 use alloy_shared::limits::Limits;
@@ -42,12 +44,15 @@ use exec::Sim;
 use farm::{Centre, Mini};
 use nemesis::Nemesis;
 use net::Line;
+use probe::Probe;
 use seams::{SimStore, StoreMood};
 
 /// Steps between two looks at everything.
 const FULL_EVERY: u64 = 1_000;
 /// After the last fault everything ends within this.
 const CALM_MS: u64 = 90 * 60_000;
+/// Then what is tried last ends within this: slots that were out of use are tried again before.
+const PROBE_MS: u64 = 30 * 60_000;
 
 /// What one seed came to.
 #[derive(Debug, Clone)]
@@ -143,12 +148,47 @@ impl World {
     fn full(&self) {
         let claimed: Vec<_> = self.minis.iter().map(|mini| (mini.host.index, mini.host.claimed())).collect();
         let running: Vec<usize> = self.minis.iter().map(|mini| mini.host.running()).collect();
+        self.minis.iter().for_each(|mini| self.check.logs.spooled(&mini.spool.held()));
         self.check.full(&claimed, &running);
     }
 
     /// Every job has ended and nobody holds anything of one.
     fn is_over(&self) -> bool {
-        self.check.open().is_empty() && self.minis.iter().all(|mini| mini.spool.attempts().is_empty())
+        self.check.open().is_empty() && self.minis.iter().all(|mini| mini.spool.held().is_empty())
+    }
+
+    /// Nothing is left to do: what is missing now never comes.
+    fn is_whole(&self) {
+        if self.check.is_clean() {
+            self.check.at_the_end();
+            for mini in &self.minis {
+                let held = mini.spool.held();
+                if !held.is_empty() {
+                    self.check.fail("I11", format!("host {} still holds {held:?}", mini.host.index));
+                }
+            }
+        }
+    }
+
+    /// Tries whether the farm is as good as new.
+    fn probe(&self) {
+        let (sim, check, centre) = (self.sim.clone(), self.check.clone(), self.centre.clone());
+        let (minis, client) = (self.minis.clone(), self.clients[0].clone());
+        let probe = Arc::new(Probe { sim, check, centre, minis, client });
+        let (done, told) = (Arc::new(AtomicBool::new(false)), self.sim.now());
+        let over = done.clone();
+        self.sim.world().spawn(
+            "probe",
+            async move {
+                probe.run().await;
+                done.store(true, Ordering::Relaxed);
+            }
+            .boxed(),
+        );
+        self.run(told + PROBE_MS, || over.load(Ordering::Relaxed) && self.is_over());
+        if !over.load(Ordering::Relaxed) && self.check.is_clean() {
+            self.check.fail("I11", format!("the faults are over and in {PROBE_MS} ms new jobs came to no end"));
+        }
     }
 }
 
@@ -162,16 +202,14 @@ pub fn run_seed(seed: u64, hours_milli: u64) -> Outcome {
     if world.check.is_clean() {
         world.nemesis.calm();
         world.run(end + CALM_MS, || world.is_over());
+        world.is_whole();
+    }
+    if world.check.is_clean() {
+        world.probe();
     }
     if world.check.is_clean() {
         world.full();
-        world.check.at_the_end();
-        for mini in &world.minis {
-            let held = mini.spool.attempts();
-            if !held.is_empty() {
-                world.check.fail("I11", format!("host {} still holds {held:?}", mini.host.index));
-            }
-        }
+        world.is_whole();
     }
     let panics = run::take_panics();
     for broken in world.sim.take_broken().into_iter().chain(panics) {

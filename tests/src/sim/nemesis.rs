@@ -38,9 +38,9 @@ impl Nemesis {
     pub async fn run(self: Arc<Self>, end: u64) {
         for mini in &self.minis {
             mini.host.set_moods(self.moods());
-            mini.disk.set_sync_ms(self.sim.between(0, 30));
+            mini.disk.set_sync_ms(self.sync_ms());
         }
-        self.centre.disk.set_sync_ms(self.sim.between(0, 30));
+        self.centre.disk.set_sync_ms(self.sync_ms());
         self.centre.store.mood.slow_ms.store(self.sim.between(0, 5), Ordering::Relaxed);
         while self.sim.now() < end {
             self.sim.sleep(self.sim.between(1_000, self.pause_ms)).await;
@@ -50,6 +50,17 @@ impl Nemesis {
                 let me = me.clone();
                 self.sim.world().spawn("fault", async move { me.fault(end).await }.boxed());
             }
+        }
+    }
+
+    /// The longest that a disk takes: little, or as long as one that others keep busy.
+    fn sync_ms(&self) -> u64 {
+        match self.sim.chance(250) {
+            true => {
+                self.check.cover.fault(Fault::SlowDisk);
+                self.sim.between(200, 4_000)
+            }
+            false => self.sim.between(0, 30),
         }
     }
 
@@ -141,8 +152,9 @@ impl Nemesis {
                 mini.line.change(|weather| weather.dark = true);
                 self.sim.kill(mini.unit.node);
                 mini.host.cut_power();
-                let torn = |unsynced| self.torn(unsynced, Fault::SpoolTorn);
-                mini.spool.cut_power(torn);
+                let before = mini.spool.held();
+                mini.spool.cut_power(|unsynced| self.torn(unsynced, Fault::SpoolTorn));
+                self.check.logs.torn(&before, &mini.spool.held());
                 self.sim.sleep(span).await;
                 mini.line.change(|weather| (weather.dark, weather.cuts) = (false, weather.cuts + 1));
                 mini.unit.set_power(true);
@@ -220,6 +232,7 @@ impl Nemesis {
         let (knob, most) = match self.sim.roll(4) {
             0 => (&mood.away, 1_000),
             1 => (&mood.full, 1_000),
+            2 if self.sim.chance(300) => (&mood.slow_ms, 10_000),
             2 => (&mood.slow_ms, 2_000),
             _ => (&mood.unknown, 500),
         };
@@ -259,6 +272,7 @@ impl Nemesis {
 
     /// From here on nothing goes wrong.
     pub fn calm(&self) {
+        self.sim.spare_all();
         for line in &self.lines {
             line.change(|weather| {
                 (weather.up_black, weather.down_black, weather.latency_ms, weather.lost_replies) =
@@ -271,11 +285,13 @@ impl Nemesis {
             mini.host.set_moods(Moods::default());
             mini.disk.set_full(false);
             mini.disk.set_broken(false);
+            mini.disk.set_sync_ms(5);
             mini.unit.set_power(true);
             self.sim.freeze(mini.unit.node, false);
         }
         self.centre.disk.set_full(false);
         self.centre.disk.set_broken(false);
+        self.centre.disk.set_sync_ms(5);
         self.centre.unit.set_power(true);
         self.sim.freeze(self.centre.unit.node, false);
         let mood = &self.centre.store.mood;

@@ -54,28 +54,49 @@ fn key(at: &AttemptRef) -> u64 {
     mix(at.job.raw() as u64 ^ (at.job.raw() >> 64) as u64 ^ u64::from(at.attempt) << 40)
 }
 
-/// The byte at this offset of an attempt's log. One log in four is no text at all.
-fn byte(key: u64, offset: u64) -> u8 {
-    let raw = (mix(key ^ (offset >> 3)) >> (8 * (offset & 7))) as u8;
-    match (key & 3, offset % 61) {
-        (0, _) => raw,
-        (_, 60) => b'\n',
-        (_, 20) => 0xc3,
-        (_, 21) => 0xbc,
-        _ => b'a' + raw % 26,
+/// Writes what an attempt's log has from this offset on. One log in four is no text at all.
+fn fill(key: u64, from: u64, out: &mut [u8]) {
+    let raw_bytes = |offset: u64| mix(key ^ (offset >> 3)) >> (8 * (offset & 7));
+    let (mut raw, mut column) = (raw_bytes(from), from % 61);
+    for (offset, byte) in (from..).zip(out) {
+        if offset & 7 == 0 {
+            raw = raw_bytes(offset);
+        }
+        *byte = match (key & 3, column) {
+            (0, _) => raw as u8,
+            (_, 60) => b'\n',
+            (_, 20) => 0xc3,
+            (_, 21) => 0xbc,
+            _ => b'a' + raw as u8 % 26,
+        };
+        raw >>= 8;
+        column = if column == 60 { 0 } else { column + 1 };
     }
 }
 
+fn bytes(key: u64, from: u64, to: u64) -> Bytes {
+    let mut out = vec![0; (to - from) as usize];
+    fill(key, from, &mut out);
+    out.into()
+}
+
 pub fn log_bytes(at: &AttemptRef, from: u64, to: u64) -> Bytes {
-    let key = key(at);
-    (from..to).map(|offset| byte(key, offset)).collect()
+    bytes(key(at), from, to)
 }
 
 /// The first offset from `from` on at which these bytes are not the attempt's log.
 pub fn differs(at: &AttemptRef, from: u64, bytes: &[u8]) -> Option<u64> {
     let key = key(at);
-    let wrong = bytes.iter().enumerate().position(|(index, have)| *have != byte(key, from + index as u64));
-    wrong.map(|index| from + index as u64)
+    let mut due = [0; 4_096];
+    for (have, begins) in bytes.chunks(due.len()).zip((from..).step_by(due.len())) {
+        let due = &mut due[..have.len()];
+        fill(key, begins, due);
+        if have != due {
+            let wrong = have.iter().zip(&*due).position(|(have, due)| have != due);
+            return wrong.map(|index| begins + index as u64);
+        }
+    }
+    None
 }
 
 pub fn file_name(number: u64) -> String {
@@ -85,7 +106,7 @@ pub fn file_name(number: u64) -> String {
 /// The bytes of an artifact of this attempt.
 pub fn file_bytes(at: &AttemptRef, number: u64) -> Bytes {
     let key = mix(key(at) ^ number << 50);
-    (0..key % 20_000).map(|offset| byte(key & !3, offset)).collect()
+    bytes(key & !3, 0, key % 20_000)
 }
 
 pub fn file_digest(at: &AttemptRef, number: u64) -> Digest {
@@ -103,6 +124,9 @@ mod tests {
         let plan = Plan { run_ms: 5, log: 6, code: 7, fails: 1, files: 2, stubborn: 1, burst: 1 };
         assert_eq!(plan.line().parse::<Plan>().unwrap(), plan);
         let at = AttemptRef { job: JobId::from_raw(9), attempt: 2 };
+        let whole = log_bytes(&at, 0, 10_000);
+        assert!((0..9_000).step_by(997).all(|from| log_bytes(&at, from, 10_000) == whole[from as usize..]));
+        assert_eq!(differs(&at, 5, &whole[5..]), None);
         let mut bytes = log_bytes(&at, 100, 300).to_vec();
         assert_eq!(differs(&at, 100, &bytes), None);
         bytes[7] ^= 1;

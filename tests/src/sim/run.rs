@@ -167,6 +167,7 @@ fn add(sum: &Mutex<Sum>, seed: u64, hours_milli: u64, twice: bool) -> Option<Str
     if let Some(again) = again.as_ref().filter(|again| again.trace != outcome.trace) {
         failure = Some(format!("seed {seed} is not the same run twice: {:x} and {:x}", outcome.trace, again.trace));
     }
+    let failure = failure.map(|failure| format!("{failure}\n  replay: {}", replay(seed, hours_milli)));
     let mut sum = sum.lock().unwrap_or_else(PoisonError::into_inner);
     sum.seeds += 1;
     sum.twice += u64::from(again.is_some());
@@ -181,6 +182,14 @@ fn add(sum: &Mutex<Sum>, seed: u64, hours_milli: u64, twice: bool) -> Option<Str
     failure
 }
 
+fn replay(seed: u64, hours_milli: u64) -> String {
+    let hours = match hours_milli == Options::default().hours_milli {
+        true => String::new(),
+        false => format!(" --hours {}", hours_milli as f64 / 1_000.0),
+    };
+    format!("cargo sim --seed {seed}{hours}")
+}
+
 fn told(outcome: &Outcome) -> String {
     let Outcome { seed, violations, trace, virtual_ms, polls, jobs, attempts, .. } = outcome;
     let mut text = format!(
@@ -189,9 +198,6 @@ fn told(outcome: &Outcome) -> String {
     );
     for violation in violations {
         let _ = write!(text, "\n  {violation}");
-    }
-    if !violations.is_empty() {
-        let _ = write!(text, "\n  replay: cargo sim --seed {seed}");
     }
     text
 }
@@ -247,6 +253,7 @@ pub fn take_panics() -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::cover::{Fault, legal_steps};
     use super::*;
 
     #[test]
@@ -259,8 +266,27 @@ mod tests {
     }
 
     #[test]
+    fn a_long_run_that_never_saw_a_fault_or_a_transition_fails() {
+        let all = Seen {
+            faults: Fault::ALL.iter().map(|fault| (*fault, 1)).collect(),
+            steps: legal_steps().into_iter().map(|step| (step, 1)).collect(),
+            ..Seen::default()
+        };
+        let sum = |seeds, seen: &Seen| Sum { seeds, seen: seen.clone(), ..Sum::default() };
+        assert!(summary(&sum(SEEDS_FOR_ALL, &all), 1, 1));
+        let (mut no_fault, mut no_step) = (all.clone(), all.clone());
+        no_fault.faults.remove(&Fault::Cut);
+        no_step.steps.remove(&("running", "failed"));
+        for lacking in [no_fault, no_step] {
+            assert!(!summary(&sum(SEEDS_FOR_ALL, &lacking), 1, 1));
+            assert!(summary(&sum(SEEDS_FOR_ALL - 1, &lacking), 1, 1), "a short look proves nothing");
+        }
+    }
+
+    #[test]
     fn the_committed_seeds_can_be_read_and_options_too() {
         known();
+        assert_eq!([replay(7, 2_000), replay(8, 500)], ["cargo sim --seed 7", "cargo sim --seed 8 --hours 0.5"]);
         let parse = |text: &str| Options::parse(text.split_whitespace().map(str::to_owned));
         let options = parse("--seeds 5 --seconds 0 --hours 0.5 --first 9").unwrap().unwrap();
         assert_eq!((options.seeds, options.seconds, options.hours_milli, options.first), (5, 0, 500, Some(9)));

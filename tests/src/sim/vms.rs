@@ -275,7 +275,10 @@ impl VmProvider for SimVms {
                 "doom",
                 async move {
                     sim.sleep(after).await;
-                    host.kill(&vm)
+                    // Where the air is good by now it lives.
+                    if host.state().moods.dies_warm > 0 {
+                        host.kill(&vm);
+                    }
                 }
                 .boxed(),
             );
@@ -483,7 +486,7 @@ impl Process {
     async fn say(&mut self, said: &mut u64, to: u64) -> bool {
         while *said < to {
             let upto = to.min(*said + 1 + self.sim.roll(16_384));
-            self.check.produced(&self.attempt, upto);
+            self.check.logs.produced(&self.attempt, upto);
             let bytes = plan::log_bytes(&self.attempt, *said, upto);
             *said = upto;
             let sent = tokio::select! {

@@ -53,9 +53,9 @@ impl Mem {
         entries.retain(|_, entry| !entry.reports.is_empty());
     }
 
-    /// The attempts that it holds.
-    pub fn attempts(&self) -> Vec<AttemptRef> {
-        self.entries().keys().copied().collect()
+    /// The attempts that it holds, and how long their logs are.
+    pub fn held(&self) -> BTreeMap<AttemptRef, u64> {
+        self.entries().iter().map(|(at, entry)| (*at, entry.log.len() as u64)).collect()
     }
 
     fn entries(&self) -> MutexGuard<'_, BTreeMap<AttemptRef, Entry>> {

@@ -319,7 +319,7 @@ async fn memory_keeps_over_a_power_cut_what_was_synced_and_over_a_crash_what_was
     let spool = Spool::Mem(mem.clone());
     spool.begin(&assignment()).await.unwrap();
     mem.cut_power(|_| 0);
-    assert!(mem.attempts().is_empty(), "an attempt is durable with its first report");
+    assert!(mem.held().is_empty(), "an attempt is durable with its first report");
     spool.begin(&assignment()).await.unwrap();
     spool.record(AT, &[(1, Report::Accepted)]).await.unwrap();
     spool.append(AT, Bytes::from_static(b"synced")).await.unwrap();
