@@ -436,7 +436,8 @@ impl Core {
                 } else {
                     "the worker does not have it"
                 };
-                out.extend(self.start_continuing(attempt).filter(|_| lost));
+                // The rest of its log is asked for when the books know. Who has sent it all forgets the attempt, and as long as
+                // it stands as assigned it would be given to him a second time.
                 out.push(Effect::NotHeld { attempt, message: message.to_owned() });
                 None
             }

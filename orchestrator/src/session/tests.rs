@@ -135,7 +135,7 @@ fn a_hello_is_the_whole_truth() {
         (None, running(), vec!["lost"]),
         (Some(HeldState::Running), running(), vec!["measure"]),
         (Some(HeldState::ResultPending), running(), vec!["measure"]),
-        (Some(HeldState::Lost), running(), vec!["measure", "lost"]),
+        (Some(HeldState::Lost), running(), vec!["lost"]),
     ] {
         let held_list = held_state.map(|state| held(10, state)).into_iter().collect();
         let (_, effects) = open(held_list, vec![job(10, 2, step.clone())]);
@@ -143,6 +143,18 @@ fn a_hello_is_the_whole_truth() {
     }
     let (_, effects) = open(vec![held(10, HeldState::Running), held(11, HeldState::Lost)], vec![]);
     assert_eq!(orders(&effects), ["measure", "fence"], "nobody knows 10; the tail of 11 is still wanted");
+}
+
+#[test]
+fn the_rest_of_a_lost_log_is_asked_for_once_the_books_know_that_it_is_lost() {
+    let lost = || vec![held(10, HeldState::Lost)];
+    let (mut core, effects) = open(lost(), vec![job(10, 1, assigned())]);
+    assert_eq!(orders(&effects), ["lost"]);
+    // The store did not take it: the worker must still have the attempt, or it would be given to it again.
+    assert_eq!(orders(&core.handle(beat(1, 0, lost()), at(1))), ["lost"]);
+    let queued = Step::Queued { since: Ms(0), avoid: vec![ME] };
+    assert_eq!(orders(&core.handle(Input::Job(job(10, 2, queued)), at(2))), ["measure"]);
+    assert_eq!(orders(&core.handle(beat(2, 1, lost()), at(3))), Vec::<String>::new());
 }
 
 #[test]
