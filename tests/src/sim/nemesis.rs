@@ -44,6 +44,9 @@ impl Nemesis {
         self.centre.store.mood.slow_ms.store(self.sim.between(0, 5), Ordering::Relaxed);
         while self.sim.now() < end {
             self.sim.sleep(self.sim.between(1_000, self.pause_ms)).await;
+            if self.sim.now() >= end {
+                return;
+            }
             let me = self.clone();
             // Some come in swarms.
             for _ in 0..(if self.sim.chance(100) { 3 } else { 1 }) {

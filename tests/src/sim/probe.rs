@@ -17,6 +17,8 @@ use super::plan::Plan;
 const SETTLED_MS: u64 = 60_000;
 /// Jobs run for longer than any lease lasts.
 const RUN_MS: u64 = 100_000;
+/// By then jobs are with their workers, and nothing has gone wrong yet.
+const LOOK_AT_MS: u64 = 9_000;
 /// The longest break of a line that no job may notice.
 const BREAK_MS: u64 = 20_000;
 /// When the orchestrator is restarted: the lines have been whole again for long enough.
@@ -36,6 +38,12 @@ impl Probe {
     pub async fn run(self: Arc<Self>) {
         // Whoever was told to stop has stopped, and is back.
         self.sim.sleep(SETTLED_MS).await;
+        let look = self.clone();
+        let rooms = async move {
+            look.sim.sleep(LOOK_AT_MS).await;
+            look.check.rooms();
+        };
+        self.sim.world().spawn("rooms", rooms.boxed());
         let hiccups = self.clone();
         self.sim.world().spawn("hiccups", async move { hiccups.hiccups().await }.boxed());
         // One more than there are slots: a slot must come free again.
