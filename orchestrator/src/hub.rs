@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::env::Mono;
-use alloy_shared::id::{AttemptRef, WorkerId};
+use alloy_shared::id::{AttemptRef, BootId, WorkerId};
 use alloy_shared::limits::Limits;
 use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::session::SlotView;
@@ -60,6 +60,8 @@ struct Entry {
     seen: Mono,
     /// The newest session's, whether it still lives or not.
     epoch: i64,
+    /// The process that opened it. Absent: it was gone when that was done.
+    boot: Option<BootId>,
     session: Option<Session>,
     left: bool,
     slots: Vec<SlotView>,
@@ -83,6 +85,11 @@ struct State {
     listening_since: Mono,
 }
 
+/// True if both are known and differ.
+fn are_two(one: Option<BootId>, other: Option<BootId>) -> bool {
+    one.zip(other).is_some_and(|(one, other)| one != other)
+}
+
 impl Hub {
     pub fn new(limits: Limits, now: Mono) -> Self {
         Self { state: Mutex::new(State { workers: BTreeMap::new(), listening_since: now }), limits }
@@ -92,19 +99,24 @@ impl Hub {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Registers a session. The older of two of the same worker is told that it is superseded: that may be this one, if its
-    /// opening took so long that the worker has come back meanwhile.
-    pub fn open(&self, worker: WorkerId, epoch: i64, now: Mono) -> mpsc::Receiver<Mail> {
+    /// Registers a session. The older of two of the same worker is over: that may be this one, if its opening took so long
+    /// that the worker has come back meanwhile. It is told that it is superseded only by another process whose connection
+    /// stands (`boot`). One process may have both sessions, and a process that is gone may have begun the later one: then the
+    /// older is only cut, and comes back if need be.
+    pub fn open(&self, worker: WorkerId, epoch: i64, boot: Option<BootId>, now: Mono) -> mpsc::Receiver<Mail> {
         let (mailbox, letters) = mpsc::channel(MAILBOX);
         let mut state = self.state();
-        if state.workers.get(&worker).is_some_and(|entry| entry.epoch > epoch) {
-            // Its mailbox is new and has room.
-            let _ = mailbox.try_send(Mail::Superseded);
+        if let Some(newer) = state.workers.get(&worker).filter(|entry| entry.epoch > epoch) {
+            if are_two(newer.boot, boot) {
+                // Its mailbox is new and has room.
+                let _ = mailbox.try_send(Mail::Superseded);
+            }
             return letters;
         }
         let entry = state.workers.entry(worker).or_insert_with(|| Entry {
             seen: now,
             epoch,
+            boot,
             session: None,
             left: false,
             slots: Vec::new(),
@@ -115,7 +127,10 @@ impl Hub {
         entry.seen = now;
         entry.left = false;
         entry.epoch = epoch;
-        if let Some(old) = entry.session.replace(Session { mailbox }) {
+        let another = are_two(std::mem::replace(&mut entry.boot, boot), boot);
+        if let Some(old) = entry.session.replace(Session { mailbox })
+            && another
+        {
             // A full mailbox belongs to a session that is about to be cut anyway.
             let _ = old.mailbox.try_send(Mail::Superseded);
         }
@@ -248,13 +263,17 @@ impl Hub {
 mod tests {
     use super::*;
 
+    fn boot(n: u128) -> Option<BootId> {
+        Some(BootId::from_raw(n))
+    }
+
     #[test]
     fn nobody_is_silent_before_the_grace_and_after_it_only_who_was_not_heard() {
         let limits = Limits::default();
         let hub = Hub::new(limits.clone(), Mono(0));
         let (a, b) = (WorkerId::from_raw(1), WorkerId::from_raw(2));
         assert!(hub.silent([a, b], Mono(limits.startup_grace_ms - 1)).is_empty());
-        let _letters = hub.open(a, 1, Mono(limits.startup_grace_ms));
+        let _letters = hub.open(a, 1, boot(1), Mono(limits.startup_grace_ms));
         let later = Mono(limits.expiry_ms + 1);
         assert_eq!(hub.silent([a, b], later), [b]);
         hub.listen_anew(later);
@@ -267,7 +286,7 @@ mod tests {
         let hub = Hub::new(limits.clone(), Mono(0));
         let worker = WorkerId::from_raw(1);
         assert_eq!(hub.silence(&worker, Mono(9)), Silence { ms: 9, lost_at: Mono(limits.startup_grace_ms) });
-        let _letters = hub.open(worker, 1, Mono(70_000));
+        let _letters = hub.open(worker, 1, boot(1), Mono(70_000));
         hub.seen(worker, Mono(80_000));
         let lost_at = Mono(80_000 + limits.expiry_ms);
         assert_eq!(hub.silence(&worker, Mono(95_000)), Silence { ms: 15_000, lost_at });
@@ -279,14 +298,14 @@ mod tests {
     fn the_newest_session_wins() {
         let hub = Hub::new(Limits::default(), Mono(0));
         let worker = WorkerId::from_raw(1);
-        let mut old = hub.open(worker, 1, Mono(0));
-        let mut new = hub.open(worker, 2, Mono(1));
+        let mut old = hub.open(worker, 1, boot(1), Mono(0));
+        let mut new = hub.open(worker, 2, boot(2), Mono(1));
         assert!(matches!(old.try_recv(), Ok(Mail::Superseded)));
         hub.set_drain(worker, true);
         assert!(matches!(new.try_recv(), Ok(Mail::Drain { on: true })));
         assert!(!hub.close(worker, 1, true) && !hub.view(&worker, Mono(1)).unwrap().left);
         assert!(hub.close(worker, 2, true) && hub.view(&worker, Mono(1)).unwrap().left);
-        let _back = hub.open(worker, 3, Mono(2));
+        let _back = hub.open(worker, 3, boot(2), Mono(2));
         assert!(!hub.view(&worker, Mono(2)).unwrap().left);
     }
 
@@ -294,8 +313,8 @@ mod tests {
     fn a_session_that_was_opened_late_does_not_supersede_the_one_that_followed_it() {
         let hub = Hub::new(Limits::default(), Mono(0));
         let worker = WorkerId::from_raw(1);
-        let mut new = hub.open(worker, 2, Mono(0));
-        let mut late = hub.open(worker, 1, Mono(5));
+        let mut new = hub.open(worker, 2, boot(2), Mono(0));
+        let mut late = hub.open(worker, 1, boot(1), Mono(5));
         assert!(matches!(late.try_recv(), Ok(Mail::Superseded)) && late.is_closed());
         hub.set_drain(worker, true);
         assert!(matches!(new.try_recv(), Ok(Mail::Drain { on: true })));
@@ -303,10 +322,28 @@ mod tests {
     }
 
     #[test]
+    fn neither_a_session_of_the_same_process_nor_one_of_a_process_that_is_gone_sends_a_worker_away() {
+        for (what, first, second) in [
+            ("in turn", (1, boot(1)), (2, boot(1))),
+            ("late", (2, boot(1)), (1, boot(1))),
+            ("gone", (1, boot(1)), (2, None)),
+        ] {
+            let hub = Hub::new(Limits::default(), Mono(0));
+            let worker = WorkerId::from_raw(1);
+            let mut letters = [first, second].map(|(epoch, boot)| hub.open(worker, epoch, boot, Mono(0)));
+            letters.sort_by_key(|letters| !letters.is_closed());
+            let [old, new] = &mut letters;
+            assert!(matches!(old.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)), "{what}");
+            hub.set_drain(worker, true);
+            assert!(matches!(new.try_recv(), Ok(Mail::Drain { on: true })), "{what}");
+        }
+    }
+
+    #[test]
     fn a_session_that_does_not_read_its_letters_is_cut() {
         let hub = Hub::new(Limits::default(), Mono(0));
         let worker = WorkerId::from_raw(1);
-        let mut letters = hub.open(worker, 1, Mono(0));
+        let mut letters = hub.open(worker, 1, boot(1), Mono(0));
         (0..=MAILBOX).for_each(|_| hub.set_drain(worker, true));
         let mut read = 0;
         while letters.try_recv().is_ok() {

@@ -38,6 +38,7 @@ pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
         nonce,
         core,
         tx,
+        rx,
         open: None,
         settling: FuturesUnordered::new(),
         name: String::new(),
@@ -46,7 +47,7 @@ pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
         left: false,
         own: BTreeSet::new(),
     };
-    session.run(rx).await;
+    session.run().await;
     session.close().await;
 }
 
@@ -61,6 +62,7 @@ struct Session {
     nonce: String,
     core: Core,
     tx: mpsc::Sender<Frame>,
+    rx: mpsc::Receiver<Frame>,
     open: Option<Open>,
     settling: FuturesUnordered<BoxFuture<'static, Input>>,
     name: String,
@@ -73,7 +75,7 @@ struct Session {
 }
 
 impl Session {
-    async fn run(&mut self, mut rx: mpsc::Receiver<Frame>) {
+    async fn run(&mut self) {
         let mut next = Some(Input::Tick);
         while let Some(input) = next {
             let effects = self.core.handle(input, self.app.env.now());
@@ -83,12 +85,12 @@ impl Session {
             if self.over {
                 return;
             }
-            next = self.wait(&mut rx).await;
+            next = self.wait().await;
         }
     }
 
     /// The next thing to handle; `None` when the connection or the mailbox is gone.
-    async fn wait(&mut self, rx: &mut mpsc::Receiver<Frame>) -> Option<Input> {
+    async fn wait(&mut self) -> Option<Input> {
         let wake = self.core.next_wake();
         let mail = async {
             match &mut self.open {
@@ -100,7 +102,7 @@ impl Session {
             biased;
             letter = mail => letter.map(|letter| read(letter, &self.app)),
             Some(settled) = self.settling.next(), if !self.settling.is_empty() => Some(settled),
-            frame = rx.recv() => match frame {
+            frame = self.rx.recv() => match frame {
                 Some(frame) => self.frame(frame).await,
                 None => Some(Input::Unlinked),
             },
@@ -173,7 +175,8 @@ impl Session {
         };
         let epoch = opened.epoch;
         // Subscribe before you look: what changes from here on comes by mail.
-        let mail = self.app.hub.open(self.worker, epoch, self.app.env.now().mono);
+        let boot = Some(hello.boot).filter(|_| !self.rx.is_closed());
+        let mail = self.app.hub.open(self.worker, epoch, boot, self.app.env.now().mono);
         self.open = Some(Open { epoch, mail });
         info!(worker.id = %self.worker, epoch, "worker {} connected", opened.name);
         let (scope, store) = (Scope::farm(), &self.app.store);

@@ -151,6 +151,11 @@ async fn an_orchestrator_that_stood_still_believes_no_silence_that_it_did_not_he
     for mut progress in [one, other] {
         tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset >= 2_000)).await??;
     }
+    // Output may be ahead of the report that the attempt was taken.
+    for job in [&ends, &stays] {
+        let api = stage.api();
+        until("it runs by the books", async || Ok((api.job(job).await?["state"] == "running").then_some(()))).await;
+    }
     freeze(stage.farm.orchestrator())?;
     std::fs::write(&gate, "")?;
     // One has its result before its lease ends, the other is killed by its worker.

@@ -191,6 +191,17 @@ impl Sim {
         drop(dead);
     }
 
+    /// Ends the world: every task is dropped. Tasks hold the world that holds them, so that without this nothing of it goes.
+    pub fn end(&self) {
+        let (tasks, timers) = {
+            let mut core = self.core();
+            core.nodes.iter_mut().for_each(|process| process.alive = false);
+            core.free.clear();
+            (std::mem::take(&mut core.tasks), std::mem::take(&mut core.timers))
+        };
+        drop((tasks, timers));
+    }
+
     /// The process dies after so many more polls of its tasks.
     pub fn doom(&self, node: Node, polls: u64) {
         self.core().nodes[node.0].doom = Some(polls);

@@ -192,6 +192,12 @@ impl World {
     }
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        self.sim.end();
+    }
+}
+
 /// Runs one seed of so many virtual hours, and then without faults to the end of all jobs.
 pub fn run_seed(seed: u64, hours_milli: u64) -> Outcome {
     run::catch_panics();
