@@ -345,7 +345,15 @@ fn read_block(file: &File, seal: &Seal, key: &BlobKey, index: u64, want: &Range<
 
 fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: Digest) -> Result<Stored, BlobError> {
     partial.owner += 1;
-    let Some(file) = partial.file.take() else { return Err(BlobError::Missing(key.clone())) };
+    let file = match partial.file.take() {
+        Some(file) => file,
+        // Somebody who sent the same bytes at the same time has just finished it.
+        None => {
+            let (file, seal) = place.open_sealed(key)?;
+            partial.len = seal.len;
+            Arc::new(file)
+        }
+    };
     let seal = match partial.sums.take() {
         Some(sums) if sums.so_far() == partial.len => sums.seal(),
         Some(_) | None => hash_file(&file, partial.len).map_err(fault("read an upload"))?,

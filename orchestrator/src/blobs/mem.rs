@@ -97,6 +97,9 @@ impl Mem {
         if have != offset {
             return Err(BlobError::Offset { have });
         }
+        if have == 0 {
+            self.lock().partial.entry(key.clone()).or_default();
+        }
         while let Some(part) = body.next().await {
             let part = part.map_err(BlobError::Body)?;
             self.room()?;
@@ -112,12 +115,15 @@ impl Mem {
     }
 
     pub(super) async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
-        let partial = self.lock().partial.remove(key);
-        let bytes = match partial {
-            Some(bytes) => bytes.freeze(),
-            None => self.lock().objects.get(key).cloned().unwrap_or_default(),
+        let bytes = {
+            let shelves = self.lock();
+            let partial = shelves.partial.get(key).map(|bytes| bytes.clone().freeze());
+            partial.or_else(|| shelves.objects.get(key).cloned()).ok_or_else(|| BlobError::Missing(key.clone()))?
         };
-        self.insert(key, bytes, Some(expect)).await
+        let done = self.insert(key, bytes, Some(expect)).await;
+        // Only now: whoever sends the same bytes at the same time goes on with one or the other.
+        self.lock().partial.remove(key);
+        done
     }
 }
 

@@ -158,6 +158,20 @@ async fn an_upload_of_other_bytes_is_thrown_away_and_can_begin_again() {
 }
 
 #[tokio::test]
+async fn an_upload_that_several_finish_at_once_is_finished_for_each_of_them() {
+    let (_dir, all) = both().await;
+    for (blobs, len) in all.iter().flat_map(|blobs| [(blobs, 0), (blobs, 3 << 20)]) {
+        let bytes = noise(len, 5);
+        let digest = Digest::of(&bytes);
+        let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &digest);
+        blobs.append(&key, 0, whole(&bytes, 65_536)).await.unwrap();
+        let done = futures_util::future::join_all((0..4).map(|_| blobs.finish(&key, digest))).await;
+        assert!(done.iter().all(|done| done.as_ref().is_ok_and(|done| done.sha256 == digest)), "{len}: {done:?}");
+        assert_eq!(gather(blobs.read(&key, 0..len as u64).await).await, bytes);
+    }
+}
+
+#[tokio::test]
 async fn the_newest_upload_of_an_object_wins() {
     let dir = tempfile::tempdir().unwrap();
     let blobs = Fs::open(dir.path().to_owned(), NOW, 0).await.unwrap();
