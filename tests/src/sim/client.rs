@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use alloy_shared::env::Env as _;
 use alloy_shared::id::{AttemptRef, Digest, JobId};
@@ -37,6 +38,8 @@ pub struct Client {
     pub index: usize,
     /// The longest pause between two jobs.
     pub pause_ms: u64,
+    /// Jobs that it has not seen to their end, or left alone.
+    busy: AtomicUsize,
 }
 
 /// What became of a request.
@@ -48,18 +51,32 @@ enum Said<T> {
 }
 
 impl Client {
+    pub fn new(sim: Sim, line: Arc<Line>, check: Arc<Check>, index: usize, pause_ms: u64) -> Self {
+        Self { sim, line, check, index, pause_ms, busy: AtomicUsize::new(0) }
+    }
+
     /// Submits until `end`.
     pub async fn run(self: Arc<Self>, end: u64) {
-        let mut number = 0;
-        while self.sim.now() < end {
+        for number in 1.. {
             self.sim.sleep(self.sim.between(100, self.pause_ms)).await;
-            number += 1;
-            let (me, job) = (self.clone(), number);
-            self.sim.world().spawn("job", async move { me.one(job).await }.boxed());
+            if self.sim.now() >= end {
+                return;
+            }
+            self.busy.fetch_add(1, Ordering::Relaxed);
+            let me = self.clone();
+            let job = async move {
+                me.one(number).await;
+                me.busy.fetch_sub(1, Ordering::Relaxed);
+            };
+            self.sim.world().spawn("job", job.boxed());
         }
     }
 
-    async fn one(self: Arc<Self>, number: u64) {
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Relaxed) > 0
+    }
+
+    async fn one(self: &Arc<Self>, number: u64) {
         let source = if self.sim.chance(300) { Some(self.upload(self.sim.roll(4)).await) } else { None };
         let Some(source) = source.map_or(Some(None), |uploaded| uploaded.map(Some)) else { return };
         let body = SubmitJob { spec: self.spec(), source };

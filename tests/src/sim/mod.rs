@@ -103,7 +103,7 @@ impl World {
         let mini = |index| Arc::new(Mini::new(sim.clone(), index, line(), check.clone(), limits.clone()));
         let minis: Vec<Arc<Mini>> = (0..sim.between(1, 4) as usize).map(mini).collect();
         let pause_ms = sim.between(20_000, 240_000);
-        let client = |index| Arc::new(Client { sim: sim.clone(), line: line(), check: check.clone(), index, pause_ms });
+        let client = |index| Arc::new(Client::new(sim.clone(), line(), check.clone(), index, pause_ms));
         let clients: Vec<Arc<Client>> = (0..2).map(client).collect();
         let lines = minis.iter().map(|mini| mini.line.clone()).chain(clients.iter().map(|client| client.line.clone()));
         let nemesis = Nemesis {
@@ -152,9 +152,11 @@ impl World {
         self.check.full(&claimed, &running);
     }
 
-    /// Every job has ended and nobody holds anything of one.
+    /// Every job has ended, nobody holds anything of one, and nobody is about to submit another.
     fn is_over(&self) -> bool {
-        self.check.open().is_empty() && self.minis.iter().all(|mini| mini.spool.held().is_empty())
+        self.check.open().is_empty()
+            && self.minis.iter().all(|mini| mini.spool.held().is_empty())
+            && !self.clients.iter().any(|client| client.is_busy())
     }
 
     /// Nothing is left to do: what is missing now never comes.
