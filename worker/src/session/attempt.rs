@@ -374,10 +374,12 @@ impl Attempt {
         true
     }
 
-    /// The next slice of log that the window lets through.
+    /// The next slice of log that the window lets through. Nothing goes before the disk has the attempt: after a power cut
+    /// without a record it is given out again under its number, and its log begins anew.
     pub(super) fn next_log(&self) -> Option<(u32, u64, u32)> {
         let handle = self.handle?;
-        if self.dropped || self.fenced && self.is_running() {
+        let unrecorded = self.reports.recorded == 0 && self.reports.newest > 0;
+        if self.dropped || unrecorded || self.fenced && self.is_running() {
             return None;
         }
         let ready = self.log.spooled.saturating_sub(self.log.sent);

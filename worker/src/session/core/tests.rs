@@ -155,7 +155,7 @@ impl Bench {
 }
 
 #[test]
-fn an_assignment_starts_at_once_and_is_accepted_only_from_disk() {
+fn an_assignment_starts_at_once_and_nothing_is_said_of_it_before_the_disk_has_it() {
     let mut bench = Bench::up();
     let effects = bench.give(assign(AT, 4));
     assert_eq!(
@@ -163,8 +163,11 @@ fn an_assignment_starts_at_once_and_is_accepted_only_from_disk() {
         [Effect::Start(assignment(AT, 4)), Effect::Record { attempt: AT, seq: 1, report: Report::Accepted }]
     );
     assert_eq!(sent(&bench.give(Input::Tick)), [0u64; 0]);
+    bench.give(Input::Spooled { attempt: AT, len: 100 });
+    assert!(!bench.core.has_log(), "a second start under this number would print again");
     let accepted = bench.give(recorded(1));
     assert_eq!(accepted, [Effect::Send(ToOrchestrator::Report { attempt: AT, seq: 1, report: Report::Accepted })]);
+    assert_eq!(logs(&bench.give(Input::Room)), Some((4, 0, 100)));
     let again = bench.give(assign(AT, 4));
     assert_eq!(again, [], "heard twice in one session, nothing is lost: nothing is said");
 }
