@@ -1,6 +1,5 @@
 //! D: which waiting job gets which free slot, and why a job waits.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -32,8 +31,10 @@ enum Stance<'a> {
     Can,
     /// It did not come; the worker tries again later.
     Later(&'a PullFailed),
-    /// It is not to be had there, for this reason.
-    Refused(Cow<'a, str>),
+    /// The registry does not have it, or not for this worker.
+    Refused(&'a PullFailed),
+    /// The worker brings no images.
+    Bare,
 }
 
 impl Stance<'_> {
@@ -43,7 +44,7 @@ impl Stance<'_> {
             Self::Warm => Some(2),
             Self::Here => Some(1),
             Self::Can => Some(0),
-            Self::Later(_) | Self::Refused(_) => None,
+            Self::Later(_) | Self::Refused(_) | Self::Bare => None,
         }
     }
 }
@@ -59,11 +60,11 @@ impl Room {
         if report.is_some_and(|report| report.digest.is_some()) {
             return Stance::Here;
         }
-        if let Some(why) = self.images.brings_none().filter(|_| name != self.images.own) {
-            return Stance::Refused(Cow::Owned(why));
+        if self.images.is_bare() && name != self.images.own {
+            return Stance::Bare;
         }
         match report.and_then(|report| report.failed.as_ref()) {
-            Some(failed) if failed.refused => Stance::Refused(Cow::Borrowed(&failed.message)),
+            Some(failed) if failed.refused => Stance::Refused(failed),
             Some(failed) => Stance::Later(failed),
             None => Stance::Can,
         }
@@ -145,21 +146,20 @@ fn fit(job: Waiting<'_>, room: &Room) -> Option<u32> {
     open.then(|| room.stance(job.image).rank()).flatten()
 }
 
-/// Why nobody can ever run a job in this image, as far as is known: every worker that is open to it says that the image is
-/// not to be had.
+/// Why nobody can ever run a job in this image, as far as is known: a worker has asked for it in vain, and no other of those
+/// that have the labels can do better. That workers bring no images proves nothing: one that does may be on its way back.
 pub fn refusal(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> Option<String> {
-    let mut open = rooms.values().filter(|room| !room.draining && room.labels.matches(required)).peekable();
-    open.peek()?;
-    let mut told = Vec::new();
-    for room in open {
+    let mut told = None;
+    for room in rooms.values().filter(|room| room.labels.matches(required)) {
         match room.stance(image) {
-            Stance::Refused(why) => told.push((room, why)),
+            Stance::Refused(failed) => told = told.or(Some((room, failed))),
+            Stance::Bare => {}
             Stance::Warm | Stance::Here | Stance::Can | Stance::Later(_) => return None,
         }
     }
-    let (room, why) = told.first()?;
+    let (room, failed) = told?;
     let name = image.unwrap_or(&room.images.own);
-    Some(format!("no worker can get the image {name}: {}: {why}", room.name))
+    Some(format!("no worker can get the image {name}: {}: {}", room.name, failed.message))
 }
 
 /// Why a job is not running, from what is connected at this moment.
@@ -171,8 +171,10 @@ pub enum WhyNot {
     NoLabels { missing: String },
     /// All that have the labels are draining.
     Draining { workers: u32 },
-    /// The image did not come on any that is open to it. Some try again later.
-    NoImage { why: String },
+    /// The image did not come on any that is open to it.
+    NoImage { why: String, again: bool },
+    /// Nobody who is open to it has said yet which images it has.
+    Untold { worker: String },
     /// All slots of those that have the labels are in quarantine.
     Broken { workers: u32 },
     /// All slots that fit are taken.
@@ -190,7 +192,9 @@ impl WhyNot {
             Self::NoLabels { missing } => format!("no connected worker has the labels {missing}{}", wish(missing)),
             Self::Draining { workers: 1 } => "the one worker with its labels is draining".to_owned(),
             Self::Draining { workers } => format!("all {workers} workers with its labels are draining"),
-            Self::NoImage { why } => format!("its image did not come, and is tried again later: {why}"),
+            Self::NoImage { why, again: true } => format!("its image did not come, and is tried again later: {why}"),
+            Self::NoImage { why, again: false } => format!("no connected worker has its image: {why}"),
+            Self::Untold { worker } => format!("{worker} has not said yet which images it has"),
             Self::Broken { workers } => format!("no slot of the {} can start a VM", with_labels(*workers)),
             Self::Busy { workers, slots: 1 } => format!("the one slot of the {} is taken", with_labels(*workers)),
             Self::Busy { workers, slots } => format!("all {slots} slots of the {} are taken", with_labels(*workers)),
@@ -206,6 +210,7 @@ impl WhyNot {
             | Self::NoLabels { .. }
             | Self::Draining { .. }
             | Self::NoImage { .. }
+            | Self::Untold { .. }
             | Self::Asleep
             | Self::Broken { .. }
             | Self::Busy { .. } => {
@@ -249,12 +254,18 @@ pub fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId
     }
     let failed = |room: &Room| match room.stance(image) {
         Stance::Later(failed) => Some(format!("{}: {}", room.name, failed.message)),
-        Stance::Refused(why) => Some(format!("{}: {why}", room.name)),
+        Stance::Refused(failed) => Some(format!("{}: {}", room.name, failed.message)),
+        Stance::Bare => room.images.brings_none().map(|why| format!("{}: {why}", room.name)),
         Stance::Warm | Stance::Here | Stance::Can => None,
     };
     let (without, open): (Vec<&&Room>, Vec<&&Room>) = open.into_iter().partition(|room| failed(room).is_some());
     if open.is_empty() {
-        return WhyNot::NoImage { why: without.first().and_then(|room| failed(room)).unwrap_or_default() };
+        let later = without.iter().find(|room| matches!(room.stance(image), Stance::Later(_)));
+        let why = later.or(without.first()).and_then(|room| failed(room)).unwrap_or_default();
+        return WhyNot::NoImage { why, again: later.is_some() };
+    }
+    if let Some(room) = open.first().filter(|_| !open.iter().any(|room| room.knows(image))) {
+        return WhyNot::Untold { worker: room.name.clone() };
     }
     if open.iter().all(|room| room.free == 0) {
         return WhyNot::Busy { workers: open.len() as u32, slots: open.iter().map(|room| room.slots).sum() };
@@ -447,26 +458,33 @@ mod tests {
         };
         let mut rooms = rooms(&[(1, &[], 1, false)]);
         assert_eq!((picked(None, &rooms), picked(Some("r/a"), &rooms)), (1, 0), "not a word yet");
-        assert_eq!(refusal(&none, Some("r/a"), &rooms), None);
+        assert_eq!(why_not(&none, Some("r/a"), &rooms), WhyNot::Untold { worker: "w1".into() });
         let host = vec![told("host", Some("sha256:ab"), None)];
         let images = Arc::new(Inventory { pulls: false, own: "host".into(), images: host });
         rooms.get_mut(&worker(1)).unwrap().images = images;
         assert_eq!((picked(Some("host"), &rooms), picked(Some("r/a"), &rooms)), (1, 0));
         let why = "w1: it brings no images and runs jobs in `host`";
-        assert_eq!(refusal(&none, Some("r/a"), &rooms).unwrap(), format!("no worker can get the image r/a: {why}"));
-        assert_eq!(why_not(&none, Some("r/a"), &rooms), WhyNot::NoImage { why: why.into() });
+        assert_eq!(why_not(&none, Some("r/a"), &rooms), WhyNot::NoImage { why: why.into(), again: false });
+        assert_eq!(refusal(&none, Some("r/a"), &rooms), None, "one that brings images may come back");
     }
 
     #[test]
-    fn a_refusal_is_one_when_every_open_worker_says_so() {
+    fn a_refusal_is_one_when_every_worker_that_could_get_the_image_says_so() {
         let refusal = |workers: &[u128], image| refusal(&Labels::default(), image, &only(workers));
         assert_eq!(refusal(&[3], Some("r/a")).unwrap(), "no worker can get the image r/a: w3: 404");
         assert_eq!(refusal(&[3], None).unwrap(), "no worker can get the image r/own:1: w3: 404");
         for workers in [&[][..], &[1, 3], &[2, 3], &[3, 4], &[3, 5]] {
             assert_eq!(refusal(workers, Some("r/a")), None, "{workers:?}");
         }
+        let mut beside = only(&[1, 3]);
+        beside.get_mut(&worker(1)).unwrap().draining = true;
+        assert_eq!(super::refusal(&Labels::default(), Some("r/a"), &beside), None, "it comes back from draining");
+        let bare = Inventory { pulls: false, own: "host".into(), images: Vec::new() };
+        beside.get_mut(&worker(1)).unwrap().images = Arc::new(bare);
+        assert!(super::refusal(&Labels::default(), Some("r/a"), &beside).is_some(), "it never brings one");
         let why = |workers: &[u128]| why_not(&Labels::default(), Some("r/a"), &only(workers));
-        assert_eq!(why(&[2, 3]), WhyNot::NoImage { why: "w2: 404".into() });
+        assert_eq!(why(&[2, 3]), WhyNot::NoImage { why: "w2: 404".into(), again: true });
+        assert_eq!(why(&[3]), WhyNot::NoImage { why: "w3: 404".into(), again: false });
         assert_eq!(why(&[1, 2]), WhyNot::Next);
         assert!(why(&[2]).sentence().contains("tried again later: w2: 404"));
     }

@@ -68,7 +68,7 @@ impl Desk {
     pub(super) fn refuse(&mut self, now: Now) {
         let refuses = |offer: &Offer| {
             let refused = |report: &ImageReport| report.failed.as_ref().is_some_and(|failed| failed.refused);
-            offer.images.brings_none().is_some() || offer.images.images.iter().any(refused)
+            offer.images.images.iter().any(refused)
         };
         if now.mono < self.patient_until || self.queue.is_empty() || !self.offers.values().any(refuses) {
             return;

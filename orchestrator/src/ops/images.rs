@@ -31,7 +31,7 @@ pub async fn list(app: &App, who: &Principal) -> Result<ImageList, OpError> {
         let connected = live.as_ref().is_some_and(|live| live.connected);
         let inventory = live.map(|live| live.images).unwrap_or_default();
         // Where no VMs are made a wish comes to nothing: only what is there counts.
-        let makes_vms = inventory.brings_none().is_none();
+        let makes_vms = !inventory.is_bare();
         let counts = |report: &&ImageReport| makes_vms || report.digest.is_some();
         let mut told: BTreeMap<&str, &ImageReport> =
             inventory.images.iter().filter(counts).map(|report| (report.name.as_str(), report)).collect();

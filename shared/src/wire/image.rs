@@ -59,10 +59,14 @@ impl Inventory {
         !self.own.is_empty()
     }
 
-    /// Why no image can be had that is not here.
+    /// True if no image can be had that is not here.
+    pub fn is_bare(&self) -> bool {
+        self.is_told() && !self.pulls
+    }
+
+    /// The same as a sentence.
     pub fn brings_none(&self) -> Option<String> {
-        let brings_none = self.is_told() && !self.pulls;
-        brings_none.then(|| format!("it brings no images and runs jobs in `{}`", self.own))
+        self.is_bare().then(|| format!("it brings no images and runs jobs in `{}`", self.own))
     }
 }
 
