@@ -297,9 +297,13 @@ impl Fs {
 
     pub(super) async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
         let entry = self.load(key).await?;
-        let (place, name) = (self.place.clone(), key.clone());
+        let (place, name, own) = (self.place.clone(), key.clone(), entry.clone());
         let done = off_thread(move || finish_partial(&place, &name, &mut lock(&entry), expect)).await;
-        lock(&self.partials).remove(key);
+        let mut partials = lock(&self.partials);
+        // Somebody else may have begun it anew.
+        if partials.get(key).is_some_and(|entry| Arc::ptr_eq(entry, &own)) {
+            partials.remove(key);
+        }
         done
     }
 }
@@ -349,7 +353,11 @@ fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: D
         Some(file) => file,
         // Somebody who sent the same bytes at the same time has just finished it.
         None => {
-            let (file, seal) = place.open_sealed(key)?;
+            let (file, seal) = match place.open_sealed(key) {
+                // Or has failed to.
+                Err(BlobError::Missing(_)) => return Err(BlobError::Offset { have: 0 }),
+                sealed => sealed?,
+            };
             partial.len = seal.len;
             Arc::new(file)
         }
