@@ -81,9 +81,10 @@ impl Session {
             let effects = self.core.handle(input, self.app.env.now());
             for effect in effects {
                 self.perform(effect).await;
-            }
-            if self.over {
-                return;
+                // The worker may have another session by now: nothing more is said in the name of this one.
+                if self.over {
+                    return;
+                }
             }
             next = self.wait().await;
         }
