@@ -359,16 +359,26 @@ impl Check {
 
     /// I8: no worker has more jobs than slots. While things go wrong one that has ended may still stand in the books.
     pub fn rooms(&self) {
-        let (mut leased, slots) = (BTreeMap::<WorkerId, usize>::new(), self.state().slots.clone());
-        for lease in self.state().jobs.values().filter_map(|job| job.state.lease()) {
-            *leased.entry(lease.worker).or_default() += 1;
-        }
-        for (worker, slots) in slots {
-            let jobs = leased.get(&worker).copied().unwrap_or(0);
+        for (worker, jobs, slots) in self.leased() {
             if jobs > slots {
                 self.fail("I8", format!("{worker} has {jobs} jobs and {slots} slots"));
             }
         }
+    }
+
+    /// True if every slot has a job.
+    pub fn is_full(&self) -> bool {
+        self.leased().iter().all(|(_, jobs, slots)| jobs == slots)
+    }
+
+    /// The workers with the jobs that they have by the books, and their slots.
+    fn leased(&self) -> Vec<(WorkerId, usize, usize)> {
+        let state = self.state();
+        let leases = |worker: &WorkerId| {
+            let has = |job: &&Job| job.state.lease().is_some_and(|lease| lease.worker == *worker);
+            state.jobs.values().filter(has).count()
+        };
+        state.slots.iter().map(|(worker, slots)| (*worker, leases(worker), *slots)).collect()
     }
 
     /// True while a command of the job runs.

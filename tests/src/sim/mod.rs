@@ -159,10 +159,14 @@ impl World {
             && !self.clients.iter().any(|client| client.is_busy())
     }
 
-    /// Nothing is left to do: what is missing now never comes.
-    fn is_whole(&self) {
+    /// Nothing may be left to do: what is missing now never comes.
+    fn check_end(&self) {
         if self.check.is_clean() {
             self.check.at_the_end();
+            let (open, busy) = (self.check.open(), self.clients.iter().any(|client| client.is_busy()));
+            if !open.is_empty() || busy {
+                self.check.fail("I11", format!("the faults are over and {open:?} are open; clients wait: {busy}"));
+            }
             for mini in &self.minis {
                 let held = mini.spool.held();
                 if !held.is_empty() {
@@ -210,14 +214,14 @@ pub fn run_seed(seed: u64, hours_milli: u64) -> Outcome {
     if world.check.is_clean() {
         world.nemesis.calm();
         world.run(end + CALM_MS, || world.is_over());
-        world.is_whole();
+        world.check_end();
     }
     if world.check.is_clean() {
         world.probe();
     }
     if world.check.is_clean() {
         world.full();
-        world.is_whole();
+        world.check_end();
     }
     let panics = run::take_panics();
     for broken in world.sim.take_broken().into_iter().chain(panics) {

@@ -1,5 +1,5 @@
-//! After the last fault the farm is as good as new: jobs fill every slot and run at their first try, through short cuts,
-//! partitions and a restart of the orchestrator, which are no reason to lose an attempt; and what was canceled stays so.
+//! After the last fault the farm is as good as new: jobs run at their first try, through short cuts, partitions and a restart
+//! of the orchestrator, which are no reason to lose an attempt; they fill every slot; and what was canceled stays so.
 
 use std::sync::Arc;
 
@@ -25,6 +25,8 @@ const BREAK_MS: u64 = 20_000;
 const RESTART_AT_MS: u64 = 75_000;
 /// From the answer to a cancel to the end of its job: a restart, grace and kill, some heartbeats.
 const CANCEL_MS: u64 = 60_000;
+/// A slot that made trouble rests for a while before it is tried again.
+const FILL_MS: u64 = 15 * 60_000;
 
 pub struct Probe {
     pub sim: Sim,
@@ -49,6 +51,7 @@ impl Probe {
         // One more than there are slots: a slot must come free again.
         let slots: usize = self.minis.iter().map(|mini| mini.slots()).sum();
         join_all((0..=slots).map(|number| self.runs(number))).await;
+        self.fills(slots).await;
         self.cancels().await;
     }
 
@@ -95,6 +98,23 @@ impl Probe {
         if self.client.submit(&body, &key).await != Some(id) {
             self.check.fail("I1", format!("{key} does not name {id} any more"));
         }
+    }
+
+    /// As many jobs as there are slots run at once.
+    async fn fills(&self, slots: usize) {
+        let plan = Plan { run_ms: 2 * FILL_MS, ..Plan::default() };
+        let ask = |number| async move { self.client.ask(&Self::job(plan), &format!("probe-fill-{number}")).await };
+        let ids = join_all((0..slots).map(ask)).await;
+        let until = self.sim.now() + FILL_MS;
+        while !self.check.is_full() {
+            if self.sim.now() >= until {
+                return self
+                    .check
+                    .fail("I11", format!("a job for every slot, and for {FILL_MS} ms some slot stays empty"));
+            }
+            self.sim.sleep(1_000).await;
+        }
+        join_all(ids.into_iter().flatten().map(|id| self.client.cancel_at_once(id))).await;
     }
 
     /// The orchestrator dies with its word that a job is canceled.
