@@ -338,8 +338,8 @@ async fn a_command_is_stopped_with_all_that_it_started(provider: Provider) -> Re
     let (vm, guest) = bed.guest(1).await?;
 
     // Asked to stop, all of it has time to say its last words.
-    let line = "sh -c 'trap \"echo child; exit 0\" TERM; echo up; while :; do sleep 0.01; done' & child=$!; \
-                trap 'wait $child; echo parent; exit 3' TERM; wait $child; wait $child";
+    let line = "trap 'wait; echo parent; exit 3' TERM; \
+                sh -c 'trap \"echo child; exit 0\" TERM; echo up; while :; do sleep 0.01; done' & wait; wait";
     let exec = up(&guest, line).await?;
     exec.input.send(ExecInput::Signal(Signal::Term)).await?;
     let (log, end) = finish(exec).await?;
