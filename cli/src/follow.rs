@@ -251,8 +251,8 @@ impl<'a> Follower<'a> {
                             talk.warn("the farm has not heard the cancel: it is sent again until it arrives");
                         }
                         tries += 1;
-                        let pause = CANCEL_AGAIN_MS + backoff(tries, CANCEL_AGAIN_MS, CANCEL_AGAIN_CAP_MS, env.dice());
-                        env.sleep_until(env.now().mono + pause.max(error.retry_after_ms())).await;
+                        let pause_ms = cancel_pause_ms(&error, tries, env.dice());
+                        env.sleep_until(env.now().mono + pause_ms).await;
                     }
                     result => break result,
                 }
@@ -469,6 +469,12 @@ impl<'a> Follower<'a> {
     }
 }
 
+/// Until a cancel is sent again. Somebody waits for it, and the job goes on meanwhile: not even the farm puts it off for long.
+fn cancel_pause_ms(error: &ClientError, tries: u32, dice: u64) -> u64 {
+    let pause_ms = CANCEL_AGAIN_MS + backoff(tries, CANCEL_AGAIN_MS, CANCEL_AGAIN_CAP_MS, dice);
+    pause_ms.max(error.retry_after_ms().min(CANCEL_AGAIN_CAP_MS))
+}
+
 /// True if the farm did not get it, or could not act on it for now.
 fn may_arrive_later(error: &ClientError) -> bool {
     match error {
@@ -522,7 +528,23 @@ impl LogPlace {
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::wire::Problem;
+
     use super::*;
+
+    #[test]
+    fn a_cancel_is_sent_again_soon_however_long_the_farm_wants_to_be_left_alone() {
+        let later = |retry_after_s| {
+            ClientError::Problem(Problem { retry_after_s, ..Problem::new(ErrorCode::Unavailable, "later") })
+        };
+        for (retry_after_s, least_ms) in [(None, CANCEL_AGAIN_MS), (Some(1), 1_000), (Some(u64::MAX), 2_000)] {
+            for (tries, dice) in [(1, 0), (7, 1_234_567), (u32::MAX, u64::MAX)] {
+                let pause_ms = cancel_pause_ms(&later(retry_after_s), tries, dice);
+                let most_ms = CANCEL_AGAIN_MS + CANCEL_AGAIN_CAP_MS;
+                assert!((least_ms..=most_ms).contains(&pause_ms), "{retry_after_s:?} {tries} {dice}: {pause_ms}");
+            }
+        }
+    }
 
     #[test]
     fn the_log_is_printed_once_and_without_a_hole() {

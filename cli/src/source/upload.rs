@@ -112,26 +112,27 @@ pub(crate) async fn upload(
         answered |= matches!(error, ClientError::Problem(_));
         let patience_ms = if answered { patience.stalled_ms } else { patience.first_ms };
         tries += 1;
-        let pause_ms = pause_ms(&error, backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice()));
-        match pause_ms {
-            Some(pause_ms) if env.now().mono.since(last_progress) + pause_ms < patience_ms => {
+        let left_ms = patience_ms.saturating_sub(env.now().mono.since(last_progress));
+        match pause_ms(&error, backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice()), left_ms) {
+            Some(pause_ms) => {
                 trouble.tell(talk, &error);
                 env.sleep_until(env.now().mono + pause_ms).await;
             }
-            Some(_) | None => return Err(Failure::of(error, client.url())),
+            None => return Err(Failure::of(error, client.url())),
         }
     }
 }
 
-/// Until the next try, if one is worth it: as long as the farm asks for, where it does.
-fn pause_ms(error: &ClientError, backoff_ms: u64) -> Option<u64> {
+/// Until the next try, if one is worth it before the patience that is left is over: as long as the farm asks for, where it
+/// does.
+fn pause_ms(error: &ClientError, backoff_ms: u64, left_ms: u64) -> Option<u64> {
     let again = match error {
         ClientError::Unreachable { .. } => true,
         // Room comes when a person makes some, who may be the one that reads this.
         ClientError::Problem(problem) => problem.code.is_retryable() && problem.code != ErrorCode::StorageFull,
         ClientError::Protocol(_) => false,
     };
-    again.then(|| error.retry_after_ms().max(backoff_ms))
+    again.then(|| error.retry_after_ms().max(backoff_ms)).filter(|pause_ms| *pause_ms < left_ms)
 }
 
 /// What was said of an upload that does not get on.
@@ -392,11 +393,15 @@ mod tests {
             (gone, Some(300)),
             (problem(ErrorCode::Unavailable, None), Some(300)),
             (problem(ErrorCode::TooManyRequests, Some(10)), Some(10_000)),
+            (problem(ErrorCode::Unavailable, Some(119)), Some(119_000)),
+            (problem(ErrorCode::Unavailable, Some(120)), None),
+            (problem(ErrorCode::Unavailable, Some(u64::MAX)), None),
             (problem(ErrorCode::StorageFull, Some(10)), None),
             (problem(ErrorCode::InvalidSource, None), None),
             (ClientError::Protocol("who?".into()), None),
         ] {
-            assert_eq!(pause_ms(&error, 300), expected, "{error}");
+            assert_eq!(pause_ms(&error, 300, STALLED_MS), expected, "{error}");
+            assert_eq!(pause_ms(&error, 300, 0), None, "{error}");
         }
     }
 

@@ -205,7 +205,8 @@ impl Lost {
             (Budget::Stream, _) => (STREAM_BUDGET_MS, u32::MAX),
         };
         let twice_wrong = failure.kind == Kind::Wrong && std::mem::replace(&mut self.wrong, true);
-        if failure.kind == Kind::Final || twice_wrong || self.tries >= tries || now.since(since) + delay >= budget_ms {
+        let too_late = now.since(since).saturating_add(delay) >= budget_ms;
+        if failure.kind == Kind::Final || twice_wrong || self.tries >= tries || too_late {
             return Err(failure.error);
         }
         Ok(delay)

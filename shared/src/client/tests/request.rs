@@ -70,6 +70,14 @@ async fn a_wait_longer_than_the_budget_is_not_begun() {
         assert_eq!((error.why(), server.heard().len()), ("tomorrow", 1));
         assert_eq!(error.retry_after_ms(), word.unwrap_or(11) * 1_000, "from wherever it was said");
     }
+    // Nor one that no clock can count, after one that was sat out.
+    let bench = Bench::new();
+    let later = ["1", "18446744073709551615"].map(|s| reply(503, &[("retry-after", s)], b"later"));
+    let server = Server::start(script(later.to_vec())).await;
+    let client = bench.client(&server.url);
+    let error = bench.pass(1, client.info()).await.unwrap_err();
+    assert!(error.why().contains("later"), "{error}");
+    assert_eq!(server.heard().len(), 2);
 }
 
 #[tokio::test]
