@@ -44,7 +44,7 @@ pub(crate) mod exit {
 pub(crate) enum Fault {
     Error,
     Usage,
-    /// There is no token that could be one.
+    /// No token is there that could be one, or the farm knows none like it: it is revoked, has expired, or is another farm's.
     Unauthenticated,
     Forbidden,
     NotFound,
