@@ -46,7 +46,8 @@ async fn ask(app: &App, farm: &Farm, patience_ms: u64) -> Result<Option<Info>, F
     }
 }
 
-/// True for a farm that may be restarting. A name that stands for no machine comes from a mistake.
+/// True for a farm that may be restarting, and for a network that is not there yet. A name that stands for no machine comes
+/// from a mistake.
 fn may_come(error: &ClientError) -> bool {
     match error {
         ClientError::Unreachable { unknown_host, .. } => !unknown_host,

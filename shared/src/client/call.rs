@@ -359,9 +359,20 @@ impl Client {
     }
 }
 
-/// True for what the standard library says of a name that does not resolve.
+/// What resolvers say when they know that a name stands for no machine: those of glibc, macOS and musl. Whatever else they say
+/// may be over soon.
+const NO_HOST: [&str; 5] = [
+    "Name or service not known",
+    "No address associated with",
+    "nodename nor servname provided",
+    "Name does not resolve",
+    "Name has no usable address",
+];
+
+/// True for what the standard library says of a name that stands for no machine.
 pub(super) fn names_no_host(why: &str) -> bool {
-    why.starts_with("failed to lookup address information")
+    let told = why.strip_prefix("failed to lookup address information: ");
+    told.is_some_and(|told| NO_HOST.iter().any(|known| told.starts_with(known)))
 }
 
 /// Runs until `ms` have passed; `None` if that was not enough.

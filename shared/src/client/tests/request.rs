@@ -163,7 +163,18 @@ async fn a_farm_without_tls_is_told_from_an_absent_one() {
 #[test]
 fn a_name_that_does_not_resolve_is_known_by_what_the_system_says() {
     let error = std::net::ToSocketAddrs::to_socket_addrs(&("no-such-host.invalid", 1)).unwrap_err();
-    assert!(call::names_no_host(&error.to_string()), "{error}");
+    let (from, _) = error.to_string().split_once(": ").map(|(from, why)| (from.to_owned(), why.to_owned())).unwrap();
+    for (why, names_no_host) in [
+        ("Name or service not known", true),
+        ("No address associated with hostname", true),
+        ("nodename nor servname provided, or not known", true),
+        ("Name does not resolve", true),
+        ("Temporary failure in name resolution", false),
+        ("Non-recoverable failure in name resolution", false),
+        ("Try again", false),
+    ] {
+        assert_eq!(call::names_no_host(&format!("{from}: {why}")), names_no_host, "{why}");
+    }
     assert!(!call::names_no_host("Connection refused (os error 111)"));
 }
 
