@@ -264,7 +264,7 @@ impl<'a> Follower<'a> {
         self.cancel_answer = Some(Box::pin(async move {
             match rx.await {
                 Ok(result) => result,
-                Err(_) => Err(ClientError::Protocol("the cancel ended early".into())),
+                Err(_) => Err(ClientError::protocol("the cancel ended early")),
             }
         }));
     }
@@ -480,7 +480,7 @@ fn may_arrive_later(error: &ClientError) -> bool {
     match error {
         ClientError::Unreachable { .. } => true,
         ClientError::Problem(problem) => problem.code.is_retryable(),
-        ClientError::Protocol(_) => false,
+        ClientError::Protocol { .. } => false,
     }
 }
 

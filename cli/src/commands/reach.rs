@@ -41,7 +41,7 @@ async fn ask(app: &App, farm: &Farm, patience_ms: u64) -> Result<Option<Info>, F
                 app.env.sleep_until(app.env.now().mono + AGAIN_MS).await;
             }
             Err(error @ ClientError::Unreachable { .. }) => return Err(Failure::of(error, &farm.url)),
-            Err(ClientError::Problem(_) | ClientError::Protocol(_)) => return Ok(None),
+            Err(ClientError::Problem(_) | ClientError::Protocol { .. }) => return Ok(None),
         }
     }
 }
@@ -51,7 +51,7 @@ async fn ask(app: &App, farm: &Farm, patience_ms: u64) -> Result<Option<Info>, F
 fn may_come(error: &ClientError) -> bool {
     match error {
         ClientError::Unreachable { unknown_host, .. } => !unknown_host,
-        ClientError::Problem(_) | ClientError::Protocol(_) => false,
+        ClientError::Problem(_) | ClientError::Protocol { .. } => false,
     }
 }
 
@@ -84,7 +84,7 @@ mod tests {
     fn a_farm_that_may_come_back_is_waited_for_and_a_name_that_means_nothing_is_not() {
         let away = |unknown_host| ClientError::Unreachable { url: String::new(), why: String::new(), unknown_host };
         assert!(may_come(&away(false)) && !may_come(&away(true)));
-        assert!(!may_come(&ClientError::Protocol(String::new())));
+        assert!(!may_come(&ClientError::protocol("")));
     }
 
     #[test]

@@ -447,7 +447,7 @@ async fn submit(
 fn may_have_arrived(error: &ClientError) -> bool {
     match error {
         ClientError::Problem(problem) => problem.code.is_retryable(),
-        ClientError::Unreachable { .. } | ClientError::Protocol(_) => true,
+        ClientError::Unreachable { .. } | ClientError::Protocol { .. } => true,
     }
 }
 

@@ -159,8 +159,8 @@ impl Failure {
                 let failure = Self::new(Fault::Unreachable, format!("no farm answers at {url}: {why}"));
                 failure.hint("alloy up          starts a farm on this machine; --url URL names another one")
             }
-            ClientError::Protocol(text) => {
-                let (why, hint) = text.split_once("\n  hint: ").unwrap_or((&text, DOCTOR_HINT));
+            ClientError::Protocol { why, hint } => {
+                let hint = hint.unwrap_or_else(|| DOCTOR_HINT.to_owned());
                 Self::error(format!("{url} answers, but not as a farm does: {why}")).hint(hint)
             }
             ClientError::Problem(problem) => Self::of_problem(problem, url),
@@ -484,6 +484,17 @@ mod tests {
             };
             let failure = Failure::of(ClientError::Problem(Problem::new(*code, "x")), "http://farm");
             assert_eq!(failure.fault.exit_code(), expected, "{code:?}");
+        }
+    }
+
+    #[test]
+    fn whoever_speaks_otherwise_gets_the_hint_that_came_with_it_or_the_doctor() {
+        let why = "no coffee\n  hint: not one".to_owned();
+        for (hint, expected) in [(Some("drink tea"), "drink tea"), (None, DOCTOR_HINT)] {
+            let error = ClientError::Protocol { why: why.clone(), hint: hint.map(str::to_owned) };
+            let failure = Failure::of(error, "http://pot");
+            assert_eq!(failure.message, format!("http://pot answers, but not as a farm does: {why}"));
+            assert_eq!(failure.hint.as_deref(), Some(expected));
         }
     }
 

@@ -130,7 +130,7 @@ fn pause_ms(error: &ClientError, backoff_ms: u64, left_ms: u64) -> Option<u64> {
         ClientError::Unreachable { .. } => true,
         // Room comes when a person makes some, who may be the one that reads this.
         ClientError::Problem(problem) => problem.code.is_retryable() && problem.code != ErrorCode::StorageFull,
-        ClientError::Protocol(_) => false,
+        ClientError::Protocol { .. } => false,
     };
     again.then(|| error.retry_after_ms().max(backoff_ms)).filter(|pause_ms| *pause_ms < left_ms)
 }
@@ -151,7 +151,7 @@ impl Trouble {
                     talk.warn(&format!("the farm does not take the source yet, trying again  {}", error.why()));
                 }
             }
-            ClientError::Unreachable { .. } | ClientError::Protocol(_) => {
+            ClientError::Unreachable { .. } | ClientError::Protocol { .. } => {
                 if !std::mem::replace(&mut self.away, true) {
                     talk.warn(&format!("reconnecting…  {}", error.why()));
                 }
@@ -398,7 +398,7 @@ mod tests {
             (problem(ErrorCode::Unavailable, Some(u64::MAX)), None),
             (problem(ErrorCode::StorageFull, Some(10)), None),
             (problem(ErrorCode::InvalidSource, None), None),
-            (ClientError::Protocol("who?".into()), None),
+            (ClientError::protocol("who?"), None),
         ] {
             assert_eq!(pause_ms(&error, 300, STALLED_MS), expected, "{error}");
             assert_eq!(pause_ms(&error, 300, 0), None, "{error}");

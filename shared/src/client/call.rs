@@ -158,10 +158,10 @@ impl Failure {
         Self { error, kind, status: None, retry_after_ms: None }
     }
     pub(super) fn wrong(why: impl Into<String>) -> Self {
-        Self::new(Kind::Wrong, ClientError::Protocol(why.into()))
+        Self::new(Kind::Wrong, ClientError::protocol(why.into()))
     }
     pub(super) fn last(why: impl Into<String>) -> Self {
-        Self::new(Kind::Final, ClientError::Protocol(why.into()))
+        Self::new(Kind::Final, ClientError::protocol(why.into()))
     }
 }
 
@@ -329,7 +329,7 @@ impl Client {
         serde_json::from_slice(body).map_err(|error| {
             let (method, path, base) = (&call.method, &call.path, &self.base);
             let (line, column) = (error.line(), error.column());
-            ClientError::Protocol(format!(
+            ClientError::protocol(format!(
                 "{method} {path} at {base} is answered with something that is no answer of a farm (line {line}, column {column}); is the address right, and is this `alloy` as new as the farm?"
             ))
         })
@@ -345,7 +345,8 @@ impl Client {
             && why.contains(NO_TLS)
             && let Some(rest) = self.base.strip_prefix("https://")
         {
-            return Failure::last(format!("it speaks no TLS there\n  hint: http://{rest} may be its address"));
+            let (why, hint) = ("it speaks no TLS there".to_owned(), Some(format!("http://{rest} may be its address")));
+            return Failure::new(Kind::Final, ClientError::Protocol { why, hint });
         }
         let kind = if error.is_builder() {
             Kind::Final
@@ -388,7 +389,7 @@ pub(super) async fn within<T>(env: &dyn Env, ms: u64, work: impl Future<Output =
 /// The `Authorization` header, which never shows up in a debug text.
 pub(super) fn bearer(token: &Secret<String>) -> Result<HeaderValue, ClientError> {
     let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose())).map_err(|_| {
-        ClientError::Protocol("the token holds characters that no token has; was it copied whole?".to_owned())
+        ClientError::protocol("the token holds characters that no token has; was it copied whole?".to_owned())
     })?;
     value.set_sensitive(true);
     Ok(value)
@@ -421,34 +422,35 @@ fn refusal(response: &Response, body: &[u8]) -> Failure {
             let after = problem.retry_after_s;
             (ClientError::Problem(problem), after)
         }
-        Err(_) => (ClientError::Protocol(foreign(response, status, body)), header),
+        Err(_) => (foreign(response, status, body), header),
     };
     Failure { error, kind, status: Some(status.as_u16()), retry_after_ms: after.map(|s| s.saturating_mul(1000)) }
 }
 
 /// What to say about an error that is no problem document of this version.
-fn foreign(response: &Response, status: StatusCode, body: &[u8]) -> String {
+fn foreign(response: &Response, status: StatusCode, body: &[u8]) -> ClientError {
     #[derive(serde::Deserialize)]
     struct Newer {
         message: String,
         hint: Option<String>,
     }
     if let Ok(newer) = serde_json::from_slice::<Newer>(body) {
-        let hint = newer.hint.map(|hint| format!("\n  hint: {}", printable(&hint))).unwrap_or_default();
-        return format!("{} ({status}){hint}", newer.message);
+        let why = format!("{} ({status})", newer.message);
+        return ClientError::Protocol { why, hint: newer.hint.as_deref().map(printable) };
     }
     let path = response.url().path();
     let host = response.url().host_str().unwrap_or_default();
     if let Some(to) = response.headers().get(reqwest::header::LOCATION).and_then(|to| to.to_str().ok()) {
-        return format!("{path} at {host} is redirected ({status}) to {}; use that address", printable(to));
+        let to = printable(to);
+        return ClientError::protocol(format!("{path} at {host} is redirected ({status}) to {to}; use that address"));
     }
     let html = body.trim_ascii_start().starts_with(b"<");
-    match std::str::from_utf8(body) {
+    ClientError::protocol(match std::str::from_utf8(body) {
         Ok(text) if !html && !text.trim().is_empty() => {
             format!("{path} at {host} is answered {status}: {}", printable(text.trim()))
         }
         Ok(_) | Err(_) => {
             format!("{path} at {host} is answered {status} by something that is not a farm; a proxy in between?")
         }
-    }
+    })
 }

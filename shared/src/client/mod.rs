@@ -67,14 +67,14 @@ pub enum ClientError {
     /// The farm refused.
     Problem(Problem),
     /// Something answered that does not speak as a farm does.
-    Protocol(String),
+    Protocol { why: String, hint: Option<String> },
 }
 
 impl ClientError {
     pub fn problem(&self) -> Option<&Problem> {
         match self {
             Self::Problem(problem) => Some(problem),
-            Self::Unreachable { .. } | Self::Protocol(_) => None,
+            Self::Unreachable { .. } | Self::Protocol { .. } => None,
         }
     }
 
@@ -83,8 +83,31 @@ impl ClientError {
         match self {
             Self::Unreachable { why, .. } => why,
             Self::Problem(problem) => &problem.message,
-            Self::Protocol(why) => why.lines().next().unwrap_or_default(),
+            Self::Protocol { why, .. } => why.lines().next().unwrap_or_default(),
         }
+    }
+
+    /// What may help, for whoever reads it.
+    pub fn hint(&self) -> Option<&str> {
+        match self {
+            Self::Unreachable { .. } => None,
+            Self::Problem(problem) => problem.hint.as_deref(),
+            Self::Protocol { hint, .. } => hint.as_deref(),
+        }
+    }
+
+    /// The whole of it in one sentence, where there is room for no more.
+    pub fn sentence(&self) -> String {
+        let said = match self {
+            Self::Unreachable { url, why, .. } => format!("cannot reach the farm at {url}: {why}"),
+            Self::Problem(_) | Self::Protocol { .. } => self.why().to_owned(),
+        };
+        self.hint().map_or_else(|| said.clone(), |hint| format!("{said}; {hint}"))
+    }
+
+    /// Something that no farm says, where there is nothing to advise.
+    pub fn protocol(why: impl Into<String>) -> Self {
+        Self::Protocol { why: why.into(), hint: None }
     }
 
     /// How long the farm asks to be left alone.
@@ -97,7 +120,10 @@ impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unreachable { url, why, .. } => write!(f, "cannot reach the farm at {url}: {why}"),
-            Self::Protocol(why) => f.write_str(why),
+            Self::Protocol { why, hint } => {
+                f.write_str(why)?;
+                hint.as_ref().map_or(Ok(()), |hint| write!(f, "\n  hint: {hint}"))
+            }
             Self::Problem(problem) => {
                 f.write_str(&problem.message)?;
                 for error in &problem.errors {
@@ -172,7 +198,7 @@ impl Client {
         let date = date.and_then(Ms::parse_http_date);
         let body = self.collect(&mut response, limits::PROBLEM_MAX).await.map_err(failed)?;
         if body.trim_ascii() != b"ready" {
-            return Err(ClientError::Protocol(format!("what answers at {} is no farm", self.base)));
+            return Err(ClientError::protocol(format!("what answers at {} is no farm", self.base)));
         }
         Ok(date)
     }

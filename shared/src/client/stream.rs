@@ -106,7 +106,7 @@ impl Client {
         let artifact = artifact.to_owned();
         self.stream("download", BYTES_QUEUE, move |client, tx| async move {
             // A path with `..` would be another URL.
-            check_path(&artifact).map_err(|error| ClientError::Protocol(error.to_string()))?;
+            check_path(&artifact).map_err(|error| ClientError::protocol(error.to_string()))?;
             let mut at = Download { path: path::job_artifact(id, &artifact), offset, etag: None };
             let mut lost = Lost::default();
             while let Err(failure) = client.download_once(&mut at, &mut lost, &tx).await {

@@ -36,7 +36,7 @@ impl Client {
             call = call.header("content-encoding", "zstd");
             let packed = tokio::task::spawn_blocking(move || zstd::bulk::compress(&manifest, MANIFEST_LEVEL)).await;
             let packed = packed.map_err(std::io::Error::other).and_then(|packed| packed);
-            packed.map_err(|error| ClientError::Protocol(format!("the manifest does not compress: {error}")))?.into()
+            packed.map_err(|error| ClientError::protocol(format!("the manifest does not compress: {error}")))?.into()
         } else {
             manifest
         };
@@ -93,7 +93,7 @@ impl Client {
         match response.headers().get(header::OFFSET).map(|value| value.to_str().ok()?.parse().ok()) {
             None => Ok(0),
             Some(Some(len)) => Ok(len),
-            Some(None) => Err(ClientError::Protocol("the farm's Alloy-Offset is no number".to_owned())),
+            Some(None) => Err(ClientError::protocol("the farm's Alloy-Offset is no number".to_owned())),
         }
     }
 
@@ -109,7 +109,7 @@ impl Client {
         body: mpsc::Receiver<Bytes>,
     ) -> Result<(), ClientError> {
         let Some(len) = total.checked_sub(offset) else {
-            return Err(ClientError::Protocol(format!("an artifact of {total} bytes has no byte {offset}")));
+            return Err(ClientError::protocol(format!("an artifact of {total} bytes has no byte {offset}")));
         };
         let range = match total.checked_sub(1) {
             Some(last) if len > 0 => format!("bytes {offset}-{last}/{total}"),

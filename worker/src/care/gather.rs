@@ -192,7 +192,7 @@ async fn look_at_farm(url: String, env: &Arc<dyn Env>) -> Farm {
     let options = Options { url: url.clone(), token: None, agent: crate::upstream::agent() };
     let client = match Client::new(options, Arc::clone(env)) {
         Ok(client) => client,
-        Err(error) => return Farm { url, seen: Err(error.to_string()) },
+        Err(error) => return Farm { url, seen: Err(error.sentence()) },
     };
     let before = env.now();
     let asked = tokio::time::timeout(Duration::from_millis(HOST_ASK_MS), client.ready()).await;
@@ -201,7 +201,7 @@ async fn look_at_farm(url: String, env: &Arc<dyn Env>) -> Farm {
     let skew_ms = |theirs: Ms| before.wall.since(theirs.plus(999)).max(theirs.since(after.wall));
     let seen = match asked {
         Ok(Ok(theirs)) => Ok(FarmSeen { skew_ms: theirs.map(skew_ms), took_ms: after.mono.since(before.mono) }),
-        Ok(Err(error)) => Err(error.to_string()),
+        Ok(Err(error)) => Err(error.sentence()),
         Err(_) => Err(format!("{url} does not answer within {HOST_ASK_MS} ms")),
     };
     Farm { url, seen }

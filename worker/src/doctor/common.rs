@@ -11,8 +11,8 @@ use crate::provider::tart::probe::PROGRAM;
 
 /// Clocks further apart make deadlines and log times wrong.
 const SKEW_MAX_MS: u64 = 30_000;
-/// Of an error's sentence, whose end says most.
-const WHY_MAX: usize = 500;
+/// Of a client's sentence, whose end says most: a library's words, which the client has cut, and the address before them.
+const SENTENCE_MAX: usize = 500;
 /// What the jobs of one slot may write before it hurts.
 const SLOT_BYTES: u64 = 30_000_000_000;
 /// On `host`: the cache of sources and a build.
@@ -99,7 +99,7 @@ pub(super) fn orchestrator(facts: &Facts, report: &mut Report) {
     match &farm.seen {
         Err(why) => {
             let fix = Fix::by_hand("is the orchestrator up, and does this machine's network let it out there?");
-            report.error(Code::Orchestrator, printable_to(WHY_MAX, why), fix);
+            report.error(Code::Orchestrator, printable_to(SENTENCE_MAX, why), fix);
         }
         Ok(seen) => report.ok(Code::Orchestrator, format!("ready at {} ({} ms)", printable(&farm.url), seen.took_ms)),
     }

@@ -232,7 +232,7 @@ fn may_retry(error: &ClientError) -> bool {
     match error {
         ClientError::Unreachable { .. } => true,
         ClientError::Problem(problem) => problem.code.is_retryable() || problem.code == ErrorCode::OffsetMismatch,
-        ClientError::Protocol(_) => false,
+        ClientError::Protocol { .. } => false,
     }
 }
 

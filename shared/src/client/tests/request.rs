@@ -124,7 +124,7 @@ async fn answers_that_are_not_a_farms_are_named_and_hold_no_token() {
         let bench = Bench::new();
         let server = Server::start(move |_: &Heard| answer.clone()).await;
         let error = bench.client(&server.url).info().await.unwrap_err();
-        assert!(matches!(error, ClientError::Protocol(_)) && error.to_string().contains(expect), "{error}");
+        assert!(matches!(error, ClientError::Protocol { .. }) && error.to_string().contains(expect), "{error}");
         assert!(!format!("{error}{error:?}").contains(TOKEN), "{error}");
         assert_eq!(server.heard().len(), tries, "{error}");
     }
@@ -155,15 +155,19 @@ async fn a_farm_without_tls_is_told_from_an_absent_one() {
     };
     let (answer, _socket) = tokio::join!(client.info(), plain);
     let error = answer.unwrap_err();
-    let expected = format!("it speaks no TLS there\n  hint: {} may be its address", url.replace("https", "http"));
-    assert_eq!(error, ClientError::Protocol(expected), "and it is not asked again");
-    assert_eq!(error.why(), "it speaks no TLS there");
+    let (why, hint) = ("it speaks no TLS there", format!("{} may be its address", url.replace("https", "http")));
+    let expected = ClientError::Protocol { why: why.to_owned(), hint: Some(hint.clone()) };
+    assert_eq!(error, expected, "and it is not asked again");
+    assert_eq!((error.why(), error.hint()), (why, Some(&*hint)));
+    assert_eq!(error.sentence(), format!("{why}; {hint}"));
+    assert_eq!(error.to_string(), format!("{why}\n  hint: {hint}"));
 }
 
 #[test]
 fn a_name_that_does_not_resolve_is_known_by_what_the_system_says() {
     let error = std::net::ToSocketAddrs::to_socket_addrs(&("no-such-host.invalid", 1)).unwrap_err();
-    let (from, _) = error.to_string().split_once(": ").map(|(from, why)| (from.to_owned(), why.to_owned())).unwrap();
+    let error = error.to_string();
+    let (from, _) = error.split_once(": ").unwrap();
     for (why, names_no_host) in [
         ("Name or service not known", true),
         ("No address associated with hostname", true),

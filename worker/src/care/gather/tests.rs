@@ -143,3 +143,21 @@ async fn an_orchestrator_that_is_away_is_a_finding_with_its_address() {
     assert_eq!(finding.severity, Severity::Error);
     assert!(finding.text.contains("127.0.0.1:9"), "{finding:?}");
 }
+
+#[tokio::test]
+async fn an_orchestrator_without_tls_is_told_in_one_line_with_the_address_it_may_have() {
+    use tokio::io::AsyncWriteExt as _;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut stage = Stage::new();
+    stage.config.url = Some(format!("https://{address}"));
+    let plain = async {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        socket.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+        socket
+    };
+    let (facts, _socket) = tokio::join!(stage.facts(), plain);
+    let report = examine(&facts);
+    let finding = report.findings.iter().find(|finding| finding.code == Code::Orchestrator).unwrap();
+    assert_eq!(finding.text, format!("it speaks no TLS there; http://{address} may be its address"));
+}
