@@ -329,8 +329,8 @@ fn artifacts_are_what_is_listed(history: &[Line], say: &mut impl FnMut(&'static 
 
 /// I8: a host runs no more VMs than it may, each for one attempt, and none long after the attempt's end.
 fn vms_are_few_and_used_once(book: &Book<'_>, say: &mut impl FnMut(&'static str, String)) {
-    let mut used = BTreeMap::<(&str, &str), (&str, u32)>::new();
-    for (index, (at, vms)) in book.running.iter().enumerate() {
+    let (mut used, mut late) = (BTreeMap::<(&str, &str), (&str, u32)>::new(), BTreeSet::new());
+    for (index, (_, vms)) in book.running.iter().enumerate() {
         let mut hosts = BTreeMap::<&str, BTreeSet<&str>>::new();
         for vm in vms.iter().filter(|vm| book.jobs.contains_key(vm.job.as_str())) {
             // A process whose VM is dying above it has no name any more.
@@ -345,10 +345,11 @@ fn vms_are_few_and_used_once(book: &Book<'_>, say: &mut impl FnMut(&'static str,
                     say("I8", format!("{} served {first:?}, then {}.{}", vm.name, vm.job, vm.attempt));
                 }
             }
-            // It was there until the next look.
+            // It was there until the next look, whatever else came and went since the attempt's end.
             let until = book.running.get(index + 1).map_or(book.last, |(next, _)| *next);
             let over = book.jobs[vm.job.as_str()].over.get(&vm.attempt);
-            if over.is_some_and(|over| until.saturating_sub(*over.max(at)) > GONE_MS) {
+            let is_late = over.is_some_and(|over| until.saturating_sub(*over) > GONE_MS);
+            if is_late && late.insert((&vm.host, &vm.name, &vm.job, vm.attempt)) {
                 say("I8", format!("{} ran on after the end of {}.{}", vm.name, vm.job, vm.attempt));
             }
         }

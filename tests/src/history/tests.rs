@@ -270,6 +270,26 @@ fn too_many_vms_one_used_twice_and_one_that_stays_break_i8() {
 }
 
 #[test]
+fn a_vm_that_stays_while_others_come_and_go_breaks_i8() {
+    let Seen::Running { vms: own } = running(&[("mini-0", "vm-1", 1)]) else { unreachable!() };
+    let other = Vm { host: "mini-2".into(), room: 1, name: "vm-9".into(), job: "another".into(), attempt: 1 };
+    let both = [&own[..], &[other]].concat();
+    let requeued =
+        good().iter().position(|seen| matches!(seen, Seen::Event { kind, .. } if kind == "requeued")).unwrap();
+    for (gone_at, expected) in [(60_000, &[][..]), (60_001, &["I8"]), (110_000, &["I8"])] {
+        let looks = [(40_000, &both), (55_000, &own), (gone_at, &Vec::new())];
+        let mut lines: Vec<_> = good().into_iter().zip(0..).map(|(seen, at)| Line { at, seen }).collect();
+        let over = lines[requeued].at;
+        let later = lines.split_off(requeued + 1);
+        lines.remove(requeued - 1);
+        lines.extend(looks.map(|(at, vms)| Line { at: over + at, seen: Seen::Running { vms: vms.clone() } }));
+        lines.extend(later.into_iter().map(|line| Line { at: over + gone_at + line.at, ..line }));
+        let broken: Vec<_> = check(&lines).into_iter().map(|violation| violation.invariant).collect();
+        assert_eq!(broken, expected, "gone after {gone_at} ms");
+    }
+}
+
+#[test]
 fn two_attempts_alive_break_i9() {
     let second = running(&[("mini-1", "vm-2", 2)]);
     let both = running(&[("mini-0", "vm-1", 1), ("mini-1", "vm-2", 2)]);
