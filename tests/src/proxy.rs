@@ -61,6 +61,17 @@ pub enum Then {
     DropReply,
 }
 
+/// Bytes that it kept from those for whom they were.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// Held on the way to the farm, at least for a moment.
+    pub up: u64,
+    /// The same on the way back.
+    pub down: u64,
+    /// Taken from a client whose connection is half open.
+    pub swallowed: u64,
+}
+
 struct Trap {
     way: Way,
     words: Vec<u8>,
@@ -91,6 +102,7 @@ struct Shared {
     plan: Option<Cuts>,
     cut: AtomicU64,
     accepted: AtomicU64,
+    kept: Mutex<Kept>,
     orders: Mutex<Orders>,
     /// Says that orders changed.
     moved: watch::Sender<u64>,
@@ -118,6 +130,7 @@ impl Proxy {
             plan,
             cut: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
+            kept: Mutex::default(),
             orders: Mutex::default(),
             moved: watch::Sender::new(0),
             broken: watch::Sender::new(0),
@@ -143,6 +156,11 @@ impl Proxy {
     /// Connections cut by plan so far.
     pub fn cuts_made(&self) -> u64 {
         self.shared.cut.load(Ordering::SeqCst)
+    }
+
+    /// What it kept from others so far.
+    pub fn kept(&self) -> Kept {
+        *self.shared.kept()
     }
 
     /// Lets nothing through in this direction, on connections that are there and on those to come. What was sent waits.
@@ -182,6 +200,10 @@ impl Proxy {
 impl Shared {
     fn orders(&self) -> MutexGuard<'_, Orders> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn order(&self, change: impl FnOnce(&mut Orders)) {
@@ -319,6 +341,14 @@ impl Line {
             if !delay.is_zero() {
                 pause(delay).await;
             }
+            if self.is_held(way) {
+                let mut kept = self.shared.kept();
+                let held = match way {
+                    Way::Up => &mut kept.up,
+                    Way::Down => &mut kept.down,
+                };
+                *held += (n - first) as u64;
+            }
             self.gate(way).await;
             let (send, cut) = self.planned(way, n - first);
             if to.write_all(&bytes[first..first + send]).await.is_err() || cut {
@@ -333,7 +363,9 @@ impl Line {
             Way::Up => {
                 *to = None;
                 let mut sink = [0; 4096];
-                while let Ok(1..) = from.read(&mut sink).await {}
+                while let Ok(n @ 1..) = from.read(&mut sink).await {
+                    self.shared.kept().swallowed += n as u64;
+                }
                 false
             }
             Way::Down => {

@@ -73,6 +73,8 @@ async fn a_direction_that_is_held_gives_all_of_it_when_it_is_healed() {
         old.write_all(b"held").await.unwrap();
         new.write_all(b"new").await.unwrap();
         counted("heard", &echo.heard, if way == Way::Up { 6 } else { 13 }).await;
+        let held = if way == Way::Up { Kept { up: 7, ..Kept::default() } } else { Kept { down: 7, ..Kept::default() } };
+        until("what is held is counted", async || Ok((proxy.kept() == held).then_some(()))).await;
         assert!(is_silent(&old) && is_silent(&new));
         proxy.heal();
         assert_eq!((read_exactly(&mut old, 4).await, read_exactly(&mut new, 3).await), (b"held".into(), b"new".into()));
@@ -152,6 +154,7 @@ async fn a_connection_that_is_half_open_is_closed_for_the_server_only() {
     proxy.leave_half_open();
     counted("closed", &echo.closed, 1).await;
     client.write_all(b"swallowed").await.unwrap();
+    until("what came is counted", async || Ok((proxy.kept().swallowed == 9).then_some(()))).await;
     assert!(is_silent(&client));
     let mut new = TcpStream::connect(proxy.address).await.unwrap();
     new.write_all(b"new").await.unwrap();
