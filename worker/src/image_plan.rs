@@ -19,7 +19,7 @@ const STUCK_PAUSE_MS: u64 = 1_000;
 const STUCK_PAUSE_CAP_MS: u64 = 10 * 60_000;
 
 /// A daemon that was killed may have forgotten this much of when an image was used.
-const USED_STEP_MS: u64 = 60_000;
+pub const USED_STEP_MS: u64 = 60_000;
 
 /// What outlives the daemon.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

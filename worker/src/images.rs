@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::image_book::BookFile;
-use crate::image_plan::{Book, Images, Next};
+use crate::image_plan::{Book, Images, Next, USED_STEP_MS};
 use crate::image_shelf::{Shelf, Use, Want};
 use crate::provider::{ImageRef, VmError, VmFault, VmProvider};
 use crate::session::{Input, Inputs};
@@ -159,6 +159,8 @@ struct Runner {
     book: BookFile,
     /// What was written down last.
     kept: Book,
+    /// After a write that failed: a disk stays full for a while.
+    save_at: Mono,
     waiting: Vec<(ImageRef, oneshot::Sender<Result<Use, VmError>>)>,
     work: Option<BoxFuture<'static, Done>>,
     progress: watch::Sender<PullProgress>,
@@ -178,6 +180,7 @@ impl Runner {
         let images = Images::new(&setup.kept, setup.budget, pulls, setup.limits.clone(), known.clone());
         Self {
             kept: known,
+            save_at: Mono(0),
             shelf: Arc::new(Mutex::new(Shelf::new(images))),
             book,
             waiting: Vec::new(),
@@ -256,14 +259,14 @@ impl Runner {
             Next::Untag(tag) => self.untag(tag),
             Next::Wait(wake) => wake,
         };
-        self.save();
+        let save = self.save();
         let here: BTreeSet<ImageRef> = {
             let shelf = self.shelf();
             self.setup.kept.iter().filter(|image| shelf.images.has(image)).cloned().collect()
         };
         self.tell_here.send_if_modified(|known| std::mem::replace(known, here.clone()) != here);
         let more = self.tell(now.mono).await;
-        [wake, tell, more].into_iter().flatten().fold(self.look_at, Mono::min)
+        [wake, tell, save, more].into_iter().flatten().fold(self.look_at, Mono::min)
     }
 
     /// Asks the provider what is here.
@@ -282,7 +285,8 @@ impl Runner {
         let used = ask.here.and_then(|digest| self.shelf().hold_seen(digest, ask.seen, now.wall));
         if let Some(used) = used {
             let _asker_is_gone = ask.reply.send(Ok(used));
-            return self.save();
+            self.save();
+            return;
         }
         if ask.here.is_none() {
             self.shelf().images.missed(&ask.image);
@@ -370,14 +374,26 @@ impl Runner {
         self.look_at = now.mono;
     }
 
-    fn save(&mut self) {
+    /// Writes down what is worth it. Returns when to try again.
+    fn save(&mut self) -> Option<Mono> {
         let book = self.shelf().images.book().clone();
         if !book.is_news_after(&self.kept) {
-            return;
+            return None;
+        }
+        let now = self.setup.env.now().mono;
+        if now < self.save_at {
+            return Some(self.save_at);
         }
         match self.book.save(&book) {
-            Ok(()) => self.kept = book,
-            Err(error) => tracing::warn!(%error, "which images were used when is not written down"),
+            Ok(()) => {
+                self.kept = book;
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%error, "which images were used when is not written down");
+                self.save_at = now + USED_STEP_MS;
+                Some(self.save_at)
+            }
         }
     }
 

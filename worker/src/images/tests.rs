@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
 
+use alloy_shared::env::{Ms, Now};
 use alloy_shared::runtime::SystemEnv;
 use alloy_shared::wire::image::ImageWant;
 use async_trait::async_trait;
@@ -91,6 +92,12 @@ struct Rig {
 
 impl Rig {
     fn new(here: &[&str], budget: Option<u64>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let book = BookFile::new(dir.path());
+        Self::with(here, budget, Arc::new(SystemEnv::detached()), book, dir)
+    }
+
+    fn with(here: &[&str], budget: Option<u64>, env: Arc<dyn Env>, book: BookFile, dir: tempfile::TempDir) -> Self {
         let fake = Arc::new(Fake {
             here: Mutex::new(here.iter().map(|name| ((*name).to_owned(), 10)).collect()),
             pulls: Semaphore::new(0),
@@ -100,14 +107,13 @@ impl Rig {
             faults: Mutex::default(),
             pulled: Mutex::default(),
         });
-        let dir = tempfile::tempdir().unwrap();
         let (tx, inputs) = mpsc::channel(1_000);
         let store = ImageStore::start(ImageSetup {
-            env: Arc::new(SystemEnv::detached()),
+            env,
             limits: Limits::scaled(20),
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
-            book: crate::image_book::BookFile::new(dir.path()),
+            book,
             kept: vec![ImageRef("r/own:1".into())],
             budget,
         });
@@ -126,6 +132,29 @@ impl Rig {
             }
         };
         tokio::time::timeout(std::time::Duration::from_secs(30), look).await.expect("the inventory came to this");
+    }
+}
+
+/// A clock that a test moves.
+struct Clock {
+    ms: watch::Sender<u64>,
+    system: SystemEnv,
+}
+
+#[async_trait]
+impl Env for Clock {
+    fn now(&self) -> Now {
+        let ms = *self.ms.borrow();
+        Now { wall: Ms(ms as i64), mono: Mono(ms) }
+    }
+    async fn sleep_until(&self, at: Mono) {
+        self.ms.subscribe().wait_for(|now| *now >= at.0).await.unwrap();
+    }
+    fn spawn(&self, name: &'static str, task: BoxFuture<'static, ()>) {
+        self.system.spawn(name, task);
+    }
+    fn dice(&self) -> u64 {
+        0
     }
 }
 
@@ -270,4 +299,34 @@ async fn a_pull_that_nobody_wants_is_broken_off_and_the_next_one_is_not() {
     rig.fake.pulls.add_permits(1);
     rig.until("r/y:1", is_here).await;
     assert_eq!(*rig.fake.pulled.lock().unwrap(), ["r/x:1", "r/y:1"]);
+}
+
+#[tokio::test]
+async fn what_cannot_be_written_down_is_tried_again_after_a_while_and_not_at_every_turn() {
+    let clock = Arc::new(Clock { ms: watch::Sender::new(0), system: SystemEnv::detached() });
+    let dir = tempfile::tempdir().unwrap();
+    // A disk that takes nothing: the directory is missing.
+    let state = dir.path().join("state");
+    let book = BookFile::new(&state);
+    let mut rig = Rig::with(&["r/own:1"], None, clock.clone(), book.clone(), dir);
+    let is_pulling = |report: Option<&ImageReport>| report.is_some_and(|report| report.pulling.is_some());
+    // A turn that tells this has tried to write before.
+    rig.store.here().wait_for(|here| !here.is_empty()).await.unwrap();
+    std::fs::create_dir(&state).unwrap();
+    for (ms, name) in [(0, "r/x:1"), (USED_STEP_MS - 1, "r/y:1")] {
+        clock.ms.send_replace(ms);
+        rig.store.wish(vec![wish(name, ImageWant::Present)]);
+        rig.until(name, is_pulling).await;
+        rig.fake.pulls.add_permits(1);
+        rig.until(name, is_here).await;
+        assert_eq!(book.load(), Book::default(), "after {ms} ms");
+    }
+    clock.ms.send_replace(USED_STEP_MS);
+    let written = async {
+        while book.load() == Book::default() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(30), written).await.expect("it is written down by itself");
+    assert_eq!(book.load().used_at.len(), 3);
 }
