@@ -302,12 +302,13 @@ async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
     let wish = view.generation;
     let started = app.env.now().mono;
     let mut said = false;
-    while view.generation == wish && app.env.now().mono < started + REMOVE_MS {
-        let open = names(&view, |worker| is_open(worker, wish));
+    loop {
+        let passed_ms = app.env.now().mono.since(started);
+        let open = awaited(&view, wish, passed_ms);
         if open.is_empty() {
             break;
         }
-        if app.env.now().mono >= started + QUIET_MS && !std::mem::replace(&mut said, true) {
+        if passed_ms >= QUIET_MS && !std::mem::replace(&mut said, true) {
             let most = duration(REMOVE_MS);
             app.talk.say(&format!("waiting for {} to remove it, up to {most}", open.join(", ")));
         }
@@ -317,14 +318,15 @@ async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
         };
         view = signals.unless_told(look).await??;
     }
-    let keepers = names(&view, |worker| worker.report.digest.is_some());
+    let keepers = keepers(&view);
     if keepers.is_empty() {
         app.talk.verdict(Tone::Good, "✓", &format!("no worker has {} any more", view.name), None);
     } else {
         let text =
             format!("{} is still on {}: {}", view.name, plural(keepers.len() as u64, "worker"), keepers.join(", "));
         app.talk.verdict(Tone::Note, "–", &text, None);
-        app.talk.hint("what is away or uses it removes it later; a worker's own image stays");
+        app.talk
+            .hint("what is away, uses it or is bringing another image removes it later; a worker's own image stays");
     }
     if app.talk.json() {
         print_json(&view)?;
@@ -332,7 +334,20 @@ async fn remove(app: &App, farm: &Farm, args: &RmArgs) -> Result<i32, Failure> {
     Ok(exit::OK)
 }
 
-/// Whose removal is waited for. One that needs the image says so and keeps it until then.
+/// Whose removal is waited for after so long: nobody's once the wish is another one.
+fn awaited(view: &ImageView, wish: i64, passed_ms: u64) -> Vec<&str> {
+    if view.generation != wish || passed_ms >= REMOVE_MS {
+        return Vec::new();
+    }
+    names(view, |worker| is_open(worker, wish))
+}
+
+/// Who has it at the end of the wait.
+fn keepers(view: &ImageView) -> Vec<&str> {
+    names(view, |worker| worker.report.digest.is_some())
+}
+
+/// Whose removal is worth a wait. One that needs the image says so and keeps it until then.
 fn is_open(worker: &WorkerImage, wish: i64) -> bool {
     worker.connected && worker.report.generation < wish && !worker.report.in_use
 }
@@ -393,9 +408,15 @@ mod tests {
         let using = ImageReport { in_use: true, ..here(7) };
         let mut away = on("away", here(7));
         away.connected = false;
-        let workers = vec![on("still", here(7)), on("gone", here(8)), on("uses", using), away];
+        let gone = ImageReport { digest: None, ..here(8) };
+        let workers = vec![on("still", here(7)), on("gone", gone), on("uses", using), away];
         let view = ImageView { name: "r/a:1".into(), want: ImageWant::Absent, pinned: false, generation: 8, workers };
-        assert_eq!(names(&view, |worker| is_open(worker, 8)), ["still"]);
+        for (wish, passed_ms, expected) in
+            [(8, 0, &["still"][..]), (8, REMOVE_MS - 1, &["still"]), (8, REMOVE_MS, &[]), (7, 0, &[])]
+        {
+            assert_eq!(awaited(&view, wish, passed_ms), expected, "{wish} after {passed_ms} ms");
+        }
+        assert_eq!(keepers(&view), ["still", "uses", "away"], "who was waited for in vain too");
     }
 
     #[test]

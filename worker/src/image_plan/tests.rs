@@ -170,6 +170,18 @@ fn an_image_is_removed_once_when_nobody_uses_it() {
 }
 
 #[test]
+fn a_wish_to_remove_waits_for_the_pull_that_runs() {
+    let mut images = having(None, &["r/own:1", "r/x:1"]);
+    images.wish(vec![wish("r/y:1", ImageWant::Present, false, 3)]);
+    assert_eq!(images.next(NOW), Next::Pull(named("r/y:1")));
+    let wishes = vec![wish("r/y:1", ImageWant::Present, false, 3), wish("r/x:1", ImageWant::Absent, false, 4)];
+    images.wish(wishes);
+    assert_eq!(images.next(NOW), Next::Wait(None));
+    images.pulled(&Ok(digest("r/y:1")), NOW, Ms(1), 0);
+    assert_eq!(images.next(NOW), Next::Remove(digest("r/x:1")));
+}
+
+#[test]
 fn a_host_without_images_of_its_own_brings_and_removes_nothing() {
     let mut images = Images::new(&[named("host")], Some(1), false, Limits::default(), Book::default());
     images.wish(vec![wish("r/a:1", ImageWant::Present, false, 5), wish("host", ImageWant::Absent, false, 6)]);
