@@ -4,11 +4,11 @@
 //! as the daemon's user under a guard that is started when the VM boots, so that a claim costs no fork. A path that is
 //! not UTF-8 cannot be a state directory: it would not survive the environment of a job.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use alloy_shared::env::{Env, Mono};
@@ -55,6 +55,8 @@ pub struct Setup {
 pub struct Host {
     setup: Arc<Setup>,
     live: Mutex<HashMap<VmName, Arc<HostGuest>>>,
+    /// VMs whose directories are still to be made. Whoever made one may be gone, and it be destroyed before it is there.
+    making: Arc<Mutex<HashSet<VmName>>>,
 }
 
 impl Host {
@@ -63,7 +65,7 @@ impl Host {
             let why = format!("{:?} is no absolute path in UTF-8", setup.state_dir);
             return Err(VmError::policy(VmFault::Start, why));
         }
-        Ok(Self { setup: Arc::new(setup), live: Mutex::default() })
+        Ok(Self { setup: Arc::new(setup), live: Mutex::default(), making: Arc::default() })
     }
 
     fn dir(&self, vm: &VmName) -> String {
@@ -122,8 +124,13 @@ impl VmProvider for Host {
     }
 
     async fn create(&self, vm: &VmName, _image: &Digest, _shape: &Shape) -> Result<(), VmError> {
-        let dir = vm_dir(&self.setup.state_dir, vm);
+        let (dir, making, name) = (vm_dir(&self.setup.state_dir, vm), Arc::clone(&self.making), vm.clone());
+        lock(&making).insert(name.clone());
         blocking(move || {
+            let mut making = lock(&making);
+            if !making.remove(&name) {
+                return Err(VmError::farm(VmFault::Start, "it was destroyed before it was made"));
+            }
             let made = ["", "inbox", "work", "home", "tmp"].iter().try_for_each(|part| make_private(&dir.join(part)));
             made.map_err(|error| VmError::io(VmFault::Start, "make the VM's directory", &error))
         })
@@ -143,8 +150,8 @@ impl VmProvider for Host {
             running: TaskTracker::new(),
         });
         let spare = guest.start_guard()?;
-        *guest.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare);
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).insert(vm.clone(), Arc::clone(&guest));
+        *lock(&guest.spare) = Some(spare);
+        lock(&self.live).insert(vm.clone(), Arc::clone(&guest));
         Ok(guest)
     }
 
@@ -159,14 +166,15 @@ impl VmProvider for Host {
     }
 
     async fn destroy(&self, vm: &VmName) -> Result<(), VmError> {
-        let guest = self.live.lock().unwrap_or_else(PoisonError::into_inner).remove(vm);
+        let guest = lock(&self.live).remove(vm);
         if let Some(guest) = guest {
             guest.end().await;
         }
         let dir = vm_dir(&self.setup.state_dir, vm);
         let mark = self.dir(vm);
-        let name = vm.clone();
+        let (name, making) = (vm.clone(), Arc::clone(&self.making));
         blocking(move || {
+            lock(&making).remove(&name);
             let records = files::records(&dir);
             // A guard that ended by itself has left no record and nothing alive.
             if !records.is_empty() && !guard::sweep(&records, &mark, KILL_BUDGET) {
@@ -197,7 +205,7 @@ impl HostGuest {
 
     /// Takes the guard that waits, if it still lives, or starts one.
     fn take_guard(&self) -> Result<Leash, VmError> {
-        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut spare = lock(&self.spare).take();
         match spare.take_if(Leash::lives) {
             Some(spare) => Ok(spare),
             None => self.start_guard(),
@@ -206,7 +214,7 @@ impl HostGuest {
 
     async fn end(&self) {
         self.doom.cancel();
-        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let spare = lock(&self.spare).take();
         if let Some(spare) = spare {
             spare.drop_unused().await;
         }
@@ -285,6 +293,10 @@ impl Guest for HostGuest {
         let root = PathBuf::from(&self.workspace);
         blocking(move || files::list(&root, &rules)).await
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn make_private(dir: &Path) -> std::io::Result<()> {

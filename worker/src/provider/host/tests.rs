@@ -213,6 +213,33 @@ async fn a_guard_kills_at_the_fence_without_being_told() {
     assert_eq!(finish(exec).await.1, ExecOutput::Exit(Exit::Signal(9)));
 }
 
+#[test]
+fn a_vm_that_is_given_up_before_it_is_made_leaves_nothing() {
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+    runtime.block_on(async {
+        let fixture = Fixture::new();
+        let (vm, image, shape) = (VmName::mint(7, 2), Digest::of(b"any"), Shape::default());
+        for destroyed_first in [false, true] {
+            // The one thread for files is busy.
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || wait.recv());
+            let mut make = Box::pin(fixture.host.create(&vm, &image, &shape));
+            assert!(futures_util::poll!(&mut make).is_pending());
+            drop(make);
+            if destroyed_first {
+                lock(&fixture.host.making).remove(&vm);
+            }
+            go.send(()).unwrap();
+            busy.await.unwrap().unwrap();
+            if !destroyed_first {
+                fixture.host.destroy(&vm).await.unwrap();
+            }
+            // Behind all work before it.
+            assert_eq!(fixture.host.list().await.unwrap(), [], "destroyed first: {destroyed_first}");
+        }
+    });
+}
+
 #[tokio::test]
 async fn destroy_kills_and_removes_and_may_be_asked_twice() {
     let fixture = Fixture::new();
