@@ -165,7 +165,7 @@ fn a_guest_without_namespaces_is_a_directory_and_ends_with_its_run() {
     assert_eq!(run.shell("cat \"$HOME/../../Volumes/My Shared Files/file\"").ok(), "shared\n");
     run.shell("setsid sleep 4321 >/dev/null 2>&1 </dev/null &").ok();
     let left = || kit.host().processes().iter().filter(|found| found.line.contains("sleep 4321")).count();
-    assert_eq!(left(), 1);
+    kit.wait_for("what the guest started runs", || left() == 1);
     run.signal(nix::sys::signal::Signal::SIGKILL);
     run.end();
     kit.wait_for("what the guest started is gone", || left() == 0);
