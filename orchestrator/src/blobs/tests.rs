@@ -168,6 +168,9 @@ async fn an_upload_that_several_finish_at_once_is_finished_for_each_of_them() {
         let done = futures_util::future::join_all((0..4).map(|_| blobs.finish(&key, digest))).await;
         assert!(done.iter().all(|done| done.as_ref().is_ok_and(|done| done.sha256 == digest)), "{len}: {done:?}");
         assert_eq!(gather(blobs.read(&key, 0..len as u64).await).await, bytes);
+        // Nobody registered it, and its last byte comes again, of which nothing is new.
+        assert_eq!(blobs.append(&key, len as u64, body(vec![Ok(Bytes::new())])).await.unwrap(), len as u64);
+        assert_eq!(blobs.finish(&key, digest).await.unwrap().sha256, digest);
     }
 }
 
