@@ -262,6 +262,16 @@ pub struct Cut {
     pub disk_full: bool,
 }
 
+/// What stands behind the head of a log that was cut.
+struct LogEnd {
+    /// A line that counts what is missing, if anything is, then the end of the log.
+    whole: Vec<u8>,
+    /// What stands there if that has no room: the line alone.
+    alone: Vec<u8>,
+    /// Bytes of the log at the end of `whole`.
+    kept: u64,
+}
+
 /// Where appended bytes go: to the log up to the cap, then into a ring that remembers only the end.
 #[derive(Debug)]
 struct Cap {
@@ -314,10 +324,16 @@ impl Cap {
         self.dropped += (over + bytes.len() - kept.len()) as u64;
     }
 
-    /// What stands after the head: a line that counts what is missing, then the end of the log. And what stands there if that
-    /// has no room: the line alone.
-    fn take_end(&mut self) -> (Vec<u8>, Vec<u8>) {
+    /// Not even the end of the log has room.
+    fn lose_end(&mut self, end: &LogEnd) {
+        self.dropped += end.kept;
+        self.disk_full = true;
+    }
+
+    /// What stands after the head.
+    fn take_end(&mut self) -> LogEnd {
         self.sealed = true;
+        let kept = self.ring.len() as u64;
         let ring = std::mem::take(&mut self.ring);
         let line = |dropped: u64, rest: &str| format!("\n[alloy: {dropped} bytes of log are left out here{rest}]\n");
         let mut end = Vec::new();
@@ -326,7 +342,7 @@ impl Cap {
         }
         let alone = line(self.dropped + ring.len() as u64, ", to its end: the disk is full").into_bytes();
         end.extend(ring);
-        (end, alone)
+        LogEnd { whole: end, alone, kept }
     }
 }
 

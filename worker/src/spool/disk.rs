@@ -154,9 +154,12 @@ impl Disk {
         {
             let mut cap = lock(&entry.cap);
             if !cap.sealed {
-                let (end, alone) = cap.take_end();
-                match entry.extend_log(&mut cap, &end) {
-                    Err(error) if is_full(&error) => entry.extend_log(&mut cap, &alone)?,
+                let end = cap.take_end();
+                match entry.extend_log(&mut cap, &end.whole) {
+                    Err(error) if is_full(&error) => {
+                        entry.extend_log(&mut cap, &end.alone)?;
+                        cap.lose_end(&end);
+                    }
                     done => done?,
                 }
             }

@@ -116,7 +116,7 @@ impl Mem {
         self.with(at, |entry| {
             if !entry.cap.sealed {
                 self.disk.room()?;
-                let (end, _) = entry.cap.take_end();
+                let end = entry.cap.take_end().whole;
                 entry.cap.len += end.len() as u64;
                 entry.log.extend(end);
             }

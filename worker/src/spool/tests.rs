@@ -133,7 +133,7 @@ fn a_log_beyond_its_cap_keeps_its_head_and_its_end_and_counts_the_rest() {
             cap.keep(later);
             rest = after;
         }
-        log.extend(cap.take_end().0);
+        log.extend(cap.take_end().whole);
         let dropped = total.saturating_sub(1_000 + tail);
         assert_eq!(cap.cut(), (dropped > 0).then_some(Cut { bytes: dropped, disk_full: false }));
         let mut want = all[..all.len().min(1_000)].to_vec();
@@ -359,10 +359,15 @@ async fn what_stays_free_is_for_reports_and_for_the_end_of_a_log() {
 }
 
 #[test]
-fn a_log_whose_end_has_no_room_either_says_so_in_one_line() {
-    let mut cap = Cap::new(0);
-    cap.keep(&vec![b'x'; limits::LOG_TAIL as usize + 5]);
-    let (_, alone) = cap.take_end();
-    let text = String::from_utf8(alone).unwrap();
-    assert_eq!(text, "\n[alloy: 1048581 bytes of log are left out here, to its end: the disk is full]\n");
+fn a_log_whose_end_has_no_room_either_says_so_in_one_line_and_counts_it_as_cut() {
+    for (len, cut) in [(limits::LOG_TAIL + 5, Some(5)), (7, None)] {
+        let mut cap = Cap::new(0);
+        cap.keep(&vec![b'x'; len as usize]);
+        assert_eq!(cap.cut().map(|cut| cut.bytes), cut, "as long as its end has room");
+        let end = cap.take_end();
+        let text = String::from_utf8(end.alone.clone()).unwrap();
+        assert_eq!(text, format!("\n[alloy: {len} bytes of log are left out here, to its end: the disk is full]\n"));
+        cap.lose_end(&end);
+        assert_eq!(cap.cut(), Some(Cut { bytes: len, disk_full: true }));
+    }
 }
