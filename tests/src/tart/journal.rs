@@ -68,6 +68,9 @@ fn begin(path: &Path, sim: &Sim, words: &[String]) -> std::io::Result<(File, u64
 
 /// Every invocation so far.
 pub fn read(path: &Path) -> std::io::Result<Vec<Entry>> {
+    // Whoever begins a line holds it until the line is whole.
+    let held = lock::exclusive_file(path)?;
     let text = std::fs::read_to_string(path)?;
+    drop(held);
     text.lines().map(|line| serde_json::from_str(line).map_err(std::io::Error::other)).collect()
 }
