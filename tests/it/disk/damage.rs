@@ -5,6 +5,7 @@ use std::fs;
 use alloy_tests::chaos::Dice;
 use alloy_tests::farm::{Farm, Setup, full};
 use alloy_tests::load::{check, submit};
+use alloy_tests::observe::{Api, now};
 use anyhow::{Context as _, Result};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -12,6 +13,7 @@ async fn a_worker_with_damaged_records_starts_and_its_jobs_are_tried_again() -> 
     let mut farm = Farm::start(Setup { workers: 1, slots: 2, time_scale: 1, ..Setup::default() }).await?;
     let mut dice = Dice::from_environment();
     let (mut done, often) = ([0; HARMS.len()], if full() { 8 } else { 1 });
+    let lasts = time_of_a_job(&farm.api()).await?;
     let mut round = 0;
     while done.iter().any(|times| *times < often) {
         round += 1;
@@ -19,7 +21,7 @@ async fn a_worker_with_damaged_records_starts_and_its_jobs_are_tried_again() -> 
         let api = farm.api();
         let ids =
             [submit(&api, 2 * round).await.context("taken")?, submit(&api, 2 * round + 1).await.context("taken")?];
-        dice.instant(400).await;
+        dice.instant(lasts).await;
         farm.kill_worker(0);
         let state = farm.worker_dir(0);
         let all = fs::read_dir(state.join("spool"))?.flatten();
@@ -45,11 +47,18 @@ async fn a_worker_with_damaged_records_starts_and_its_jobs_are_tried_again() -> 
     Ok(())
 }
 
+/// How long, in milliseconds, a record is there to be harmed.
+async fn time_of_a_job(api: &Api) -> Result<u64> {
+    let from = now();
+    check(api, &submit(api, 0).await.context("taken")?, 0).await?;
+    Ok(u64::try_from(from.elapsed().as_millis())?.max(2))
+}
+
 /// What a failing disk does to a record.
 const HARMS: [&str; 6] =
     ["a torn journal", "a wrong byte", "no journal", "no log", "an empty log", "a file in place of the directory"];
-/// A record is there to be harmed in most rounds.
-const ROUNDS_MAX: u64 = 60;
+/// A record is there to be harmed in many rounds.
+const ROUNDS_MAX: u64 = 120;
 
 /// False if there was nothing to harm: the record may have been deleted meanwhile.
 fn harm(attempt: &std::path::Path, kind: usize, dice: &mut Dice) -> bool {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use alloy_tests::farm::{Farm, Setup, full};
 use alloy_tests::inject::{Fault, Injected, injected};
-use alloy_tests::load::{check, submit};
+use alloy_tests::load::{check, check_or_cut, submit};
 use alloy_tests::mount::skipped;
 use alloy_tests::observe::{Api, is_terminal, until};
 use anyhow::{Context as _, Result, ensure};
@@ -201,7 +201,7 @@ async fn no_job_is_lost_when_the_disk_of_its_worker_fails() -> Result<()> {
             let cell: &mut (usize, usize) = hits.entry((calls, error)).or_default();
             *cell = (cell.0 + count, cell.1 + usize::from(ended));
             for (id, seed) in jobs {
-                check(&api, &id, seed).await.with_context(|| format!("{fault:?}"))?;
+                check_or_cut(&api, &id, seed).await.with_context(|| format!("{fault:?}"))?;
             }
         }
     }
