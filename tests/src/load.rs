@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::farm::bin_dir;
-use crate::noise::{sha256, sha256_of};
+use crate::noise::{blocks, sha256, sha256_of};
 use crate::observe::{Api, is_terminal};
 
 /// Of each log, and of each artifact.
@@ -54,10 +54,28 @@ pub async fn check_or_cut(api: &Api, id: &str, seed: u64) -> Result<()> {
         return check(api, id, seed).await.map(drop);
     }
     ensure!(job["state"] == "succeeded", "seed {seed}: {job}");
-    let log = api.log(id).await?;
-    let text = String::from_utf8_lossy(&log);
-    ensure!(text.contains("bytes of log are left out here"), "{id} is cut and its log does not say so");
+    ensure!(
+        is_cut_of(&api.log(id).await?, seed),
+        "{id}, seed {seed}: its log is cut, and is not what the job wrote less what it names"
+    );
     check_artifact(api, id, seed).await
+}
+
+/// The log of `seed` with a line that says how many bytes are missing in its place.
+fn is_cut_of(log: &[u8], seed: u64) -> bool {
+    let whole: Vec<u8> = blocks(seed, LOG).flatten().collect();
+    let Some((head, rest)) = split(log, b"\n[alloy: ") else { return false };
+    let Some((dropped, rest)) = split(rest, b" bytes of log are left out here, ") else { return false };
+    let Some((_, tail)) = split(rest, b"]\n") else { return false };
+    let dropped: Option<usize> = std::str::from_utf8(dropped).ok().and_then(|count| count.parse().ok());
+    dropped.is_some_and(|dropped| head.len() + dropped + tail.len() == whole.len())
+        && whole.starts_with(head)
+        && whole.ends_with(tail)
+}
+
+fn split<'a>(bytes: &'a [u8], at: &[u8]) -> Option<(&'a [u8], &'a [u8])> {
+    let found = bytes.windows(at.len()).position(|window| window == at)?;
+    Some((&bytes[..found], &bytes[found + at.len()..]))
 }
 
 /// The log and the artifact of a job that has ended.
@@ -140,4 +158,24 @@ async fn ended(api: &Api, id: &str) -> Result<Vec<Value>> {
     let events = api.events(id).await?;
     events.last().filter(|event| event["kind"] == "finished").context("its last event is its end")?;
     Ok(events)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_is_cut_only_as_it_says() {
+        let whole: Vec<u8> = blocks(7, LOG).flatten().collect();
+        let cut = |head: usize, named: usize, tail: usize, rest: &str| {
+            let line = format!("\n[alloy: {named} bytes of log are left out here, {rest}]\n");
+            [&whole[..head], line.as_bytes(), &whole[whole.len() - tail..]].concat()
+        };
+        let all = whole.len();
+        assert!(is_cut_of(&cut(30, all - 50, 20, "its last 20 follow"), 7));
+        assert!(is_cut_of(&cut(30, all - 30, 0, "to its end: the disk is full"), 7));
+        assert!(!is_cut_of(&cut(30, all - 51, 20, "its last 20 follow"), 7), "a byte is missing");
+        assert!(!is_cut_of(&cut(30, all - 50, 20, "its last 20 follow"), 8), "other bytes");
+        assert!(!is_cut_of(&whole, 7), "nothing is named");
+    }
 }
