@@ -231,13 +231,16 @@ impl Attempt {
 
     /// Numbers a report and asks for it to be put on disk. Nothing follows a result or a fence.
     pub(super) fn report(&mut self, report: Report) -> Option<Effect> {
+        if let Report::Result(result) = &report {
+            // The end of the log is on the disk, also of an attempt whose result nobody wants any more.
+            self.log.spooled = self.log.spooled.max(result.log_len);
+        }
         if self.result.is_some() || self.fenced || !self.is_running() {
             return None;
         }
         let seq = self.reports.newest + 1;
         self.reports.newest = seq;
         if let Report::Result(result) = &report {
-            self.log.spooled = self.log.spooled.max(result.log_len);
             self.result = Some(Ended::new(seq, result.log_len));
         }
         self.reports.queue.push_back((seq, report.clone()));

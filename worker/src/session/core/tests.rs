@@ -517,8 +517,9 @@ fn cancel_and_fence_are_said_often_and_done_once() {
     let kill = Effect::Stop { attempt: AT, how: Stop::Kill(KillReason::Fenced) };
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [kill]);
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), []);
-    bench.give(Input::Spooled { attempt: AT, len: 10 });
+    bench.give(Input::Spooled { attempt: AT, len: 6 });
     assert!(!bench.core.has_log(), "a fenced attempt says nothing more while it runs");
+    assert_eq!(bench.give(report(result(10))), [], "it has no result any more; its log has got its end");
     let effects = bench.give(Input::Closed { attempt: AT, teardown_ms: 1 });
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [], "said before the farm heard that it is lost");
     let lost = |effect: &Effect| match effect {
