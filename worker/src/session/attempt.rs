@@ -323,6 +323,7 @@ impl Attempt {
                 result.acked = true;
                 // With the result all before it is durable.
                 self.reports.ack(result.seq, now, &mut self.log.moved_at);
+                self.log.ack(result.log_len, now);
                 self.talking = true;
             }
             // The job ended without us; nothing of ours is wanted any more.
@@ -356,7 +357,7 @@ impl Attempt {
             }
             let waits = match &self.result {
                 Some(end) if end.seq == *seq => {
-                    end.acked || end.uploading || end.not_before > now || self.log.sent < end.log_len
+                    end.acked || end.uploading || end.not_before > now || self.log.sent < self.log.spooled
                 }
                 Some(_) | None => false,
             };
@@ -367,9 +368,11 @@ impl Attempt {
             let report = report.clone();
             out.push(Effect::Send(ToOrchestrator::Report { attempt: self.at, seq: *seq, report }));
         }
+        // A disk whose sync failed may have more of a log than the result speaks of.
+        let whole = self.log.durable >= self.log.spooled;
         let teardown_ms = match (self.stage, &self.result) {
-            (Stage::Closed { teardown_ms }, Some(end)) if end.acked => teardown_ms,
-            (Stage::Lost, _) if self.handle.is_some() && self.log.durable >= self.log.spooled => 0,
+            (Stage::Closed { teardown_ms }, Some(end)) if end.acked && (whole || self.handle.is_none()) => teardown_ms,
+            (Stage::Lost, _) if self.handle.is_some() && whole => 0,
             (Stage::Running(_) | Stage::Closed { .. } | Stage::Lost, _) => return false,
         };
         let log_len = self.log.spooled;

@@ -7,6 +7,7 @@ use alloy_shared::wire::session::{HeldState, SlotState};
 
 use super::*;
 
+mod earlier;
 mod walk;
 
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(9), attempt: 1 };
@@ -544,38 +545,6 @@ fn a_fenced_attempt_whose_log_is_not_taken_is_forgotten() {
     bench.give(order(Order::Fence { attempt: AT }));
     bench.give(Input::Closed { attempt: AT, teardown_ms: 1 });
     bench.give(order(Order::Continue { attempt: AT, handle: 9, log_durable: 0, seq: 0 }));
-    assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [Effect::Forget { attempt: AT }]);
-}
-
-#[test]
-fn what_an_earlier_daemon_left_is_finished() {
-    let go_on = |log_durable, seq| order(Order::Continue { attempt: AT, handle: 3, log_durable, seq });
-    // Lost: its tail is sent, and it is forgotten once that is durable.
-    let mut bench = Bench::new(vec![(held(HeldState::Lost, 500, 2), vec![(1, Report::Accepted), (2, phase())])]);
-    bench.give(Input::Tick);
-    bench.give(Input::Linked);
-    let effects = bench.give(Input::Heard(ToWorker::Challenge { nonce: "n".into() }));
-    let [Effect::Hello { held: said, .. }] = &effects[..] else { panic!("{effects:?}") };
-    assert_eq!(said, &[held(HeldState::Lost, 500, 2)]);
-    bench.give(welcome());
-    assert_eq!(bench.give(go_on(200, 1)), []);
-    assert_eq!(logs(&bench.give(Input::Room)), Some((3, 200, 300)));
-    let effects = bench.give(Input::Heard(ToWorker::LogAck { attempt: AT, durable: 500 }));
-    assert!(closes(&effects) && forgets(&effects), "{effects:?}");
-
-    // Its result is on disk: it is sent again with whatever was not acknowledged.
-    let reports = vec![(1, Report::Accepted), (2, phase()), (3, result(500))];
-    let mut bench = Bench::new(vec![(held(HeldState::ResultPending, 500, 3), reports)]);
-    bench.give(Input::Tick);
-    bench.link();
-    assert_eq!(sent(&bench.give(go_on(200, 1))), [2]);
-    assert_eq!(sent(&bench.give(Input::Room)), [3]);
-    let effects = bench.give(order(Order::ResultAck { attempt: AT }));
-    assert!(closes(&effects) && forgets(&effects), "{effects:?}");
-
-    let mut bench = Bench::new(vec![(held(HeldState::Lost, 500, 2), vec![])]);
-    bench.give(Input::Tick);
-    bench.link();
     assert_eq!(bench.give(order(Order::Fence { attempt: AT })), [Effect::Forget { attempt: AT }]);
 }
 
