@@ -399,6 +399,7 @@ const LEGAL: &[(&str, &str, &[&str])] = &[
     ("assigned", "assigned", &["assigned"]),
     ("assigned", "accepted", &["running"]),
     ("running", "phase", &["running"]),
+    ("canceling", "accepted", &["canceling"]),
     ("canceling", "phase", &["canceling"]),
     ("running", "artifact", &["running"]),
     ("canceling", "artifact", &["canceling"]),
