@@ -14,6 +14,7 @@ use globset::{GlobBuilder, GlobMatcher};
 use crate::ctx::Ctx;
 use crate::provider::{ArtifactRule, Guest, GuestFile, Listing, RuleKind, Unfit, VmError};
 use crate::session::Input;
+use crate::spool::SpoolFile;
 use crate::upstream::{Grant, TransferError};
 
 /// Artifacts of one attempt that are on their way at once.
@@ -85,8 +86,24 @@ async fn deliver(
     if len != size {
         return Err(CollectError::Changed(path));
     }
-    ctx.upstream.put(grant, &ctx.spool.stashed(grant.attempt, &sha256)).await.map_err(CollectError::Transfer)?;
+    put(ctx, grant, &ctx.spool.stashed(grant.attempt, &sha256)).await?;
     Ok(ArtifactReport { path, size, sha256, mode, link: None })
+}
+
+/// A farm that is away is waited for, as long as collecting may take: the build itself is done.
+async fn put(ctx: &Ctx, grant: &Grant, file: &SpoolFile) -> Result<(), CollectError> {
+    loop {
+        match ctx.upstream.put(grant, file).await {
+            Ok(_) => return Ok(()),
+            Err(TransferError::Broken(why)) => {
+                tracing::warn!(attempt = %grant.attempt, why, "an artifact cannot be delivered at the moment; trying again");
+                ctx.env.sleep_until(ctx.env.now().mono + ctx.limits.heartbeat_ms).await;
+            }
+            Err(error @ (TransferError::Fenced(_) | TransferError::Refused(_) | TransferError::Spool(_))) => {
+                return Err(CollectError::Transfer(error));
+            }
+        }
+    }
 }
 
 /// Reads the rules of a spec.

@@ -51,6 +51,8 @@ struct Attempt {
     grant: Grant,
     timings: Timings,
     claimed: Option<Claimed>,
+    /// What its hook is told of a VM that it has no more.
+    left: Option<BTreeMap<String, String>>,
     /// How the command ended, once it has.
     end: Option<End>,
     /// How the attempt ended, once it has. Absent to its end if nothing is to be said about it.
@@ -84,6 +86,7 @@ async fn run(ctx: Arc<Ctx>, assignment: Assignment, stop: mpsc::Receiver<Stop>) 
         grant,
         timings: Timings::default(),
         claimed: None,
+        left: None,
         end: None,
         told: None,
         artifacts: AtomicU32::new(0),
@@ -283,21 +286,24 @@ impl Attempt {
             Ok(cut) => end.warnings.extend(cut.map(cut_warning)),
             Err(error) => tracing::warn!(attempt = %self.at, %error, "whether the log was cut is not known"),
         }
+        let facts = self.facts();
+        if end.blame() == Some(Blame::Farm) {
+            // It may begin anew elsewhere as soon as this is told: nothing of it runs here by then.
+            self.release().await;
+        }
         let report = Report::Result(Box::new(ResultReport {
             end,
             timings: self.timings.clone(),
             log_len,
             artifacts: self.artifacts.load(Ordering::Relaxed),
-            facts: self.facts(),
+            facts,
         }));
         let _session_is_gone = self.tell(Input::Report { attempt: self.at, report }).await;
     }
 
     async fn teardown(mut self) -> u64 {
         let start = self.mono();
-        if let Some(claimed) = self.claimed.take() {
-            self.give_back(claimed).await;
-        }
+        self.give_back().await;
         self.mono().since(start)
     }
 

@@ -24,31 +24,39 @@ impl Attempt {
         })
     }
 
-    /// Runs the hook of an attempt that has a VM, and gives the VM back. An attempt that is not ours any more loses its VM
-    /// first.
-    pub(super) async fn give_back(&mut self, claimed: Claimed) {
-        let ctx = Arc::clone(&self.ctx);
-        let mut about = self.about(&claimed);
-        let hurried = match &self.told {
-            Some(end) => {
-                about.insert("ALLOY_OUTCOME".to_owned(), end.outcome().to_string());
-                if let Some(reason) = end.reason {
-                    about.insert("ALLOY_REASON".to_owned(), reason.to_string());
-                }
-                if let Some(code) = end.exit_code {
-                    about.insert("ALLOY_EXIT_CODE".to_owned(), code.to_string());
-                }
-                end.reason == Some(Reason::WorkerDrained)
-            }
-            None => true,
-        };
-        if hurried {
-            ctx.pool.release(claimed).await;
-            self.post_job(about, ctx.limits.hook_hurried_ms).await;
-        } else {
-            self.post_job(about, ctx.limits.hook_ms).await;
-            ctx.pool.release(claimed).await;
+    /// Gives the VM back. The hook of its attempt may be still to come.
+    pub(super) async fn release(&mut self) {
+        if let Some(claimed) = self.claimed.take() {
+            self.left = Some(self.about(&claimed));
+            self.ctx.pool.release(claimed).await;
         }
+    }
+
+    /// Runs the hook of an attempt that has a VM or had one, and gives the VM back. An attempt that is not ours any more loses
+    /// its VM first.
+    pub(super) async fn give_back(&mut self) {
+        let hurried = self.told.as_ref().is_none_or(|end| end.reason == Some(Reason::WorkerDrained));
+        if hurried {
+            self.release().await;
+        }
+        let mut about = match (&self.claimed, self.left.take()) {
+            (Some(claimed), _) => self.about(claimed),
+            (None, Some(left)) => left,
+            (None, None) => return,
+        };
+        if let Some(end) = &self.told {
+            about.insert("ALLOY_OUTCOME".to_owned(), end.outcome().to_string());
+            if let Some(reason) = end.reason {
+                about.insert("ALLOY_REASON".to_owned(), reason.to_string());
+            }
+            if let Some(code) = end.exit_code {
+                about.insert("ALLOY_EXIT_CODE".to_owned(), code.to_string());
+            }
+        }
+        let limits = &self.ctx.limits;
+        let within_ms = if hurried { limits.hook_hurried_ms } else { limits.hook_ms };
+        self.post_job(about, within_ms).await;
+        self.release().await;
     }
 
     /// It changes nothing: the job has ended, and its end is told.

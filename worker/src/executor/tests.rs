@@ -35,6 +35,8 @@ struct Farm {
     blobs: HashMap<Digest, Bytes>,
     taken: Mutex<HashMap<Digest, Vec<u8>>>,
     refuses: bool,
+    /// Artifacts whose transfer breaks off.
+    breaks: AtomicU32,
     /// Questions for a manifest that break off.
     cuts: AtomicU32,
 }
@@ -62,6 +64,9 @@ impl Upstream for Farm {
     }
     async fn put(&self, _: &Grant, file: &SpoolFile) -> Result<Digest, TransferError> {
         if self.refuses {
+            return Err(TransferError::Refused("not these".into()));
+        }
+        if self.breaks.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
             return Err(TransferError::Broken("no route".into()));
         }
         let mut pieces = file.open(0).unwrap();
@@ -100,12 +105,17 @@ struct Story {
     artifacts: Vec<String>,
     result: Option<ResultReport>,
     log: String,
+    /// Of the directories that the command named, one was there when its result was told.
+    still_there: bool,
     closed: bool,
 }
 
 impl Rig {
     async fn new(farm: Farm) -> Self {
-        let limits = Limits::default();
+        Self::within(farm, Limits::default()).await
+    }
+
+    async fn within(farm: Farm, limits: Limits) -> Self {
         let fixture = Fixture::new();
         let (tx, inputs) = mpsc::channel(10_000);
         let farm = Arc::new(farm);
@@ -173,6 +183,7 @@ impl Rig {
                 let read = self.ctx.spool.read(AT, 0, 4 << 20, 0).await.unwrap();
                 assert_eq!(read.len() as u64, result.log_len, "the result comes after the last byte");
                 story.log = String::from_utf8(read.to_vec()).unwrap();
+                story.still_there = story.log.lines().any(|line| std::path::Path::new(line).is_dir());
                 assert!(story.result.replace(*result).is_none());
             }
             Input::Spooled { len, .. } => {
@@ -345,6 +356,25 @@ async fn an_artifact_that_cannot_be_delivered_is_the_farms_fault_and_is_not_coun
 }
 
 #[tokio::test]
+async fn a_farm_that_is_away_when_an_artifact_is_ready_is_waited_for() {
+    let soon = Limits { heartbeat_ms: 10, ..Limits::default() };
+    let mut rig = Rig::within(Farm { breaks: 3.into(), ..Farm::default() }, soon).await;
+    let story = rig.run(with_artifacts("echo x > a", &["a"]), None).await;
+    assert_eq!((end(&story), story.artifacts), ((None, Some(0)), vec!["a".to_owned()]));
+}
+
+#[tokio::test]
+async fn when_the_farm_may_begin_a_job_anew_nothing_of_it_is_left_here() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let stop = Stop::Kill(KillReason::Shutdown);
+    let story = rig.run(assignment("pwd; echo up; sleep 600"), Some(("up", stop))).await;
+    assert_eq!((end(&story).0, story.still_there), (Some(Reason::WorkerDrained), false));
+    rig.ctx.spool.remove(AT).await.unwrap();
+    let story = rig.run(assignment("pwd; exit 3"), None).await;
+    assert_eq!((end(&story).1, story.still_there), (Some(3), true), "who waits for the end does not wait for the rest");
+}
+
+#[tokio::test]
 async fn a_canceled_command_has_its_grace_and_its_artifacts() {
     let mut rig = Rig::new(Farm::default()).await;
     let line = "trap 'echo bye; echo x > late; exit 0' TERM; echo up; while :; do sleep 0.01; done";
@@ -469,6 +499,7 @@ async fn a_command_that_never_pauses_meets_its_time_out() {
         stop: mpsc::channel(1).1,
         timings: Timings::default(),
         claimed: Some(claimed),
+        left: None,
         end: None,
         told: None,
         artifacts: AtomicU32::new(0),
