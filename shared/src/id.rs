@@ -123,6 +123,58 @@ id!(/** A tenant. */ OrgId, "an organisation id", "org_");
 id!(/** A credential's public name. */ TokenId, "a token id", "tok_");
 id!(/** One run of a worker daemon, from start to end. */ BootId, "a boot id", "boot_");
 
+/// A person, by the id that the sign-in service gave: a UUID, written in lower case with hyphens.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UserId(u128);
+
+impl UserId {
+    pub const fn from_raw(raw: u128) -> Self {
+        Self(raw)
+    }
+    pub const fn raw(self) -> u128 {
+        self.0
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hex = format!("{:032x}", self.0);
+        write!(f, "{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+    }
+}
+
+impl fmt::Debug for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for UserId {
+    type Err = BadName;
+    fn from_str(text: &str) -> Result<Self, BadName> {
+        let hyphen = |at: usize| matches!(at, 8 | 13 | 18 | 23);
+        let fits = |(at, c): (usize, u8)| if hyphen(at) { c == b'-' } else { c.is_ascii_hexdigit() };
+        if text.len() != 36 || !text.bytes().enumerate().all(fits) {
+            return Err(bad("a user id", "is a UUID, like 3f0c2f1e-8a51-4c1e-9d0b-6f1f3f0f9a11"));
+        }
+        let hex: String = text.chars().filter(|c| *c != '-').collect();
+        u128::from_str_radix(&hex, 16).map(Self).map_err(|_| bad("a user id", "is a UUID"))
+    }
+}
+
+impl Serialize for UserId {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for UserId {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// So many last characters of a job's id are enough to name it.
 pub const ENDING_CHARS: usize = 6;
 const ENDING_MASK: u32 = (1 << (5 * ENDING_CHARS)) - 1;
@@ -345,6 +397,19 @@ mod tests {
         assert_eq!(early.to_string().parse::<JobId>().unwrap(), early);
         assert_eq!(early.to_string().len(), 4 + 26);
         assert!(early < late && early.to_string() < late.to_string());
+    }
+
+    #[test]
+    fn a_user_id_is_a_uuid_in_lower_case() {
+        let text = "3f0c2f1e-8a51-4c1e-9d0b-6f1f3f0f9a11";
+        let id: UserId = text.to_uppercase().parse().unwrap();
+        assert_eq!((id, id.to_string().as_str()), (text.parse().unwrap(), text));
+        assert_eq!(UserId::from_raw(1).to_string(), "00000000-0000-0000-0000-000000000001");
+        for bad in
+            ["", "me", "3f0c2f1e8a514c1e9d0b6f1f3f0f9a11", &text[1..], &text.replace('3', "+"), &text.replace('-', "0")]
+        {
+            assert!(bad.parse::<UserId>().is_err(), "{bad}");
+        }
     }
 
     #[test]

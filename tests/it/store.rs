@@ -11,6 +11,7 @@ mod given;
 mod read;
 mod schema;
 mod speed;
+mod supabase;
 mod walk;
 mod write;
 

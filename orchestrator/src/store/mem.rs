@@ -4,14 +4,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, TokenId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, TokenId, UserId, WorkerId};
 use alloy_shared::secret::TokenKind;
 use async_trait::async_trait;
 
 use super::write::{Advance, CloseAttempt, Enrol, IdempotencyKey, InsertJob, OpenSession};
 use super::{
-    Artifact, Attempt, Blob, BlobKind, Committed, Group, Guard, ImageRow, Job, JobEventRow, JobFilter, Miss, Scope,
-    Store, StoreError, TokenRow, Worker, Write,
+    Artifact, Attempt, Blob, BlobKind, Committed, Group, Guard, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Miss,
+    Scope, Store, StoreError, TokenRow, Worker, Write,
 };
 
 #[derive(Debug, Default)]
@@ -27,6 +27,7 @@ struct Tables {
     keys: BTreeMap<(OrgId, String, String), (JobId, Digest)>,
     workers: BTreeMap<WorkerId, Worker>,
     tokens: BTreeMap<TokenId, TokenRow>,
+    members: BTreeMap<(UserId, OrgId), MemberRow>,
     blobs: BTreeMap<(Digest, BlobKind, OrgId), Blob>,
     images: BTreeMap<(OrgId, String), ImageRow>,
     meta: BTreeMap<String, String>,
@@ -83,6 +84,13 @@ impl Tables {
                 token.revoked_at = token.revoked_at.or(Some(*at));
                 Ok(0)
             }
+            Write::SetMember(row) => {
+                let known = self.members.entry((row.user, row.org)).or_insert_with(|| row.clone());
+                known.role = row.role;
+                known.email = row.email.clone().or(known.email.take());
+                Ok(0)
+            }
+            Write::DropMember { org, user } => self.members.remove(&(*user, *org)).map(|_| 0).ok_or(Miss::Stale),
             Write::SetImage(row) => {
                 let place = (row.org, row.name.clone());
                 if self.images.get(&place).is_some_and(|known| known.generation > row.generation) {
@@ -345,6 +353,22 @@ impl Store for MemStore {
         let mut shown: Vec<TokenRow> = shown.cloned().collect();
         shown.sort_by_key(|token| std::cmp::Reverse((token.created_at, token.id)));
         Ok(shown)
+    }
+
+    async fn memberships(&self, user: &UserId) -> Result<Vec<MemberRow>, StoreError> {
+        let (from, to) = (OrgId::from_raw(0), OrgId::from_raw(u128::MAX));
+        let tables = self.tables();
+        let mut own: Vec<MemberRow> =
+            tables.members.range((*user, from)..=(*user, to)).map(|(_, row)| row.clone()).collect();
+        own.sort_by_key(|row| (row.created_at, row.org));
+        Ok(own)
+    }
+
+    async fn members(&self, scope: &Scope) -> Result<Vec<MemberRow>, StoreError> {
+        let tables = self.tables();
+        let mut seen: Vec<MemberRow> = tables.members.values().filter(|row| scope.sees(row.org)).cloned().collect();
+        seen.sort_by_key(|row| (row.created_at, row.user, row.org));
+        Ok(seen)
     }
 
     async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError> {

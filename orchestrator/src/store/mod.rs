@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, TokenId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, TokenId, UserId, WorkerId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::image::ImageWant;
@@ -147,6 +147,16 @@ pub struct TokenRow {
     pub used_by: Option<WorkerId>,
 }
 
+/// A person who signs in elsewhere, and what they may do in one organisation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberRow {
+    pub user: UserId,
+    pub org: OrgId,
+    pub role: Role,
+    pub email: Option<String>,
+    pub created_at: Ms,
+}
+
 /// What the farm wishes of one image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageRow {
@@ -245,6 +255,10 @@ pub trait Store: Send + Sync {
     async fn token(&self, hash: &Digest) -> Result<Option<TokenRow>, StoreError>;
     /// Newest first, join tokens left out.
     async fn tokens(&self, scope: &Scope) -> Result<Vec<TokenRow>, StoreError>;
+    /// In every organisation that this person belongs to, the oldest first.
+    async fn memberships(&self, user: &UserId) -> Result<Vec<MemberRow>, StoreError>;
+    /// Oldest first.
+    async fn members(&self, scope: &Scope) -> Result<Vec<MemberRow>, StoreError>;
     /// By name.
     async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError>;
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError>;

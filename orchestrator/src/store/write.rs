@@ -1,9 +1,9 @@
 //! T: writes as values. A [`Group`] happens whole or not at all; what a group may touch is checked by its guards.
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, UserId, WorkerId};
 
-use super::{Artifact, Attempt, Blob, ImageRow, Job, JobEventRow, TokenRow, Worker};
+use super::{Artifact, Attempt, Blob, ImageRow, Job, JobEventRow, MemberRow, TokenRow, Worker};
 
 /// All of it or nothing of it. The guarded write comes first.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,6 +34,13 @@ pub enum Write {
         org: OrgId,
         id: alloy_shared::id::TokenId,
         at: Ms,
+    },
+    /// Makes somebody a member, or changes what they may do. Who is one already keeps the time, and the email if the new row
+    /// has none.
+    SetMember(MemberRow),
+    DropMember {
+        org: OrgId,
+        user: UserId,
     },
     /// Misses with `Stale` if the image has a newer wish.
     SetImage(ImageRow),

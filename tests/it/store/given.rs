@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{AttemptRef, DEFAULT_ORG, Digest, JobId, Labels, OrgId, TokenId, WorkerId};
+use alloy_shared::id::{AttemptRef, DEFAULT_ORG, Digest, JobId, Labels, OrgId, TokenId, UserId, WorkerId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::image::ImageWant;
@@ -13,7 +13,7 @@ use alloy_shared::wire::vm::VmStages;
 use orchestrator::job::{Lease, State, Step, Then, Tries};
 use orchestrator::store::write::{Advance, Enrol, IdempotencyKey, InsertJob};
 use orchestrator::store::{
-    Artifact, Attempt, Blob, BlobKind, Guard, ImageRow, Job, JobEventRow, Place, TokenRow, Worker, Write,
+    Artifact, Attempt, Blob, BlobKind, Guard, ImageRow, Job, JobEventRow, MemberRow, Place, TokenRow, Worker, Write,
 };
 
 pub(super) const OTHER_ORG: OrgId = OrgId::from_raw(DEFAULT_ORG.raw() + 1);
@@ -200,6 +200,16 @@ pub(super) fn image(name: &str, generation: i64) -> ImageRow {
         labels,
         generation,
         at: Ms(8),
+    }
+}
+
+pub(super) fn member(n: usize) -> MemberRow {
+    MemberRow {
+        user: UserId::from_raw(n as u128),
+        org: DEFAULT_ORG,
+        role: Role::Developer,
+        email: Some(format!("{n}@farm.test")),
+        created_at: Ms(n as i64),
     }
 }
 

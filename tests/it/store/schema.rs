@@ -201,6 +201,9 @@ const ILLEGAL: &[&str] = &[
     "UPDATE images SET want = 'absent', pinned = TRUE",
     "UPDATE images SET generation = 0",
     "UPDATE images SET name = ''",
+    "UPDATE members SET role = 'root'",
+    "UPDATE members SET user_id = 'me'",
+    "UPDATE members SET email = ''",
     "UPDATE meta SET value = NULL",
     "DELETE FROM jobs",
     "INSERT INTO artifacts (job_id, attempt, path, org_id, size_bytes, sha256, mode) VALUES ('j', 1, 'p', 'o', 1, 'x', 1)",
@@ -229,6 +232,7 @@ async fn rows_that_no_state_machine_makes_are_refused() {
         put(&**store, Write::AddToken(given::token(1, alloy_shared::secret::TokenKind::Ci))).await.unwrap();
         put(&**store, Write::AddBlobs(vec![given::blob(2, BlobKind::Chunk)])).await.unwrap();
         put(&**store, Write::SetImage(given::image("r/a:1", 1))).await.unwrap();
+        put(&**store, Write::SetMember(given::member(1))).await.unwrap();
         put(&**store, Write::AddMeta { name: "a", value: "b".to_owned() }).await.unwrap();
     }
     for text in ILLEGAL {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId, Labels, TokenId};
+use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId, Labels, TokenId, UserId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::image::ImageWant;
@@ -12,7 +12,8 @@ use alloy_shared::wire::job::StateWord;
 use orchestrator::store::mem::MemStore;
 use orchestrator::store::write::{Advance, CloseAttempt, Enrol, InsertJob, OpenSession, SetWorker};
 use orchestrator::store::{
-    Artifact, Attempt, Blob, BlobKind, Group, Guard, ImageRow, Job, JobFilter, Miss, Place, Scope, Store, Worker, Write,
+    Artifact, Attempt, Blob, BlobKind, Group, Guard, ImageRow, Job, JobFilter, MemberRow, Miss, Place, Scope, Store,
+    Worker, Write,
 };
 
 use super::given::{self, Dice, any_end, any_event, any_job, any_state, any_timings, job_id, org, worker_id};
@@ -128,7 +129,13 @@ async fn any_write(dice: &mut Dice, model: &MemStore) -> Write {
 
 fn any_farm_write(dice: &mut Dice) -> Write {
     let n = dice.below(TOKENS);
-    match dice.below(7) {
+    match dice.below(9) {
+        7 => {
+            let (org, role) = (org(dice.below(2)), dice.of(&Role::ALL));
+            let (email, created_at) = (dice.maybe(Dice::text), dice.ms());
+            Write::SetMember(MemberRow { org, role, email, created_at, ..given::member(dice.below(5)) })
+        }
+        8 => Write::DropMember { org: org(dice.below(2)), user: given::member(dice.below(5)).user },
         5 => {
             let name = dice.of(&["r/a:1", "r/b:1", "base"]);
             let row = given::image(name, 1 + dice.below(9) as i64);
@@ -303,6 +310,7 @@ async fn everything(store: &dyn Store) -> Vec<String> {
         }
         show(&store.workers(scope).await.unwrap());
         show(&store.images(scope).await.unwrap());
+        show(&store.members(scope).await.unwrap());
         show(&store.worker(scope, &worker_id(1)).await.unwrap());
         show(&store.tokens(scope).await.unwrap());
         let digests: Vec<_> = (0..70).rev().map(given::digest).collect();
@@ -314,6 +322,7 @@ async fn everything(store: &dyn Store) -> Vec<String> {
     show(&store.live(Some(job_id(10)), 3).await.unwrap());
     for n in 0..TOKENS {
         show(&store.held(&worker_id(n)).await.unwrap());
+        show(&store.memberships(&UserId::from_raw(n as u128)).await.unwrap());
         show(&store.worker_by_key(&given::digest(n).0).await.unwrap());
         show(&store.token(&given::token(n, TokenKind::Join).hash).await.unwrap());
     }

@@ -3,9 +3,10 @@
 use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, DEFAULT_ORG, Digest, Labels, OrgId};
 use alloy_shared::secret::TokenKind;
+use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::job::{End, EventKind, Reason};
 use orchestrator::store::write::{Advance, CloseAttempt, InsertJob, OpenSession, SetWorker};
-use orchestrator::store::{BlobKind, Group, Guard, ImageRow, Miss, Place, Scope, Write};
+use orchestrator::store::{BlobKind, Group, Guard, ImageRow, MemberRow, Miss, Place, Scope, Write};
 
 use super::given::{self, advance, assigned, attempt, insert, job_id, key, queued, worker_id};
 use super::{on_each, put};
@@ -372,6 +373,33 @@ async fn an_older_wish_for_an_image_changes_nothing() {
         assert_eq!(put(store, drop(OrgId::from_raw(77))).await, Err(Miss::Stale));
         assert_eq!(put(store, drop(given::OTHER_ORG)).await, Ok(0));
         assert_eq!(store.images(&Scope::farm()).await.unwrap(), [pinned]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_member_is_set_again_and_dropped_by_its_own_organisation() {
+    on_each(async |store| {
+        let first = given::member(1);
+        let other = MemberRow { org: given::OTHER_ORG, role: Role::Viewer, ..given::member(1) };
+        for row in [&first, &other, &given::member(2)] {
+            assert_eq!(put(store, Write::SetMember(row.clone())).await, Ok(0));
+        }
+        assert_eq!(store.memberships(&first.user).await.unwrap(), [first.clone(), other.clone()]);
+        assert_eq!(store.memberships(&given::member(3).user).await.unwrap(), []);
+        let own = Scope::org(DEFAULT_ORG);
+        assert_eq!(store.members(&own).await.unwrap(), [first.clone(), given::member(2)]);
+        let raised = MemberRow { role: Role::Admin, email: None, created_at: Ms(99), ..first.clone() };
+        assert_eq!(put(store, Write::SetMember(raised)).await, Ok(0));
+        let kept = MemberRow { role: Role::Admin, ..first.clone() };
+        assert_eq!(store.members(&own).await.unwrap()[0], kept, "the time and the email stay");
+        let drop = |org| Write::DropMember { org, user: first.user };
+        assert_eq!(put(store, drop(OrgId::from_raw(77))).await, Err(Miss::Stale));
+        assert_eq!(
+            (put(store, drop(DEFAULT_ORG)).await, put(store, drop(DEFAULT_ORG)).await),
+            (Ok(0), Err(Miss::Stale))
+        );
+        assert_eq!(store.memberships(&first.user).await.unwrap(), [other]);
     })
     .await;
 }

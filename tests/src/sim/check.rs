@@ -137,6 +137,8 @@ impl Check {
             | Write::RevokeToken { .. }
             | Write::SetImage(_)
             | Write::DropImage { .. }
+            | Write::SetMember(_)
+            | Write::DropMember { .. }
             | Write::AddBlobs(_)
             | Write::AddMeta { .. } => {}
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use alloy_shared::env::{Env, backoff};
-use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
 use alloy_shared::limits::BLOB_MAX;
 use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::session::Link;
@@ -20,8 +20,8 @@ use orchestrator::ops::upload::Depot;
 use orchestrator::session::drive::drive;
 use orchestrator::store::mem::MemStore;
 use orchestrator::store::{
-    Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, Scope, Store,
-    StoreError, TokenRow, Worker,
+    Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Scope,
+    Store, StoreError, TokenRow, Worker,
 };
 use tokio::sync::mpsc;
 use worker::spool::SpoolFile;
@@ -108,6 +108,8 @@ reads! {
     blobs(scope: &Scope, kind: BlobKind, digests: &[Digest]) -> Vec<Blob>;
     token(hash: &Digest) -> Option<TokenRow>;
     tokens(scope: &Scope) -> Vec<TokenRow>;
+    memberships(user: &UserId) -> Vec<MemberRow>;
+    members(scope: &Scope) -> Vec<MemberRow>;
     images(scope: &Scope) -> Vec<ImageRow>;
     meta(name: &str) -> Option<String>;
 }

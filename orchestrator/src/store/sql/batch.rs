@@ -7,7 +7,7 @@ use alloy_shared::limits;
 
 use super::conn::{Args, Conn};
 use super::fault::{Fault, of};
-use super::{blob, farm, image, job};
+use super::{blob, farm, image, job, member};
 use crate::store::{Committed, Group, Miss, StoreError, Write};
 
 super::statements! {
@@ -123,6 +123,8 @@ async fn one(conn: &mut Conn<'_>, write: &Write) -> Result<Result<i64, Miss>, Fa
         Write::Seen { worker, at, left } => farm::seen(conn, worker, *at, *left).await?,
         Write::AddToken(token) => farm::add_token(conn, token).await?,
         Write::RevokeToken { org, id, at } => farm::revoke_token(conn, org, id, *at).await?,
+        Write::SetMember(row) => member::set_member(conn, row).await?,
+        Write::DropMember { org, user } => member::drop_member(conn, org, user).await?,
         Write::SetImage(row) => image::set_image(conn, row).await?,
         Write::DropImage { org, name } => image::drop_image(conn, org, name).await?,
         Write::AddBlobs(blobs) => blob::add(conn, blobs).await?,
@@ -144,6 +146,8 @@ fn number(write: &Write) -> i64 {
         | Write::Seen { .. }
         | Write::AddToken(_)
         | Write::RevokeToken { .. }
+        | Write::SetMember(_)
+        | Write::DropMember { .. }
         | Write::SetImage(_)
         | Write::DropImage { .. }
         | Write::AddBlobs(_)

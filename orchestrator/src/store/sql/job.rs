@@ -121,6 +121,8 @@ pub(super) async fn write(conn: &mut Conn<'_>, writes: &[&Write]) -> Result<bool
             | Write::RevokeToken { .. }
             | Write::SetImage(_)
             | Write::DropImage { .. }
+            | Write::SetMember(_)
+            | Write::DropMember { .. }
             | Write::AddBlobs(_)
             | Write::AddMeta { .. } => rows,
         };

@@ -12,23 +12,24 @@ mod fault;
 mod image;
 mod job;
 mod lock;
+mod member;
 mod open;
 
-use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
 use alloy_shared::limits;
 use async_trait::async_trait;
 use sqlx::Connection as _;
 
 use super::{
-    Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, Scope, Store,
-    StoreError, TokenRow, Worker,
+    Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Scope,
+    Store, StoreError, TokenRow, Worker,
 };
 use crate::broken::Broken;
 use conn::{Args, Conn, Db, Row, Wide, end, tx};
 use fault::within;
 
 pub use lock::{DataLock, LockError};
-pub use open::OpenError;
+pub use open::{OpenError, postgres_migrations};
 
 /// Names each text by a constant and lists them for the catalogue.
 macro_rules! statements {
@@ -41,7 +42,7 @@ use statements;
 
 /// Every text that the store sends, by name.
 pub const CATALOGUE: &[&[(&str, &str)]] =
-    &[batch::TEXTS, job::TEXTS, farm::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS];
+    &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS];
 
 /// The store on SQLite or Postgres.
 #[derive(Debug)]
@@ -151,6 +152,12 @@ impl Store for SqlStore {
     }
     async fn tokens(&self, scope: &Scope) -> Result<Vec<TokenRow>, StoreError> {
         self.read_tokens(scope).await
+    }
+    async fn memberships(&self, user: &UserId) -> Result<Vec<MemberRow>, StoreError> {
+        self.read_memberships(user).await
+    }
+    async fn members(&self, scope: &Scope) -> Result<Vec<MemberRow>, StoreError> {
+        self.read_members(scope).await
     }
     async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError> {
         self.read_images(scope).await

@@ -42,6 +42,12 @@ const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
 pub(super) const MIGRATIONS: &[(i64, &str, &str)] = &[
     (1, "farm", include_str!("../../../migrations/0001_farm.sql")),
     (2, "images", include_str!("../../../migrations/0002_images.sql")),
+    (3, "members", include_str!("../../../migrations/0003_members.sql")),
+];
+/// What only Postgres has.
+const POSTGRES_ONLY: &[(i64, &str, &str)] = &[
+    (1001, "row_security", include_str!("../../../migrations/postgres/1001_row_security.sql")),
+    (1002, "views", include_str!("../../../migrations/postgres/1002_views.sql")),
 ];
 /// Texts per connection that stay prepared: every one that there is, in all its widths.
 const PREPARED: usize = 256;
@@ -74,7 +80,7 @@ impl SqlStore {
             check_pages(&write, path).await?;
         }
         fs::write(&marker, "").map_err(|error| OpenError::Io { path: marker.clone(), error })?;
-        migrator().run(&write).await?;
+        migrator(MIGRATIONS).run(&write).await?;
         let read = SqlitePoolOptions::new()
             .max_connections(limits::STORE_READERS)
             .acquire_timeout(Duration::from_millis(limits::STORE_READ_MS))
@@ -105,7 +111,7 @@ impl SqlStore {
             .acquire_timeout(Duration::from_millis(limits::STORE_READ_MS))
             .connect_with(options)
             .await?;
-        migrator().run(&pool).await?;
+        Migrator::with_migrations(postgres_migrations()).run(&pool).await?;
         Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default() })
     }
 
@@ -208,11 +214,20 @@ fn damage(error: &OpenError) -> Option<String> {
     fault::damage(error)
 }
 
-fn migrator() -> Migrator {
+/// All that a farm's Postgres goes through, in this order.
+pub fn postgres_migrations() -> Vec<Migration> {
+    [migrations(MIGRATIONS), migrations(POSTGRES_ONLY)].concat()
+}
+
+fn migrator(list: &[(i64, &'static str, &'static str)]) -> Migrator {
+    Migrator::with_migrations(migrations(list))
+}
+
+fn migrations(list: &[(i64, &'static str, &'static str)]) -> Vec<Migration> {
     let migration = |(version, name, text): &(i64, &'static str, &'static str)| {
         Migration::new(*version, (*name).into(), MigrationType::Simple, text.into_sql_str(), false)
     };
-    Migrator::with_migrations(MIGRATIONS.iter().map(migration).collect())
+    list.iter().map(migration).collect()
 }
 
 #[cfg(test)]
