@@ -323,11 +323,15 @@ impl App {
 
 const NO_TOKEN: &str = "alloy login URL --with-token   signs in; in CI: set ALLOY_TOKEN to a whole token\nwho is signed in as admin makes one: alloy token create NAME";
 
-/// Checks a token's form before it travels; the text itself is in no message.
+/// Checks a token's form before it travels; the text itself is in no message. The access token of a sign-in service, which is
+/// three parts, travels as it is: its form is the farm's to judge.
 pub(crate) fn check_token(text: &str, origin: &str) -> Result<Secret<String>, Failure> {
     let text = text.trim();
+    let is_part =
+        |part: &str| !part.is_empty() && part.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_".contains(&c));
     match Token::parse(text) {
         Ok(token) => Ok(Secret::new(token.expose().to_owned())),
+        Err(_) if text.split('.').count() == 3 && text.split('.').all(is_part) => Ok(Secret::new(text.to_owned())),
         Err(why) => Err(Failure::new(Fault::Unauthenticated, format!("{origin} holds no token: {why}")).hint(NO_TOKEN)),
     }
 }
@@ -441,6 +445,10 @@ mod tests {
         assert_eq!((&told["code"], &told["exit_code"]), (&"unauthenticated".into(), &4.into()));
         assert!(failure.message.starts_with("ALLOY_TOKEN holds no token: ") && !failure.message.contains("short"));
         assert!(failure.hint.unwrap().contains("alloy login"));
+        assert_eq!(check_token(" a-.b_.9 \n", "ALLOY_TOKEN").unwrap().expose(), "a-.b_.9", "a sign-in service's");
+        for bad in ["a.b", "a.b.c.d", "a..c", "a.b.c d"] {
+            assert!(check_token(bad, "ALLOY_TOKEN").is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -102,6 +102,18 @@ mod tests {
     }
 
     #[test]
+    fn members_are_named_by_their_user_ids() {
+        let user = "3f0c2f1e-8a51-4c1e-9d0b-6f1f3f0f9a11";
+        let parses = |line: &str| Cli::try_parse_from(std::iter::once("alloy").chain(line.split(' '))).is_ok();
+        for verb in ["list --json", "set USER --role admin --email a@b.test", "remove USER", "rm USER"] {
+            assert!(parses(&format!("admin member {verb}").replace("USER", user)), "{verb}");
+        }
+        for verb in ["set ada", "set USER --role king", "remove"] {
+            assert!(!parses(&format!("admin member {verb}").replace("USER", user)), "{verb}");
+        }
+    }
+
+    #[test]
     fn what_the_pages_show_parses() {
         for line in [
             "run -c make --artifact build/*.ipa --env A=1 --label chip=m4 --timeout 10m",

@@ -10,6 +10,7 @@ use alloy_shared::secret::Secret;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::auth::sign_in::SignIn;
 use crate::auth::{Auth, Grants};
 use crate::blobs::Blobs;
 use crate::desk::{Answer, Request};
@@ -63,20 +64,23 @@ pub struct Ground {
     pub base_url: String,
     pub behind_proxy: bool,
     pub random: fn() -> [u8; 32],
+    /// Takes tokens of a sign-in service; without it, only the farm's own are good.
+    pub sign_in: Option<SignIn>,
     pub stopping: CancellationToken,
 }
 
 impl App {
     /// Loads the live jobs. Nobody is served yet.
     pub async fn on(ground: Ground) -> Result<Arc<Self>, StoreError> {
-        let Ground { store, logs, blobs, env, limits, secret, base_url, behind_proxy, random, stopping } = ground;
+        let Ground { store, logs, blobs, env, limits, secret, base_url, behind_proxy, random, sign_in, stopping } =
+            ground;
         let hub = Arc::new(Hub::new(limits.clone(), env.now().mono));
         let wake = Arc::new(Wake::default());
         let logs = Arc::new(logs);
         let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limits.clone()).await?;
         Ok(Arc::new(Self {
             log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
-            auth: Auth::new(env.clone()),
+            auth: Auth::new(env.clone()).with(sign_in),
             grants: Grants::new(&secret),
             base_url,
             behind_proxy,

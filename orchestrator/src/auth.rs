@@ -8,7 +8,7 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use alloy_shared::env::{Env, Mono, Ms};
-use alloy_shared::id::{AttemptRef, Digest, OrgId, TokenId, WorkerId};
+use alloy_shared::id::{AttemptRef, Digest, OrgId, TokenId, UserId, WorkerId};
 use alloy_shared::limits;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
 use alloy_shared::wire::farm::Role;
@@ -21,13 +21,18 @@ use governor::{Quota, RateLimiter};
 use ring::hmac;
 use subtle::ConstantTimeEq as _;
 
-use crate::store::{Scope, Store, StoreError, TokenRow};
+use crate::store::{MemberRow, Scope, Store, StoreError, TokenRow};
 
-/// Who is calling. Exists only for a token that was looked up.
+pub mod jwt;
+pub mod sign_in;
+
+use sign_in::{NotIn, SignIn};
+
+/// Who is calling. Exists only for a token that was looked up, and for a member who has signed in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Principal {
     pub org: OrgId,
-    /// The id of its token.
+    /// The id of its token, or of the person.
     pub caller: String,
     pub name: String,
     pub role: Role,
@@ -67,6 +72,12 @@ pub enum Denied {
     Revoked,
     #[error("the role {have} is not enough: this needs {need}")]
     Role { have: &'static str, need: &'static str },
+    #[error(transparent)]
+    SignIn(#[from] NotIn),
+    #[error("this farm takes no sign-in tokens")]
+    NoSignIn,
+    #[error("you have signed in, but you are no member of this farm's organisation")]
+    NoMember(UserId),
     /// The grant is good, its attempt is over.
     #[error("the attempt has ended")]
     Ended,
@@ -80,8 +91,16 @@ impl Denied {
     /// True when somebody may be guessing.
     pub fn is_guess(&self) -> bool {
         match self {
-            Self::Malformed(_) | Self::Unreadable | Self::WrongKind(_) | Self::Unknown | Self::Expired => true,
-            Self::Missing
+            Self::Malformed(_)
+            | Self::Unreadable
+            | Self::WrongKind(_)
+            | Self::Unknown
+            | Self::Expired
+            | Self::NoSignIn => true,
+            Self::SignIn(NotIn::Bad(bad)) => bad.is_guess(),
+            Self::SignIn(NotIn::Away)
+            | Self::NoMember(_)
+            | Self::Missing
             | Self::Revoked
             | Self::Role { .. }
             | Self::Ended
@@ -95,22 +114,46 @@ impl Denied {
 pub struct Auth {
     env: Arc<dyn Env>,
     known: Mutex<HashMap<Digest, (Mono, TokenRow)>>,
+    members: Mutex<HashMap<UserId, (Mono, Vec<MemberRow>)>>,
+    sign_in: Option<SignIn>,
     guesses: Throttle<String>,
     calls: Throttle<TokenId>,
+    people: Throttle<UserId>,
 }
 
 impl Auth {
     pub fn new(env: Arc<dyn Env>) -> Self {
         Self {
             known: Mutex::new(HashMap::new()),
+            members: Mutex::new(HashMap::new()),
+            sign_in: None,
+            people: Throttle::new(env.clone(), limits::TOKEN_CALLS_PER_S, limits::TOKEN_CALLS_BURST),
             guesses: Throttle::new(env.clone(), limits::GUESSES_PER_MINUTE / 60.0, limits::GUESSES_PER_MINUTE),
             calls: Throttle::new(env.clone(), limits::TOKEN_CALLS_PER_S, limits::TOKEN_CALLS_BURST),
             env,
         }
     }
 
+    /// Also takes the tokens of this service.
+    pub fn with(self, sign_in: Option<SignIn>) -> Self {
+        Self { sign_in, ..self }
+    }
+
     /// Reads an `Authorization` header and finds whose it is.
     pub async fn principal(&self, store: &dyn Store, header: Option<&str>) -> Result<Principal, Denied> {
+        self.principal_in(store, header, None).await
+    }
+
+    /// The same for a request that names the organisation it is about.
+    pub async fn principal_in(
+        &self,
+        store: &dyn Store,
+        header: Option<&str>,
+        org: Option<&str>,
+    ) -> Result<Principal, Denied> {
+        if let Some(text) = sign_in_token(header) {
+            return self.person(store, &text, org).await;
+        }
         let token = credential(header)?;
         match token.kind {
             TokenKind::Personal | TokenKind::Ci => {}
@@ -120,6 +163,35 @@ impl Auth {
         usable(&row, self.env.now().wall)?;
         self.calls.take(&row.id)?;
         Ok(Principal { org: row.org, caller: row.id.to_string(), name: row.name, role: row.role })
+    }
+
+    /// A member, by the token of the service that they signed in with.
+    async fn person(&self, store: &dyn Store, text: &Secret<String>, org: Option<&str>) -> Result<Principal, Denied> {
+        let person = self.sign_in.as_ref().ok_or(Denied::NoSignIn)?.check(text).await?;
+        self.people.take(&person.user)?;
+        let own = self.memberships(store, person.user).await?;
+        // Nobody who adds them somewhere else later changes where they are without a word.
+        let asked = |row: &MemberRow| org.is_none_or(|org| row.org.to_string() == org);
+        let found = own.into_iter().find(asked).ok_or(Denied::NoMember(person.user))?;
+        let MemberRow { user, org, role, email, .. } = found;
+        let caller = user.to_string();
+        Ok(Principal { org, name: person.email.or(email).unwrap_or_else(|| caller.clone()), caller, role })
+    }
+
+    async fn memberships(&self, store: &dyn Store, user: UserId) -> Result<Vec<MemberRow>, StoreError> {
+        let now = self.env.now().mono;
+        if let Some((at, rows)) = self.lock_members().get(&user)
+            && now.since(*at) < limits::TOKEN_CACHE_MS
+        {
+            return Ok(rows.clone());
+        }
+        let rows = store.memberships(&user).await?;
+        let mut members = self.lock_members();
+        if members.len() >= limits::TOKEN_CACHE_MAX {
+            members.clear();
+        }
+        members.insert(user, (now, rows.clone()));
+        Ok(rows)
     }
 
     async fn look_up(&self, store: &dyn Store, token: &Token) -> Result<TokenRow, Denied> {
@@ -139,14 +211,19 @@ impl Auth {
         Ok(row)
     }
 
-    /// Looks every token up again. Called where one was revoked.
+    /// Looks every token and member up again. Called where one was revoked or changed.
     pub fn forget(&self) {
         self.cache().clear();
+        self.lock_members().clear();
     }
 
     /// Counts a failed try of this peer; past the limit the answer is to wait.
     pub fn failed(&self, peer: &str) -> Result<(), Denied> {
         self.guesses.take(&peer.to_owned())
+    }
+
+    fn lock_members(&self) -> std::sync::MutexGuard<'_, HashMap<UserId, (Mono, Vec<MemberRow>)>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn cache(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, (Mono, TokenRow)>> {
@@ -162,6 +239,12 @@ pub(crate) fn usable(row: &TokenRow, now: Ms) -> Result<(), Denied> {
         return Err(Denied::Expired);
     }
     Ok(())
+}
+
+/// What `Bearer` carries that is no token of ours: those have no dot.
+fn sign_in_token(header: Option<&str>) -> Option<Secret<String>> {
+    let (scheme, rest) = header?.trim().split_once(' ')?;
+    (scheme.eq_ignore_ascii_case("bearer") && rest.contains('.')).then(|| Secret::new(rest.trim().to_owned()))
 }
 
 /// The token in an `Authorization` header: `Bearer TOKEN`, or `Basic` with any user and the token as password.

@@ -9,6 +9,10 @@ use alloy_shared::limits::{DISK_FLOOR as DISK_FLOOR_BYTES, Limits};
 use alloy_shared::runtime::LogFormat;
 use clap::{Parser, Subcommand};
 
+mod supabase;
+
+pub use supabase::Supabase;
+
 /// The orchestrator of an Alloy build farm.
 #[derive(Debug, Parser)]
 #[command(name = "orchestrator", version)]
@@ -72,6 +76,8 @@ pub struct Config {
     /// A proxy in front speaks TLS and writes `X-Forwarded-For`.
     pub behind_proxy: bool,
     pub log_format: LogFormat,
+    /// Whose sign-in tokens are taken.
+    pub supabase: Option<Supabase>,
     pub limits: Limits,
 }
 
@@ -97,6 +103,7 @@ impl Config {
             data_dir,
             behind_proxy: false,
             log_format: LogFormat::Compact,
+            supabase: None,
             limits: Limits::default(),
         }
     }
@@ -122,6 +129,7 @@ impl Config {
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
         let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
         layers.take(DATABASE_MODE, "local".to_owned(), checked_mode);
+        let supabase = Supabase::take(&mut layers);
         let minutes =
             layers.take(JOB_TIMEOUT, Limits::default().job_timeout_ms / 60_000, parse("is no number of minutes"));
         let floor_mib: u64 = layers.take(DISK_FLOOR, DISK_FLOOR_BYTES >> 20, parse("is no number of MiB"));
@@ -139,6 +147,7 @@ impl Config {
             data_dir: PathBuf::from(&data_dir),
             behind_proxy,
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),
+            supabase,
             limits,
         };
         if data_dir.is_empty() {

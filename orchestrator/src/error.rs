@@ -7,6 +7,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use crate::auth::Denied;
+use crate::auth::sign_in::NotIn;
 use crate::ops::OpError;
 use crate::store::StoreError;
 
@@ -195,6 +196,14 @@ impl From<Denied> for Fault {
             Denied::Malformed(_) | Denied::Unreadable | Denied::Unknown | Denied::Expired | Denied::Revoked => {
                 Self::new(ErrorCode::Unauthenticated, sentence).hint(sign_in)
             }
+            Denied::SignIn(NotIn::Bad(_)) => {
+                Self::new(ErrorCode::Unauthenticated, sentence).hint("sign in again, and send the new access token")
+            }
+            Denied::SignIn(NotIn::Away) => Self::new(ErrorCode::Unavailable, sentence).retry_after(BUSY_RETRY_S),
+            Denied::NoSignIn => Self::new(ErrorCode::Unauthenticated, sentence)
+                .hint("use a token of the farm's own; who runs the farm switches sign-in on with SUPABASE_URL"),
+            Denied::NoMember(user) => Self::new(ErrorCode::Forbidden, sentence)
+                .hint(format!("ask an admin to add you: `alloy admin member set {user} --role developer`")),
             Denied::WrongKind(_) => Self::new(ErrorCode::Unauthenticated, sentence).hint(
                 "join tokens enrol a worker and job tokens fetch one attempt's bytes; use a personal or CI token",
             ),

@@ -190,6 +190,7 @@ async fn ground(
         logs,
         blobs: blobs.map_err(|error| start_error("the blob directory", error))?,
         secret: farm_secret(&*store).await?,
+        sign_in: sign_in(config, env.clone())?,
         store,
         env,
         limits: config.limits.clone(),
@@ -198,6 +199,11 @@ async fn ground(
         random: random_bytes,
         stopping,
     })
+}
+
+fn sign_in(config: &Config, env: Arc<dyn Env>) -> Result<Option<auth::sign_in::SignIn>, ServeError> {
+    let made = config.supabase.as_ref().map(|supabase| auth::sign_in::SignIn::new(supabase, env)).transpose();
+    made.map_err(|error| start_error("signing in with Supabase", error))
 }
 
 /// The secret under which grants are made; the first start throws it.

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use crate::auth::sign_in::SignIn;
 use crate::blobs::Blobs;
 use crate::logs::Logs;
 use crate::store::mem::MemStore;
@@ -25,6 +26,8 @@ use crate::{App, Ground};
 
 mod access;
 mod auth;
+pub(crate) mod keys;
+mod people;
 mod routes;
 mod serve;
 mod submit;
@@ -59,11 +62,17 @@ pub(crate) struct TestEnv {
 }
 
 impl TestEnv {
-    fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self { mono: watch::channel(0).0, dice: AtomicU64::new(1), tasks: TaskTracker::new() })
     }
-    fn advance(&self, ms: u64) {
+    pub(crate) fn advance(&self, ms: u64) {
         self.mono.send_modify(|now| *now += ms);
+    }
+    /// Waits for the end of every task that was begun.
+    pub(crate) async fn settled(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.tasks.reopen();
     }
 }
 
@@ -100,7 +109,11 @@ async fn app() -> (Arc<App>, Arc<TestEnv>) {
 
 async fn app_on(blobs: Blobs) -> (Arc<App>, Arc<TestEnv>) {
     let clock = TestEnv::new();
-    let env: Arc<dyn Env> = clock.clone();
+    (app_with(blobs, clock.clone(), None).await, clock)
+}
+
+async fn app_with(blobs: Blobs, clock: Arc<TestEnv>, sign_in: Option<SignIn>) -> Arc<App> {
+    let env: Arc<dyn Env> = clock;
     let ground = Ground {
         store: Arc::new(MemStore::default()),
         logs: Logs::memory(),
@@ -111,9 +124,10 @@ async fn app_on(blobs: Blobs) -> (Arc<App>, Arc<TestEnv>) {
         base_url: "http://farm.test".into(),
         behind_proxy: false,
         random,
+        sign_in,
         stopping: CancellationToken::new(),
     };
-    (App::on(ground).await.unwrap(), clock)
+    App::on(ground).await.unwrap()
 }
 
 async fn write(app: &App, write: Write) {

@@ -322,6 +322,17 @@ pub const TOKEN_CACHE_MAX: usize = 10_000;
 /// Calls of one token: far above what a busy CLI or CI needs, far below what hurts its neighbours.
 pub const TOKEN_CALLS_PER_S: f64 = 2_000.0;
 pub const TOKEN_CALLS_BURST: f64 = 4_000.0;
+/// A sign-in token is refused unread above this; the keys that sign them are refused above that.
+pub const SIGN_IN_TOKEN_MAX: usize = 8_192;
+pub const SIGN_IN_KEYS_MAX: usize = 256 * 1_024;
+/// Clocks of two services differ: a sign-in token may come from so far in the future.
+pub const SIGN_IN_LEEWAY_S: i64 = 60;
+/// The sign-in service's keys are believed so long, asked for again no sooner than that, and waited for so long.
+pub const SIGN_IN_KEYS_FRESH_MS: u64 = 600_000;
+pub const SIGN_IN_KEYS_AGAIN_MS: u64 = 30_000;
+pub const SIGN_IN_KEYS_WAIT_MS: u64 = 5_000;
+/// With no key at all, an answer that failed is asked for again this soon.
+pub const SIGN_IN_KEYS_FIRST_MS: u64 = 1_000;
 /// Wrong credentials of one peer.
 pub const GUESSES_PER_MINUTE: f64 = 10.0;
 /// Keys that a rate limit remembers before it drops those that are at rest.

@@ -1,6 +1,6 @@
 //! Who may do what, and what bad input gets: over the real server, driven by its own OpenAPI document.
 
-use alloy_tests::farm::{Farm, Setup};
+use alloy_tests::farm::{Farm, Setup, output};
 use alloy_tests::observe::Api;
 use anyhow::{Context as _, Result};
 use reqwest::Method;
@@ -16,7 +16,7 @@ const DEVELOPER: [(&str, &str); 5] = [
     ("POST", "/v1/sources"),
     ("POST", "/v1/packs"),
 ];
-const ADMIN: [(&str, &str); 10] = [
+const ADMIN: [(&str, &str); 13] = [
     ("POST", "/v1/workers/invites"),
     ("POST", "/v1/workers/{id}/drain"),
     ("POST", "/v1/workers/{id}/resume"),
@@ -24,10 +24,15 @@ const ADMIN: [(&str, &str); 10] = [
     ("GET", "/v1/tokens"),
     ("POST", "/v1/tokens"),
     ("DELETE", "/v1/tokens/{id}"),
+    ("GET", "/v1/members"),
+    ("PUT", "/v1/members/{user_id}"),
+    ("DELETE", "/v1/members/{user_id}"),
     ("POST", "/v1/images"),
     ("POST", "/v1/images/pin"),
     ("POST", "/v1/images/rm"),
 ];
+
+const USER: &str = "3f0c2f1e-8a51-4c1e-9d0b-6f1f3f0f9a11";
 
 async fn empty_farm() -> Result<Farm> {
     Farm::start(Setup { workers: 0, ..Setup::default() }).await
@@ -55,6 +60,7 @@ fn filled(path: &str) -> String {
     path.replace("{id}", "job_00000000000000000000000001")
         .replace("{job}", "job_00000000000000000000000001")
         .replace("{attempt}", "1")
+        .replace("{user_id}", USER)
         .replace("{digest}", &"0".repeat(64))
         .replace("{*path}", "a.txt")
         .replace("{path}", "a.txt")
@@ -129,6 +135,63 @@ async fn a_revoked_token_opens_nothing_any_more() -> Result<()> {
     assert_eq!(api.request(Method::GET, "/v1/whoami").send().await?.status(), 401);
     let list = farm.api().get("/v1/tokens").await?;
     assert!(!list.to_string().contains(token), "a token is shown once");
+    Ok(())
+}
+
+/// An access token as Supabase Auth makes it with a project's shared secret.
+fn access_token(url: &str, secret: &str) -> String {
+    use base64::Engine as _;
+    let now_s = alloy_shared::env::Env::now(&alloy_shared::runtime::SystemEnv::detached()).wall.0 / 1_000;
+    let claims = json!({
+        "iss": format!("{url}/auth/v1"), "sub": USER, "aud": "authenticated", "exp": now_s + 3_600, "iat": now_s,
+        "role": "authenticated", "email": "ada@example.com",
+    });
+    let part = |bytes: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes);
+    let header = json!({ "alg": "HS256", "typ": "JWT" }).to_string();
+    let signed = format!("{}.{}", part(header.as_bytes()), part(claims.to_string().as_bytes()));
+    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, secret.as_bytes());
+    format!("{signed}.{}", part(ring::hmac::sign(&key, signed.as_bytes()).as_ref()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_signs_in_is_let_in_as_the_member_that_the_command_line_made() -> Result<()> {
+    let mut farm = empty_farm().await?;
+    let (url, secret) = ("https://project.test", "a shared secret of at least thirty-two bytes");
+    let config = farm.dir().join("home/config/alloy");
+    std::fs::create_dir_all(&config)?;
+    let text = format!("supabase_url = \"{url}\"\nsupabase_jwt_secret = \"{secret}\"\n");
+    std::fs::write(config.join("orchestrator.toml"), text)?;
+    farm.kill_orchestrator();
+    farm.start_orchestrator().await?;
+
+    let person = access_token(url, secret);
+    let as_person = async |args: &[&str]| {
+        let mut command = farm.alloy(args);
+        command.env("ALLOY_TOKEN", &person);
+        output(command).await
+    };
+    let out = as_person(&["list"]).await?;
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(4), "{said}");
+    assert!(said.contains("no member") && said.contains(&format!("alloy admin member set {USER}")), "{said}");
+
+    let set = ["admin", "member", "set", USER, "--role", "developer", "--email", "ada@example.com", "--json"];
+    let made: Value = serde_json::from_slice(&output(farm.alloy(&set)).await?.stdout)?;
+    assert_eq!((&made["user_id"], &made["role"]), (&json!(USER), &json!("developer")));
+    let out = as_person(&["list"]).await?;
+    assert_eq!(out.status.code(), Some(0), "{}", String::from_utf8_lossy(&out.stderr));
+    let listed: Value =
+        serde_json::from_slice(&output(farm.alloy(&["admin", "member", "list", "--json"])).await?.stdout)?;
+    assert_eq!(listed, json!({ "members": [made] }));
+    let shown = output(farm.alloy(&["admin", "member", "list"])).await?;
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("ada@example.com"), "{shown:?}");
+    assert_eq!(as_person(&["admin", "member", "list"]).await?.status.code(), Some(4), "a developer is no admin");
+
+    for code in [0, 5] {
+        let out = output(farm.alloy(&["admin", "member", "remove", USER])).await?;
+        assert_eq!(out.status.code(), Some(code), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    assert_eq!(as_person(&["list"]).await?.status.code(), Some(4), "out at once");
     Ok(())
 }
 

@@ -106,7 +106,7 @@ pub(crate) struct RevokeArgs {
     id: TokenId,
 }
 
-fn role(text: &str) -> Result<Role, String> {
+pub(super) fn role(text: &str) -> Result<Role, String> {
     Role::parse(text).ok_or_else(|| "a role is viewer, developer or admin".to_owned())
 }
 

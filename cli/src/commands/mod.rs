@@ -5,6 +5,7 @@ pub(crate) mod artifacts;
 pub(crate) mod cancel;
 pub(crate) mod image;
 pub(crate) mod jobs;
+pub(crate) mod member;
 mod reach;
 pub(crate) mod run;
 pub(crate) mod setup;
@@ -21,9 +22,8 @@ pub(crate) enum Command {
     Run(Box<run::RunArgs>),
     #[cfg(feature = "farm")]
     Up(crate::farm::up::UpArgs),
-    #[cfg(feature = "farm")]
     #[command(subcommand)]
-    Admin(crate::farm::admin::AdminVerb),
+    Admin(AdminVerb),
     Attach(jobs::AttachArgs),
     Logs(jobs::LogsArgs),
     #[command(visible_aliases = ["ls", "jobs", "ps"])]
@@ -47,6 +47,16 @@ pub(crate) enum Command {
     /// Look whether this machine and the farm understand each other
     Doctor,
     Completions(setup::CompletionsArgs),
+}
+
+/// Look after the farm: its members, and on its own machine its data
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum AdminVerb {
+    #[command(subcommand)]
+    Member(member::MemberVerb),
+    #[cfg(feature = "farm")]
+    #[command(flatten)]
+    Data(crate::farm::admin::DataVerb),
 }
 
 /// Look at what would be sent
@@ -75,8 +85,9 @@ impl Command {
             Self::Run(args) => run::run(app, args).await,
             #[cfg(feature = "farm")]
             Self::Up(args) => crate::farm::up::up(app, args).await,
+            Self::Admin(AdminVerb::Member(verb)) => member::member(app, verb).await,
             #[cfg(feature = "farm")]
-            Self::Admin(verb) => crate::farm::admin::admin(app, verb).await,
+            Self::Admin(AdminVerb::Data(verb)) => crate::farm::admin::admin(app, verb).await,
             Self::Attach(args) => jobs::attach(app, args).await,
             Self::Logs(args) => jobs::logs(app, args).await,
             Self::List(args) => jobs::list(app, args).await,

@@ -12,7 +12,7 @@ use crate::output::{Failure, exit, plural, print_json, size};
 
 /// Back up and restore the farm of this machine
 #[derive(Debug, clap::Subcommand)]
-pub(crate) enum AdminVerb {
+pub(crate) enum DataVerb {
     Backup(BackupArgs),
     Restore(RestoreArgs),
 }
@@ -54,10 +54,10 @@ impl Place {
     }
 }
 
-pub(crate) async fn admin(app: &App, verb: &AdminVerb) -> Result<i32, Failure> {
+pub(crate) async fn admin(app: &App, verb: &DataVerb) -> Result<i32, Failure> {
     match verb {
-        AdminVerb::Backup(args) => take(app, args).await,
-        AdminVerb::Restore(args) => bring_back(app, args).await,
+        DataVerb::Backup(args) => take(app, args).await,
+        DataVerb::Restore(args) => bring_back(app, args).await,
     }
 }
 

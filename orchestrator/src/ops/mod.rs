@@ -9,6 +9,7 @@ pub mod access;
 pub mod archive;
 pub mod images;
 pub mod job;
+pub mod members;
 pub mod upload;
 pub mod workers;
 

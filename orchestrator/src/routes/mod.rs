@@ -31,6 +31,7 @@ pub mod extract;
 pub mod farm;
 pub mod images;
 pub mod jobs;
+pub mod members;
 mod plain;
 mod range;
 pub mod socket;
@@ -96,6 +97,8 @@ fn rows() -> Vec<Row> {
         (Admin, Json, routes!(farm::create_token)),
         (Admin, Json, routes!(farm::list_tokens)),
         (Admin, Json, routes!(farm::revoke_token)),
+        (Admin, Json, routes!(members::list)),
+        (Admin, Json, routes!(members::set, members::remove)),
         (Developer, Stream, routes!(bytes::put_source)),
         (Developer, Stream, routes!(bytes::post_tar)),
         (Developer, Stream, routes!(bytes::post_pack)),
@@ -154,13 +157,16 @@ async fn gate(
 ) -> Result<Response, Fault> {
     let (mut parts, body) = request.into_parts();
     let header = header_text(&parts.headers, "authorization");
+    let org = header_text(&parts.headers, alloy_shared::wire::header::ORG);
     let store = &*app.store;
     let denied = match audience {
         Audience::Public => None,
-        Audience::Viewer | Audience::Developer | Audience::Admin => match app.auth.principal(store, header).await {
-            Ok(principal) => parts.extensions.insert(Arc::new(principal)).and(None),
-            Err(denied) => Some(denied),
-        },
+        Audience::Viewer | Audience::Developer | Audience::Admin => {
+            match app.auth.principal_in(store, header, org).await {
+                Ok(principal) => parts.extensions.insert(Arc::new(principal)).and(None),
+                Err(denied) => Some(denied),
+            }
+        }
         Audience::Attempt => match auth::attempt_grant(store, &app.grants, attempt(&params)?, header).await {
             Ok(grant) => parts.extensions.insert(grant).and(None),
             Err(denied) => Some(denied),

@@ -12,6 +12,7 @@ fn filled(row: &RouteRow) -> String {
         .replace("{job}", "job_00000000000000000000000001")
         .replace("{attempt}", "1")
         .replace("{*path}", "a/b")
+        .replace("{user_id}", "3f0c2f1e-8a51-4c1e-9d0b-6f1f3f0f9a11")
         .replace("{digest}", &"0".repeat(64))
         .replace(
             "{id}",

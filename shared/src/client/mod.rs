@@ -17,12 +17,12 @@ use std::time::Duration;
 use self::call::Call;
 pub use self::stream::{FeedItem, LogQuery};
 use crate::env::{Env, Ms};
-use crate::id::{JobId, TokenId, WorkerId, printable};
+use crate::id::{JobId, TokenId, UserId, WorkerId, printable};
 use crate::limits;
 use crate::secret::Secret;
 use crate::wire::farm::{
-    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, TokenCreated, TokenList, TokenRequest,
-    TokenView, WhoAmI, WorkerList, WorkerView,
+    DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, MemberList, MemberRequest, MemberView,
+    TokenCreated, TokenList, TokenRequest, TokenView, WhoAmI, WorkerList, WorkerView,
 };
 use crate::wire::image::{ImageList, ImageView, PinRequest, PullRequest, RemoveRequest};
 use crate::wire::job::{ArtifactList, JobPage, JobView, StateWord, SubmitJob};
@@ -307,6 +307,18 @@ impl Client {
 
     pub async fn revoke_token(&self, id: TokenId) -> Result<TokenView, ClientError> {
         self.ask(Call::delete(path::token(id))).await
+    }
+
+    pub async fn members(&self) -> Result<MemberList, ClientError> {
+        self.ask(Call::get(path::MEMBERS)).await
+    }
+
+    pub async fn set_member(&self, id: UserId, request: &MemberRequest) -> Result<MemberView, ClientError> {
+        self.ask(Call::put(path::member(id)).json(request)).await
+    }
+
+    pub async fn remove_member(&self, id: UserId) -> Result<(), ClientError> {
+        self.tell(Call::delete(path::member(id))).await
     }
 }
 

@@ -15,7 +15,7 @@ use super::session::*;
 use super::source::*;
 use super::vm::{Miss, VmStages};
 use super::*;
-use crate::id::{AttemptRef, BootId, DEFAULT_ORG, Digest, JobId, Labels, TokenId, WorkerId};
+use crate::id::{AttemptRef, BootId, DEFAULT_ORG, Digest, JobId, Labels, TokenId, UserId, WorkerId};
 use crate::secret::Secret;
 
 const JOB: JobId = JobId::from_raw(0x0190_0000_0000_7000_8000_0000_0000_0001);
@@ -518,6 +518,17 @@ fn tokens_and_problems() {
         r#"{"token":"alloy_ci_x","view":{"id":"tok_00000000000000000000000004","name":"ci","role":"viewer","shown":"alloy_ci_…abcd","created_at":"c","revoked":false}}"#,
     );
     check(TokenList { tokens: vec![] }, r#"{"tokens":[]}"#);
+    check(MemberRequest { role: Role::Admin, email: None }, r#"{"role":"admin"}"#);
+    let member = MemberView {
+        user_id: UserId::from_raw(9),
+        role: Role::Viewer,
+        email: Some("a@b.test".into()),
+        created_at: "c".into(),
+    };
+    check(
+        MemberList { members: vec![member] },
+        r#"{"members":[{"user_id":"00000000-0000-0000-0000-000000000009","role":"viewer","email":"a@b.test","created_at":"c"}]}"#,
+    );
     check(
         Problem::new(ErrorCode::NotFound, "no such job"),
         r#"{"status":404,"code":"not_found","message":"no such job"}"#,

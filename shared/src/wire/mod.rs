@@ -20,6 +20,8 @@ pub const SUBPROTOCOL: &str = "alloy.v1";
 
 /// Header names of our own.
 pub mod header {
+    /// For a person who belongs to several organisations: the one that this request is about.
+    pub const ORG: &str = "alloy-org";
     /// A create sent again with the same key gives the same thing.
     pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
     /// On a log: which attempt's it is.
@@ -30,7 +32,7 @@ pub mod header {
 
 /// URL paths. The router and the client both take them from here.
 pub mod path {
-    use crate::id::{AttemptRef, Digest, JobId, TokenId, WorkerId};
+    use crate::id::{AttemptRef, Digest, JobId, TokenId, UserId, WorkerId};
 
     pub const HEALTHZ: &str = "/healthz";
     pub const READYZ: &str = "/readyz";
@@ -68,6 +70,8 @@ pub mod path {
     pub const IMAGE_REMOVE: &str = "/v1/images/rm";
     pub const TOKENS: &str = "/v1/tokens";
     pub const TOKEN: &str = "/v1/tokens/{id}";
+    pub const MEMBERS: &str = "/v1/members";
+    pub const MEMBER: &str = "/v1/members/{user_id}";
 
     pub fn job(id: JobId) -> String {
         format!("/v1/jobs/{id}")
@@ -111,6 +115,9 @@ pub mod path {
     }
     pub fn token(id: TokenId) -> String {
         format!("/v1/tokens/{id}")
+    }
+    pub fn member(id: UserId) -> String {
+        format!("/v1/members/{id}")
     }
 
     fn percent(text: &str) -> String {

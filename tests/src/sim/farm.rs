@@ -143,6 +143,7 @@ impl Centre {
             base_url: "http://farm.sim".to_owned(),
             behind_proxy: false,
             random,
+            sign_in: None,
             stopping: life.soft.clone(),
         };
         // A store that is away at the start: the supervisor tries again.
