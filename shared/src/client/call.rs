@@ -116,6 +116,14 @@ impl Call {
         self
     }
 
+    pub(super) fn header_value(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str())
+    }
+
+    pub(super) fn deadline_ms(&self) -> u64 {
+        self.deadline_ms
+    }
+
     pub(super) fn budget(&self) -> Budget {
         if self.patient { Budget::Stream } else { Budget::Quick }
     }
@@ -265,7 +273,14 @@ impl Client {
 
     /// One try, to the head of a successful answer. The body is read with [`Client::piece`].
     pub(super) async fn open(&self, call: &Call) -> Result<Response, Failure> {
-        let work = async { self.send(self.request(call)?.body(call.body.clone())).await };
+        let response = self.open_unjudged(call).await?;
+        self.judge(response).await
+    }
+
+    /// One try, to the head of an answer of any kind.
+    pub(super) async fn open_unjudged(&self, call: &Call) -> Result<Response, Failure> {
+        let request = self.request(call)?.body(call.body.clone());
+        let work = async { request.send().await.map_err(|error| self.broken(&error)) };
         match within(&*self.env, call.deadline_ms, work).await {
             Some(done) => done,
             None => Err(self.cut(format!("no answer within {} s", call.deadline_ms / 1000))),
@@ -298,7 +313,11 @@ impl Client {
 
     /// Sends, and turns every answer that is no success into a failure.
     pub(super) async fn send(&self, request: reqwest::RequestBuilder) -> Result<Response, Failure> {
-        let mut response = request.send().await.map_err(|error| self.broken(&error))?;
+        let response = request.send().await.map_err(|error| self.broken(&error))?;
+        self.judge(response).await
+    }
+
+    pub(super) async fn judge(&self, mut response: Response) -> Result<Response, Failure> {
         if response.status().is_success() {
             return Ok(response);
         }

@@ -4,6 +4,7 @@
 //! that cannot do a thing twice. Nothing waits for ever: requests have a deadline, streams have one between two bytes.
 
 mod call;
+mod link;
 mod stream;
 mod transfer;
 
@@ -11,7 +12,7 @@ mod transfer;
 mod tests;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use self::call::Call;
@@ -43,6 +44,8 @@ pub struct Options {
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
+    /// For hosts that get no token.
+    elsewhere: Arc<OnceLock<reqwest::Client>>,
     base: Arc<str>,
     token: Option<Secret<String>>,
     env: Arc<dyn Env>,
@@ -178,7 +181,7 @@ impl Client {
         }
         let base: Arc<str> = base.as_str().trim_end_matches('/').into();
         let http = builder.build().map_err(|error| unreachable(&base, call::root_cause(&error)))?;
-        Ok(Self { http, base, token: options.token, env })
+        Ok(Self { http, elsewhere: Arc::default(), base, token: options.token, env })
     }
 
     pub fn url(&self) -> &str {

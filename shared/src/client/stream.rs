@@ -3,11 +3,12 @@
 use std::collections::HashSet;
 
 use bytes::{Buf, Bytes, BytesMut};
-use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, ETAG};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE};
 use reqwest::{Response, StatusCode};
 use tokio::sync::mpsc;
 
 use super::call::{Budget, Call, Failure, Lost};
+use super::link::Linked;
 use super::{Client, ClientError};
 use crate::id::{AttemptRef, Digest, JobId};
 use crate::limits;
@@ -263,8 +264,7 @@ impl Client {
                 call = call.header("if-range", etag);
             }
         }
-        let mut response = self.open(&call).await?;
-        let etag = response.headers().get(ETAG).and_then(|tag| tag.to_str().ok()).map(str::to_owned);
+        let Linked { mut response, etag } = self.open_linked(&call).await?;
         if at.etag.is_some() && at.etag != etag {
             return Err(Failure::last("the artifact was replaced while it was downloaded; download it again"));
         }

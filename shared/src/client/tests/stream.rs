@@ -295,6 +295,41 @@ async fn a_download_goes_on_where_it_was_cut() {
 }
 
 #[tokio::test]
+async fn a_link_is_followed_from_where_the_download_is_and_without_the_token() {
+    for seed in 0..20 {
+        println!("seed {seed}");
+        let mut dice = Dice(seed);
+        let whole: Vec<u8> = (0..dice.below(30_000)).map(|i| i as u8).collect();
+        let bench = Bench::new();
+        let store = Server::start(file_server(whole.clone(), dice)).await;
+        let link = format!("{}/bucket/object?X-Amz-Signature=hush", store.url);
+        let farm = Server::start(move |_: &Heard| reply(307, &[("location", &link), ("etag", "\"1\"")], b"")).await;
+        let (pieces, error) = all(bench.client(&farm.url).download(JOB, "a", 0)).await;
+        assert_eq!(error, None, "seed {seed}");
+        assert!(pieces.concat() == whole, "seed {seed}");
+        assert!(farm.heard().iter().all(|heard| heard.header("authorization").ends_with(TOKEN)));
+        for heard in store.heard() {
+            assert!(heard.line.starts_with("GET /bucket/object?X-Amz-Signature=hush"), "{}", heard.line);
+            assert!(!format!("{heard:?}").contains("alloy_pat"), "{heard:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_link_that_leads_nowhere_is_an_error_that_does_not_name_its_key() {
+    let bench = Bench::new();
+    let store = Server::start(|_: &Heard| reply(403, &[], b"<Error><Code>AccessDenied</Code></Error>")).await;
+    let link = format!("{}/b/o?X-Amz-Signature=hush", store.url);
+    let unsafe_link = "ftp://store/b/o?X-Amz-Signature=hush".to_owned();
+    for (link, says) in [(link, "answers 403"), (unsafe_link, "no safe address")] {
+        let farm = Server::start(move |_: &Heard| reply(307, &[("location", &link)], b"")).await;
+        let (_, error) = all(bench.client(&farm.url).download(JOB, "a", 0)).await;
+        let error = error.unwrap().to_string();
+        assert!(error.contains(says) && !error.contains("hush"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_download_that_cannot_be_right_is_an_error() {
     let bench = Bench::new();
     let server = Server::start(file_server(vec![1; 10], Dice(1))).await;
