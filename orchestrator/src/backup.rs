@@ -14,6 +14,7 @@ use alloy_shared::id::Digest;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::Digest as _;
 
+use crate::blobs::mark::{Elsewhere, bucket_of};
 use crate::blobs::{off_thread, sync_dir};
 use crate::store::sql::OpenError;
 use crate::store::sql::backup::{Needs, copy_at_once, examine, schema};
@@ -39,6 +40,13 @@ pub enum BackupError {
     Exists(PathBuf),
     #[error("another backup is being written to {}", .0.display())]
     Busy(PathBuf),
+    /// Its books alone would name what the backup does not hold.
+    #[error(
+        "the objects of this farm lie in {0}, which this backup would not hold: copy that bucket and the database by their own means"
+    )]
+    Bucket(String),
+    #[error(transparent)]
+    Place(#[from] Elsewhere),
     #[error(transparent)]
     Database(#[from] OpenError),
     #[error("{}: {error}", path.display())]
@@ -62,6 +70,9 @@ pub struct Taken {
 pub async fn take(farm: &Path, target: &Path, taken_at: String) -> Result<Taken, BackupError> {
     if !farm.join(DATABASE).is_file() {
         return Err(BackupError::NoFarm(farm.to_owned()));
+    }
+    if let Some(bucket) = bucket_of(farm)? {
+        return Err(BackupError::Bucket(bucket));
     }
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));

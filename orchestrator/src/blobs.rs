@@ -1,13 +1,14 @@
 //! S: objects by key: manifests, artifacts, packs. An object is there whole or not at all.
 //!
 //! `Fs` writes to a temporary file, syncs it, renames it, syncs the directory. Its objects end in a [`crate::sums::Seal`],
-//! which every read checks. `Mem` is for the simulator and tests and needs no runtime.
+//! which every read checks. `S3` writes to a bucket, of which nothing but a key's bytes is expected. `Mem` is for the simulator and tests and needs no runtime.
 
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use alloy_shared::env::Ms;
+use alloy_shared::env::{Env, Ms};
 use alloy_shared::id::{Digest, OrgId};
 use alloy_shared::limits;
 use alloy_shared::wire::farm::Storage;
@@ -20,12 +21,15 @@ use crate::broken::Care;
 use crate::store::BlobKind;
 
 mod fs;
+pub mod mark;
 mod mem;
+mod s3;
 #[cfg(test)]
 mod tests;
 
 pub use fs::Fs;
 pub use mem::Mem;
+pub use s3::{BadPlace, Patience, S3};
 
 /// Bytes on their way in or out. An error is the sender's end of it: a client that is gone, a disk that rots.
 pub type Body = BoxStream<'static, std::io::Result<Bytes>>;
@@ -62,6 +66,11 @@ impl BlobKey {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// What the bytes of an object of its own hash to.
+    pub fn digest(&self) -> Option<Digest> {
+        self.0.rsplit_once('/')?.1.parse().ok()
+    }
 }
 
 impl fmt::Display for BlobKey {
@@ -88,6 +97,44 @@ pub enum BlobError {
     Body(std::io::Error),
     #[error("{what}: {error}")]
     Io { what: &'static str, error: std::io::Error },
+    /// It does not answer, or not with what it has. Another time it may.
+    #[error("the farm's object store is away: {0}")]
+    Away(String),
+}
+
+impl BlobError {
+    /// The same for somebody else who waited for it.
+    fn again(&self) -> Self {
+        let same = |error: &std::io::Error| std::io::Error::new(error.kind(), error.to_string());
+        match self {
+            Self::Missing(key) => Self::Missing(key.clone()),
+            Self::Full => Self::Full,
+            Self::Digest { expected, actual } => Self::Digest { expected: *expected, actual: *actual },
+            Self::Offset { have } => Self::Offset { have: *have },
+            Self::Damaged(key) => Self::Damaged(key.clone()),
+            Self::Body(error) => Self::Body(same(error)),
+            Self::Io { what, error } => Self::Io { what, error: same(error) },
+            Self::Away(why) => Self::Away(why.clone()),
+        }
+    }
+}
+
+/// An object among others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    pub key: BlobKey,
+    pub size: u64,
+    /// When it was written last.
+    pub modified: Ms,
+}
+
+/// Why a bucket cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenS3 {
+    #[error(transparent)]
+    Place(#[from] BadPlace),
+    #[error("the spool for uploads: {0}")]
+    Spool(#[from] BlobError),
 }
 
 /// What an object turned out to be.
@@ -100,6 +147,7 @@ pub struct Stored {
 #[derive(Debug)]
 pub enum Blobs {
     Fs(Fs),
+    S3(S3),
     Mem(Mem),
 }
 
@@ -107,6 +155,19 @@ impl Blobs {
     /// Opens a directory of objects and sweeps what a crash left half-written.
     pub async fn open(root: PathBuf, now: Ms, care: Care) -> Result<Self, BlobError> {
         Fs::open(root, now, care).await.map(Self::Fs)
+    }
+
+    /// Opens a bucket, after a look whether it does what is needed. `spool` is a directory of this machine for uploads that
+    /// can be interrupted.
+    pub async fn open_s3(
+        place: &crate::config::S3,
+        spool: PathBuf,
+        care: Care,
+        env: Arc<dyn Env>,
+    ) -> Result<Self, OpenS3> {
+        let spool = Fs::open(spool, env.now().wall, care).await?;
+        spool.sweep(env.now().wall).await?;
+        Ok(Self::S3(S3::open(place, Patience::default(), spool, env).await?))
     }
 
     pub fn memory() -> Self {
@@ -117,7 +178,7 @@ impl Blobs {
     pub fn storage(&self) -> Result<Option<Storage>, BlobError> {
         match self {
             Self::Fs(fs) => fs.storage().map(Some),
-            Self::Mem(_) => Ok(None),
+            Self::S3(_) | Self::Mem(_) => Ok(None),
         }
     }
 
@@ -125,7 +186,7 @@ impl Blobs {
     pub fn room(&self) -> Result<(), BlobError> {
         match self {
             Self::Fs(fs) if fs.storage()?.is_full() => Err(BlobError::Full),
-            Self::Fs(_) => Ok(()),
+            Self::Fs(_) | Self::S3(_) => Ok(()),
             Self::Mem(mem) => mem.room(),
         }
     }
@@ -134,6 +195,7 @@ impl Blobs {
     pub async fn create(&self, key: &BlobKey) -> Result<Draft, BlobError> {
         match self {
             Self::Fs(fs) => fs.create(key).await.map(|draft| Draft::Fs(Box::new(draft))),
+            Self::S3(s3) => Ok(Draft::S3(Box::new(s3.create(key)))),
             Self::Mem(mem) => Ok(Draft::Mem(mem.create(key))),
         }
     }
@@ -146,10 +208,12 @@ impl Blobs {
         draft.finish(expect).await
     }
 
-    /// The bytes of `range`, in blocks of at most 1 MiB, each checked.
+    /// The bytes of `range`, in blocks of at most 1 MiB. Of files each is checked; of a bucket an object that is named by its
+    /// content is, when it is read as a whole: its last block comes only if all of it is right.
     pub async fn read(&self, key: &BlobKey, range: Range<u64>) -> Result<Body, BlobError> {
         match self {
             Self::Fs(fs) => fs.read(key, range).await,
+            Self::S3(s3) => s3.read(key, range).await,
             Self::Mem(mem) => mem.read(key, range),
         }
     }
@@ -158,6 +222,7 @@ impl Blobs {
     pub async fn read_piece(&self, key: &BlobKey, at: u64, len: u32) -> Result<Bytes, BlobError> {
         match self {
             Self::Fs(fs) => fs.read_piece(key, at, len).await,
+            Self::S3(s3) => s3.read_piece(key, at, len).await,
             Self::Mem(mem) => {
                 let mut body = mem.read(key, at..at.saturating_add(u64::from(len)))?;
                 let mut out = BytesMut::with_capacity(len as usize);
@@ -173,6 +238,7 @@ impl Blobs {
     pub async fn delete(&self, key: &BlobKey) -> Result<(), BlobError> {
         match self {
             Self::Fs(fs) => fs.delete(key).await,
+            Self::S3(s3) => s3.delete(key).await,
             Self::Mem(mem) => {
                 mem.delete(key);
                 Ok(())
@@ -180,10 +246,30 @@ impl Blobs {
         }
     }
 
-    /// How many bytes of an unfinished upload are stored.
+    /// A page of the objects whose keys begin with `prefix`, after one of them, in the order of their keys. Empty: there are no
+    /// more.
+    pub async fn list(&self, prefix: &str, after: Option<&BlobKey>) -> Result<Vec<Listed>, BlobError> {
+        match self {
+            Self::Fs(fs) => fs.list(prefix, after).await,
+            Self::S3(s3) => s3.list(prefix, after).await,
+            Self::Mem(mem) => Ok(mem.list(prefix, after)),
+        }
+    }
+
+    /// An address from which anybody may fetch the object for some seconds, past this farm, and which answers with this
+    /// `Content-Disposition`. `None`: there is none, or it is not wanted.
+    pub async fn presign(&self, key: &BlobKey, ttl_s: u64, disposition: &str) -> Result<Option<String>, BlobError> {
+        match self {
+            Self::S3(s3) => s3.presign(key, ttl_s, disposition).await,
+            Self::Fs(_) | Self::Mem(_) => Ok(None),
+        }
+    }
+
+    /// How many bytes of an unfinished upload are stored on this machine.
     pub async fn partial(&self, key: &BlobKey) -> Result<u64, BlobError> {
         match self {
             Self::Fs(fs) => fs.partial(key).await,
+            Self::S3(s3) => s3.partial(key).await,
             Self::Mem(mem) => Ok(mem.partial(key)),
         }
     }
@@ -193,6 +279,7 @@ impl Blobs {
     pub async fn append(&self, key: &BlobKey, offset: u64, body: Body) -> Result<u64, BlobError> {
         match self {
             Self::Fs(fs) => fs.append(key, offset, body).await,
+            Self::S3(s3) => s3.append(key, offset, body).await,
             Self::Mem(mem) => mem.append(key, offset, body).await,
         }
     }
@@ -201,6 +288,7 @@ impl Blobs {
     pub async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
         match self {
             Self::Fs(fs) => fs.finish(key, expect).await,
+            Self::S3(s3) => s3.finish(key, expect).await,
             Self::Mem(mem) => mem.finish(key, expect).await,
         }
     }
@@ -208,7 +296,7 @@ impl Blobs {
     /// Runs a computation of some milliseconds where it does not hold up the connections.
     pub async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         match self {
-            Self::Fs(_) => off_thread(work).await,
+            Self::Fs(_) | Self::S3(_) => off_thread(work).await,
             Self::Mem(_) => work(),
         }
     }
@@ -218,6 +306,7 @@ impl Blobs {
 #[derive(Debug)]
 pub enum Draft {
     Fs(Box<fs::Draft>),
+    S3(Box<s3::Draft>),
     Mem(mem::Draft),
 }
 
@@ -225,6 +314,7 @@ impl Draft {
     pub fn len(&self) -> u64 {
         match self {
             Self::Fs(draft) => draft.len(),
+            Self::S3(draft) => draft.len(),
             Self::Mem(draft) => draft.len(),
         }
     }
@@ -236,6 +326,7 @@ impl Draft {
     pub async fn append(&mut self, bytes: Bytes) -> Result<(), BlobError> {
         match self {
             Self::Fs(draft) => draft.append(bytes).await,
+            Self::S3(draft) => draft.append(bytes).await,
             Self::Mem(draft) => {
                 draft.append(&bytes);
                 Ok(())
@@ -246,6 +337,7 @@ impl Draft {
     pub async fn finish(self, expect: Option<Digest>) -> Result<Stored, BlobError> {
         match self {
             Self::Fs(draft) => draft.finish(expect).await,
+            Self::S3(draft) => draft.finish(expect).await,
             Self::Mem(draft) => draft.finish(expect).await,
         }
     }

@@ -12,6 +12,9 @@ use clap::{Parser, Subcommand};
 mod supabase;
 
 pub use supabase::Supabase;
+mod s3;
+
+pub use s3::S3;
 
 /// The orchestrator of an Alloy build farm.
 #[derive(Debug, Parser)]
@@ -79,6 +82,8 @@ pub struct Config {
     /// Whose sign-in tokens are taken.
     pub supabase: Option<Supabase>,
     pub limits: Limits,
+    /// Absent: objects are files in the data directory.
+    pub s3: Option<S3>,
 }
 
 const LISTEN: Key = Key { name: "listen", flag: Some("--listen"), variable: Some("ALLOY_LISTEN") };
@@ -105,6 +110,7 @@ impl Config {
             log_format: LogFormat::Compact,
             supabase: None,
             limits: Limits::default(),
+            s3: None,
         }
     }
 
@@ -134,6 +140,7 @@ impl Config {
             layers.take(JOB_TIMEOUT, Limits::default().job_timeout_ms / 60_000, parse("is no number of minutes"));
         let floor_mib: u64 = layers.take(DISK_FLOOR, DISK_FLOOR_BYTES >> 20, parse("is no number of MiB"));
         let scale = layers.take(TIME_SCALE, 1, parse("is no whole number"));
+        let s3 = S3::take(&mut layers);
 
         let limits = Limits {
             job_timeout_ms: minutes.saturating_mul(60_000),
@@ -149,6 +156,7 @@ impl Config {
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),
             supabase,
             limits,
+            s3,
         };
         if data_dir.is_empty() {
             let why = "there is neither HOME nor XDG_DATA_HOME: say where the data shall be".to_owned();

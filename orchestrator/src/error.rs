@@ -183,6 +183,10 @@ impl From<StoreError> for Fault {
 pub const FULL_HINT: &str =
     "who runs the farm must free space; what runs goes on, and this works again as soon as there is room";
 
+/// What to do about an object store that does not answer.
+pub const AWAY_HINT: &str =
+    "nothing is lost, and this works again when it is back; the orchestrator's log has the reason";
+
 fn full() -> Fault {
     Fault::new(ErrorCode::StorageFull, "the farm's disk is full").hint(FULL_HINT).retry_after(FULL_RETRY_S)
 }

@@ -185,10 +185,10 @@ async fn ground(
     let dir = config.farm_dir();
     let care = Care { floor: config.limits.disk_floor, reserve: config.limits.disk_reserve(), broken };
     let logs = Logs::open(dir.join("logs"), care.clone()).map_err(|error| start_error("the log directory", error))?;
-    let blobs = Blobs::open(dir.join("blobs"), env.now().wall, care).await;
+    let blobs = blobs(config, &dir, care, env.clone()).await?;
     Ok(Ground {
         logs,
-        blobs: blobs.map_err(|error| start_error("the blob directory", error))?,
+        blobs,
         secret: farm_secret(&*store).await?,
         sign_in: sign_in(config, env.clone())?,
         store,
@@ -204,6 +204,22 @@ async fn ground(
 fn sign_in(config: &Config, env: Arc<dyn Env>) -> Result<Option<auth::sign_in::SignIn>, ServeError> {
     let made = config.supabase.as_ref().map(|supabase| auth::sign_in::SignIn::new(supabase, env)).transpose();
     made.map_err(|error| start_error("signing in with Supabase", error))
+}
+
+/// Where the farm's objects lie.
+async fn blobs(config: &Config, dir: &Path, care: Care, env: Arc<dyn Env>) -> Result<Blobs, ServeError> {
+    let elsewhere = |error| start_error("the farm's objects", error);
+    let url = config.s3.as_ref().map(config::S3::url);
+    blobs::mark::compare(dir, url.as_deref()).map_err(elsewhere)?;
+    let Some(place) = &config.s3 else {
+        let blobs = Blobs::open(dir.join("blobs"), env.now().wall, care).await;
+        return blobs.map_err(|error| start_error("the blob directory", error));
+    };
+    let blobs = Blobs::open_s3(place, dir.join("spool"), care, env).await;
+    let blobs = blobs.map_err(|error| start_error("the farm's objects", error))?;
+    blobs::mark::set(dir, &place.url()).map_err(elsewhere)?;
+    tracing::info!("objects lie in {}", place.place());
+    Ok(blobs)
 }
 
 /// The secret under which grants are made; the first start throws it.

@@ -79,6 +79,12 @@ impl Seal {
         len.div_ceil(BLOCK).checked_mul(4)?.checked_add(FOOTER)
     }
 
+    /// How many bytes stand before the seal in a file of this length. `None`: it is too short for one.
+    pub fn sealed_len(file: u64) -> Option<u64> {
+        let rest = file.checked_sub(FOOTER)?;
+        rest.checked_sub(4 * rest.div_ceil(BLOCK + 4))
+    }
+
     /// Reads a whole seal. `None`: it is damaged.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let rest = bytes.strip_suffix(MAGIC)?;
@@ -120,6 +126,14 @@ mod tests {
             sums.update(part);
         }
         sums.seal()
+    }
+
+    #[test]
+    fn a_file_tells_how_much_stands_before_its_seal() {
+        for len in [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1, 1 << 40] {
+            assert_eq!(Seal::sealed_len(len + 4 * len.div_ceil(BLOCK) + FOOTER), Some(len), "{len}");
+        }
+        assert_eq!(Seal::sealed_len(FOOTER - 1), None);
     }
 
     #[test]

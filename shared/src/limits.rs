@@ -270,6 +270,25 @@ pub const ARTIFACTS_MAX: usize = 10_000;
 /// Entries of a workspace that are looked at to find a job's artifacts.
 pub const WORKSPACE_ENTRIES_MAX: usize = 1_000_000;
 pub const ARTIFACT_BYTES_MAX: u64 = 16 << 30;
+/// Objects on one page of a list of them.
+pub const BLOBS_PER_PAGE: usize = 1_000;
+/// What goes to an object store at once, how many such parts of one object, and how many artifacts.
+pub const S3_PART: usize = 8 << 20;
+pub const S3_PARTS_AT_ONCE: usize = 2;
+pub const S3_PARTS_MAX: u64 = 10_000;
+pub const S3_UPLOADS: usize = 8;
+/// One request to an object store, and the silence within its answer's body.
+pub const S3_REQUEST_MS: u64 = 60_000;
+pub const S3_IDLE_MS: u64 = 20_000;
+/// A request that an object store did not do is tried so often; none is begun after this time. The pause doubles from the first.
+pub const S3_TRIES: u32 = 8;
+pub const S3_BUDGET_MS: u64 = 60_000;
+pub const S3_PAUSE_MS: u64 = 100;
+pub const S3_PAUSE_MAX_MS: u64 = 5_000;
+/// How long the link to an object opens it.
+pub const S3_LINK_S: u64 = 15 * 60;
+/// Uploads to an object store that are remembered as whole until somebody registers them.
+pub const S3_DONE_MAX: usize = 256;
 pub const RETRIES_MAX: u32 = 10;
 pub const IDEMPOTENCY_KEY_MAX: usize = 128;
 /// Live jobs in one farm: a submit beyond it is answered 429.

@@ -31,6 +31,7 @@ mod job;
 mod model;
 mod prose;
 mod provider;
+mod s3;
 mod store;
 mod tart;
 mod tidy;

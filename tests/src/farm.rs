@@ -7,15 +7,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::mount::{CutDisk, Mount};
-use crate::observe::{Api, PATIENCE, is_terminal, until, until_blocking};
+use crate::observe::{Api, PATIENCE, until, until_blocking};
 use crate::process::{Daemon, Found, processes_in, signal};
 use crate::sim_host::{self, Profile, SimHost};
+
+mod told;
+
+use told::{live_jobs, read_token};
+pub use told::{told_address, vm_dirs};
 
 /// How long a daemon may take to stop. Longer than its own grace.
 const STOP: Duration = Duration::from_secs(40);
@@ -41,6 +46,8 @@ pub struct Setup {
     pub worker_disk_mib: Option<u64>,
     /// Whose disk can lose its power.
     pub cuts: Option<Cuts>,
+    /// More variables of the orchestrator.
+    pub orchestrator_env: Vec<(String, String)>,
 }
 
 /// The one of the farm's daemons whose disk can lose its power.
@@ -89,6 +96,7 @@ impl Default for Setup {
             farm_disk_mib: None,
             worker_disk_mib: None,
             cuts: None,
+            orchestrator_env: Vec::new(),
         }
     }
 }
@@ -240,6 +248,7 @@ impl Farm {
     pub fn orchestrator_command(&self, listen: SocketAddr) -> Command {
         let mut command = self.command("orchestrator");
         command.arg("--data-dir").arg(self.dir().join("data")).arg("--listen").arg(listen.to_string());
+        command.envs(self.setup.orchestrator_env.iter().cloned());
         command
     }
 
@@ -563,36 +572,4 @@ pub fn isolated_orchestrator(dir: &Path, data: &Path) -> Command {
     let mut command = isolated(&bin_dir().join("orchestrator"), dir);
     command.arg("--data-dir").arg(data).args(["--listen", "127.0.0.1:0"]).env("ALLOY_DISK_FLOOR_MIB", "1");
     command
-}
-
-/// The address in the last line that tells it.
-pub fn told_address(log: &str) -> Option<SocketAddr> {
-    let (_, rest) = log.rsplit_once("listening on http://")?;
-    rest.split([',', ' ', '\n']).next()?.parse().ok()
-}
-
-fn read_token(farm_dir: &Path) -> Option<String> {
-    let text = fs::read_to_string(farm_dir.join("admin.token")).ok()?;
-    let token = text.trim();
-    (!token.is_empty()).then(|| token.to_owned())
-}
-
-/// VM directories of the host provider that still exist.
-pub fn vm_dirs(worker_dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(worker_dir.join("vms")).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).collect()
-}
-
-/// Asks from a thread of its own: `Drop` may run inside a runtime.
-fn live_jobs(api: Api) -> Result<Vec<Value>> {
-    let ask = move || -> Result<Vec<Value>> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let page = runtime.block_on(api.get("/v1/jobs?limit=200"))?;
-        let jobs = page["jobs"].as_array().context("a page of jobs")?;
-        Ok(jobs.iter().filter(|job| !is_terminal(job)).cloned().collect())
-    };
-    match std::thread::spawn(ask).join() {
-        Ok(found) => found,
-        Err(_) => bail!("asking for live jobs panicked"),
-    }
 }

@@ -14,6 +14,7 @@ pub mod observe;
 pub mod pg;
 pub mod process;
 pub mod proxy;
+pub mod s3;
 pub mod sim;
 pub mod sim_host;
 pub mod tart;

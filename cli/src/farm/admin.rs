@@ -89,7 +89,11 @@ fn backup_failure(error: &BackupError) -> Failure {
     match error {
         BackupError::NoFarm(_) => failure.hint("run it on the orchestrator's machine, and name its --data-dir"),
         BackupError::Exists(_) => failure.hint("a new directory for each backup; old ones can be deleted as a whole"),
-        BackupError::Busy(_) | BackupError::Database(_) | BackupError::Io { .. } => failure,
+        BackupError::Busy(_)
+        | BackupError::Bucket(_)
+        | BackupError::Place(_)
+        | BackupError::Database(_)
+        | BackupError::Io { .. } => failure,
     }
 }
 

@@ -21,6 +21,8 @@ use super::{BlobError, BlobKey, Body, Stored, check, free_bytes, is_full, off_th
 use crate::broken::Care;
 use crate::sums::{BLOCK, FOOTER, Seal, Sums};
 
+mod list;
+
 /// An upload that nobody went on with for a day is swept at the next start.
 const PARTIAL_AGE_MS: i64 = 24 * 3600 * 1000;
 /// Unfinished uploads that nobody sends whose file stays open and whose running hash is remembered; others are hashed again at their end.

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use alloy_shared::env::Ms;
 use alloy_shared::id::Digest;
+use alloy_shared::limits;
 use alloy_shared::mem_disk::MemDisk;
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt as _, stream};
 
-use super::{BlobError, BlobKey, Body, Stored, check};
+use super::{BlobError, BlobKey, Body, Listed, Stored, check};
 use crate::sums::BLOCK;
 
 #[derive(Debug, Clone, Default)]
@@ -20,7 +22,9 @@ pub struct Mem {
 
 #[derive(Debug, Default)]
 struct Shelves {
-    objects: BTreeMap<BlobKey, Bytes>,
+    /// Each with the time that was told last before it.
+    objects: BTreeMap<BlobKey, (Bytes, Ms)>,
+    now: Ms,
     partial: BTreeMap<BlobKey, BytesMut>,
 }
 
@@ -39,7 +43,12 @@ impl Mem {
 
     /// An object as it is, for whoever checks what the farm lists.
     pub fn object(&self, key: &BlobKey) -> Option<Bytes> {
-        self.lock().objects.get(key).cloned()
+        self.lock().objects.get(key).map(|(bytes, _)| bytes.clone())
+    }
+
+    /// What time it is for the objects that come from now on. Without it they are of the epoch's beginning.
+    pub fn tell_time(&self, now: Ms) {
+        self.lock().now = now;
     }
 
     fn lock(&self) -> MutexGuard<'_, Shelves> {
@@ -61,7 +70,9 @@ impl Mem {
         self.room()?;
         self.disk.sync().await.map_err(|error| BlobError::Io { what: "sync an object", error })?;
         let size = bytes.len() as u64;
-        self.lock().objects.insert(key.clone(), bytes);
+        let mut shelves = self.lock();
+        let now = shelves.now;
+        shelves.objects.insert(key.clone(), (bytes, now));
         Ok(Stored { size, sha256 })
     }
 
@@ -70,7 +81,7 @@ impl Mem {
     }
 
     pub(super) fn read(&self, key: &BlobKey, range: Range<u64>) -> Result<Body, BlobError> {
-        let bytes = self.lock().objects.get(key).cloned().ok_or_else(|| BlobError::Missing(key.clone()))?;
+        let bytes = self.object(key).ok_or_else(|| BlobError::Missing(key.clone()))?;
         if range.start > range.end || range.end > bytes.len() as u64 {
             return Err(BlobError::Damaged(key.clone()));
         }
@@ -86,9 +97,23 @@ impl Mem {
         self.lock().objects.remove(key);
     }
 
+    pub(super) fn list(&self, prefix: &str, after: Option<&BlobKey>) -> Vec<Listed> {
+        let shelves = self.lock();
+        let wanted = shelves
+            .objects
+            .iter()
+            .filter(|(key, _)| key.as_str().starts_with(prefix) && after.is_none_or(|after| *key > after));
+        let listed = |(key, (bytes, modified)): (&BlobKey, &(Bytes, Ms))| Listed {
+            key: key.clone(),
+            size: bytes.len() as u64,
+            modified: *modified,
+        };
+        wanted.take(limits::BLOBS_PER_PAGE).map(listed).collect()
+    }
+
     pub(super) fn partial(&self, key: &BlobKey) -> u64 {
         let shelves = self.lock();
-        let whole = shelves.objects.get(key).map(|bytes| bytes.len());
+        let whole = shelves.objects.get(key).map(|(bytes, _)| bytes.len());
         whole.or_else(|| shelves.partial.get(key).map(|bytes| bytes.len())).unwrap_or(0) as u64
     }
 
@@ -120,7 +145,8 @@ impl Mem {
         let bytes = {
             let shelves = self.lock();
             let partial = shelves.partial.get(key).map(|bytes| bytes.clone().freeze());
-            partial.or_else(|| shelves.objects.get(key).cloned()).ok_or_else(|| BlobError::Missing(key.clone()))?
+            let whole = || shelves.objects.get(key).map(|(bytes, _)| bytes.clone());
+            partial.or_else(whole).ok_or_else(|| BlobError::Missing(key.clone()))?
         };
         let done = self.insert(key, bytes, Some(expect)).await;
         // Only now: whoever sends the same bytes at the same time goes on with one or the other.

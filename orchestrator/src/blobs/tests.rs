@@ -1,3 +1,5 @@
+//! What only files have; what holds for all kinds of objects is tested in `tests/it/s3`.
+
 use std::path::Path;
 
 use alloy_shared::id::DEFAULT_ORG;
@@ -53,56 +55,6 @@ fn files_below(dir: &Path) -> Vec<String> {
     out
 }
 
-async fn both() -> (tempfile::TempDir, Vec<Blobs>) {
-    let dir = tempfile::tempdir().unwrap();
-    let fs = Fs::open(dir.path().join("blobs"), NOW, 0).await.unwrap();
-    (dir, vec![Blobs::Fs(fs), Blobs::memory()])
-}
-
-#[tokio::test]
-async fn an_object_is_read_as_it_was_put_in_any_range() {
-    let (_dir, all) = both().await;
-    for blobs in all {
-        for len in [0usize, 1, 5_000, BLOCK as usize, 3 * BLOCK as usize + 17] {
-            let bytes = noise(len, len as u64);
-            let digest = Digest::of(&bytes);
-            let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &digest);
-            let stored = blobs.put(&key, whole(&bytes, 70_001), Some(digest)).await.unwrap();
-            assert_eq!(stored, Stored { size: len as u64, sha256: digest });
-            let size = len as u64;
-            for range in [0..size, 0..size.min(1), size / 2..size, size.saturating_sub(1)..size, size..size] {
-                let want = &bytes[range.start as usize..range.end as usize];
-                assert_eq!(gather(blobs.read(&key, range.clone()).await).await, want, "{len} {range:?}");
-                let piece = blobs.read_piece(&key, range.start, want.len() as u32).await.unwrap();
-                assert_eq!(&piece[..], want);
-            }
-            assert!(blobs.read(&key, 0..size + 1).await.is_err());
-            blobs.delete(&key).await.unwrap();
-            blobs.delete(&key).await.unwrap();
-            assert!(matches!(blobs.read(&key, 0..0).await, Err(BlobError::Missing(_))));
-        }
-    }
-}
-
-#[tokio::test]
-async fn what_breaks_off_or_does_not_fit_leaves_nothing() {
-    let (dir, all) = both().await;
-    let bytes = noise(3 << 20, 5);
-    let digest = Digest::of(&bytes);
-    let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Manifest, &digest);
-    for blobs in all {
-        let broken = body(vec![Ok(bytes.clone().into()), gone()]);
-        assert!(matches!(blobs.put(&key, broken, Some(digest)).await, Err(BlobError::Body(_))));
-        let short = blobs.put(&key, whole(&bytes[1..], 4096), Some(digest)).await;
-        assert!(matches!(short, Err(BlobError::Digest { .. })));
-        assert!(matches!(blobs.read(&key, 0..1).await, Err(BlobError::Missing(_))));
-        let mut draft = blobs.create(&key).await.unwrap();
-        draft.append(Bytes::from_static(b"x")).await.unwrap();
-        drop(draft);
-    }
-    assert_eq!(files_below(dir.path()), Vec::<String>::new());
-}
-
 #[tokio::test]
 async fn an_upload_goes_on_where_it_stopped_also_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
@@ -137,40 +89,6 @@ async fn an_upload_goes_on_where_it_stopped_also_after_a_restart() {
         assert_eq!(blobs.finish(&key, digest).await.unwrap().sha256, digest);
         blobs.delete(&key).await.unwrap();
         assert_eq!(files_below(dir.path()), Vec::<String>::new());
-    }
-}
-
-#[tokio::test]
-async fn an_upload_of_other_bytes_is_thrown_away_and_can_begin_again() {
-    let (dir, all) = both().await;
-    let bytes = noise(100_000, 3);
-    let digest = Digest::of(&bytes);
-    let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &digest);
-    for blobs in all {
-        blobs.append(&key, 0, whole(&bytes[1..], 999)).await.unwrap();
-        assert!(matches!(blobs.finish(&key, digest).await, Err(BlobError::Digest { .. })));
-        assert_eq!(blobs.partial(&key).await.unwrap(), 0);
-        blobs.append(&key, 0, whole(&bytes, 999)).await.unwrap();
-        blobs.finish(&key, digest).await.unwrap();
-        blobs.delete(&key).await.unwrap();
-    }
-    assert_eq!(files_below(dir.path()), Vec::<String>::new());
-}
-
-#[tokio::test]
-async fn an_upload_that_several_finish_at_once_is_finished_for_each_of_them() {
-    let (_dir, all) = both().await;
-    for (blobs, len) in all.iter().flat_map(|blobs| [(blobs, 0), (blobs, 3 << 20)]) {
-        let bytes = noise(len, 5);
-        let digest = Digest::of(&bytes);
-        let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &digest);
-        blobs.append(&key, 0, whole(&bytes, 65_536)).await.unwrap();
-        let done = futures_util::future::join_all((0..4).map(|_| blobs.finish(&key, digest))).await;
-        assert!(done.iter().all(|done| done.as_ref().is_ok_and(|done| done.sha256 == digest)), "{len}: {done:?}");
-        assert_eq!(gather(blobs.read(&key, 0..len as u64).await).await, bytes);
-        // Nobody registered it, and its last byte comes again, of which nothing is new.
-        assert_eq!(blobs.append(&key, len as u64, body(vec![Ok(Bytes::new())])).await.unwrap(), len as u64);
-        assert_eq!(blobs.finish(&key, digest).await.unwrap().sha256, digest);
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::OpError;
 use super::archive::{self, Format, Unread};
 use crate::blobs::{BlobError, BlobKey, Blobs, Body, Draft, read_archive};
-use crate::error::FULL_HINT;
+use crate::error::{AWAY_HINT, FULL_HINT};
 use crate::logs::LogError;
 use crate::pack;
 use crate::store::{Blob, BlobKind, Committed, Group, Place, Scope, Store, Write};
@@ -75,6 +75,7 @@ impl From<BlobError> for OpError {
                 Self::Io { what: "read stored bytes", error: std::io::Error::new(ErrorKind::InvalidData, message) }
             }
             BlobError::Io { what, error } => Self::Io { what, error },
+            BlobError::Away(_) => Self::refused(ErrorCode::Unavailable, message).hint(AWAY_HINT),
         }
     }
 }
@@ -269,6 +270,13 @@ impl Depot<'_> {
         range: Option<std::ops::Range<u64>>,
     ) -> Result<(u64, Body), OpError> {
         self.alone(BlobKind::Artifact, digest, range).await
+    }
+
+    /// An address from which the artifact can be fetched past this farm, if that is wanted.
+    pub async fn artifact_link(&self, digest: &Digest, disposition: &str) -> Result<Option<String>, OpError> {
+        let Some(blob) = self.blob(BlobKind::Artifact, digest).await? else { return Ok(None) };
+        let Place::Alone { object } = &blob.place else { return Ok(None) };
+        Ok(self.blobs.presign(&stored_key(object)?, limits::S3_LINK_S, disposition).await?)
     }
 
     async fn alone(

@@ -44,6 +44,7 @@ const NO_ORIGIN: (HeaderName, &str) = (header::CONTENT_SECURITY_POLICY, "sandbox
 const RANGES: (HeaderName, &str) = (header::ACCEPT_RANGES, "bytes");
 /// Ask again before using a kept copy.
 const NO_CACHE: (HeaderName, &str) = (header::CACHE_CONTROL, "private, no-cache");
+const NO_STORE: (HeaderName, &str) = (header::CACHE_CONTROL, "no-store");
 const BINARY: (HeaderName, &str) = (header::CONTENT_TYPE, "application/octet-stream");
 
 fn depot(app: &App, org: alloy_shared::id::OrgId) -> Depot<'_> {
@@ -419,7 +420,7 @@ pub struct JobArtifact {
 /// One artifact's bytes, always as a download: what a build made never acts in this origin.
 #[utoipa::path(
     get, path = path::JOB_ARTIFACT, tag = "jobs", params(("id" = String, Path,), ("path" = String, Path,)),
-    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = 206, body = Vec<u8>, content_type = "application/octet-stream"), (status = 304))
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = 206, body = Vec<u8>, content_type = "application/octet-stream"), (status = 304), (status = 307, description = "The bytes are at `Location`, for some minutes and without a token", headers(("Location" = String))))
 )]
 pub async fn get_artifact(
     State(app): State<Arc<App>>,
@@ -438,6 +439,10 @@ pub async fn get_artifact(
     let etag = format!("\"{}\"", artifact.sha256);
     if header_text(&headers, "if-none-match").is_some_and(|tags| tags.split(',').any(|tag| tag.trim() == etag)) {
         return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, etag)]).into_response());
+    }
+    if let Some(link) = depot(&app, who.org).artifact_link(&artifact.sha256, &range::attachment(&name)).await? {
+        return Ok((StatusCode::TEMPORARY_REDIRECT, [NO_STORE], [(header::ETAG, etag), (header::LOCATION, link)])
+            .into_response());
     }
     // A range of what is no longer there is no range.
     let same = header_text(&headers, "if-range").is_none_or(|tag| tag == etag);

@@ -51,7 +51,7 @@ impl World {
     fn objects(&self) -> usize {
         match &*self.blobs {
             Blobs::Mem(mem) => mem.keys().len(),
-            Blobs::Fs(_) => unreachable!(),
+            Blobs::Fs(_) | Blobs::S3(_) => unreachable!(),
         }
     }
 
