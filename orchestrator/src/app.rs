@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use alloy_shared::env::Env;
+use alloy_shared::env::{Env, Ms};
 use alloy_shared::id::JobId;
 use alloy_shared::limits::Limits;
 use alloy_shared::secret::Secret;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,7 +19,9 @@ use crate::desk_loop::{self, Door};
 use crate::hub::Hub;
 use crate::log_sync::LogSync;
 use crate::logs::Logs;
+use crate::replica::{self, Replica};
 use crate::session::drive::sweep;
+use crate::store::sql::Shared;
 use crate::store::{Store, StoreError};
 use crate::wake::Wake;
 
@@ -33,6 +36,8 @@ pub struct App {
     pub wake: Arc<Wake>,
     pub logs: Arc<Logs>,
     pub log_sync: LogSync,
+    /// The farm as this orchestrator shares it with others; absent: it is the only one.
+    pub shared: Option<Shared>,
     pub blobs: Arc<Blobs>,
     pub env: Arc<dyn Env>,
     pub limits: Limits,
@@ -56,7 +61,9 @@ pub struct App {
 pub struct Ground {
     pub store: Arc<dyn Store>,
     pub logs: Logs,
-    pub blobs: Blobs,
+    pub blobs: Arc<Blobs>,
+    /// There may be other orchestrators of this farm.
+    pub shared: Option<Shared>,
     pub env: Arc<dyn Env>,
     pub limits: Limits,
     /// The farm's own secret.
@@ -72,14 +79,34 @@ pub struct Ground {
 impl App {
     /// Loads the live jobs. Nobody is served yet.
     pub async fn on(ground: Ground) -> Result<Arc<Self>, StoreError> {
-        let Ground { store, logs, blobs, env, limits, secret, base_url, behind_proxy, random, sign_in, stopping } =
-            ground;
+        let Ground {
+            store,
+            logs,
+            blobs,
+            shared,
+            env,
+            limits,
+            secret,
+            base_url,
+            behind_proxy,
+            random,
+            sign_in,
+            stopping,
+        } = ground;
         let hub = Arc::new(Hub::new(limits.clone(), env.now().mono));
         let wake = Arc::new(Wake::default());
         let logs = Arc::new(logs);
-        let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limits.clone()).await?;
-        Ok(Arc::new(Self {
-            log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
+        // What changes from here on is learned from the others, also what the desk loads meanwhile.
+        let horizon = match &shared {
+            Some(shared) => Some(shared.horizon().await?),
+            None => None,
+        };
+        let (speak, spoken) = shared.as_ref().map(|_| mpsc::channel(1)).unzip();
+        let limited = limits.clone();
+        let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limited, speak).await?;
+        let app = Arc::new(Self {
+            log_sync: LogSync::spawn(logs.clone(), hub.clone(), wake.clone(), &*env),
+            shared: shared.clone(),
             auth: Auth::new(env.clone()).with(sign_in),
             grants: Grants::new(&secret),
             base_url,
@@ -87,7 +114,7 @@ impl App {
             random,
             submits: TaskTracker::new(),
             sessions: TaskTracker::new(),
-            blobs: Arc::new(blobs),
+            blobs,
             store,
             desk,
             hub,
@@ -96,12 +123,18 @@ impl App {
             env,
             limits,
             stopping,
-        }))
+        });
+        if let (Some(shared), Some(horizon), Some(spoken)) = (shared, horizon, spoken) {
+            replica::begin(&app, Replica { shared, horizon, spoken });
+        }
+        Ok(app)
     }
 
     /// Starts what an orchestrator does although nobody asks.
     pub fn begin(self: &Arc<Self>) {
-        self.env.spawn("sweep", Box::pin(sweep(self.clone())));
+        if self.shared.is_none() {
+            self.env.spawn("sweep", Box::pin(sweep(self.clone())));
+        }
     }
 
     /// Counts every attempt as lost that a worker holds by the books: the farm was restored from a backup, nothing of then runs
@@ -144,6 +177,14 @@ impl App {
             biased;
             () = self.sessions.wait() => true,
             () = self.env.sleep_until(self.env.now().mono + grace_ms) => false,
+        }
+    }
+
+    /// What time it is for the books: where several orchestrators write them, their database tells.
+    pub async fn books_time(&self) -> Result<Ms, StoreError> {
+        match &self.shared {
+            Some(shared) => shared.clock().await,
+            None => Ok(self.env.now().wall),
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Ms};
-use alloy_shared::id::{Digest, OrgId};
+use alloy_shared::id::{AttemptRef, Digest, OrgId};
 use alloy_shared::limits;
 use alloy_shared::wire::farm::Storage;
 use bytes::{Bytes, BytesMut};
@@ -53,6 +53,11 @@ impl BlobKey {
         };
         let hex = digest.to_string();
         Self(format!("{org}/{kind}/{}/{hex}", &hex[..2]))
+    }
+
+    /// A part of a log.
+    pub fn log(at: &AttemptRef, start: u64, end: u64) -> Self {
+        Self(format!("logs/{}/{}/{start:010x}_{end:010x}", at.job, at.attempt))
     }
 
     /// Reads a name that was stored. `None`: it could point anywhere.

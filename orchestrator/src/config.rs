@@ -9,12 +9,13 @@ use alloy_shared::limits::{DISK_FLOOR as DISK_FLOOR_BYTES, Limits};
 use alloy_shared::runtime::LogFormat;
 use clap::{Parser, Subcommand};
 
+mod database;
+mod s3;
 mod supabase;
 
-pub use supabase::Supabase;
-mod s3;
-
+pub use database::Database;
 pub use s3::S3;
+pub use supabase::Supabase;
 
 /// The orchestrator of an Alloy build farm.
 #[derive(Debug, Parser)]
@@ -81,6 +82,7 @@ pub struct Config {
     pub log_format: LogFormat,
     /// Whose sign-in tokens are taken.
     pub supabase: Option<Supabase>,
+    pub database: Database,
     pub limits: Limits,
     /// Absent: objects are files in the data directory.
     pub s3: Option<S3>,
@@ -92,7 +94,6 @@ const DATA_DIR: Key = Key { name: "data_dir", flag: Some("--data-dir"), variable
 const BEHIND_PROXY: Key =
     Key { name: "behind_proxy", flag: Some("--behind-proxy"), variable: Some("ALLOY_BEHIND_PROXY") };
 const LOG_FORMAT: Key = Key { name: "log_format", flag: Some("--log-format"), variable: Some("ALLOY_LOG_FORMAT") };
-const DATABASE_MODE: Key = Key { name: "database_mode", flag: None, variable: Some("DATABASE_MODE") };
 const JOB_TIMEOUT: Key = Key { name: "job_timeout_minutes", flag: None, variable: Some("JOB_TIMEOUT_MINUTES") };
 const DISK_FLOOR: Key = Key { name: "disk_floor_mib", flag: None, variable: Some("ALLOY_DISK_FLOOR_MIB") };
 const TIME_SCALE: Key = Key { name: "time_scale", flag: None, variable: Some("ALLOY_TIME_SCALE") };
@@ -109,6 +110,7 @@ impl Config {
             behind_proxy: false,
             log_format: LogFormat::Compact,
             supabase: None,
+            database: Database::Local,
             limits: Limits::default(),
             s3: None,
         }
@@ -134,7 +136,7 @@ impl Config {
         let behind_proxy = layers.take(BEHIND_PROXY, false, parse("is neither true nor false"));
         let known = |text: &str| text.parse::<LogFormat>().map(|_| text.to_owned());
         let log_format = layers.take(LOG_FORMAT, "compact".to_owned(), known);
-        layers.take(DATABASE_MODE, "local".to_owned(), checked_mode);
+        let database = Database::take(&mut layers);
         let supabase = Supabase::take(&mut layers);
         let minutes =
             layers.take(JOB_TIMEOUT, Limits::default().job_timeout_ms / 60_000, parse("is no number of minutes"));
@@ -155,6 +157,7 @@ impl Config {
             behind_proxy,
             log_format: log_format.parse().unwrap_or(LogFormat::Compact),
             supabase,
+            database,
             limits,
             s3,
         };
@@ -235,16 +238,6 @@ fn checked_url(text: &str) -> Result<String, String> {
     }
 }
 
-fn checked_mode(text: &str) -> Result<String, String> {
-    match text {
-        "local" => Ok(text.to_owned()),
-        "postgres" | "supabase" => {
-            Err("is not supported by this version; the one mode is `local`: SQLite in the data directory".to_owned())
-        }
-        _ => Err("is no mode; the one mode is `local`: SQLite in the data directory".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,11 +299,24 @@ mod tests {
     }
 
     #[test]
+    fn a_database_that_is_shared_needs_an_address_that_is_shown_nowhere() {
+        let problems = resolve(Flags::default(), &[("DATABASE_MODE", "postgres")], "").unwrap_err();
+        assert!(problems[0].message.contains("DATABASE_URL"), "{problems:?}");
+        let url = "postgres://farm:hunter2@db/farm";
+        let variables = [("DATABASE_MODE", "supabase"), ("DATABASE_URL", url)];
+        let (config, settings) = resolve(Flags::default(), &variables, "").unwrap();
+        assert!(matches!(&config.database, Database::Postgres(kept) if kept.expose() == url));
+        assert!(!format!("{settings:?}{config:?}").contains("hunter2"));
+        let (config, _) = resolve(Flags::default(), &[("DATABASE_URL", url)], "").unwrap();
+        assert_eq!(config.database, Database::Local, "nobody asked for it");
+    }
+
+    #[test]
     fn every_problem_is_told_with_its_origin() {
         let variables = [
             ("ALLOY_LISTEN", "3000"),
             ("BASE_URL", "farm"),
-            ("DATABASE_MODE", "supabase"),
+            ("DATABASE_MODE", "oracle"),
             ("JOB_TIMEOUT_MINUTES", "0"),
             ("ALLOY_TIME_SCALE", "21"),
             ("ALLOY_DISK_FLOOR_MIB", "0"),

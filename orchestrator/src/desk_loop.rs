@@ -53,6 +53,9 @@ impl Door {
     }
 }
 
+/// Tells other orchestrators that there is something to look at. A full one has something to tell already.
+pub type Speak = mpsc::Sender<()>;
+
 /// Loads the live jobs and starts the loop. Returns when the desk is ready to decide.
 pub async fn spawn(
     store: Arc<dyn Store>,
@@ -60,8 +63,10 @@ pub async fn spawn(
     wake: Arc<Wake>,
     env: Arc<dyn Env>,
     limits: Limits,
+    speak: Option<Speak>,
 ) -> Result<Door, StoreError> {
-    let mut desk = Desk::new(limits, env.now().mono);
+    let desk = Desk::new(limits, env.now().mono);
+    let mut desk = if speak.is_some() { desk.shared() } else { desk };
     let mut after = None;
     loop {
         let jobs = store.live(after, limits::PAGE_MAX).await?;
@@ -77,7 +82,7 @@ pub async fn spawn(
     let (tx, rx) = mpsc::channel(limits::DESK_QUEUE);
     let turns = Arc::new(AtomicU32::new(env.dice() as u32));
     let door = Door { tx, tickets: Arc::new(AtomicU64::new(1)), turns };
-    let task = Loop { desk, store, hub, wake, env: env.clone(), rx, waiting: HashMap::new() };
+    let task = Loop { desk, store, hub, wake, env: env.clone(), rx, waiting: HashMap::new(), speak };
     env.spawn("desk", Box::pin(task.run()));
     Ok(door)
 }
@@ -98,6 +103,7 @@ struct Loop {
     env: Arc<dyn Env>,
     rx: mpsc::Receiver<Asked>,
     waiting: HashMap<Ticket, oneshot::Sender<Answer>>,
+    speak: Option<Speak>,
 }
 
 impl Loop {
@@ -107,7 +113,7 @@ impl Loop {
             let groups = self.desk.decide(requests, self.env.now());
             let (done, repeated) = self.commit(&groups).await;
             let failed = done.is_err();
-            for effect in self.desk.committed(done, repeated) {
+            for effect in self.desk.committed(done, repeated, self.env.now().mono) {
                 self.perform(effect).await;
             }
             failures = if failed { failures + 1 } else { 0 };
@@ -179,6 +185,13 @@ impl Loop {
                 }
             }
             Effect::Moved { job, left } => {
+                self.wake.moved(job.id);
+                let heard = self.hub.moved(&job, left);
+                if let Some(speak) = self.speak.as_ref().filter(|_| !heard && !job.state.is_done()) {
+                    let _ = speak.try_send(());
+                }
+            }
+            Effect::Learned { job, left } => {
                 self.wake.moved(job.id);
                 self.hub.moved(&job, left);
             }

@@ -1,5 +1,7 @@
 //! P: the live sessions of workers: their mailboxes, when each was last heard, what each offers.
 
+mod shared;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -11,6 +13,7 @@ use alloy_shared::wire::session::SlotView;
 use tokio::sync::mpsc;
 
 use crate::store::Job;
+pub use shared::Told;
 
 /// Letters that wait for one session. A session that does not read them is cut and reconciles anew.
 const MAILBOX: usize = 512;
@@ -68,6 +71,10 @@ struct Entry {
     images: Arc<Inventory>,
     stopping: bool,
     trouble: Option<String>,
+    /// Where orchestrators share a farm: up to when the books know that it was heard.
+    written: Option<Mono>,
+    /// The offer that the books have.
+    told: String,
 }
 
 struct Session {
@@ -81,6 +88,8 @@ pub struct Hub {
 
 struct State {
     workers: BTreeMap<WorkerId, Entry>,
+    /// Workers that are with other orchestrators, as they were at some moment.
+    elsewhere: BTreeMap<WorkerId, (LiveWorker, Mono)>,
     /// Nobody counts as silent from before this moment.
     listening_since: Mono,
 }
@@ -92,7 +101,10 @@ fn are_two(one: Option<BootId>, other: Option<BootId>) -> bool {
 
 impl Hub {
     pub fn new(limits: Limits, now: Mono) -> Self {
-        Self { state: Mutex::new(State { workers: BTreeMap::new(), listening_since: now }), limits }
+        Self {
+            state: Mutex::new(State { workers: BTreeMap::new(), elsewhere: BTreeMap::new(), listening_since: now }),
+            limits,
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -123,8 +135,11 @@ impl Hub {
             images: Arc::default(),
             stopping: false,
             trouble: None,
+            written: None,
+            told: String::new(),
         });
         entry.seen = now;
+        entry.told.clear();
         entry.left = false;
         entry.epoch = epoch;
         let another = are_two(std::mem::replace(&mut entry.boot, boot), boot);
@@ -172,24 +187,25 @@ impl Hub {
         }
     }
 
-    /// A job changed: the worker that has it and the one that had it are told.
-    pub fn moved(&self, job: &Job, left: Option<WorkerId>) {
+    /// A job changed: the worker that has it and the one that had it are told. True if both, as far as there are any, and one
+    /// at least, have a session here.
+    pub fn moved(&self, job: &Job, left: Option<WorkerId>) -> bool {
         let holder = job.state.lease().map(|lease| lease.worker);
-        for worker in holder.into_iter().chain(left.filter(|left| Some(*left) != holder)) {
-            self.post(worker, Mail::Job(Box::new(job.clone())));
-        }
+        let concerned: Vec<WorkerId> = holder.into_iter().chain(left.filter(|left| Some(*left) != holder)).collect();
+        let told = concerned.iter().filter(|worker| self.post(**worker, Mail::Job(Box::new(job.clone())))).count();
+        told > 0 && told == concerned.len()
     }
 
     pub fn durable(&self, worker: WorkerId, attempt: AttemptRef, len: u64) {
-        self.post(worker, Mail::Durable { attempt, len });
+        let _gone = self.post(worker, Mail::Durable { attempt, len });
     }
 
     pub fn set_drain(&self, worker: WorkerId, on: bool) {
-        self.post(worker, Mail::Drain { on });
+        let _gone = self.post(worker, Mail::Drain { on });
     }
 
     pub fn revoke(&self, worker: WorkerId) {
-        self.post(worker, Mail::Revoked);
+        let _gone = self.post(worker, Mail::Revoked);
     }
 
     /// Tells every session that the wishes for images changed.
@@ -204,21 +220,32 @@ impl Hub {
 
     fn post_all(&self, mail: impl Fn() -> Mail) {
         let workers: Vec<WorkerId> = self.state().workers.keys().copied().collect();
-        workers.into_iter().for_each(|worker| self.post(worker, mail()));
+        for worker in workers {
+            self.post(worker, mail());
+        }
     }
 
-    fn post(&self, worker: WorkerId, mail: Mail) {
+    /// True if the worker has a session here.
+    fn post(&self, worker: WorkerId, mail: Mail) -> bool {
         let mut state = self.state();
-        let Some(entry) = state.workers.get_mut(&worker) else { return };
-        let Some(session) = &entry.session else { return };
+        let Some(entry) = state.workers.get_mut(&worker) else { return false };
+        let Some(session) = &entry.session else { return false };
         if session.mailbox.try_send(mail).is_err() {
             // Dropping the sender ends the session; the next one starts from the truth.
             entry.session = None;
         }
+        true
     }
 
     pub fn view(&self, worker: &WorkerId, now: Mono) -> Option<LiveWorker> {
-        self.state().workers.get(worker).map(|entry| LiveWorker {
+        let state = self.state();
+        let here = state.workers.get(worker);
+        if here.is_none_or(|entry| entry.session.is_none())
+            && let Some((live, at)) = state.elsewhere.get(worker)
+        {
+            return Some(LiveWorker { silent_ms: live.silent_ms + now.since(*at), ..live.clone() });
+        }
+        here.map(|entry| LiveWorker {
             silent_ms: now.since(entry.seen),
             connected: entry.session.is_some(),
             left: entry.left,
@@ -248,7 +275,9 @@ impl Hub {
     pub fn silence(&self, worker: &WorkerId, now: Mono) -> Silence {
         let state = self.state();
         let listening = state.listening_since;
-        let seen = state.workers.get(worker).map_or(listening, |entry| entry.seen.max(listening));
+        let here = state.workers.get(worker).map(|entry| entry.seen);
+        let elsewhere = state.elsewhere.get(worker).map(|(live, at)| *at - live.silent_ms);
+        let seen = here.max(elsewhere).map_or(listening, |seen| seen.max(listening));
         let lost_at = (seen + self.limits.expiry_ms).max(listening + self.limits.startup_grace_ms);
         Silence { ms: now.since(seen), lost_at }
     }

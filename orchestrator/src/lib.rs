@@ -41,6 +41,7 @@ pub mod ops;
 pub mod pack;
 pub mod pick;
 pub mod program;
+pub mod replica;
 pub mod routes;
 pub mod session;
 pub mod store;
@@ -51,13 +52,17 @@ pub use app::{App, Ground};
 use backup::restore::Past;
 use blobs::Blobs;
 use broken::{Broken, Care};
-use config::Config;
-use logs::Logs;
+use config::{Config, Database};
+use logs::{Chunks, Logs};
+use store::sql::chunks::ChunkTable;
 use store::sql::{DataLock, SqlStore};
 use store::{Group, Store, StoreError, Write};
 
 /// The name under which the store keeps the farm's own secret.
 pub const FARM_SECRET: &str = "farm_secret";
+
+/// The name under which a shared store keeps where the farm's bytes lie.
+const BYTES_PLACE: &str = "bytes_place";
 
 /// A running orchestrator. It stops with the [`Lifecycle`] that it was given.
 pub struct Served {
@@ -107,7 +112,7 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     if past == Past::Stopped {
         return Err(start_error("told to stop", "nothing was begun"));
     }
-    let sql = Arc::new(SqlStore::open_sqlite(&dir.join("alloy.db")).await?);
+    let sql = Arc::new(open(&config).await?);
     let listener = TcpListener::bind(config.listen).await.map_err(|error| cannot_listen(config.listen, error))?;
     let addr = listener.local_addr().map_err(|error| start_error("the listening socket", error))?;
 
@@ -115,7 +120,7 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     let system = env;
     let env: Arc<dyn Env> = Arc::new(TaskEnv { system: system.clone(), until: background.clone() });
     let broken = sql.broken();
-    let ground = ground(&config, addr, sql.clone(), env, life.soft.clone(), broken.clone()).await?;
+    let ground = ground(&config, addr, &sql, env, life.soft.clone(), broken.clone()).await?;
     let app = App::on(ground).await?;
     if past == Past::Restored {
         app.let_go_of_leases().await;
@@ -171,27 +176,40 @@ async fn run(app: Arc<App>, listener: TcpListener, stop: Stop) {
     }
     app.settle().await;
     stop.background.cancel();
+    if let Some(shared) = &app.shared
+        && let Err(error) = shared.forget().await
+    {
+        tracing::warn!(%error, "the other orchestrators wait for this one for a moment");
+    }
     stop.sql.close().await;
 }
 
 async fn ground(
     config: &Config,
     addr: SocketAddr,
-    store: Arc<dyn Store>,
+    sql: &Arc<SqlStore>,
     env: Arc<dyn Env>,
     stopping: CancellationToken,
     broken: Broken,
 ) -> Result<Ground, ServeError> {
     let dir = config.farm_dir();
     let care = Care { floor: config.limits.disk_floor, reserve: config.limits.disk_reserve(), broken };
-    let logs = Logs::open(dir.join("logs"), care.clone()).map_err(|error| start_error("the log directory", error))?;
-    let blobs = blobs(config, &dir, care, env.clone()).await?;
+    let blobs = Arc::new(blobs(config, &dir, care.clone(), env.clone()).await?);
+    let logs = match sql.shared() {
+        Some(shared) => Logs::Chunks(Chunks::new(ChunkTable(shared.pool().clone()), blobs.clone())),
+        None => Logs::open(dir.join("logs"), care).map_err(|error| start_error("the log directory", error))?,
+    };
+    if sql.shared().is_some() {
+        let files = || format!("files in {} on {}", dir.join("blobs").display(), hostname());
+        check_place(&**sql, config.s3.as_ref().map_or_else(files, config::S3::url)).await?;
+    }
     Ok(Ground {
         logs,
         blobs,
-        secret: farm_secret(&*store).await?,
+        secret: farm_secret(&**sql).await?,
+        shared: sql.shared().cloned(),
+        store: sql.clone(),
         sign_in: sign_in(config, env.clone())?,
-        store,
         env,
         limits: config.limits.clone(),
         base_url: config.url(addr),
@@ -204,6 +222,31 @@ async fn ground(
 fn sign_in(config: &Config, env: Arc<dyn Env>) -> Result<Option<auth::sign_in::SignIn>, ServeError> {
     let made = config.supabase.as_ref().map(|supabase| auth::sign_in::SignIn::new(supabase, env)).transpose();
     made.map_err(|error| start_error("signing in with Supabase", error))
+}
+
+/// The database: a file of this orchestrator's own, or one that others may share.
+async fn open(config: &Config) -> Result<SqlStore, ServeError> {
+    match &config.database {
+        Database::Local => Ok(SqlStore::open_sqlite(&config.farm_dir().join("alloy.db")).await?),
+        Database::Postgres(url) => {
+            let me = format!("orc_{:032x}", u128::from_le_bytes(random_bytes()));
+            Ok(SqlStore::open_shared(url.expose(), me).await?)
+        }
+    }
+}
+
+fn hostname() -> String {
+    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// All orchestrators of a farm must find each other's bytes: the first one says where they lie.
+async fn check_place(store: &dyn Store, place: String) -> Result<(), ServeError> {
+    store.commit(&[Group(vec![Write::AddMeta { name: BYTES_PLACE, value: place.clone() }])]).await?;
+    let kept = store.meta(BYTES_PLACE).await?.unwrap_or_default();
+    if kept == place {
+        return Ok(());
+    }
+    Err(start_error("the farm's bytes", format!("they are {kept}, and this orchestrator would look for {place}")))
 }
 
 /// Where the farm's objects lie.

@@ -11,6 +11,7 @@ use tracing::error;
 
 use crate::hub::Hub;
 use crate::logs::Logs;
+use crate::wake::Wake;
 
 /// Results that may wait for one round.
 const WAITING: usize = 1_024;
@@ -22,10 +23,10 @@ pub struct LogSync {
 }
 
 impl LogSync {
-    pub fn spawn(logs: Arc<Logs>, hub: Arc<Hub>, env: &dyn Env) -> Self {
+    pub fn spawn(logs: Arc<Logs>, hub: Arc<Hub>, wake: Arc<Wake>, env: &dyn Env) -> Self {
         let (tx, rx) = mpsc::channel(WAITING);
         let writers = Arc::new(Mutex::new(BTreeMap::new()));
-        env.spawn("log_sync", Box::pin(run(logs, hub, rx, writers.clone())));
+        env.spawn("log_sync", Box::pin(run(logs, hub, wake, rx, writers.clone())));
         Self { tx, writers }
     }
 
@@ -49,6 +50,7 @@ impl LogSync {
 async fn run(
     logs: Arc<Logs>,
     hub: Arc<Hub>,
+    wake: Arc<Wake>,
     mut rx: mpsc::Receiver<Option<oneshot::Sender<bool>>>,
     writers: Arc<Mutex<BTreeMap<AttemptRef, WorkerId>>>,
 ) {
@@ -60,6 +62,9 @@ async fn run(
         let whose = std::mem::take(&mut *writers.lock().unwrap_or_else(PoisonError::into_inner));
         let done = match logs.sync().await {
             Ok(_) => {
+                if logs.shows_what_is_durable() {
+                    whose.keys().for_each(|attempt| wake.logged(attempt.job));
+                }
                 tell(&logs, &hub, whose).await;
                 true
             }

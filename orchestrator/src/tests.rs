@@ -117,7 +117,8 @@ async fn app_with(blobs: Blobs, clock: Arc<TestEnv>, sign_in: Option<SignIn>) ->
     let ground = Ground {
         store: Arc::new(MemStore::default()),
         logs: Logs::memory(),
-        blobs,
+        blobs: Arc::new(blobs),
+        shared: None,
         env,
         limits: Limits::default(),
         secret: Secret::new([3; 32]),

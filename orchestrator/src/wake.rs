@@ -50,6 +50,11 @@ impl Wake {
         }
     }
 
+    /// The jobs that somebody waits for.
+    pub fn listened(&self) -> Vec<JobId> {
+        self.jobs().keys().copied().collect()
+    }
+
     /// How many wait for news of this job.
     pub fn audience(&self, id: JobId) -> usize {
         self.jobs().get(&id).map_or(0, watch::Sender::receiver_count)

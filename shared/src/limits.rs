@@ -221,6 +221,10 @@ pub const LOG_TAIL: u64 = 1 << 20;
 pub const LOG_RING: u64 = 4 << 20;
 pub const LOG_RING_CHUNKS: usize = 4_096;
 pub const LOG_RINGS_MAX: u64 = 256 << 20;
+/// The same of one log whose bytes are in a database.
+pub const LOG_RING_SHARED: u64 = 1 << 20;
+/// A log whose rows in the database hold so much is moved to an object.
+pub const LOG_OBJECT_MIN: u64 = 4 << 20;
 /// Log files that the orchestrator holds open while nobody waits for their sync.
 pub const LOG_FILES_OPEN: usize = 512;
 /// One blob. Larger files are several.

@@ -21,14 +21,14 @@ REVOKE ALL ON FUNCTION alloy_private.own_orgs(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION alloy_private.own_orgs(text) TO authenticated, service_role;
 
 -- Supabase grants everything on every table to all roles by default.
-REVOKE ALL ON jobs, attempts, events, artifacts, idempotency, workers, tokens, blobs, meta, images, members, _sqlx_migrations
-    FROM PUBLIC, anon, authenticated;
+REVOKE ALL ON jobs, attempts, events, artifacts, idempotency, workers, tokens, blobs, meta, images, members, orchestrators,
+    sessions, log_chunks, log_parts, log_seals, _sqlx_migrations FROM PUBLIC, anon, authenticated;
 GRANT SELECT ON jobs, attempts, events, artifacts, workers, images, members TO authenticated;
 -- All but the hash.
 GRANT SELECT (id, org_id, kind, role, name, shown, labels, created_at_ms, expires_at_ms, revoked_at_ms, used_by)
     ON tokens TO authenticated;
-GRANT ALL ON jobs, attempts, events, artifacts, idempotency, workers, tokens, blobs, meta, images, members, _sqlx_migrations
-    TO service_role;
+GRANT ALL ON jobs, attempts, events, artifacts, idempotency, workers, tokens, blobs, meta, images, members, orchestrators,
+    sessions, log_chunks, log_parts, log_seals, _sqlx_migrations TO service_role;
 
 GRANT USAGE ON SCHEMA alloy_views TO authenticated, service_role;
 REVOKE ALL ON ALL TABLES IN SCHEMA alloy_views FROM PUBLIC, anon, authenticated;

@@ -32,6 +32,8 @@ mod model;
 mod prose;
 mod provider;
 mod s3;
+mod several;
+mod shared;
 mod store;
 mod tart;
 mod tidy;

@@ -15,6 +15,7 @@ pub mod pg;
 pub mod process;
 pub mod proxy;
 pub mod s3;
+pub mod several;
 pub mod sim;
 pub mod sim_host;
 pub mod tart;

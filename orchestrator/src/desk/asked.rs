@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use alloy_shared::env::Mono;
+use alloy_shared::env::{Mono, Ms};
 use alloy_shared::id::{AttemptRef, JobId, Labels, OrgId, WorkerId};
 use alloy_shared::wire::FieldError;
 use alloy_shared::wire::image::Inventory;
@@ -13,7 +13,7 @@ use alloy_shared::wire::session::SlotView;
 use crate::job::{Event, Refused};
 use crate::pick::WhyNot;
 use crate::store::write::{CloseAttempt, IdempotencyKey};
-use crate::store::{Artifact, Job, StoreError};
+use crate::store::{Artifact, Attempt, Job, StoreError};
 
 /// Ties an answer to its question.
 pub type Ticket = u64;
@@ -54,6 +54,12 @@ pub enum Request {
     /// The worker's connection is gone. Its jobs stay its own until it is silent for too long.
     Gone(WorkerId),
     Silent(WorkerId),
+    /// The books have not heard of the worker since that time, by their own clock.
+    Unseen(WorkerId, Ms),
+    /// Another orchestrator of the farm changed these jobs.
+    Loaded(Vec<(Job, Option<Attempt>)>),
+    /// All workers that are connected to other orchestrators: none of them gets a job from this one.
+    Elsewhere(Vec<Offer>),
     /// Which workers hold jobs?
     Holders {
         ticket: Ticket,
@@ -145,6 +151,11 @@ pub enum Effect {
     },
     /// The job changed. `left` is a worker whose attempt this change ended or took away.
     Moved {
+        job: Box<Job>,
+        left: Option<WorkerId>,
+    },
+    /// Another orchestrator changed the job. `left` as above.
+    Learned {
         job: Box<Job>,
         left: Option<WorkerId>,
     },

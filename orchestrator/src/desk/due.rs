@@ -15,13 +15,13 @@ pub(super) struct Due {
 
 impl Due {
     /// The deadline of the job's state; one that is set for the same term stays. A job that is leased, or was found at the
-    /// start, is not overdue before `patient_until`.
-    pub(super) fn of(live: &Live, patient_until: Mono, now: Now) -> Option<Self> {
+    /// start, is not overdue before `patient_until`; `patience_ms` is added to any term.
+    pub(super) fn of(live: &Live, patient_until: Mono, patience_ms: u64, now: Now) -> Option<Self> {
         let term = live.job.state.term(&live.rules)?;
         if let Some(due) = live.due.filter(|due| due.term == term) {
             return Some(due);
         }
-        let at = now.mono + term.left(now.wall);
+        let at = now.mono + term.left(now.wall) + patience_ms;
         let patient = live.found || live.job.state.lease().is_some();
         Some(Self { term, at: if patient { at.max(patient_until) } else { at } })
     }

@@ -54,6 +54,16 @@ pub struct Desk {
     deadlines: BTreeSet<(Mono, JobId)>,
     leased: BTreeMap<WorkerId, BTreeSet<AttemptRef>>,
     offers: BTreeMap<WorkerId, Offer>,
+    /// Offers to other orchestrators.
+    elsewhere: BTreeMap<WorkerId, Offer>,
+    /// There may be other orchestrators.
+    shared: bool,
+    /// What workers said lately may not have been heard before this: what they were to say is not overdue.
+    deaf_until: Mono,
+    /// When it was last asked to decide.
+    decided: Mono,
+    /// What is to be told although nothing was written for it.
+    news: Vec<Effect>,
     /// Jobs that no worker gets.
     asleep: BTreeSet<JobId>,
     drafts: Vec<Draft>,
@@ -75,6 +85,11 @@ impl Desk {
             deadlines: BTreeSet::new(),
             leased: BTreeMap::new(),
             offers: BTreeMap::new(),
+            elsewhere: BTreeMap::new(),
+            shared: false,
+            deaf_until: started,
+            decided: started,
+            news: Vec::new(),
             asleep: BTreeSet::new(),
             drafts: Vec::new(),
             fresh: BTreeMap::new(),
@@ -83,9 +98,14 @@ impl Desk {
         }
     }
 
+    /// The same as one of several orchestrators.
+    pub fn shared(self) -> Self {
+        Self { shared: true, ..self }
+    }
+
     /// When something is due although nobody asks.
     pub fn next_wake(&self) -> Option<Mono> {
-        self.deadlines.first().map(|(at, _)| *at)
+        self.deadlines.first().map(|(at, _)| (*at).max(self.deaf_until))
     }
 
     pub fn live_count(&self) -> usize {
@@ -108,6 +128,7 @@ impl Desk {
 
     pub fn decide(&mut self, requests: Vec<Request>, now: Now) -> Vec<Group> {
         self.before.clear();
+        self.decided = now.mono;
         for request in requests {
             self.take(request, now);
         }
@@ -135,7 +156,12 @@ impl Desk {
             Request::Gone(worker) => {
                 self.offers.remove(&worker);
             }
-            Request::Silent(worker) => self.silent(worker, now),
+            Request::Silent(worker) => self.silent(worker, None, now),
+            Request::Unseen(worker, since) => self.silent(worker, Some(since), now),
+            Request::Loaded(jobs) => self.loaded(jobs, now),
+            Request::Elsewhere(offers) => {
+                self.elsewhere = offers.into_iter().map(|offer| (offer.worker, offer)).collect();
+            }
             Request::Holders { ticket } => {
                 let holders = self.leased.iter().filter(|(_, held)| !held.is_empty()).map(|(id, _)| *id).collect();
                 self.answers.push((ticket, None, Answer::Holders(holders)));
@@ -263,18 +289,35 @@ impl Desk {
         self.drafts.push(Draft::Advance { ticket, advance: Box::new(advance), left });
     }
 
-    fn silent(&mut self, worker: WorkerId, now: Now) {
+    /// Takes over what other orchestrators decided. What is known already is no news.
+    fn loaded(&mut self, jobs: Vec<(Job, Option<Attempt>)>, now: Now) {
+        for (job, attempt) in jobs {
+            let known = self.live.get(&job.id);
+            if known.is_some_and(|live| live.job.version >= job.version) {
+                continue;
+            }
+            let holder = |job: &Job| job.state.lease().map(|lease| lease.worker);
+            let left = known.and_then(|live| holder(&live.job)).filter(|had| holder(&job) != Some(*had));
+            self.news.push(Effect::Learned { job: Box::new(job.clone()), left });
+            self.restore(vec![(job, attempt)], now);
+        }
+    }
+
+    fn silent(&mut self, worker: WorkerId, unseen_since: Option<Ms>, now: Now) {
         self.offers.remove(&worker);
         let held: Vec<AttemptRef> = self.leased.get(&worker).into_iter().flatten().copied().collect();
         for at in held {
             let seconds = self.limits.expiry_ms / 1000;
             let message = format!("the worker was not heard for {seconds} s, longer than its lease on the job lasts");
             let event = Event::Lost { attempt: at.attempt, reason: Reason::WorkerLost, message };
-            self.change(None, at.job, &event, Guard::Silent { worker }, None, now);
+            self.change(None, at.job, &event, Guard::Silent { worker, unseen_since }, None, now);
         }
     }
 
     fn due(&mut self, now: Now) {
+        if now.mono < self.deaf_until {
+            return;
+        }
         let due: Vec<JobId> = self
             .deadlines
             .iter()
@@ -310,11 +353,16 @@ impl Desk {
 
     /// Takes what the store did and returns what follows. An error means that nothing was written; `repeated`, that an
     /// earlier try of the same commit may have been.
-    pub fn committed(&mut self, done: Result<Committed, StoreError>, repeated: bool) -> Vec<Effect> {
+    pub fn committed(&mut self, done: Result<Committed, StoreError>, repeated: bool, now: Mono) -> Vec<Effect> {
+        if done.is_err() || now.since(self.decided) >= self.limits.accept_ms {
+            // What workers had to say meanwhile waits behind it.
+            self.deaf_until = now + self.limits.accept_ms;
+        }
         let drafts = std::mem::take(&mut self.drafts);
         let answers = std::mem::take(&mut self.answers);
         self.fresh.clear();
-        let mut effects = Vec::with_capacity(drafts.len() * 2 + answers.len());
+        let mut effects = std::mem::take(&mut self.news);
+        effects.reserve(drafts.len() * 2 + answers.len());
         let mut suspect = BTreeMap::new();
         let failed = done.is_err();
         let results: Vec<Result<(), Missed>> = match done {
@@ -395,7 +443,11 @@ impl Desk {
     fn put(&mut self, mut live: Live, now: Now) {
         let id = live.job.id;
         self.remove(&id);
-        live.due = Due::of(&live, self.patient_until, now);
+        let holder = live.job.state.lease().map(|lease| lease.worker);
+        let foreign = self.shared && holder.is_some_and(|worker| !self.offers.contains_key(&worker));
+        // Whoever has the worker decides first, and knows first.
+        let patience = if foreign { 2 * self.limits.expiry_ms } else { 0 };
+        live.due = Due::of(&live, self.patient_until, patience, now);
         if let Some(due) = live.due {
             self.deadlines.insert((due.at, id));
         }

@@ -16,7 +16,9 @@ use crate::store::Guard;
 
 impl Desk {
     pub(super) fn rooms(&self) -> BTreeMap<WorkerId, Room> {
-        self.offers.iter().map(|(id, offer)| (*id, self.room(offer))).collect()
+        let elsewhere = self.elsewhere.iter().filter(|(id, _)| !self.offers.contains_key(id));
+        let away = elsewhere.map(|(id, offer)| (*id, Room { free: 0, ..self.room(offer) }));
+        self.offers.iter().map(|(id, offer)| (*id, self.room(offer))).chain(away).collect()
     }
 
     /// A slot is taken when the worker says so or when a job of ours is leased to it, counted once.

@@ -53,7 +53,7 @@ fn report(ticket: Ticket, job: u128, from: u128, seq: u64, event: Event) -> Requ
 fn turn(desk: &mut Desk, now: i64, requests: Vec<Request>) -> (Vec<Group>, Vec<Effect>) {
     let groups = desk.decide(requests, at(now));
     let done = Committed { groups: groups.iter().map(|_| Ok(vec![1])).collect() };
-    let effects = desk.committed(Ok(done), false);
+    let effects = desk.committed(Ok(done), false, Mono(0));
     (groups, effects)
 }
 
@@ -62,7 +62,7 @@ fn answers(effects: &[Effect]) -> Vec<(Ticket, &Answer)> {
         .iter()
         .filter_map(|effect| match effect {
             Effect::Answer { ticket, answer } => Some((*ticket, answer)),
-            Effect::Moved { .. } | Effect::Reload { .. } => None,
+            Effect::Moved { .. } | Effect::Learned { .. } | Effect::Reload { .. } => None,
         })
         .collect()
 }
@@ -71,7 +71,7 @@ fn moved(effects: &[Effect]) -> Vec<(u128, StateWord)> {
     effects
         .iter()
         .filter_map(|effect| match effect {
-            Effect::Moved { job, .. } => Some((job.id.raw(), job.state.word())),
+            Effect::Moved { job, .. } | Effect::Learned { job, .. } => Some((job.id.raw(), job.state.word())),
             Effect::Answer { .. } | Effect::Reload { .. } => None,
         })
         .collect()
@@ -82,7 +82,7 @@ fn reloads(effects: &[Effect]) -> Vec<(u128, Option<WorkerId>)> {
         .iter()
         .filter_map(|effect| match effect {
             Effect::Reload { job, left } => Some((job.raw(), *left)),
-            Effect::Answer { .. } | Effect::Moved { .. } => None,
+            Effect::Answer { .. } | Effect::Moved { .. } | Effect::Learned { .. } => None,
         })
         .collect()
 }
@@ -208,7 +208,7 @@ fn when_nothing_was_committed_nothing_is_answered_as_done_and_all_is_loaded_agai
         vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), report(3, 10, 1, 1, Event::Accepted { attempt: 1 })];
     let groups = desk.decide([reports, vec![submit(4, 11)]].concat_requests(), at(1));
     assert_eq!(groups.len(), 2);
-    let effects = desk.committed(Err(StoreError::Full("disk".into())), false);
+    let effects = desk.committed(Err(StoreError::Full("disk".into())), false, Mono(0));
     let answers = answers(&effects);
     assert_eq!(
         answers,
@@ -238,7 +238,8 @@ fn a_known_key_gives_its_job_and_frees_the_slot_again() {
     let groups = desk.decide(vec![submit(1, 10)], at(1));
     assert_eq!(groups.len(), 1);
     let body = Digest::of(b"x");
-    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Exists { job: id(5), body })] }), false);
+    let effects =
+        desk.committed(Ok(Committed { groups: vec![Err(Miss::Exists { job: id(5), body })] }), false, Mono(0));
     assert_eq!(answers(&effects), [(1, &Answer::Exists { job: id(5), body })]);
     let (_, effects) = turn(&mut desk, 2, vec![submit(2, 11)]);
     assert_eq!(moved(&effects), [(11, StateWord::Assigned)]);
@@ -289,7 +290,7 @@ fn phases_and_cancel_are_told_as_events() {
 fn a_commit_of_unknown_fate_is_not_a_second_job() {
     let mut desk = Desk::new(Limits::default(), Mono(0));
     desk.decide(vec![submit(1, 10)], at(1));
-    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale)] }), true);
+    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale)] }), true, Mono(0));
     assert!(matches!(answers(&effects)[..], [(1, Answer::Job(_))]), "{effects:?}");
     assert!(reloads(&effects) == [(10, None)] && desk.live_count() == 1);
 }
@@ -304,7 +305,7 @@ fn whoever_lost_a_job_in_a_commit_of_unknown_fate_is_told_when_it_is_loaded() {
     // It is requeued and given to the next worker in one commit.
     let groups = desk.decide(vec![offer(2, &[FREE]), refused], at(1));
     assert_eq!(groups.len(), 2);
-    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale), Err(Miss::Stale)] }), true);
+    let effects = desk.committed(Ok(Committed { groups: vec![Err(Miss::Stale), Err(Miss::Stale)] }), true, Mono(0));
     assert_eq!(reloads(&effects), [(10, Some(worker(1)))]);
 }
 
@@ -326,7 +327,7 @@ fn after_a_start_a_leased_job_is_not_overdue_before_its_worker_could_come_back()
 /// The same on a wall clock that differs from the monotonic one.
 fn turn_at(desk: &mut Desk, mono: u64, wall: i64, requests: Vec<Request>) -> Vec<Effect> {
     let groups = desk.decide(requests, Now { wall: Ms(wall), mono: Mono(mono) });
-    desk.committed(Ok(Committed { groups: groups.iter().map(|_| Ok(vec![1])).collect() }), false)
+    desk.committed(Ok(Committed { groups: groups.iter().map(|_| Ok(vec![1])).collect() }), false, Mono(0))
 }
 
 const DAY: i64 = 86_400_000;
@@ -361,7 +362,7 @@ fn a_running_job_keeps_its_deadline_over_news_a_missed_commit_and_a_clock_that_i
 
         let set_at = Now { wall: Ms(set), mono: Mono(5) };
         assert_eq!(desk.decide(vec![phase(2, Phase::Executing), report(4, 10, 1, 3, end)], set_at).len(), 2, "{name}");
-        let effects = desk.committed(Err(StoreError::Full("disk".into())), false);
+        let effects = desk.committed(Err(StoreError::Full("disk".into())), false, Mono(0));
         assert!(matches!(reloads(&effects)[..], [(10, _)]), "{name}: {effects:?}");
         desk.restore(vec![(truth.job, truth.attempt)], set_at);
         assert_eq!(desk.next_wake(), Some(Mono(run)), "{name}: loaded again");

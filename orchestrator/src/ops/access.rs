@@ -188,7 +188,7 @@ pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<Opene
         boot: hello.boot.to_string(),
         labels: hello.labels.clone(),
         version: printable(&hello.version),
-        at: app.env.now().wall,
+        at: app.books_time().await.map_err(away)?,
     };
     let done = app.store.commit(&[Group(vec![Write::OpenSession(Box::new(open))])]).await.map_err(away)?;
     let epoch = match done.groups.first() {

@@ -85,6 +85,7 @@ impl From<LogError> for OpError {
         let message = error.to_string();
         match error {
             LogError::Full => Self::refused(ErrorCode::StorageFull, message).hint(FULL_HINT),
+            LogError::Away(_) => Self::refused(ErrorCode::Unavailable, message),
             LogError::Io { what, error } => Self::Io { what, error },
             LogError::Gap { .. } | LogError::Sealed | LogError::TooLong | LogError::Damaged { .. } => {
                 Self::Io { what: "use a log", error: std::io::Error::new(ErrorKind::InvalidData, message) }

@@ -151,6 +151,7 @@ impl Core {
                 out.push(Effect::Send(ToWorker::Superseded));
                 self.hang_up("superseded by a newer session", &mut out);
             }
+            Input::Drain { on } if self.operator_draining == Some(on) => {}
             Input::Drain { on } => {
                 self.operator_draining = Some(on);
                 if matches!(self.phase, Phase::Open) {

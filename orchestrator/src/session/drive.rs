@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use alloy_shared::env::{Env, Mono};
+use alloy_shared::env::{Env, Mono, Ms};
 use alloy_shared::id::{AttemptRef, Labels, WorkerId};
 use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::job::Reason;
@@ -132,12 +132,15 @@ impl Session {
     async fn perform(&mut self, effect: Effect) {
         match effect {
             Effect::Open(hello) => self.open(*hello).await,
+            // The books have not heard of the worker for too long: it has to find an orchestrator that can write.
+            Effect::Send(ToWorker::HeartbeatAck { .. })
+                if !self.app.hub.may_answer(self.worker, self.app.env.now().mono) => {}
             Effect::Send(message) => self.send(message.encode()).await,
             Effect::Assign { job, handle } => self.assign(*job, handle).await,
             Effect::Append { attempt, offset, bytes } => self.append(attempt, offset, bytes).await,
             Effect::Measure { attempt } => {
                 if self.owns(attempt).await {
-                    let len = self.app.logs.durable(&attempt).await.unwrap_or(0);
+                    let len = self.app.logs.measure(&attempt).await.unwrap_or(0);
                     self.later(Input::Measured { attempt, len });
                 }
             }
@@ -170,6 +173,7 @@ impl Session {
     }
 
     async fn open(&mut self, hello: Hello) {
+        let asked_at = self.app.env.now().mono;
         let opened = match ops::access::open_session(&self.app, &hello, &self.nonce).await {
             Ok(opened) => opened,
             Err(reject) => return self.later(refused(reject)),
@@ -179,6 +183,9 @@ impl Session {
         let boot = Some(hello.boot).filter(|_| !self.rx.is_closed());
         let mail = self.app.hub.open(self.worker, epoch, boot, self.app.env.now().mono);
         self.open = Some(Open { epoch, mail });
+        if self.app.shared.is_some() {
+            self.app.hub.opened_at(self.worker, epoch, asked_at);
+        }
         info!(worker.id = %self.worker, epoch, "worker {} connected", opened.name);
         let (scope, store) = (Scope::farm(), &self.app.store);
         let read =
@@ -263,7 +270,7 @@ impl Session {
                 warn!(%attempt, %error, "log bytes of {attempt} were not stored; the worker keeps them");
                 Err(match error {
                     LogError::Sealed | LogError::TooLong | LogError::Damaged { .. } => NotStored::Never,
-                    LogError::Full | LogError::Io { .. } | LogError::Gap { .. } => NotStored::Later,
+                    LogError::Full | LogError::Away(_) | LogError::Io { .. } | LogError::Gap { .. } => NotStored::Later,
                 })
             }
         };
@@ -326,7 +333,9 @@ impl Session {
             return;
         }
         self.app.desk.tell(Request::Gone(self.worker)).await;
-        let seen = Write::Seen { worker: self.worker, at: self.app.env.now().wall, left: self.left };
+        // Where orchestrators share a farm, the books know already.
+        let at = if self.app.shared.is_some() { Ms(0) } else { self.app.env.now().wall };
+        let seen = Write::Seen { worker: self.worker, at, left: self.left };
         if let Err(error) = self.app.store.commit(&[Group(vec![seen])]).await {
             warn!(worker.id = %self.worker, %error, "when worker {} was last seen was not written", self.worker);
         }

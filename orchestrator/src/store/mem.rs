@@ -161,7 +161,10 @@ impl Tables {
         let leased_to = job.state.lease().map(|lease| lease.worker);
         match guard {
             Guard::Version => true,
-            Guard::Silent { worker } => leased_to == Some(worker),
+            Guard::Silent { worker, unseen_since } => {
+                let seen = self.workers.get(&worker).and_then(|worker| worker.seen_at);
+                leased_to == Some(worker) && unseen_since.is_none_or(|since| seen.is_none_or(|seen| seen < since))
+            }
             Guard::Fence { attempt, worker, epoch } => {
                 leased_to == Some(worker)
                     && job.state.tries.made == attempt

@@ -100,9 +100,10 @@ pub enum Guard {
         worker: WorkerId,
         epoch: i64,
     },
-    /// The job's current attempt is on this worker.
+    /// The job's current attempt is on this worker, and the books have not heard of the worker since that time, if one is given.
     Silent {
         worker: WorkerId,
+        unseen_since: Option<Ms>,
     },
 }
 

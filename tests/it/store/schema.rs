@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use alloy_tests::pg;
-use orchestrator::store::sql::{CATALOGUE, OpenError, SqlStore};
+use orchestrator::store::sql::{CATALOGUE, CATALOGUE_OF_POSTGRES, OpenError, SqlStore};
 use orchestrator::store::{Scope, Store, StoreError};
 use sqlx::{
     AssertSqlSafe, Column, Connection, Either, Executor, PgConnection, Row, SqlSafeStr, SqliteConnection, Statement,
@@ -42,8 +42,16 @@ async fn every_statement_means_the_same_on_both_engines() {
         let right: Vec<_> = b.columns().iter().map(|column| column.name().to_owned()).collect();
         assert_eq!(left, right, "{name}: columns");
     }
-    let names: BTreeSet<_> = texts().map(|(name, _)| name).collect();
-    assert_eq!(names.len(), texts().count(), "two texts have the same name");
+    for (name, text) in texts_of_postgres() {
+        (&mut postgres).prepare(text.into_sql_str()).await.unwrap_or_else(|e| panic!("{name} on Postgres: {e}"));
+    }
+    let all = || texts().chain(texts_of_postgres());
+    let names: BTreeSet<_> = all().map(|(name, _)| name).collect();
+    assert_eq!(names.len(), all().count(), "two texts have the same name");
+}
+
+fn texts_of_postgres() -> impl Iterator<Item = (&'static str, &'static str)> {
+    CATALOGUE_OF_POSTGRES.iter().flat_map(|part| part.iter().copied())
 }
 
 #[test]
@@ -62,10 +70,11 @@ fn no_sql_stands_outside_the_catalogue() {
             }
             found += 1;
             let name = before.trim().trim_end_matches(" =");
-            assert!(texts().any(|(known, _)| known == name), "{}: `{line}` is in no list", path.display());
+            let mut all = texts().chain(texts_of_postgres());
+            assert!(all.any(|(known, _)| known == name), "{}: `{line}` is in no list", path.display());
         }
     }
-    assert_eq!(found, texts().count());
+    assert_eq!(found, texts().chain(texts_of_postgres()).count());
 }
 
 #[tokio::test]

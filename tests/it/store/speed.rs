@@ -28,7 +28,7 @@ fn lives(from: usize, count: usize) -> Vec<Vec<Group>> {
             ..books
         };
         let events = vec![event(&next, 3, EventKind::Finished)];
-        let guard = Guard::Silent { worker };
+        let guard = Guard::Silent { worker, unseen_since: None };
         let advance = Advance { next, guard, attempt: Some(ended), events, artifacts: Vec::new() };
         last.push(Group(vec![Write::Advance(Box::new(advance))]));
     }

@@ -216,7 +216,7 @@ async fn any_guard(dice: &mut Dice, job: &Job, model: &MemStore) -> Guard {
     let known = model.worker(&Scope::farm(), &worker).await.unwrap();
     let epoch = known.map_or(0, |worker| worker.epoch) + i64::from(dice.once_in(5));
     match dice.once_in(2) {
-        true => Guard::Silent { worker },
+        true => Guard::Silent { worker, unseen_since: None },
         false => Guard::Fence { attempt: lease.attempt + u32::from(dice.once_in(6)), worker, epoch },
     }
 }

@@ -88,14 +88,25 @@ async fn a_fence_names_attempt_worker_and_session() {
         put(store, advance(&held, Guard::Version, Some(attempt(&held, worker_id(1))))).await.unwrap();
         let ended = given::done(&held, End::success());
         let fence = |attempt, worker, epoch| Guard::Fence { attempt, worker: worker_id(worker), epoch };
-        for wrong in [fence(2, 1, 1), fence(1, 2, 1), fence(1, 1, 2), Guard::Silent { worker: worker_id(2) }] {
+        for wrong in
+            [fence(2, 1, 1), fence(1, 2, 1), fence(1, 1, 2), Guard::Silent { worker: worker_id(2), unseen_since: None }]
+        {
             assert_eq!(put(store, advance(&ended, wrong, None)).await, Err(Miss::Stale), "{wrong:?}");
         }
         assert_eq!(put(store, session(1)).await, Ok(2), "a newer session");
         assert_eq!(put(store, advance(&ended, fence(1, 1, 1), None)).await, Err(Miss::Stale));
         assert_eq!(put(store, advance(&ended, fence(1, 1, 2), None)).await, Ok(3));
+        let other = queued(job_id(2));
+        put(store, insert(other.clone(), None)).await.unwrap();
+        let held = assigned(&other, worker_id(1));
+        put(store, advance(&held, Guard::Version, Some(attempt(&held, worker_id(1))))).await.unwrap();
+        let lost = given::done(&held, End::success());
+        let seen = store.worker(&Scope::farm(), &worker_id(1)).await.unwrap().unwrap().seen_at.unwrap();
+        let since = |at| Guard::Silent { worker: worker_id(1), unseen_since: Some(at) };
+        assert_eq!(put(store, advance(&lost, since(seen), None)).await, Err(Miss::Stale), "it was heard then");
+        assert_eq!(put(store, advance(&lost, since(seen.plus(1)), None)).await, Ok(3), "and not since");
         let again = given::done(&ended, End::success());
-        let silent = Guard::Silent { worker: worker_id(1) };
+        let silent = Guard::Silent { worker: worker_id(1), unseen_since: None };
         assert_eq!(put(store, advance(&again, silent, None)).await, Err(Miss::Stale), "nobody holds it any more");
     })
     .await;

@@ -53,7 +53,7 @@ async fn by_the_desk(file: &Path, time: Duration) -> Result<f64> {
     let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
     let limits = Limits::default();
     let hub = Arc::new(Hub::new(limits.clone(), env.now().mono));
-    let door = desk_loop::spawn(store.clone(), hub, Arc::new(Wake::default()), env.clone(), limits).await?;
+    let door = desk_loop::spawn(store.clone(), hub, Arc::new(Wake::default()), env.clone(), limits, None).await?;
     let count = Arc::new(AtomicU64::new(0));
     let (started, mut clients) = (now(), JoinSet::new());
     for _ in 0..CLIENTS {

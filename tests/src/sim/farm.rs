@@ -136,7 +136,8 @@ impl Centre {
         let ground = Ground {
             store: self.store.clone(),
             logs: Logs::Mem(self.logs.clone()),
-            blobs: Blobs::Mem(self.blobs.clone()),
+            blobs: Arc::new(Blobs::Mem(self.blobs.clone())),
+            shared: None,
             env,
             limits: self.limits.clone(),
             secret: Secret::new([5; 32]),

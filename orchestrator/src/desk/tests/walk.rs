@@ -206,9 +206,9 @@ impl World {
             }
             _ => (Ok(at_once(self.store.commit(&groups)).unwrap()), false),
         };
-        for effect in self.desk.committed(done, repeated) {
+        for effect in self.desk.committed(done, repeated, self.now.mono) {
             match effect {
-                Effect::Moved { job, .. } => self.moved(&job),
+                Effect::Moved { job, .. } | Effect::Learned { job, .. } => self.moved(&job),
                 Effect::Reload { job, .. } => self.reload(&job),
                 Effect::Answer { .. } => {}
             }

@@ -69,17 +69,19 @@ async fn world() -> World {
     let store = Arc::new(MemStore::default());
     let hub = Arc::new(Hub::new(Limits::default(), env.now().mono));
     let (wake, logs) = (Arc::new(Wake::default()), Arc::new(Logs::memory()));
-    let door = crate::desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), Limits::default()).await;
+    let door =
+        crate::desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), Limits::default(), None).await;
     let at = AttemptRef { job: JobId::from_raw(5), attempt: 2 };
     insert_job(&store, at).await;
     let app = App {
         desk: door.unwrap(),
-        log_sync: LogSync::spawn(logs.clone(), hub.clone(), &*env),
+        log_sync: LogSync::spawn(logs.clone(), hub.clone(), wake.clone(), &*env),
         auth: Auth::new(env.clone()),
         grants: Grants::new(&Secret::new([7; 32])),
         base_url: "http://localhost:3000".to_owned(),
         behind_proxy: false,
         random: || [1; 32],
+        shared: None,
         stopping: CancellationToken::new(),
         submits: tokio_util::task::TaskTracker::new(),
         sessions: tokio_util::task::TaskTracker::new(),

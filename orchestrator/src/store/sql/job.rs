@@ -23,16 +23,18 @@ super::statements! {
     // The only text that changes a job. The cast lets SQLite look for jobs by id alone: with many rows it would else
     // rather walk through all jobs.
     ADVANCE_JOB = "WITH new (id, version, state, phase, reason, attempt, worker_id, finished_at_ms, state_json, events, \
-        held_attempt, held_by, held_epoch) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS BIGINT), CAST($3 AS TEXT), \
+        held_attempt, held_by, held_epoch, held_unseen) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS BIGINT), CAST($3 AS TEXT), \
         CAST($4 AS TEXT), CAST($5 AS TEXT), CAST($6 AS BIGINT), CAST($7 AS TEXT), CAST($8 AS BIGINT), CAST($9 AS TEXT), \
-        CAST($10 AS BIGINT), CAST($11 AS BIGINT), CAST($12 AS TEXT), CAST($13 AS BIGINT))) \
+        CAST($10 AS BIGINT), CAST($11 AS BIGINT), CAST($12 AS TEXT), CAST($13 AS BIGINT), CAST($14 AS BIGINT))) \
         UPDATE jobs SET version = new.version, state = new.state, phase = new.phase, reason = new.reason, \
         attempt = new.attempt, worker_id = new.worker_id, finished_at_ms = new.finished_at_ms, \
         state_json = new.state_json, events = new.events FROM new \
         WHERE jobs.id = CAST(new.id AS TEXT) AND jobs.version = new.version - 1 \
         AND (new.held_by IS NULL OR jobs.worker_id = new.held_by) \
         AND (new.held_attempt IS NULL OR (jobs.attempt = new.held_attempt AND EXISTS \
-        (SELECT 1 FROM workers WHERE workers.id = new.held_by AND workers.epoch = new.held_epoch)))";
+        (SELECT 1 FROM workers WHERE workers.id = new.held_by AND workers.epoch = new.held_epoch))) \
+        AND (new.held_unseen IS NULL OR EXISTS (SELECT 1 FROM workers WHERE workers.id = new.held_by \
+        AND (workers.seen_at_ms IS NULL OR workers.seen_at_ms < new.held_unseen)))";
     // A close may have been heard before the report that it follows: its two numbers stay.
     PUT_ATTEMPT = "INSERT INTO attempts (job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, outcome, end_json, \
         timings, teardown_ms, seq, log_len, facts) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) \
@@ -80,7 +82,7 @@ super::statements! {
 
 static KEYS_WIDE: Wide = Wide::new(INSERT_KEY, 6);
 static JOBS_WIDE: Wide = Wide::new(INSERT_JOB, 16);
-static ADVANCES_WIDE: Wide = Wide::new(ADVANCE_JOB, 13);
+static ADVANCES_WIDE: Wide = Wide::new(ADVANCE_JOB, 14);
 static ATTEMPTS_WIDE: Wide = Wide::new(PUT_ATTEMPT, 13);
 static CLOSES_WIDE: Wide = Wide::new(CLOSE_ATTEMPT, 5);
 static EVENTS_WIDE: Wide = Wide::new(INSERT_EVENT, 12);
@@ -186,12 +188,12 @@ impl Rows {
     fn advance(mut self, advance: &Advance) -> Self {
         let next = &advance.next;
         let state = state_columns(self.advances.text(next.id).int(next.version), next);
-        let (attempt, worker, epoch) = match advance.guard {
-            Guard::Version => (None, None, None),
-            Guard::Fence { attempt, worker, epoch } => (Some(i64::from(attempt)), Some(worker), Some(epoch)),
-            Guard::Silent { worker } => (None, Some(worker), None),
+        let (attempt, worker, epoch, unseen) = match advance.guard {
+            Guard::Version => (None, None, None, None),
+            Guard::Fence { attempt, worker, epoch } => (Some(i64::from(attempt)), Some(worker), Some(epoch), None),
+            Guard::Silent { worker, unseen_since } => (None, Some(worker), None, unseen_since.map(|at| at.0)),
         };
-        self.advances = state.maybe_int(attempt).maybe_text(worker).maybe_int(epoch);
+        self.advances = state.maybe_int(attempt).maybe_text(worker).maybe_int(epoch).maybe_int(unseen);
         self.guarded += 1;
         for file in &advance.artifacts {
             let at = self.artifacts.text(file.at.job).int(file.at.attempt.into()).text(&file.path).text(file.org);
@@ -354,7 +356,7 @@ impl SqlStore {
     }
 }
 
-fn job(row: &Row) -> Result<Job, StoreError> {
+pub(super) fn job(row: &Row) -> Result<Job, StoreError> {
     let row = Reader::new(row, "jobs", "id");
     let state: State = row.json("state_json")?;
     if state.word() != row.parsed("state")? {
@@ -373,7 +375,7 @@ fn job(row: &Row) -> Result<Job, StoreError> {
     })
 }
 
-fn attempt(row: &Row) -> Result<Attempt, StoreError> {
+pub(super) fn attempt(row: &Row) -> Result<Attempt, StoreError> {
     let row = Reader::new(row, "attempts", "job_id");
     let timings: Timings = row.json("timings")?;
     Ok(Attempt {

@@ -6,6 +6,7 @@
 pub mod backup;
 mod batch;
 mod blob;
+pub mod chunks;
 mod conn;
 mod farm;
 mod fault;
@@ -14,6 +15,7 @@ mod job;
 mod lock;
 mod member;
 mod open;
+pub mod shared;
 
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
 use alloy_shared::limits;
@@ -30,6 +32,7 @@ use fault::within;
 
 pub use lock::{DataLock, LockError};
 pub use open::{OpenError, postgres_migrations};
+pub use shared::Shared;
 
 /// Names each text by a constant and lists them for the catalogue.
 macro_rules! statements {
@@ -44,6 +47,9 @@ use statements;
 pub const CATALOGUE: &[&[(&str, &str)]] =
     &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS];
 
+/// The texts that only Postgres is sent.
+pub const CATALOGUE_OF_POSTGRES: &[&[(&str, &str)]] = &[shared::TEXTS, chunks::TEXTS];
+
 /// The store on SQLite or Postgres.
 #[derive(Debug)]
 pub struct SqlStore {
@@ -51,6 +57,7 @@ pub struct SqlStore {
     /// Lies beside a SQLite file while it is open: found at start, it tells of an unclean stop.
     marker: Option<std::path::PathBuf>,
     broken: Broken,
+    shared: Option<shared::Shared>,
 }
 
 impl SqlStore {

@@ -7,12 +7,13 @@ use std::{fs, io};
 
 use alloy_shared::limits;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{ConnectOptions, SqlSafeStr};
+use sqlx::{ConnectOptions, Connection as _, SqlSafeStr};
 
 use super::conn::Db;
-use super::{SqlStore, fault};
+use super::shared::{BACKEND, SET};
+use super::{Shared, SqlStore, fault};
 use crate::broken::Broken;
 
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,11 @@ pub enum OpenError {
          use the direct connection or the session pooler on port 5432"
     )]
     TransactionPooler,
+    #[error(
+        "the database is behind a pooler that gives every transaction another connection, which keeps neither locks nor \
+         notes: let the pooler work in session mode, or connect to the database itself"
+    )]
+    PooledByTransaction,
     #[error("the database's address cannot be read: {0}")]
     Url(String),
     #[error("the database's schema cannot be brought up to date: {0}")]
@@ -39,13 +45,15 @@ pub enum OpenError {
 
 /// The first version without the WAL-reset bug.
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
-pub(super) const MIGRATIONS: &[(i64, &str, &str)] = &[
+type Migrations = &'static [(i64, &'static str, &'static str)];
+pub(super) const MIGRATIONS: Migrations = &[
     (1, "farm", include_str!("../../../migrations/0001_farm.sql")),
     (2, "images", include_str!("../../../migrations/0002_images.sql")),
     (3, "members", include_str!("../../../migrations/0003_members.sql")),
 ];
-/// What only Postgres has.
-const POSTGRES_ONLY: &[(i64, &str, &str)] = &[
+/// What only Postgres has. Their numbers begin above all that both engines may ever have.
+const POSTGRES_ONLY: Migrations = &[
+    (1000, "side_by_side", include_str!("../../../migrations/postgres/1000_side_by_side.sql")),
     (1001, "row_security", include_str!("../../../migrations/postgres/1001_row_security.sql")),
     (1002, "views", include_str!("../../../migrations/postgres/1002_views.sql")),
 ];
@@ -89,30 +97,53 @@ impl SqlStore {
             .max_lifetime(None)
             .connect_with(sqlite(path).read_only(true).pragma("cache_size", "-16384"))
             .await?;
-        Ok(Self { db: Db::Sqlite { write, read }, marker: Some(marker), broken: Broken::default() })
+        Ok(Self { db: Db::Sqlite { write, read }, marker: Some(marker), broken: Broken::default(), shared: None })
     }
 
     /// Opens a direct or session-mode connection.
     pub async fn open_postgres(url: &str) -> Result<Self, OpenError> {
-        let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
+        let options = address(url)?;
+        Self::open_pool(options, None).await
+    }
+
+    /// The same as one of several orchestrators, under this name.
+    pub async fn open_shared(url: &str, me: String) -> Result<Self, OpenError> {
+        let options = address(url)?;
         if options.get_port() == TRANSACTION_POOLER {
             return Err(OpenError::TransactionPooler);
         }
-        let options = options
-            .application_name("alloy")
-            .statement_cache_capacity(PREPARED)
-            .options([
-                ("statement_timeout", limits::STORE_READ_MS.to_string()),
-                ("idle_in_transaction_session_timeout", (limits::STORE_READ_MS + 1_000).to_string()),
-            ])
-            .disable_statement_logging();
+        refuse_pooling(&options).await?;
+        Self::open_pool(options, Some(me)).await
+    }
+
+    async fn open_pool(options: PgConnectOptions, me: Option<String>) -> Result<Self, OpenError> {
+        if options.get_port() == TRANSACTION_POOLER {
+            return Err(OpenError::TransactionPooler);
+        }
+        let options = options.application_name("alloy").statement_cache_capacity(PREPARED).disable_statement_logging();
+        let settings = me.clone();
         let pool = PgPoolOptions::new()
             .max_connections(limits::STORE_CONNECTIONS)
             .acquire_timeout(Duration::from_millis(limits::STORE_READ_MS))
+            .after_connect(move |conn, _| {
+                let me = settings.clone().unwrap_or_default();
+                Box::pin(async move {
+                    // Not at connecting: poolers refuse most of what may be said there.
+                    for (name, value) in [
+                        ("statement_timeout", limits::STORE_READ_MS.to_string()),
+                        ("idle_in_transaction_session_timeout", (limits::STORE_READ_MS + 1_000).to_string()),
+                        ("alloy.by", me),
+                    ] {
+                        sqlx::query(SET).bind(name).bind(value).execute(&mut *conn).await?;
+                    }
+                    Ok(())
+                })
+            })
             .connect_with(options)
             .await?;
         Migrator::with_migrations(postgres_migrations()).run(&pool).await?;
-        Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default() })
+        let shared = me.map(|me| Shared::new(pool.clone(), me));
+        Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default(), shared })
     }
 
     /// Lets go of the database in good order: what follows a stop without it is a check of every page.
@@ -208,6 +239,7 @@ fn damage(error: &OpenError) -> Option<String> {
         | OpenError::OldSqlite { .. }
         | OpenError::Damaged { .. }
         | OpenError::TransactionPooler
+        | OpenError::PooledByTransaction
         | OpenError::Url(_)
         | OpenError::Io { .. } => return None,
     };
@@ -219,15 +251,52 @@ pub fn postgres_migrations() -> Vec<Migration> {
     [migrations(MIGRATIONS), migrations(POSTGRES_ONLY)].concat()
 }
 
-fn migrator(list: &[(i64, &'static str, &'static str)]) -> Migrator {
+fn migrator(list: Migrations) -> Migrator {
     Migrator::with_migrations(migrations(list))
 }
 
-fn migrations(list: &[(i64, &'static str, &'static str)]) -> Vec<Migration> {
+fn migrations(list: Migrations) -> Vec<Migration> {
     let migration = |(version, name, text): &(i64, &'static str, &'static str)| {
         Migration::new(*version, (*name).into(), MigrationType::Simple, text.into_sql_str(), false)
     };
     list.iter().map(migration).collect()
+}
+
+/// A pooler in transaction mode gives a connection's next transaction to whichever server connection is free: two
+/// transactions that overlap and end in another order than they began show that.
+async fn refuse_pooling(options: &PgConnectOptions) -> Result<(), OpenError> {
+    let options = options.clone().statement_cache_capacity(0).disable_statement_logging();
+    let (mut one, mut other) = (options.connect().await?, options.connect().await?);
+    let wait = Duration::from_millis(limits::STORE_READ_MS);
+    for _ in 0..3 {
+        let mut first = one.begin().await?;
+        let before = backend(&mut first).await?;
+        // A pooler with one server connection lets this one wait.
+        let second = tokio::time::timeout(wait, other.begin()).await.map_err(|_| OpenError::PooledByTransaction)?;
+        let mut second = second?;
+        backend(&mut second).await?;
+        first.rollback().await?;
+        second.rollback().await?;
+        let mut again = one.begin().await?;
+        let after = backend(&mut again).await?;
+        again.rollback().await?;
+        if before != after {
+            return Err(OpenError::PooledByTransaction);
+        }
+    }
+    one.close().await?;
+    other.close().await?;
+    Ok(())
+}
+
+/// Says nothing at connecting that a pooler would refuse.
+fn address(url: &str) -> Result<PgConnectOptions, OpenError> {
+    let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
+    Ok(options.extra_float_digits(None))
+}
+
+async fn backend(conn: &mut PgConnection) -> Result<i32, sqlx::Error> {
+    sqlx::query_scalar(BACKEND).persistent(false).fetch_one(conn).await
 }
 
 #[cfg(test)]

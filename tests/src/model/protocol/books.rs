@@ -189,12 +189,12 @@ impl Books {
         };
         let groups = desk.decide(request.into_iter().collect(), at);
         let committed = now(store.commit(&groups));
-        let effects = desk.committed(committed, false);
+        let effects = desk.committed(committed, false, at.mono);
         let (mut answer, mut moved) = (None, None);
         for effect in effects {
             match effect {
                 Effect::Answer { answer: said, .. } => answer = Some(said),
-                Effect::Moved { left, .. } => moved = Some(left.map(index_of)),
+                Effect::Moved { left, .. } | Effect::Learned { left, .. } => moved = Some(left.map(index_of)),
                 Effect::Reload { .. } => {}
             }
         }

@@ -1,0 +1,353 @@
+//! S: logs as rows of a database that several orchestrators share, moved to objects bit by bit.
+//!
+//! Bytes wait in memory until the next [`Chunks::sync`] commits them; only then they can be read. A row begins where the log
+//! ended when its writer last looked, so of two writers of one log one is told that its row is there already. Bytes at one
+//! offset are always the same, so it goes on behind them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use alloy_shared::id::{AttemptRef, Digest, JobId};
+use alloy_shared::limits;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use sha2::Digest as _;
+
+use super::{LogError, news};
+use crate::blobs::{BlobKey, Blobs};
+use crate::store::StoreError;
+use crate::store::sql::chunks::{ChunkTable, Part, ROW_MAX};
+
+/// Bytes of one statement.
+const STATEMENT: u64 = 4 << 20;
+/// What one object holds at most: it is put together in memory.
+const OBJECT: u64 = 16 << 20;
+/// Logs that are moved in one go.
+const MOVES: u32 = 16;
+/// What is read at once to hash a log.
+const PIECE: u32 = 1 << 20;
+
+#[derive(Debug)]
+pub struct Chunks {
+    table: ChunkTable,
+    blobs: Arc<Blobs>,
+    open: Mutex<HashMap<AttemptRef, Arc<Mutex<Log>>>>,
+    /// One commit of rows at a time: each continues where the last one ended.
+    committing: tokio::sync::Mutex<()>,
+    clock: AtomicU64,
+}
+
+/// A log that this orchestrator writes.
+#[derive(Debug, Default)]
+struct Log {
+    used: u64,
+    durable: u64,
+    sealed: bool,
+    pending: VecDeque<Bytes>,
+    pending_len: u64,
+    /// The newest committed bytes.
+    ring: VecDeque<Bytes>,
+    ring_len: u64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Chunks {
+    pub fn new(table: ChunkTable, blobs: Arc<Blobs>) -> Self {
+        Self {
+            table,
+            blobs,
+            open: Mutex::default(),
+            committing: tokio::sync::Mutex::default(),
+            clock: AtomicU64::new(0),
+        }
+    }
+
+    fn known(&self, at: &AttemptRef) -> Option<Arc<Mutex<Log>>> {
+        lock(&self.open).get(at).cloned()
+    }
+
+    async fn log(&self, at: &AttemptRef) -> Result<Arc<Mutex<Log>>, LogError> {
+        let used = self.clock.fetch_add(1, Ordering::Relaxed);
+        if let Some(log) = self.known(at) {
+            lock(&log).used = used;
+            return Ok(log);
+        }
+        let sealed = self.table.seal(at).await?;
+        let durable = self.table.end(at).await?;
+        let fresh = Log { used, durable, sealed: sealed.is_some(), ..Log::default() };
+        let mut open = lock(&self.open);
+        if open.len() >= limits::LOG_FILES_OPEN {
+            close_oldest(&mut open);
+        }
+        Ok(open.entry(*at).or_insert_with(|| Arc::new(Mutex::new(fresh))).clone())
+    }
+
+    pub(super) async fn append(&self, at: &AttemptRef, offset: u64, bytes: &Bytes) -> Result<u64, LogError> {
+        let log = self.log(at).await?;
+        let mut log = lock(&log);
+        if log.sealed {
+            return Err(LogError::Sealed);
+        }
+        let news = news(log.durable + log.pending_len, offset, bytes)?;
+        if !news.is_empty() {
+            log.pending_len += news.len() as u64;
+            // A slice would keep the network's whole buffer.
+            log.pending.push_back(Bytes::copy_from_slice(&news));
+        }
+        Ok(log.durable + log.pending_len)
+    }
+
+    pub(super) async fn sync(&self) -> Result<Vec<(AttemptRef, u64)>, LogError> {
+        let _turn = self.committing.lock().await;
+        let mut goals: Vec<(AttemptRef, Arc<Mutex<Log>>, u64)> = Vec::new();
+        for (at, log) in lock(&self.open).iter() {
+            let state = lock(log);
+            if state.pending_len > 0 {
+                goals.push((*at, log.clone(), state.durable + state.pending_len));
+            }
+        }
+        loop {
+            let rows = rows_of(&goals);
+            if rows.is_empty() {
+                return Ok(goals.iter().map(|(at, log, _)| (*at, lock(log).durable)).collect());
+            }
+            let all = self.table.add(&rows).await?;
+            for (at, log, _) in &goals {
+                match all {
+                    Some(()) => rows.iter().filter(|row| row.0 == *at).for_each(|row| lock(log).commit(row.2.len())),
+                    // One of them was there already, and none was written.
+                    None => {
+                        let end = self.table.end(at).await?;
+                        lock(log).skip_to(end);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) async fn read(&self, at: &AttemptRef, from: u64, max: u32) -> Result<Vec<Bytes>, LogError> {
+        if max == 0 {
+            return Ok(Vec::new());
+        }
+        if let Some(log) = self.known(at) {
+            let log = lock(&log);
+            if from >= log.durable - log.ring_len {
+                return Ok(log.tail(from, max));
+            }
+        }
+        self.stored(at, from, max).await
+    }
+
+    /// From the rows, or else from the object that has the byte at `from`.
+    async fn stored(&self, at: &AttemptRef, from: u64, max: u32) -> Result<Vec<Bytes>, LogError> {
+        let most = u64::from(max.min(PIECE));
+        let (mut next, to) = (from, from.saturating_add(most));
+        let mut found = Vec::new();
+        for (start, bytes) in self.table.rows(at, from, to).await? {
+            let Some(skip) = next.checked_sub(start) else { break };
+            let end = (to - start).min(bytes.len() as u64);
+            if skip < end {
+                found.push(bytes.slice(skip as usize..end as usize));
+                next = start + end;
+            }
+        }
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        // Rows that were moved since are in an object now.
+        let Some(part) = self.table.part(at, from).await? else { return Ok(Vec::new()) };
+        let key = BlobKey::parse(&part.object).ok_or(LogError::Damaged { from: part.start, to: part.end })?;
+        let len = (part.end - from).min(most);
+        let bytes = self.blobs.read_piece(&key, from - part.start, len as u32).await?;
+        Ok(vec![bytes])
+    }
+
+    /// What can be read.
+    pub(super) async fn len(&self, at: &AttemptRef) -> Result<u64, LogError> {
+        match self.known(at) {
+            Some(log) => Ok(lock(&log).durable),
+            None => Ok(self.table.end(at).await?),
+        }
+    }
+
+    /// The same, whoever wrote it last.
+    pub(super) async fn measure(&self, at: &AttemptRef) -> Result<u64, LogError> {
+        let end = self.table.end(at).await?;
+        self.heard(at, end);
+        Ok(end)
+    }
+
+    /// How long the logs of these jobs' newest attempts are, whoever wrote them last.
+    pub async fn ends(&self, jobs: &[JobId]) -> Result<Vec<(AttemptRef, u64)>, LogError> {
+        let ends = self.table.ends(jobs).await?;
+        ends.iter().for_each(|(at, end)| self.heard(at, *end));
+        Ok(ends)
+    }
+
+    /// Another orchestrator may have gone on with a log that was this one's.
+    fn heard(&self, at: &AttemptRef, end: u64) {
+        if let Some(log) = self.known(at) {
+            lock(&log).skip_to(end);
+        }
+    }
+
+    pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
+        loop {
+            self.sync().await?;
+            if let Some((_, sha256)) = self.table.seal(at).await? {
+                return Ok(sha256);
+            }
+            let (mut sha, mut len) = (sha2::Sha256::new(), 0);
+            loop {
+                let pieces = self.stored(at, len, PIECE).await?;
+                if pieces.is_empty() {
+                    break;
+                }
+                for piece in pieces {
+                    len += piece.len() as u64;
+                    sha.update(&piece);
+                }
+            }
+            let log = self.log(at).await?;
+            // What came meanwhile belongs to it.
+            let whole = {
+                let mut log = lock(&log);
+                let whole = log.pending_len == 0 && log.durable <= len;
+                log.sealed |= whole;
+                whole
+            };
+            if whole {
+                let sha256 = Digest::from_hasher(sha);
+                let done = self.table.add_seal(at, len, sha256).await;
+                lock(&self.open).remove(at);
+                done?;
+                return Ok(sha256);
+            }
+        }
+    }
+
+    /// Moves rows into objects: of logs that have grown, and of those that are finished. Returns how many logs it moved.
+    pub async fn compact(&self) -> Result<usize, LogError> {
+        let found = self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await?;
+        let moved = found.len();
+        for (at, start, _) in found {
+            let mut whole = BytesMut::new();
+            for (row, bytes) in self.table.rows(&at, start, start + OBJECT).await? {
+                if row == start + whole.len() as u64 {
+                    whole.extend_from_slice(&bytes);
+                }
+            }
+            let (bytes, end) = (whole.freeze(), start);
+            let end = end + bytes.len() as u64;
+            let key = BlobKey::log(&at, start, end);
+            let sha256 = Digest::of(&bytes);
+            let body = futures_util::stream::iter([Ok(bytes)]).boxed();
+            self.blobs.put(&key, body, Some(sha256)).await?;
+            self.table.moved(&at, &Part { start, end, object: key.as_str().to_owned() }).await?;
+        }
+        Ok(moved)
+    }
+}
+
+/// Closes the log that was used longest ago and has nothing to write.
+fn close_oldest(open: &mut HashMap<AttemptRef, Arc<Mutex<Log>>>) {
+    let idle = open.iter().filter(|(_, log)| lock(log).pending_len == 0);
+    if let Some(at) = idle.min_by_key(|(_, log)| lock(log).used).map(|(at, _)| *at) {
+        open.remove(&at);
+    }
+}
+
+/// The next rows on the way to these lengths.
+fn rows_of(goals: &[(AttemptRef, Arc<Mutex<Log>>, u64)]) -> Vec<(AttemptRef, u64, Bytes)> {
+    let (mut rows, mut room) = (Vec::new(), STATEMENT);
+    for (at, log, goal) in goals {
+        let log = lock(log);
+        let mut start = log.durable;
+        let mut row = BytesMut::new();
+        for bytes in &log.pending {
+            if start + row.len() as u64 >= *goal || room < bytes.len() as u64 {
+                break;
+            }
+            if row.len() as u64 + bytes.len() as u64 > ROW_MAX {
+                let full = std::mem::take(&mut row).freeze();
+                let end = start + full.len() as u64;
+                rows.push((*at, std::mem::replace(&mut start, end), full));
+            }
+            row.extend_from_slice(bytes);
+            room -= bytes.len() as u64;
+        }
+        if !row.is_empty() {
+            rows.push((*at, start, row.freeze()));
+        }
+    }
+    rows
+}
+
+impl Log {
+    /// The first `len` waiting bytes are stored.
+    fn commit(&mut self, len: usize) {
+        let mut left = len;
+        while left > 0 {
+            let Some(mut bytes) = self.pending.pop_front() else { break };
+            let rest = bytes.split_off(left.min(bytes.len()));
+            left -= bytes.len();
+            self.pending_len -= bytes.len() as u64;
+            self.durable += bytes.len() as u64;
+            self.ring_len += bytes.len() as u64;
+            self.ring.push_back(bytes);
+            if !rest.is_empty() {
+                self.pending.push_front(rest);
+            }
+        }
+        while self.ring_len > limits::LOG_RING_SHARED || self.ring.len() > limits::LOG_RING_CHUNKS {
+            let Some(old) = self.ring.pop_front() else { break };
+            self.ring_len -= old.len() as u64;
+        }
+    }
+
+    /// Somebody else has stored the log up to `end`.
+    fn skip_to(&mut self, end: u64) {
+        if end <= self.durable {
+            return;
+        }
+        let known = (end - self.durable).min(self.pending_len);
+        self.commit(known as usize);
+        if self.durable < end {
+            (self.ring, self.ring_len, self.durable) = (VecDeque::new(), 0, end);
+        }
+    }
+
+    /// From the ring; `from` lies in it or behind it.
+    fn tail(&self, from: u64, max: u32) -> Vec<Bytes> {
+        let mut start = self.durable - self.ring_len;
+        let mut room = u64::from(max);
+        let mut out = Vec::new();
+        for chunk in &self.ring {
+            let end = start + chunk.len() as u64;
+            if end > from && room > 0 {
+                let skip = from.saturating_sub(start) as usize;
+                let part = chunk.slice(skip..chunk.len().min(skip.saturating_add(room as usize)));
+                room -= part.len() as u64;
+                out.push(part);
+            }
+            start = end;
+        }
+        out
+    }
+}
+
+impl From<StoreError> for LogError {
+    fn from(error: StoreError) -> Self {
+        Self::Away(error.to_string())
+    }
+}
+
+impl From<crate::blobs::BlobError> for LogError {
+    fn from(error: crate::blobs::BlobError) -> Self {
+        Self::Away(error.to_string())
+    }
+}

@@ -1,0 +1,163 @@
+//! S: logs in Postgres: rows of bytes that no object holds yet, the objects, and what finished logs were.
+
+use alloy_shared::id::{AttemptRef, Digest, JobId};
+use bytes::Bytes;
+use sqlx::Row as _;
+use sqlx::postgres::{PgPool, PgRow};
+
+use super::{fault, statements};
+use crate::store::StoreError;
+
+statements! {
+    // A row that is there already has been written by somebody else: the whole commit fails.
+    ADD_CHUNKS = "INSERT INTO log_chunks (job_id, attempt, start_at, bytes) \
+        SELECT * FROM UNNEST($1::TEXT[], $2::BIGINT[], $3::BIGINT[], $4::BYTEA[])";
+    // Whoever appends to a log while it is moved to an object must see either all of its rows or the object.
+    LOG_END = "SELECT GREATEST(\
+        COALESCE((SELECT start_at + length(bytes) FROM log_chunks WHERE job_id = $1 AND attempt = $2 ORDER BY start_at DESC LIMIT 1), 0), \
+        COALESCE((SELECT end_at FROM log_parts WHERE job_id = $1 AND attempt = $2 ORDER BY start_at DESC LIMIT 1), 0)) AS len";
+    LOG_ENDS = "SELECT jobs.id AS job_id, jobs.attempt, GREATEST(\
+        COALESCE((SELECT start_at + length(bytes) FROM log_chunks AS c WHERE c.job_id = jobs.id AND c.attempt = jobs.attempt \
+        ORDER BY start_at DESC LIMIT 1), 0), COALESCE((SELECT end_at FROM log_parts AS p WHERE p.job_id = jobs.id \
+        AND p.attempt = jobs.attempt ORDER BY start_at DESC LIMIT 1), 0)) AS len \
+        FROM UNNEST($1::TEXT[]) AS asked (job_id) JOIN jobs ON jobs.id = asked.job_id WHERE jobs.attempt >= 1";
+    // No row is longer than the fifth.
+    READ_CHUNKS = "SELECT start_at, bytes FROM log_chunks WHERE job_id = $1 AND attempt = $2 \
+        AND start_at > $3::BIGINT - $5::BIGINT AND start_at < $4 ORDER BY start_at";
+    LOG_PART = "SELECT start_at, end_at, object FROM log_parts WHERE job_id = $1 AND attempt = $2 AND start_at <= $3 \
+        AND end_at > $3 ORDER BY start_at DESC LIMIT 1";
+    LOG_SEAL = "SELECT len, sha256 FROM log_seals WHERE job_id = $1 AND attempt = $2";
+    ADD_SEAL = "INSERT INTO log_seals (job_id, attempt, len, sha256) VALUES ($1, $2, $3, $4) \
+        ON CONFLICT (job_id, attempt) DO NOTHING";
+    ADD_PART = "INSERT INTO log_parts (job_id, attempt, start_at, end_at, object) VALUES ($1, $2, $3, $4, $5) \
+        ON CONFLICT (job_id, attempt, start_at) DO NOTHING";
+    DROP_CHUNKS = "DELETE FROM log_chunks WHERE job_id = $1 AND attempt = $2 AND start_at >= $3 AND start_at < $4";
+    // Logs with much in rows, and finished ones with anything in them.
+    LOGS_TO_MOVE = "SELECT c.job_id, c.attempt, MIN(c.start_at) AS start_at, SUM(length(c.bytes))::BIGINT AS bytes FROM log_chunks AS c \
+        GROUP BY c.job_id, c.attempt HAVING SUM(length(c.bytes)) >= $1 OR EXISTS (SELECT 1 FROM log_seals AS s \
+        WHERE s.job_id = c.job_id AND s.attempt = c.attempt) LIMIT $2";
+}
+
+/// An object with a part of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    pub start: u64,
+    pub end: u64,
+    pub object: String,
+}
+
+/// The tables of logs.
+#[derive(Debug, Clone)]
+pub struct ChunkTable(pub PgPool);
+
+fn failed(error: sqlx::Error) -> StoreError {
+    fault::of(error)
+}
+
+fn number(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn size(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+impl ChunkTable {
+    /// Writes rows of any logs at once. `None`: one of them is there already.
+    pub async fn add(&self, rows: &[(AttemptRef, u64, Bytes)]) -> Result<Option<()>, StoreError> {
+        let jobs: Vec<String> = rows.iter().map(|(at, ..)| at.job.to_string()).collect();
+        let attempts: Vec<i64> = rows.iter().map(|(at, ..)| at.attempt.into()).collect();
+        let starts: Vec<i64> = rows.iter().map(|(_, start, _)| number(*start)).collect();
+        let bytes: Vec<&[u8]> = rows.iter().map(|(.., bytes)| &bytes[..]).collect();
+        let insert = sqlx::query(ADD_CHUNKS).bind(&jobs).bind(&attempts).bind(&starts).bind(&bytes);
+        match insert.execute(&self.0).await {
+            Ok(_) => Ok(Some(())),
+            Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Ok(None),
+            Err(error) => Err(fault::of_commit(error)),
+        }
+    }
+
+    pub async fn end(&self, at: &AttemptRef) -> Result<u64, StoreError> {
+        let row = self.asked(LOG_END, at).fetch_one(&self.0).await.map_err(failed)?;
+        Ok(size(row.get("len")))
+    }
+
+    /// How long the logs of these jobs' newest attempts are.
+    pub async fn ends(&self, jobs: &[JobId]) -> Result<Vec<(AttemptRef, u64)>, StoreError> {
+        let jobs: Vec<String> = jobs.iter().map(JobId::to_string).collect();
+        let rows = sqlx::query(LOG_ENDS).bind(&jobs).fetch_all(&self.0).await.map_err(failed)?;
+        rows.iter().map(|row| Ok((attempt(row)?, size(row.get("len"))))).collect()
+    }
+
+    /// The rows with bytes of `from..to`.
+    pub async fn rows(&self, at: &AttemptRef, from: u64, to: u64) -> Result<Vec<(u64, Bytes)>, StoreError> {
+        let asked = self.asked(READ_CHUNKS, at).bind(number(from)).bind(number(to)).bind(number(ROW_MAX));
+        let rows = asked.fetch_all(&self.0).await.map_err(failed)?;
+        let read = rows.into_iter().map(|row| (size(row.get("start_at")), Bytes::from(row.get::<Vec<u8>, _>("bytes"))));
+        Ok(read.filter(|(start, bytes)| start + bytes.len() as u64 > from).collect())
+    }
+
+    /// The object with the byte at `from`, if one has it.
+    pub async fn part(&self, at: &AttemptRef, from: u64) -> Result<Option<Part>, StoreError> {
+        let row = self.asked(LOG_PART, at).bind(number(from)).fetch_optional(&self.0).await.map_err(failed)?;
+        Ok(row.map(|row| Part {
+            start: size(row.get("start_at")),
+            end: size(row.get("end_at")),
+            object: row.get("object"),
+        }))
+    }
+
+    pub async fn seal(&self, at: &AttemptRef) -> Result<Option<(u64, Digest)>, StoreError> {
+        let row = self.asked(LOG_SEAL, at).fetch_optional(&self.0).await.map_err(failed)?;
+        let Some(row) = row else { return Ok(None) };
+        let sha256: String = row.get("sha256");
+        let corrupt = |_| StoreError::Corrupt { table: "log_seals", id: at.to_string(), column: "sha256" };
+        Ok(Some((size(row.get("len")), sha256.parse().map_err(corrupt)?)))
+    }
+
+    /// The first seal stays.
+    pub async fn add_seal(&self, at: &AttemptRef, len: u64, sha256: Digest) -> Result<(), StoreError> {
+        let insert = self.asked(ADD_SEAL, at).bind(number(len)).bind(sha256.to_string());
+        insert.execute(&self.0).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// From here on an object has these bytes, and no row.
+    pub async fn moved(&self, at: &AttemptRef, part: &Part) -> Result<(), StoreError> {
+        let mut tx = self.0.begin().await.map_err(failed)?;
+        let insert = self.asked(ADD_PART, at).bind(number(part.start)).bind(number(part.end)).bind(&part.object);
+        if insert.execute(&mut *tx).await.map_err(failed)?.rows_affected() == 0 {
+            // Another orchestrator has moved them.
+            return tx.rollback().await.map_err(failed);
+        }
+        let delete = self.asked(DROP_CHUNKS, at).bind(number(part.start)).bind(number(part.end));
+        delete.execute(&mut *tx).await.map_err(failed)?;
+        tx.commit().await.map_err(fault::of_commit)
+    }
+
+    /// Logs with at least so many bytes in rows, and finished ones: where their rows begin, and how many bytes they hold.
+    pub async fn to_move(&self, bytes: u64, limit: u32) -> Result<Vec<(AttemptRef, u64, u64)>, StoreError> {
+        let asked = sqlx::query(LOGS_TO_MOVE).bind(number(bytes)).bind(i64::from(limit));
+        let rows = asked.fetch_all(&self.0).await.map_err(failed)?;
+        let read = |row: &PgRow| Ok((attempt(row)?, size(row.get("start_at")), size(row.get("bytes"))));
+        rows.iter().map(read).collect()
+    }
+
+    fn asked<'q>(
+        &self,
+        text: &'static str,
+        at: &AttemptRef,
+    ) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
+        sqlx::query(text).bind(at.job.to_string()).bind(i64::from(at.attempt))
+    }
+}
+
+/// The most bytes of one row.
+pub const ROW_MAX: u64 = 1 << 20;
+
+fn attempt(row: &PgRow) -> Result<AttemptRef, StoreError> {
+    let job: String = row.get("job_id");
+    let corrupt = |_| StoreError::Corrupt { table: "log_chunks", id: job.clone(), column: "job_id" };
+    let id: JobId = job.parse().map_err(corrupt)?;
+    Ok(AttemptRef { job: id, attempt: u32::try_from(row.get::<i64, _>("attempt")).unwrap_or(0) })
+}

@@ -1,0 +1,294 @@
+//! S: what orchestrators of one farm on Postgres tell each other through it: who lives, who has which worker, what changed.
+//! Every time in here is the database's.
+
+use alloy_shared::env::Ms;
+use alloy_shared::id::{Labels, WorkerId};
+use sqlx::postgres::{PgConnection, PgListener, PgPool};
+use sqlx::{Connection as _, Row as _};
+
+use super::conn::{Reader, Row};
+use super::{SqlStore, fault, job, statements};
+use crate::store::{Attempt, Job, StoreError};
+
+// Postgres alone runs them; a test prepares them there.
+statements! {
+    BEAT = "INSERT INTO orchestrators (id, version, started_at_ms, seen_at_ms) \
+        VALUES ($1, $2, (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT, (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT) \
+        ON CONFLICT (id) DO UPDATE SET seen_at_ms = excluded.seen_at_ms";
+    // In the order of their ids: two orchestrators may write the same worker.
+    HEARD = "WITH heard AS (SELECT workers.id, now.age_ms FROM workers \
+        JOIN UNNEST($1::TEXT[], $2::BIGINT[], $3::BIGINT[]) AS now (worker_id, epoch, age_ms) \
+        ON workers.id = now.worker_id AND workers.epoch = now.epoch ORDER BY workers.id FOR UPDATE OF workers) \
+        UPDATE workers SET seen_at_ms = GREATEST(seen_at_ms, (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - heard.age_ms) \
+        FROM heard WHERE workers.id = heard.id RETURNING workers.id";
+    OFFERED = "INSERT INTO sessions (worker_id, orchestrator_id, epoch, offer) \
+        SELECT new.worker_id, $1, new.epoch, new.offer FROM UNNEST($2::TEXT[], $3::BIGINT[], $4::TEXT[]) AS new (worker_id, epoch, offer) \
+        JOIN workers ON workers.id = new.worker_id AND workers.epoch = new.epoch ORDER BY new.worker_id \
+        ON CONFLICT (worker_id) DO UPDATE SET orchestrator_id = excluded.orchestrator_id, epoch = excluded.epoch, \
+        offer = excluded.offer WHERE sessions.epoch <= excluded.epoch";
+    FORGET = "DELETE FROM orchestrators WHERE id = $1";
+    OWN = "SELECT id, epoch, boot, draining, revoked FROM workers WHERE id = ANY($1)";
+    WISHES = "SELECT COALESCE(md5(string_agg(concat_ws(' ', org_id, name, want, pinned, generation, workers, labels), ',' \
+        ORDER BY org_id, name)), '') AS wishes FROM images";
+    ELSEWHERE = "SELECT workers.id, workers.name, workers.labels, workers.host_labels, workers.draining, workers.boot, sessions.offer, \
+        (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - workers.seen_at_ms AS silent_ms, \
+        COALESCE(orchestrators.seen_at_ms > (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - $2, FALSE) AS lives \
+        FROM sessions JOIN workers ON workers.id = sessions.worker_id AND workers.epoch = sessions.epoch \
+        LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
+        WHERE sessions.orchestrator_id <> $1 AND workers.revoked = FALSE";
+    // A worker whose orchestrator lives was not heard by it. Of one whose orchestrator is away nobody knows: that one may have
+    // answered it for as long as it may without writing.
+    SILENT = "WITH clock AS (SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now) \
+        SELECT workers.id, clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END) AS unseen_since \
+        FROM clock CROSS JOIN workers LEFT JOIN sessions ON sessions.worker_id = workers.id \
+        LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
+        WHERE workers.id IN (SELECT jobs.worker_id FROM jobs WHERE jobs.worker_id IS NOT NULL) AND (workers.seen_at_ms IS NULL \
+        OR workers.seen_at_ms < clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END))";
+    SET = "SELECT set_config($1, $2, FALSE)";
+    BACKEND = "SELECT pg_backend_pid()";
+    CLOCK = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now";
+    HORIZON = "SELECT pg_snapshot_xmin(pg_current_snapshot())::TEXT AS horizon";
+    CHANGED = "SELECT jobs.id, jobs.org_id, version, state, state_json, spec, source, created_at_ms, created_by, events, \
+        attempts.job_id, attempts.attempt, attempts.worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
+        log_len, facts, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
+        WHERE jobs.changed >= $1::xid8 AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed LIMIT $3";
+    NOTIFY = "SELECT pg_notify('alloy', $1)";
+    LOCK_DUTIES = "SELECT pg_try_advisory_lock(72617265, 1) AS mine";
+}
+
+/// A worker with a session here, as it was heard last.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Heard {
+    pub worker: WorkerId,
+    pub epoch: i64,
+    pub age_ms: u64,
+    /// What it has to offer, if that changed since it was last written.
+    pub offer: Option<String>,
+}
+
+/// What the books say of a worker with a session here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Own {
+    pub worker: WorkerId,
+    pub epoch: i64,
+    /// The process of the newest session.
+    pub boot: String,
+    pub draining: bool,
+    pub revoked: bool,
+}
+
+/// A worker whose session is with another orchestrator.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Elsewhere {
+    pub worker: WorkerId,
+    pub name: String,
+    pub labels: Labels,
+    pub host_labels: Labels,
+    pub draining: bool,
+    pub left: bool,
+    pub offer: String,
+    pub silent_ms: u64,
+    /// That orchestrator was heard a moment ago.
+    pub lives: bool,
+}
+
+/// A farm's database as orchestrators share it.
+#[derive(Debug, Clone)]
+pub struct Shared {
+    pool: PgPool,
+    /// This orchestrator's name among them.
+    me: String,
+}
+
+fn failed(error: sqlx::Error) -> StoreError {
+    fault::of(error)
+}
+
+impl Shared {
+    pub(super) fn new(pool: PgPool, me: String) -> Self {
+        Self { pool, me }
+    }
+
+    pub fn me(&self) -> &str {
+        &self.me
+    }
+
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// Says that this orchestrator lives and when each of its workers was heard, in one transaction. Answers with those
+    /// workers whose newest session is still here.
+    pub async fn beat(&self, version: &str, heard: &[Heard]) -> Result<Vec<WorkerId>, StoreError> {
+        let mut tx = self.pool.begin().await.map_err(failed)?;
+        sqlx::query(BEAT).bind(&self.me).bind(version).execute(&mut *tx).await.map_err(failed)?;
+        let ids: Vec<String> = heard.iter().map(|one| one.worker.to_string()).collect();
+        let epochs: Vec<i64> = heard.iter().map(|one| one.epoch).collect();
+        let ages: Vec<i64> = heard.iter().map(|one| i64::try_from(one.age_ms).unwrap_or(i64::MAX / 2)).collect();
+        let rows = sqlx::query(HEARD).bind(&ids).bind(&epochs).bind(&ages).fetch_all(&mut *tx).await.map_err(failed)?;
+        let told = heard.iter().filter_map(|one| Some((one.worker.to_string(), one.epoch, one.offer.clone()?)));
+        let (mut ids, mut epochs, mut offers) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, epoch, offer) in told {
+            ids.push(id);
+            epochs.push(epoch);
+            offers.push(offer);
+        }
+        if !ids.is_empty() {
+            let offered = sqlx::query(OFFERED).bind(&self.me).bind(&ids).bind(&epochs).bind(&offers);
+            offered.execute(&mut *tx).await.map_err(failed)?;
+        }
+        tx.commit().await.map_err(failed)?;
+        rows.iter().map(|row| parsed(row.get("id"), "workers", "id")).collect()
+    }
+
+    /// What time it is in the database.
+    pub async fn clock(&self) -> Result<Ms, StoreError> {
+        let row = sqlx::query(CLOCK).fetch_one(&self.pool).await.map_err(failed)?;
+        Ok(Ms(row.get("now")))
+    }
+
+    /// This orchestrator stops in order: nobody need wait whether it comes back.
+    pub async fn forget(&self) -> Result<(), StoreError> {
+        sqlx::query(FORGET).bind(&self.me).execute(&self.pool).await.map_err(failed)?;
+        Ok(())
+    }
+
+    pub async fn own(&self, workers: &[WorkerId]) -> Result<Vec<Own>, StoreError> {
+        let ids: Vec<String> = workers.iter().map(WorkerId::to_string).collect();
+        let rows = sqlx::query(OWN).bind(&ids).fetch_all(&self.pool).await.map_err(failed)?;
+        let own = |row: sqlx::postgres::PgRow| {
+            Ok(Own {
+                worker: parsed(row.get("id"), "workers", "id")?,
+                epoch: row.get("epoch"),
+                boot: row.get("boot"),
+                draining: row.get("draining"),
+                revoked: row.get("revoked"),
+            })
+        };
+        rows.into_iter().map(own).collect()
+    }
+
+    /// A text that changes with every wish for an image.
+    pub async fn wishes(&self) -> Result<String, StoreError> {
+        let row = sqlx::query(WISHES).fetch_one(&self.pool).await.map_err(failed)?;
+        Ok(row.get("wishes"))
+    }
+
+    pub async fn elsewhere(&self, fresh_ms: u64) -> Result<Vec<Elsewhere>, StoreError> {
+        let asked = sqlx::query(ELSEWHERE).bind(&self.me).bind(ms(fresh_ms));
+        let rows = asked.fetch_all(&self.pool).await.map_err(failed)?;
+        let elsewhere = |row: sqlx::postgres::PgRow| {
+            let (lives, silent_ms): (bool, Option<i64>) = (row.get("lives"), row.get("silent_ms"));
+            let row = Row::Postgres(row);
+            let row = Reader::new(&row, "workers", "id");
+            Ok(Elsewhere {
+                worker: row.parsed("id")?,
+                name: row.text("name")?,
+                labels: row.json("labels")?,
+                host_labels: row.json("host_labels")?,
+                draining: row.flag("draining")?,
+                left: row.text("boot")?.is_empty(),
+                offer: row.text("offer")?,
+                silent_ms: silent_ms.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(0),
+                lives,
+            })
+        };
+        rows.into_iter().map(elsewhere).collect()
+    }
+
+    /// Workers that hold jobs and were not heard for too long, each with the time since when.
+    pub async fn silent(&self, fresh_ms: u64, expiry_ms: u64, long_ms: u64) -> Result<Vec<(WorkerId, Ms)>, StoreError> {
+        let asked = sqlx::query(SILENT).bind(ms(fresh_ms)).bind(ms(expiry_ms)).bind(ms(long_ms));
+        let rows = asked.fetch_all(&self.pool).await.map_err(failed)?;
+        rows.iter().map(|row| Ok((parsed(row.get("id"), "workers", "id")?, Ms(row.get("unseen_since"))))).collect()
+    }
+
+    /// From where on [`Shared::changed`] must look next time, if it looks after this.
+    pub async fn horizon(&self) -> Result<String, StoreError> {
+        let row = sqlx::query(HORIZON).fetch_one(&self.pool).await.map_err(failed)?;
+        Ok(row.get("horizon"))
+    }
+
+    /// Jobs that other orchestrators changed, as they are now, and when the last of them was.
+    pub async fn changed(
+        &self,
+        since: &str,
+        limit: u32,
+    ) -> Result<(Vec<(Job, Option<Attempt>)>, Option<String>), StoreError> {
+        let asked = sqlx::query(CHANGED).bind(since).bind(&self.me).bind(i64::from(limit));
+        let rows = asked.fetch_all(&self.pool).await.map_err(failed)?;
+        let last = rows.last().map(|row| row.get("changed"));
+        let read = |row: sqlx::postgres::PgRow| {
+            let row = Row::Postgres(row);
+            let has_attempt = Reader::new(&row, "jobs", "id").maybe_text("job_id")?.is_some();
+            Ok((job::job(&row)?, if has_attempt { Some(job::attempt(&row)?) } else { None }))
+        };
+        Ok((rows.into_iter().map(read).collect::<Result<_, StoreError>>()?, last))
+    }
+
+    /// Says to all others that there is something to look at.
+    pub async fn notify(&self) -> Result<(), StoreError> {
+        sqlx::query(NOTIFY).bind(&self.me).execute(&self.pool).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// Hears what the others say.
+    pub async fn listen(&self) -> Result<Ear, StoreError> {
+        let mut listener = PgListener::connect_with(&self.pool).await.map_err(failed)?;
+        listener.eager_reconnect(false);
+        listener.listen("alloy").await.map_err(failed)?;
+        Ok(Ear { listener, me: self.me.clone() })
+    }
+
+    /// The right to the duties that one orchestrator does for all. `None`: another one has it.
+    pub async fn duties(&self) -> Result<Option<Duties>, StoreError> {
+        let mut conn = self.pool.acquire().await.map_err(failed)?.detach();
+        let row = sqlx::query(LOCK_DUTIES).fetch_one(&mut conn).await.map_err(failed)?;
+        Ok(row.get::<bool, _>("mine").then_some(Duties { conn }))
+    }
+}
+
+/// Notes from other orchestrators.
+pub struct Ear {
+    listener: PgListener,
+    me: String,
+}
+
+impl Ear {
+    /// Returns when another orchestrator said something. An error: listen anew, and look at once.
+    pub async fn heard(&mut self) -> Result<(), StoreError> {
+        loop {
+            match self.listener.try_recv().await.map_err(failed)? {
+                Some(note) if note.payload() == self.me => {}
+                Some(_) => return Ok(()),
+                None => return Err(StoreError::Unavailable("the connection for notes was cut".to_owned())),
+            }
+        }
+    }
+}
+
+/// Held as long as its connection stands.
+pub struct Duties {
+    conn: PgConnection,
+}
+
+impl Duties {
+    pub async fn still_held(&mut self) -> bool {
+        self.conn.ping().await.is_ok()
+    }
+}
+
+fn ms(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX / 4)
+}
+
+fn parsed<T: std::str::FromStr>(text: String, table: &'static str, column: &'static str) -> Result<T, StoreError> {
+    text.parse().map_err(|_| StoreError::Corrupt { table, id: text, column })
+}
+
+impl SqlStore {
+    /// The farm as orchestrators share it; `None` on SQLite, where there is one.
+    pub fn shared(&self) -> Option<&Shared> {
+        self.shared.as_ref()
+    }
+}
