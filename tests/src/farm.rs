@@ -17,6 +17,7 @@ use crate::observe::{Api, PATIENCE, until, until_blocking};
 use crate::process::{Daemon, Found, processes_in, signal};
 use crate::sim_host::{self, Profile, SimHost};
 
+mod backend;
 mod told;
 
 use told::{live_jobs, read_token};
@@ -105,6 +106,8 @@ pub struct Farm {
     /// Before the directory that they lie in.
     mounts: Vec<Mount>,
     disk: Option<CutDisk>,
+    /// Where its bytes lie, if not in files.
+    _bucket: Option<crate::s3::S3>,
     dir: TempDir,
     setup: Setup,
     address: SocketAddr,
@@ -161,6 +164,8 @@ impl Farm {
 
     /// An orchestrator without a worker.
     pub async fn orchestrator_only(setup: Setup) -> Result<Farm> {
+        let (bucket, orchestrator_env) = backend::of(&setup).await?;
+        let setup = Setup { orchestrator_env, ..setup };
         let dir = tempfile::Builder::new().prefix("alloy-farm-").tempdir()?;
         fs::create_dir(dir.path().join("logs"))?;
         fs::create_dir(dir.path().join("home"))?;
@@ -177,6 +182,7 @@ impl Farm {
         let mut farm = Farm {
             mounts,
             disk,
+            _bucket: bucket,
             dir,
             setup,
             address: "127.0.0.1:0".parse()?,

@@ -9,12 +9,16 @@ use orchestrator::store::sql::SqlStore;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use tokio::sync::OnceCell;
 
+mod own;
+
+pub use own::Own;
+
 static SERVER: OnceCell<Server> = OnceCell::const_new();
 
 struct Server {
     dir: PathBuf,
-    /// The server ends when this one's stdin does: also when the test process is killed.
-    _keeper: Child,
+    /// The server ends when this one's stdin does: also when the test process is killed. Absent: another process keeps it.
+    _keeper: Option<Child>,
     made: AtomicU32,
 }
 
@@ -44,7 +48,7 @@ rm -rf "$d"
 /// The address of a new database with the farm's schema.
 pub async fn database() -> String {
     let server = server().await;
-    let name = format!("t_{}", server.made.fetch_add(1, Ordering::Relaxed));
+    let name = format!("t_{}_{}", std::process::id(), server.made.fetch_add(1, Ordering::Relaxed));
     server.admin(&format!("CREATE DATABASE {name} TEMPLATE farm")).await.expect("copy the template");
     server.url(&name)
 }
@@ -52,14 +56,23 @@ pub async fn database() -> String {
 /// The address of a new database with nothing in it.
 pub async fn empty_database() -> String {
     let server = server().await;
-    let name = format!("e_{}", server.made.fetch_add(1, Ordering::Relaxed));
+    let name = format!("e_{}_{}", std::process::id(), server.made.fetch_add(1, Ordering::Relaxed));
     server.admin(&format!("CREATE DATABASE {name}")).await.expect("make a database");
     server.url(&name)
+}
+
+/// Keeps one server for other processes, which find it by `ALLOY_TEST_PG`, until stdin ends.
+pub async fn keep() -> std::io::Result<()> {
+    println!("{}", server().await.dir.display());
+    std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink()).map(drop)
 }
 
 async fn server() -> &'static Server {
     SERVER
         .get_or_init(|| async {
+            if let Some(dir) = std::env::var_os("ALLOY_TEST_PG") {
+                return Server { dir: dir.into(), _keeper: None, made: AtomicU32::new(0) };
+            }
             let server = start();
             // Sorts as people's databases do, not by bytes: what depends on the order of letters must show here.
             let icu = "CREATE DATABASE farm TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en-US'";
@@ -91,7 +104,7 @@ fn start() -> Server {
     let mut out = BufReader::new(keeper.stdout.take().expect("a pipe"));
     while out.read_line(&mut said).expect("read from sh") > 0 {
         if said.ends_with("ready\n") {
-            return Server { dir, _keeper: keeper, made: AtomicU32::new(0) };
+            return Server { dir, _keeper: Some(keeper), made: AtomicU32::new(0) };
         }
     }
     let ended = keeper.wait();

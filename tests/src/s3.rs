@@ -12,10 +12,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use orchestrator::config::S3 as Place;
 use s3s::auth::SimpleAuth;
-use s3s::service::S3ServiceBuilder;
+use s3s::service::{S3Service, S3ServiceBuilder};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 mod faults;
 
@@ -30,7 +31,7 @@ pub struct S3 {
     pub faults: Arc<Faults>,
     dir: TempDir,
     /// Dropped, it stops.
-    _tasks: JoinSet<()>,
+    _stop: DropGuard,
 }
 
 impl S3 {
@@ -42,27 +43,19 @@ impl S3 {
         let mut builder = S3ServiceBuilder::new(store);
         builder.set_auth(SimpleAuth::from_single(KEY_ID, SECRET));
         let service = builder.build();
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let faults = Arc::new(Faults::default());
-        let mut tasks = JoinSet::new();
-        let shared = faults.clone();
-        tasks.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((socket, _)) = listener.accept().await {
-                let (service, faults) = (service.clone(), shared.clone());
-                connections.spawn(async move {
-                    let answer = hyper::service::service_fn(move |request| {
-                        let (service, faults) = (service.clone(), faults.clone());
-                        async move { faults::answer(&service, &faults, request).await }
-                    });
-                    // A client that goes away, or a connection that is broken on purpose.
-                    let _ = Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), answer).await;
-                });
-                while connections.try_join_next().is_some() {}
-            }
+        let (shared, stop) = (faults.clone(), CancellationToken::new());
+        let until = stop.clone();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // On a thread of its own: a test that waits for a program waits for no store.
+        std::thread::spawn(move || {
+            let serving = async { serve(TcpListener::from_std(listener)?, service, shared).await };
+            runtime.block_on(until.run_until_cancelled(serving))
         });
-        Ok(S3 { address, faults, dir, _tasks: tasks })
+        Ok(S3 { address, faults, dir, _stop: stop.drop_guard() })
     }
 
     pub fn endpoint(&self) -> String {
@@ -123,6 +116,23 @@ impl S3 {
             }
         }
         Ok(out)
+    }
+}
+
+async fn serve(listener: TcpListener, service: S3Service, faults: Arc<Faults>) -> Result<()> {
+    let mut connections = JoinSet::new();
+    loop {
+        let (socket, _) = listener.accept().await?;
+        let (service, faults) = (service.clone(), faults.clone());
+        connections.spawn(async move {
+            let answer = hyper::service::service_fn(move |request| {
+                let (service, faults) = (service.clone(), faults.clone());
+                async move { faults::answer(&service, &faults, request).await }
+            });
+            // A client that goes away, or a connection that is broken on purpose.
+            let _ = Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), answer).await;
+        });
+        while connections.try_join_next().is_some() {}
     }
 }
 
