@@ -105,7 +105,7 @@ impl App {
         let limited = limits.clone();
         let desk = desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), limited, speak).await?;
         let app = Arc::new(Self {
-            log_sync: LogSync::spawn(logs.clone(), hub.clone(), wake.clone(), &*env),
+            log_sync: LogSync::spawn(logs.clone(), hub.clone(), wake.clone(), &env),
             shared: shared.clone(),
             auth: Auth::new(env.clone()).with(sign_in),
             grants: Grants::new(&secret),

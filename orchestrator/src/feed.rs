@@ -197,6 +197,10 @@ impl Follower {
             (self.cursor.attempt, self.cursor.offset) = (attempt, 0);
         }
         let at = AttemptRef { job: self.job, attempt };
+        if whole {
+            // The last of it may have been stored by another orchestrator.
+            self.app.logs.measure(&at).await.map_err(failed)?;
+        }
         loop {
             let chunks = self.app.logs.read(&at, self.cursor.offset, READ).await.map_err(failed)?;
             if chunks.is_empty() {
@@ -265,6 +269,9 @@ async fn raw(app: &App, scope: &Scope, at: AttemptRef, mut offset: u64, tx: &mps
     let mut look = true;
     loop {
         let ended = look && has_ended(app, scope, &at).await?;
+        if ended {
+            app.logs.measure(&at).await.map_err(failed)?;
+        }
         loop {
             let chunks = app.logs.read(&at, offset, READ).await.map_err(failed)?;
             if chunks.is_empty() {

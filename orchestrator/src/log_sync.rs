@@ -15,6 +15,8 @@ use crate::wake::Wake;
 
 /// Results that may wait for one round.
 const WAITING: usize = 1_024;
+/// After a round that failed the next one begins by itself.
+const AGAIN_MS: u64 = 1_000;
 
 #[derive(Clone)]
 pub struct LogSync {
@@ -23,10 +25,10 @@ pub struct LogSync {
 }
 
 impl LogSync {
-    pub fn spawn(logs: Arc<Logs>, hub: Arc<Hub>, wake: Arc<Wake>, env: &dyn Env) -> Self {
+    pub fn spawn(logs: Arc<Logs>, hub: Arc<Hub>, wake: Arc<Wake>, env: &Arc<dyn Env>) -> Self {
         let (tx, rx) = mpsc::channel(WAITING);
         let writers = Arc::new(Mutex::new(BTreeMap::new()));
-        env.spawn("log_sync", Box::pin(run(logs, hub, wake, rx, writers.clone())));
+        env.spawn("log_sync", Box::pin(run(logs, hub, wake, env.clone(), rx, writers.clone())));
         Self { tx, writers }
     }
 
@@ -51,10 +53,12 @@ async fn run(
     logs: Arc<Logs>,
     hub: Arc<Hub>,
     wake: Arc<Wake>,
+    env: Arc<dyn Env>,
     mut rx: mpsc::Receiver<Option<oneshot::Sender<bool>>>,
     writers: Arc<Mutex<BTreeMap<AttemptRef, WorkerId>>>,
 ) {
-    while let Some(first) = rx.recv().await {
+    let mut failed = false;
+    while let Some(first) = next(&mut rx, &*env, failed).await {
         let mut waiting: Vec<oneshot::Sender<bool>> = first.into_iter().collect();
         while let Ok(next) = rx.try_recv() {
             waiting.extend(next);
@@ -69,14 +73,35 @@ async fn run(
                 true
             }
             Err(error) => {
-                // Not acknowledged: the worker keeps the bytes and sends them again.
+                // Not acknowledged: the worker keeps the bytes, and hears of them when they are.
                 error!(%error, "log bytes could not be made durable");
+                writers.lock().unwrap_or_else(PoisonError::into_inner).extend(whose);
                 false
             }
         };
+        failed = !done;
         for wait in waiting {
             let _ = wait.send(done);
         }
+    }
+}
+
+/// The next round: when somebody asks for one, and some time after one that failed.
+async fn next(
+    rx: &mut mpsc::Receiver<Option<oneshot::Sender<bool>>>,
+    env: &dyn Env,
+    failed: bool,
+) -> Option<Option<oneshot::Sender<bool>>> {
+    let again = async {
+        match failed {
+            true => env.sleep_until(env.now().mono + AGAIN_MS).await,
+            false => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        asked = rx.recv() => asked,
+        () = again => Some(None),
     }
 }
 

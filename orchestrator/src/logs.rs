@@ -61,6 +61,14 @@ impl Logs {
         Self::Mem(Mem::default())
     }
 
+    /// An attempt is about to begin that has no log yet, as far as the books know.
+    pub fn begin(&self, at: &AttemptRef) {
+        match self {
+            Self::Files(_) | Self::Mem(_) => {}
+            Self::Chunks(chunks) => chunks.begin(at),
+        }
+    }
+
     /// Stores the bytes that are new and returns the readable length.
     pub async fn append(&self, at: &AttemptRef, offset: u64, bytes: Bytes) -> Result<u64, LogError> {
         match self {
@@ -113,10 +121,10 @@ impl Logs {
         }
     }
 
-    /// The same, whoever wrote the log last: this orchestrator may not have been the one.
+    /// The readable length, whoever wrote the log last: this orchestrator may not have been the one.
     pub async fn measure(&self, at: &AttemptRef) -> Result<u64, LogError> {
         match self {
-            Self::Files(_) | Self::Mem(_) => self.durable(at).await,
+            Self::Files(_) | Self::Mem(_) => self.len(at).await,
             Self::Chunks(chunks) => chunks.measure(at).await,
         }
     }

@@ -1,5 +1,7 @@
 //! T: a farm whose state and logs are in Postgres: one orchestrator, and what it refuses to work with.
 
+mod logs;
+
 use std::fs;
 use std::path::Path;
 use std::process::Command;

@@ -86,6 +86,17 @@ impl Chunks {
         Ok(open.entry(*at).or_insert_with(|| Arc::new(Mutex::new(fresh))).clone())
     }
 
+    /// A log that is not there yet need not be looked for: its first bytes wait for no database. Where it is there already, its
+    /// writer meets that row.
+    pub(super) fn begin(&self, at: &AttemptRef) {
+        let used = self.clock.fetch_add(1, Ordering::Relaxed);
+        let mut open = lock(&self.open);
+        if open.len() >= limits::LOG_FILES_OPEN {
+            close_oldest(&mut open);
+        }
+        open.entry(*at).or_insert_with(|| Arc::new(Mutex::new(Log { used, ..Log::default() })));
+    }
+
     pub(super) async fn append(&self, at: &AttemptRef, offset: u64, bytes: &Bytes) -> Result<u64, LogError> {
         let log = self.log(at).await?;
         let mut log = lock(&log);

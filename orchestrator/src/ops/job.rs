@@ -352,7 +352,17 @@ pub async fn not_held(app: &App, from: From, reason: Reason, message: String) {
 /// Ends an attempt's books: its slot is free, its log is whole.
 pub async fn close(app: &App, from: From, teardown_ms: u64, log_len: u64) {
     let close = CloseAttempt { at: from.at, worker: from.worker, teardown_ms, log_len };
-    match app.desk.ask(|ticket| Request::Close { ticket, close }).await {
+    let until = app.env.now().mono + app.limits.late_tail_ms;
+    let answer = loop {
+        let close = close.clone();
+        let answer = app.desk.ask(|ticket| Request::Close { ticket, close }).await;
+        let now = app.env.now().mono;
+        if !matches!(answer, Answer::Failed(_)) || app.shared.is_none() || now >= until {
+            break answer;
+        }
+        app.env.sleep_until(now + app.limits.poll_floor_ms).await;
+    };
+    match answer {
         Answer::Done => {
             // A log that is shorter than its worker says stays open for the rest.
             let sealed = match app.logs.len(&from.at).await {

@@ -337,7 +337,7 @@ fn log_of(job: &Job, attempt: Option<u32>) -> Result<AttemptRef, Fault> {
 }
 
 async fn stored_log(app: &App, at: AttemptRef, offset: u64, headers: &HeaderMap) -> Result<Response, Fault> {
-    let len = app.logs.len(&at).await.map_err(OpError::from)?;
+    let len = app.logs.measure(&at).await.map_err(OpError::from)?;
     let Some(rest) = len.checked_sub(offset) else { return Ok(unsatisfiable(len)) };
     // With an offset the log begins there.
     let (status, from, to) = match range::asked(header_text(headers, "range"), rest) {

@@ -12,14 +12,14 @@ use alloy_shared::wire::session::{
     Assignment, BadFrame, Frame, Hello, Link, LogChunk, Order, Report, SlotView, ToOrchestrator, ToWorker,
 };
 use bytes::Bytes;
-use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::core::Core;
-use super::io::{Effect, Input, NotStored};
+use super::io::{Effect, Input, NotStored, Settled};
 use crate::App;
 use crate::desk::{From, Offer, Request};
 use crate::hub::Mail;
@@ -46,6 +46,7 @@ pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
         over: false,
         left: false,
         own: BTreeSet::new(),
+        measuring: BTreeSet::new(),
     };
     session.run().await;
     session.close().await;
@@ -72,12 +73,17 @@ struct Session {
     left: bool,
     /// Attempts that the books know as this worker's: no other's log is touched.
     own: BTreeSet<AttemptRef>,
+    /// Attempts whose logs are being measured.
+    measuring: BTreeSet<AttemptRef>,
 }
 
 impl Session {
     async fn run(&mut self) {
         let mut next = Some(Input::Tick);
         while let Some(input) = next {
+            if let Input::Measured { attempt, .. } = &input {
+                self.measuring.remove(attempt);
+            }
             let effects = self.core.handle(input, self.app.env.now());
             for effect in effects {
                 self.perform(effect).await;
@@ -138,16 +144,16 @@ impl Session {
             Effect::Send(message) => self.send(message.encode()).await,
             Effect::Assign { job, handle } => self.assign(*job, handle).await,
             Effect::Append { attempt, offset, bytes } => self.append(attempt, offset, bytes).await,
-            Effect::Measure { attempt } => {
-                if self.owns(attempt).await {
-                    let len = self.app.logs.measure(&attempt).await.unwrap_or(0);
-                    self.later(Input::Measured { attempt, len });
-                }
-            }
+            Effect::Measure { attempt } => self.measure(attempt).await,
             Effect::Settle { attempt, seq, report } => self.settle(attempt, seq, report),
             Effect::NotHeld { attempt, message } => {
-                if let Some(from) = self.from(attempt) {
-                    ops::job::not_held(&self.app, from, Reason::WorkerLost, message).await;
+                let Some(from) = self.from(attempt) else { return };
+                let app = self.app.clone();
+                let tell = async move { ops::job::not_held(&app, from, Reason::WorkerLost, message).await };
+                match self.app.shared {
+                    // While the database is away the worker is answered all the same.
+                    Some(_) => self.settling.push(Box::pin(tell.map(|()| Input::Tick))),
+                    None => tell.await,
                 }
             }
             Effect::Close { attempt, teardown_ms, log_len } => {
@@ -237,6 +243,7 @@ impl Session {
     async fn assign(&mut self, job: Job, handle: u32) {
         let attempt = job.attempt();
         self.own.insert(attempt);
+        self.app.logs.begin(&attempt);
         let limits = &self.app.limits;
         let timeout_ms = job.spec.timeout_ms.unwrap_or(limits.job_timeout_ms).min(limits.job_timeout_max_ms);
         let assignment = Assignment {
@@ -277,12 +284,39 @@ impl Session {
         self.later(Input::Appended { attempt, result });
     }
 
+    /// Finds out how long a log is. A database that is away comes back; until then the session goes on.
+    async fn measure(&mut self, attempt: AttemptRef) {
+        if !self.owns(attempt).await || !self.measuring.insert(attempt) {
+            return;
+        }
+        let app = self.app.clone();
+        self.settling.push(Box::pin(async move {
+            loop {
+                let len = match app.logs.measure(&attempt).await {
+                    Ok(_) => app.logs.durable(&attempt).await.unwrap_or(0),
+                    Err(_) if app.shared.is_some() => {
+                        app.env.sleep_until(app.env.now().mono + app.limits.poll_floor_ms).await;
+                        continue;
+                    }
+                    Err(_) => 0,
+                };
+                return Input::Measured { attempt, len };
+            }
+        }));
+    }
+
     fn settle(&mut self, attempt: AttemptRef, seq: u64, report: Report) {
         let Some(from) = self.from(attempt) else { return };
         let app = self.app.clone();
         self.settling.push(Box::pin(async move {
-            let result = ops::job::settle(&app, from, seq, report).await;
-            Input::Settled { attempt, seq, result }
+            loop {
+                let result = ops::job::settle(&app, from, seq, report.clone()).await;
+                if result != Settled::Failed || app.shared.is_none() {
+                    return Input::Settled { attempt, seq, result };
+                }
+                // A database that is away comes back. Until then the worker keeps its session: no other could be opened.
+                app.env.sleep_until(app.env.now().mono + app.limits.poll_floor_ms).await;
+            }
         }));
     }
 

@@ -75,7 +75,7 @@ async fn world() -> World {
     insert_job(&store, at).await;
     let app = App {
         desk: door.unwrap(),
-        log_sync: LogSync::spawn(logs.clone(), hub.clone(), wake.clone(), &*env),
+        log_sync: LogSync::spawn(logs.clone(), hub.clone(), wake.clone(), &env),
         auth: Auth::new(env.clone()),
         grants: Grants::new(&Secret::new([7; 32])),
         base_url: "http://localhost:3000".to_owned(),

@@ -124,7 +124,7 @@ impl SqlStore {
         let settings = me.clone();
         let pool = PgPoolOptions::new()
             .max_connections(limits::STORE_CONNECTIONS)
-            .acquire_timeout(Duration::from_millis(limits::STORE_READ_MS))
+            .acquire_timeout(Duration::from_millis(limits::STORE_CONNECT_MS))
             .after_connect(move |conn, _| {
                 let me = settings.clone().unwrap_or_default();
                 Box::pin(async move {

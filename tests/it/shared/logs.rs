@@ -1,0 +1,124 @@
+//! T: logs in rows and objects: what two orchestrators make of one log.
+
+use std::sync::Arc;
+
+use alloy_shared::id::{AttemptRef, Digest, JobId};
+use alloy_tests::pg;
+use anyhow::Result;
+use bytes::Bytes;
+use orchestrator::blobs::Blobs;
+use orchestrator::logs::{Chunks, LogError, Logs};
+use orchestrator::store::sql::chunks::ChunkTable;
+use sqlx::PgPool;
+
+const AT: AttemptRef = AttemptRef { job: JobId::from_raw(7), attempt: 1 };
+
+/// The logs of so many orchestrators that share a database and a place for objects.
+async fn orchestrators(count: usize) -> Result<(PgPool, Vec<Logs>)> {
+    let pool = PgPool::connect(&pg::database().await).await?;
+    let blobs = Arc::new(Blobs::memory());
+    let logs = (0..count).map(|_| Logs::Chunks(Chunks::new(ChunkTable(pool.clone()), blobs.clone())));
+    Ok((pool.clone(), logs.collect()))
+}
+
+fn bytes(len: usize, seed: u64) -> Bytes {
+    alloy_tests::noise::range(seed, 0, len as u64).into()
+}
+
+/// All that can be read from the beginning.
+async fn whole(logs: &Logs) -> Result<Vec<u8>> {
+    logs.measure(&AT).await?;
+    let mut all: Vec<u8> = Vec::new();
+    loop {
+        let chunks = logs.read(&AT, all.len() as u64, 300_000).await?;
+        if chunks.is_empty() {
+            return Ok(all);
+        }
+        chunks.iter().for_each(|chunk| all.extend_from_slice(chunk));
+    }
+}
+
+fn compact(logs: &Logs) -> &Chunks {
+    match logs {
+        Logs::Chunks(chunks) => chunks,
+        Logs::Files(_) | Logs::Mem(_) => unreachable!("made of rows"),
+    }
+}
+
+async fn count(pool: &PgPool, table: &str) -> Result<i64> {
+    let text = format!("SELECT COUNT(*) FROM {table}");
+    Ok(sqlx::query_scalar(sqlx::AssertSqlSafe(text)).fetch_one(pool).await?)
+}
+
+#[tokio::test]
+async fn bytes_are_read_when_they_are_committed_and_what_comes_twice_is_stored_once() -> Result<()> {
+    let (_, logs) = orchestrators(1).await?;
+    let logs = &logs[0];
+    assert_eq!(logs.append(&AT, 0, Bytes::from_static(b"abc")).await?, 3);
+    assert_eq!((logs.len(&AT).await?, whole(logs).await?), (0, Vec::new()));
+    assert_eq!(logs.sync().await?, [(AT, 3)]);
+    assert_eq!(logs.append(&AT, 1, Bytes::from_static(b"bcde")).await?, 5);
+    assert!(matches!(logs.append(&AT, 9, Bytes::from_static(b"x")).await, Err(LogError::Gap { have: 5 })));
+    logs.sync().await?;
+    assert_eq!(whole(logs).await?, b"abcde");
+    assert_eq!(logs.read(&AT, 2, 2).await?.concat(), b"cd");
+    let sha256 = logs.seal(&AT).await?;
+    assert_eq!((sha256, logs.seal(&AT).await?), (Digest::of(b"abcde"), sha256));
+    assert!(matches!(logs.append(&AT, 5, Bytes::from_static(b"f")).await, Err(LogError::Sealed)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn two_that_write_one_log_meet_and_go_on() -> Result<()> {
+    let (_, logs) = orchestrators(2).await?;
+    let all = bytes(3_000_000, 5);
+    // Each has some of it, in no order, and more than the other one knows.
+    let mut at = [0, 0];
+    for turn in 0..12 {
+        let who = turn % 2;
+        let to = ((turn + 1) * 250_000).min(all.len());
+        logs[who].append(&AT, at[who] as u64, all.slice(at[who]..to)).await?;
+        at[who] = to;
+        if turn % 3 == 2 {
+            logs[1 - who].sync().await?;
+        }
+        logs[who].sync().await?;
+    }
+    for log in &logs {
+        assert!(whole(log).await? == all);
+        assert_eq!(log.seal(&AT).await?, Digest::of(&all));
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn whoever_wrote_first_reads_what_another_one_added() -> Result<()> {
+    let (_, logs) = orchestrators(2).await?;
+    logs[0].append(&AT, 0, Bytes::from_static(b"first ")).await?;
+    logs[0].sync().await?;
+    assert_eq!(logs[1].measure(&AT).await?, 6);
+    logs[1].append(&AT, 6, Bytes::from_static(b"second")).await?;
+    logs[1].sync().await?;
+    assert_eq!(whole(&logs[0]).await?, b"first second");
+    assert_eq!(logs[0].append(&AT, 12, Bytes::from_static(b"!")).await?, 13);
+    Ok(())
+}
+
+#[tokio::test]
+async fn rows_become_objects_while_the_log_is_written_and_read() -> Result<()> {
+    let (pool, logs) = orchestrators(2).await?;
+    let all = bytes(11_000_000, 9);
+    let mut moved = 0;
+    for start in (0..all.len()).step_by(1_000_000) {
+        logs[0].append(&AT, start as u64, all.slice(start..(start + 1_000_000).min(all.len()))).await?;
+        logs[0].sync().await?;
+        moved += compact(&logs[1]).compact().await?;
+        assert!(whole(&logs[1]).await? == all[..(start + 1_000_000).min(all.len())], "{start}");
+    }
+    assert!(moved >= 2, "{moved}");
+    assert_eq!(logs[1].seal(&AT).await?, Digest::of(&all));
+    compact(&logs[1]).compact().await?;
+    assert_eq!(count(&pool, "log_chunks").await?, 0, "a finished log lies in objects");
+    assert!(whole(&logs[0]).await? == all && whole(&logs[1]).await? == all);
+    Ok(())
+}
