@@ -15,19 +15,20 @@ use nix::fcntl::{Flock, FlockArg};
 use sha2::Digest as _;
 
 use crate::blobs::mark::{Elsewhere, bucket_of};
-use crate::blobs::{off_thread, sync_dir};
+use crate::blobs::{BlobError, OpenS3, off_thread, sync_dir};
 use crate::store::sql::OpenError;
 use crate::store::sql::backup::{Needs, copy_at_once, examine, schema};
 use crate::sums::{FOOTER, Seal, Sums};
 
+pub mod elsewhere;
 pub mod list;
 pub mod restore;
 
 use list::{Entry, Head};
 
 pub const DATABASE: &str = "alloy.db";
-const OBJECTS: &str = "blobs/objects";
-const LOGS: &str = "logs";
+pub(crate) const OBJECTS: &str = "blobs/objects";
+pub(crate) const LOGS: &str = "logs";
 const LOCK: &str = "backup.lock";
 /// What is read at once.
 const PIECE: usize = 1 << 20;
@@ -42,11 +43,17 @@ pub enum BackupError {
     Busy(PathBuf),
     /// Its books alone would name what the backup does not hold.
     #[error(
-        "the objects of this farm lie in {0}, which this backup would not hold: copy that bucket and the database by their own means"
+        "the objects of this farm lie in {0}, which this backup would not hold: set ALLOY_S3_URL and its keys as the orchestrator has them"
     )]
     Bucket(String),
     #[error(transparent)]
     Place(#[from] Elsewhere),
+    #[error("there is no farm in that database, or not a whole one")]
+    NoFarmThere,
+    #[error(transparent)]
+    Objects(#[from] OpenS3),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
     #[error(transparent)]
     Database(#[from] OpenError),
     #[error("{}: {error}", path.display())]
@@ -84,15 +91,21 @@ pub async fn take(farm: &Path, target: &Path, taken_at: String) -> Result<Taken,
     let (farm, target) = (farm.to_owned(), target.to_owned());
     off_thread(move || {
         let taken = Copy::new(&farm, &part).all(&needs, taken_at)?;
-        settle(&part).map_err(at(&part))?;
-        fs::rename(&part, &target).map_err(at(&target))?;
-        // Under this name nobody else writes to it.
-        fs::remove_file(target.join(LOCK)).map_err(at(&target))?;
-        sync_dir(parent(&target)).map_err(at(&target))?;
-        drop(lock);
+        publish(&part, &target, lock)?;
         Ok(taken)
     })
     .await
+}
+
+/// Gives a backup that is complete its name.
+fn publish(part: &Path, target: &Path, lock: Flock<File>) -> Result<(), BackupError> {
+    settle(part).map_err(at(part))?;
+    fs::rename(part, target).map_err(at(target))?;
+    // Under this name nobody else writes to it.
+    fs::remove_file(target.join(LOCK)).map_err(at(target))?;
+    sync_dir(parent(target)).map_err(at(target))?;
+    drop(lock);
+    Ok(())
 }
 
 /// A sibling of a path.
@@ -125,7 +138,7 @@ fn begin(part: &Path) -> Result<Flock<File>, BackupError> {
     Ok(lock)
 }
 
-fn make_dir(path: &Path) -> io::Result<()> {
+pub(crate) fn make_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
@@ -145,11 +158,14 @@ impl<'a> Copy<'a> {
     }
 
     fn all(mut self, needs: &Needs, taken_at: String) -> Result<Taken, BackupError> {
-        let path = self.part.join(DATABASE);
-        let (size, sha256) = hash(&path).map_err(at(&path))?;
-        self.entries.push(Entry { path: DATABASE.to_owned(), size, sha256 });
+        self.add(DATABASE.to_owned())?;
         self.objects(OBJECTS)?;
         self.logs()?;
+        self.finish(needs, taken_at)
+    }
+
+    /// What is left to do when database, objects and logs are there.
+    fn finish(mut self, needs: &Needs, taken_at: String) -> Result<Taken, BackupError> {
         for name in ["admin.token", "worker/identity.json", "worker/worker.key", "worker/worker.other.key"] {
             if self.farm.join(name).is_file() {
                 self.file(name, None)?;
@@ -160,6 +176,26 @@ impl<'a> Copy<'a> {
         list::write(self.part, &head, &self.entries).map_err(at(self.part))?;
         let bytes = self.entries.iter().map(|entry| entry.size).sum();
         Ok(Taken { files: self.entries.len(), bytes, missing: self.missing })
+    }
+
+    /// Lists what somebody else has put into a directory of the backup.
+    fn add_dir(&mut self, dir: &str) -> Result<(), BackupError> {
+        let from = self.part.join(dir);
+        if !from.is_dir() {
+            return Ok(());
+        }
+        for (name, is_dir) in sorted(&from).map_err(at(&from))? {
+            let path = format!("{dir}/{name}");
+            if is_dir { self.add_dir(&path)? } else { self.add(path)? }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, name: String) -> Result<(), BackupError> {
+        let path = self.part.join(&name);
+        let (size, sha256) = hash(&path).map_err(at(&path))?;
+        self.entries.push(Entry { path: name, size, sha256 });
+        Ok(())
     }
 
     /// Every file below a directory of objects.
@@ -181,9 +217,9 @@ impl<'a> Copy<'a> {
 
     fn object(&mut self, name: &str) -> Result<(), BackupError> {
         let from = self.farm.join(name);
-        match is_sound(&from) {
-            Ok(true) => {}
-            Ok(false) => {
+        match sound(&from) {
+            Ok(Some(_)) => {}
+            Ok(None) => {
                 self.missing.push(format!("{name} is damaged"));
                 return Ok(());
             }
@@ -195,9 +231,7 @@ impl<'a> Copy<'a> {
         let to = self.part.join(name);
         make_dir(parent(&to)).map_err(at(&to))?;
         if !self.apart && fs::hard_link(&from, &to).is_ok() {
-            let (size, sha256) = hash(&to).map_err(at(&to))?;
-            self.entries.push(Entry { path: name.to_owned(), size, sha256 });
-            return Ok(());
+            return self.add(name.to_owned());
         }
         self.file(name, None)
     }
@@ -258,7 +292,7 @@ impl<'a> Copy<'a> {
 }
 
 /// Names and whether they are directories.
-fn sorted(dir: &Path) -> io::Result<Vec<(String, bool)>> {
+pub(crate) fn sorted(dir: &Path) -> io::Result<Vec<(String, bool)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -271,23 +305,23 @@ fn sorted(dir: &Path) -> io::Result<Vec<(String, bool)>> {
     Ok(found)
 }
 
-/// Whether an object's bytes are those that its seal speaks of.
-fn is_sound(path: &Path) -> io::Result<bool> {
+/// An object's seal, if its bytes are those that it speaks of.
+pub(crate) fn sound(path: &Path) -> io::Result<Option<Seal>> {
     let bytes = fs::metadata(path)?.len();
     let mut file = File::open(path)?;
-    let Some(footer_at) = bytes.checked_sub(FOOTER) else { return Ok(false) };
+    let Some(footer_at) = bytes.checked_sub(FOOTER) else { return Ok(None) };
     let mut footer = [0; FOOTER as usize];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut footer, footer_at)?;
-    let Some(content) = Seal::size(&footer).and_then(|size| bytes.checked_sub(size)) else { return Ok(false) };
+    let Some(content) = Seal::size(&footer).and_then(|size| bytes.checked_sub(size)) else { return Ok(None) };
     let mut seal = vec![0; usize::try_from(bytes - content).unwrap_or(usize::MAX)];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut seal, content)?;
-    let Some(seal) = Seal::decode(&seal).filter(|seal| seal.len == content) else { return Ok(false) };
+    let Some(seal) = Seal::decode(&seal).filter(|seal| seal.len == content) else { return Ok(None) };
     let mut sums = Sums::default();
     pieces(&mut file, content, |piece| {
         sums.update(piece);
         Ok(())
     })?;
-    Ok(sums.seal() == seal)
+    Ok(Some(seal).filter(|seal| sums.seal() == *seal))
 }
 
 fn pieces(file: &mut File, mut left: u64, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<u64> {
@@ -304,7 +338,7 @@ fn pieces(file: &mut File, mut left: u64, mut each: impl FnMut(&[u8]) -> io::Res
     Ok(read)
 }
 
-fn hash(path: &Path) -> io::Result<(u64, Digest)> {
+pub(crate) fn hash(path: &Path) -> io::Result<(u64, Digest)> {
     let mut sha = sha2::Sha256::new();
     let size = pieces(&mut File::open(path)?, u64::MAX, |piece| {
         sha.update(piece);
@@ -314,7 +348,7 @@ fn hash(path: &Path) -> io::Result<(u64, Digest)> {
 }
 
 /// Copies a file with its mode. Nothing is synced.
-fn copy(from: &Path, to: &Path, len: Option<u64>) -> io::Result<(u64, Digest)> {
+pub(crate) fn copy(from: &Path, to: &Path, len: Option<u64>) -> io::Result<(u64, Digest)> {
     let mut source = File::open(from)?;
     let mode = source.metadata()?.mode() & 0o777;
     let mut out = OpenOptions::new().write(true).create_new(true).mode(mode).open(to)?;
@@ -327,7 +361,7 @@ fn copy(from: &Path, to: &Path, len: Option<u64>) -> io::Result<(u64, Digest)> {
 }
 
 /// Makes a whole tree durable.
-fn settle(dir: &Path) -> io::Result<()> {
+pub(crate) fn settle(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {

@@ -175,6 +175,11 @@ impl Blobs {
         Ok(Self::S3(S3::open(place, Patience::default(), spool, env).await?))
     }
 
+    /// Reads a directory of objects that somebody else may be writing, and sweeps nothing.
+    pub fn look(root: PathBuf) -> Self {
+        Self::Fs(Fs::look(root))
+    }
+
     pub fn memory() -> Self {
         Self::Mem(Mem::default())
     }

@@ -37,6 +37,7 @@ pub mod job;
 mod listen;
 pub mod log_sync;
 pub mod logs;
+pub mod moving;
 pub mod ops;
 pub mod pack;
 pub mod pick;
@@ -85,6 +86,9 @@ pub enum ServeError {
     Open(#[from] store::sql::OpenError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The farm of this data directory is elsewhere.
+    #[error(transparent)]
+    Moved(#[from] moving::mark::MovedAway),
     #[error("{what}: {why}")]
     Start { what: String, why: String },
 }
@@ -107,12 +111,16 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     config.check().map_err(ServeError::Config)?;
     let dir = config.farm_dir();
     let lock = DataLock::acquire(&dir)?;
+    if config.database == Database::Local {
+        moving::mark::check(&dir)?;
+    }
     let mark = |error| start_error("the mark of a restored farm", error);
-    let past = backup::restore::wait(&dir, &config.limits, &*env, &life).await.map_err(mark)?;
-    if past == Past::Stopped {
+    let here = backup::restore::wait(&dir, &config.limits, &*env, &life).await.map_err(mark)?;
+    let sql = Arc::new(open(&config).await?);
+    let there = check_target(&sql, &config, &*env, &life).await?;
+    if here == Past::Stopped || there == Past::Stopped {
         return Err(start_error("told to stop", "nothing was begun"));
     }
-    let sql = Arc::new(open(&config).await?);
     let listener = TcpListener::bind(config.listen).await.map_err(|error| cannot_listen(config.listen, error))?;
     let addr = listener.local_addr().map_err(|error| start_error("the listening socket", error))?;
 
@@ -122,9 +130,12 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     let broken = sql.broken();
     let ground = ground(&config, addr, &sql, env, life.soft.clone(), broken.clone()).await?;
     let app = App::on(ground).await?;
-    if past == Past::Restored {
+    if here == Past::Restored {
         app.let_go_of_leases().await;
         backup::restore::forget(&dir).map_err(mark)?;
+    }
+    if there == Past::Restored {
+        forget_restored(&app).await?;
     }
     let admin_token_file = dir.join("admin.token");
     let made = ops::access::first_token(&app, async |token| write_private(&admin_token_file, token)).await;
@@ -235,6 +246,33 @@ async fn open(config: &Config) -> Result<SqlStore, ServeError> {
     }
 }
 
+/// A database that others may share holds a whole farm, and perhaps one that was restored a moment ago.
+async fn check_target(sql: &SqlStore, config: &Config, env: &dyn Env, life: &Lifecycle) -> Result<Past, ServeError> {
+    if sql.shared().is_none() {
+        return Ok(Past::Own);
+    }
+    if !moving::check_whole(sql).await? {
+        let why = "a farm is being moved into it, and is not whole there: run `alloy admin migrate-db` or `alloy admin restore` \
+                   again, to its end";
+        return Err(start_error("the database", why));
+    }
+    match sql.meta(moving::RESTORED).await? {
+        Some(at) => Ok(backup::restore::wait_since(&at, &config.limits, env, life).await),
+        None => Ok(Past::Own),
+    }
+}
+
+/// Of several orchestrators that start at once only one lets go of what the farm of the backup held.
+async fn forget_restored(app: &Arc<App>) -> Result<(), ServeError> {
+    if let Some(shared) = &app.shared
+        && app.store.meta(moving::RESTORED).await?.is_some()
+    {
+        app.let_go_of_leases().await;
+        store::sql::target::forget_restored(shared.pool()).await?;
+    }
+    Ok(())
+}
+
 fn hostname() -> String {
     nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
@@ -253,7 +291,11 @@ async fn check_place(store: &dyn Store, place: String) -> Result<(), ServeError>
 async fn blobs(config: &Config, dir: &Path, care: Care, env: Arc<dyn Env>) -> Result<Blobs, ServeError> {
     let elsewhere = |error| start_error("the farm's objects", error);
     let url = config.s3.as_ref().map(config::S3::url);
-    blobs::mark::compare(dir, url.as_deref()).map_err(elsewhere)?;
+    // Files stay where they were when a farm is moved to a bucket.
+    let moved = moving::mark::gone(dir)?.and_then(|gone| gone.bucket);
+    if url.is_none() || moved != url {
+        blobs::mark::compare(dir, url.as_deref()).map_err(elsewhere)?;
+    }
     let Some(place) = &config.s3 else {
         let blobs = Blobs::open(dir.join("blobs"), env.now().wall, care).await;
         return blobs.map_err(|error| start_error("the blob directory", error));

@@ -29,6 +29,7 @@ mod image;
 mod images;
 mod job;
 mod model;
+mod moving;
 mod outage;
 mod prose;
 mod provider;

@@ -8,6 +8,7 @@ use orchestrator::store::sql::SqlStore;
 use orchestrator::store::{Group, Miss, Store, Write};
 
 mod given;
+mod migrations;
 mod read;
 mod schema;
 mod speed;

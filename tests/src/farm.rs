@@ -258,6 +258,11 @@ impl Farm {
         command
     }
 
+    /// The next start of the orchestrator has these variables in place of those of the setup.
+    pub fn set_orchestrator_env(&mut self, variables: Vec<(String, String)>) {
+        self.setup.orchestrator_env = variables;
+    }
+
     /// Starts it, on the port that it had before if it had one.
     pub async fn start_orchestrator(&mut self) -> Result<()> {
         ensure!(self.orchestrator.is_none(), "it runs");

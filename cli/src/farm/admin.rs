@@ -1,20 +1,29 @@
-//! S: what is done to a farm's data on the orchestrator's own machine: backups, and the way back.
+//! S: what is done to a farm's data on the orchestrator's own machine: backups, the way back, and the move to Postgres.
 
 use std::path::PathBuf;
 
+use orchestrator::backup::elsewhere::Source;
 use orchestrator::backup::restore::{RestoreError, restore};
 use orchestrator::backup::{self, BackupError};
+use orchestrator::config::{Config, Database, Flags};
+use orchestrator::moving::{self, Begun, Counts, MoveError, Mover, To};
+use orchestrator::store::sql::{DataLock, LockError};
 
-use super::data::DataDir;
+use super::host::{problems_failure, variables};
 use crate::context::App;
 use crate::output::talk::Tone;
 use crate::output::{Failure, exit, plural, print_json, size};
+use crate::signals::Signals;
 
-/// Back up and restore the farm of this machine
+/// Between two looks whether the farm has stopped.
+const LOOK_AGAIN_MS: u64 = 100;
+
+/// Back up, restore and move the farm of this machine
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum DataVerb {
     Backup(BackupArgs),
     Restore(RestoreArgs),
+    MigrateDb(MigrateArgs),
 }
 
 /// Copy the farm's data, whole or not at all; the farm may run meanwhile
@@ -38,19 +47,80 @@ pub(crate) struct RestoreArgs {
     place: Place,
 }
 
+/// Move the farm into an empty Postgres, and its bytes into a bucket; most of it while the farm runs
 #[derive(Debug, clap::Args)]
-struct Place {
+#[command(
+    after_help = "Example:\n  alloy admin migrate-db --to-database postgres://alloy@db/farm --to-s3 s3://farm-bytes/alloy\n\n\
+    It may be interrupted and goes on where it was. The bucket's endpoint and keys are variables, as for the orchestrator."
+)]
+pub(crate) struct MigrateArgs {
+    /// Address of the Postgres [default: DATABASE_URL]
+    #[arg(long, value_name = "URL")]
+    to_database: Option<String>,
+    /// Bucket for the bytes; without it they stay where they are [default: ALLOY_S3_URL]
+    #[arg(long, value_name = "s3://BUCKET/PREFIX")]
+    to_s3: Option<String>,
+    /// Bring what there is by now and leave the rest to another time
+    #[arg(long)]
+    copy_only: bool,
+    /// Leave out what the farm has lost or damaged already
+    #[arg(long)]
+    leave_damaged: bool,
+    #[command(flatten)]
+    data: Data,
+}
+
+#[derive(Debug, clap::Args)]
+struct Data {
     /// The orchestrator's data directory [default: ~/.local/share/alloy]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
 }
 
-impl Place {
-    fn farm(&self, app: &App) -> PathBuf {
+#[derive(Debug, clap::Args)]
+struct Place {
+    #[command(flatten)]
+    data: Data,
+    /// Address of the farm's Postgres [default: DATABASE_URL, if DATABASE_MODE is not local]
+    #[arg(long, value_name = "URL")]
+    database_url: Option<String>,
+}
+
+impl Data {
+    fn root(&self, app: &App) -> PathBuf {
         match &self.data_dir {
-            Some(dir) => app.dir.join(dir).join("farm"),
-            None => DataDir::new(&app.places.data).farm(),
+            Some(dir) => app.dir.join(dir),
+            None => app.places.data.clone(),
         }
+    }
+
+    /// As the orchestrator would be told by the same variables, with this database and this bucket if they are named.
+    fn config(&self, app: &App, database: Option<&str>, bucket: Option<&str>) -> Result<Config, Failure> {
+        let mut variables = variables();
+        variables.retain(|name, _| !matches!(name.as_str(), "BASE_URL" | "ALLOY_LISTEN" | "ALLOY_BEHIND_PROXY"));
+        if let Some(url) = database {
+            variables.insert("DATABASE_URL".to_owned(), url.to_owned());
+            variables.insert("DATABASE_MODE".to_owned(), "postgres".to_owned());
+        }
+        if let Some(url) = bucket {
+            variables.insert("ALLOY_S3_URL".to_owned(), url.to_owned());
+        }
+        let flags = Flags { data_dir: Some(self.root(app).display().to_string()), ..Flags::default() };
+        let resolved = Config::resolve(&flags, &variables, None);
+        resolved.map(|(config, _)| config).map_err(|problems| problems_failure(&problems))
+    }
+}
+
+impl Place {
+    fn config(&self, app: &App) -> Result<Config, Failure> {
+        self.data.config(app, self.database_url.as_deref(), None)
+    }
+}
+
+fn postgres(config: &Config) -> Option<&str> {
+    match &config.database {
+        Database::Postgres(url) => Some(url.expose()),
+        Database::Local => None,
     }
 }
 
@@ -58,12 +128,22 @@ pub(crate) async fn admin(app: &App, verb: &DataVerb) -> Result<i32, Failure> {
     match verb {
         DataVerb::Backup(args) => take(app, args).await,
         DataVerb::Restore(args) => bring_back(app, args).await,
+        DataVerb::MigrateDb(args) => migrate(app, args).await,
     }
 }
 
 async fn take(app: &App, args: &BackupArgs) -> Result<i32, Failure> {
     let target = app.dir.join(&args.target);
-    let taken = backup::take(&args.place.farm(app), &target, app.env.now().wall.rfc3339()).await;
+    let (config, at) = (args.place.config(app)?, app.env.now().wall.rfc3339());
+    let farm = config.farm_dir();
+    let (database, bucket) = (postgres(&config), config.s3.as_ref());
+    let taken = match (database, bucket) {
+        (None, None) => backup::take(&farm, &target, at).await,
+        _ => {
+            let source = Source { farm: &farm, database, bucket };
+            backup::elsewhere::take(source, &target, at, app.env.clone()).await
+        }
+    };
     let taken = taken.map_err(|error| backup_failure(&error))?;
     if app.talk.json() {
         let files = taken.files;
@@ -91,6 +171,9 @@ fn backup_failure(error: &BackupError) -> Failure {
         BackupError::Exists(_) => failure.hint("a new directory for each backup; old ones can be deleted as a whole"),
         BackupError::Busy(_)
         | BackupError::Bucket(_)
+        | BackupError::NoFarmThere
+        | BackupError::Objects(_)
+        | BackupError::Blob(_)
         | BackupError::Place(_)
         | BackupError::Database(_)
         | BackupError::Io { .. } => failure,
@@ -98,7 +181,11 @@ fn backup_failure(error: &BackupError) -> Failure {
 }
 
 async fn bring_back(app: &App, args: &RestoreArgs) -> Result<i32, Failure> {
-    let (from, farm) = (app.dir.join(&args.backup), args.place.farm(app));
+    let (from, config) = (app.dir.join(&args.backup), args.place.config(app)?);
+    if let Some(database) = postgres(&config) {
+        return bring_back_there(app, &from, database, &config).await;
+    }
+    let farm = config.farm_dir();
     let restored = restore(&from, &farm, app.env.now().wall).await.map_err(|error| restore_failure(&error))?;
     let (files, bytes) = (restored.files, restored.bytes);
     if app.talk.json() {
@@ -123,5 +210,103 @@ fn restore_failure(error: &RestoreError) -> Failure {
         | RestoreError::Damaged { .. }
         | RestoreError::Occupied(_)
         | RestoreError::Other(_) => failure,
+    }
+}
+
+/// Into a Postgres, and into a bucket if one is named.
+async fn bring_back_there(app: &App, from: &std::path::Path, database: &str, config: &Config) -> Result<i32, Failure> {
+    let farm = config.farm_dir();
+    let lock = DataLock::acquire(&farm).map_err(|error| Failure::error(error.to_string()))?;
+    let to = To { database: database.to_owned(), bucket: config.s3.clone() };
+    let restored = moving::restore(from, &farm, to, app.env.now().wall, app.env.clone()).await;
+    drop(lock);
+    let (head, counts) = restored.map_err(|error| move_failure(&error))?;
+    if app.talk.json() {
+        print_json(&json(&counts, &[]))?;
+    }
+    app.talk.verdict(Tone::Good, "✓", &format!("{}, as of {}", told(&counts), head.taken_at), None);
+    app.talk.hint(
+        "start one orchestrator. Its first start waits until a minute after this, so that no worker still runs what the \
+         old farm gave it",
+    );
+    Ok(exit::OK)
+}
+
+fn told(counts: &Counts) -> String {
+    let Counts { rows, objects, logs, bytes } = counts;
+    format!("{}, {}, {}, {}", plural(*rows, "row"), plural(*objects, "object"), plural(*logs, "log"), size(*bytes))
+}
+
+fn json(counts: &Counts, left_out: &[String]) -> serde_json::Value {
+    let Counts { rows, objects, logs, bytes } = counts;
+    serde_json::json!({ "rows": rows, "objects": objects, "logs": logs, "bytes": bytes, "left_out": left_out })
+}
+
+async fn migrate(app: &App, args: &MigrateArgs) -> Result<i32, Failure> {
+    let given = args.to_database.clone().or_else(|| App::var("DATABASE_URL"));
+    let database = given.ok_or_else(|| Failure::usage("--to-database says where to"))?;
+    let config = args.data.config(app, Some(&database), args.to_s3.as_deref())?;
+    let mut signals = Signals::install()?;
+    let to = To { database, bucket: config.s3.clone() };
+    signals.unless_told(move_farm(app, args, &config, to)).await?
+}
+
+async fn move_farm(app: &App, args: &MigrateArgs, config: &Config, to: To) -> Result<i32, Failure> {
+    let farm = config.farm_dir();
+    let begun = Mover::open(&farm, to, app.env.clone()).await.map_err(|error| move_failure(&error))?;
+    let mut mover = match begun {
+        Begun::Going(mover) => mover,
+        Begun::Done { to } => {
+            app.talk.verdict(Tone::Good, "✓", &format!("the farm is in {to}"), None);
+            return Ok(exit::OK);
+        }
+    };
+    let counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
+    app.talk.step("Brought", &told(&counts));
+    for damaged in mover.damaged() {
+        app.talk.warn(damaged);
+    }
+    if args.copy_only {
+        if app.talk.json() {
+            print_json(&json(&counts, mover.damaged()))?;
+        }
+        app.talk.hint("run it again without --copy-only to bring what is new, with the farm stopped, and to finish");
+        return Ok(exit::OK);
+    }
+    let lock = stopped(app, &farm).await?;
+    let (counts, left) = mover.finish(&lock, args.leave_damaged).await.map_err(|error| move_failure(&error))?;
+    if app.talk.json() {
+        print_json(&json(&counts, &left))?;
+    }
+    app.talk.verdict(Tone::Good, "✓", &format!("{}, all compared", told(&counts)), None);
+    let bucket = if config.s3.is_some() { ", and ALLOY_S3_URL with its keys" } else { " and the same --data-dir" };
+    app.talk.hint(&format!("start the orchestrator now, with DATABASE_MODE=postgres, DATABASE_URL{bucket}"));
+    Ok(exit::OK)
+}
+
+/// The farm's lock, as soon as nobody runs it.
+async fn stopped(app: &App, farm: &std::path::Path) -> Result<DataLock, Failure> {
+    let mut said = false;
+    loop {
+        match DataLock::acquire(farm) {
+            Ok(lock) => return Ok(lock),
+            Err(LockError::Taken { pid, .. }) if !said => {
+                let by = pid.map_or(String::new(), |pid| format!(" (process {pid})"));
+                app.talk.say(&format!("Stop the orchestrator{by} now; jobs go on meanwhile for up to 40 seconds."));
+                said = true;
+            }
+            Err(LockError::Taken { .. }) => {}
+            Err(error) => return Err(Failure::error(error.to_string())),
+        }
+        app.env.sleep_until(app.env.now().mono + LOOK_AGAIN_MS).await;
+    }
+}
+
+fn move_failure(error: &MoveError) -> Failure {
+    let failure = Failure::error(error.to_string());
+    match error {
+        MoveError::NoFarm(_) => failure.hint("run it on the orchestrator's machine, and name its --data-dir"),
+        MoveError::Damaged(_) => failure.hint("put it back from a backup, or say --leave-damaged"),
+        _ => failure,
     }
 }

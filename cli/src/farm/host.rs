@@ -161,12 +161,12 @@ fn worker_config(url: String, dir: &Path) -> Result<worker::config::Config, Fail
     Ok(worker::config::Config { url: embedded.url, ..config })
 }
 
-fn problems_failure(problems: &[alloy_shared::config::Problem]) -> Failure {
+pub(super) fn problems_failure(problems: &[alloy_shared::config::Problem]) -> Failure {
     let lines: Vec<String> = problems.iter().map(ToString::to_string).collect();
     Failure::usage(lines.join("; "))
 }
 
-fn variables() -> BTreeMap<String, String> {
+pub(super) fn variables() -> BTreeMap<String, String> {
     // A variable that is no text is none of ours.
     std::env::vars_os().filter_map(|(key, value)| Some((key.into_string().ok()?, value.into_string().ok()?))).collect()
 }

@@ -120,6 +120,11 @@ pub(crate) async fn wait(farm: &Path, limits: &Limits, env: &dyn Env, life: &Lif
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Past::Own),
         read => read?,
     };
+    Ok(wait_since(&text, limits, env, life).await)
+}
+
+/// The same after a restore at this time.
+pub(crate) async fn wait_since(text: &str, limits: &Limits, env: &dyn Env, life: &Lifecycle) -> Past {
     let lease_ms = limits.expiry_ms;
     let since = text.trim().parse().map_or(0, |at| env.now().wall.since(Ms(at)));
     let left_ms = lease_ms.saturating_sub(since);
@@ -130,11 +135,11 @@ pub(crate) async fn wait(farm: &Path, limits: &Limits, env: &dyn Env, life: &Lif
         );
         tokio::select! {
             biased;
-            () = life.soft.cancelled() => return Ok(Past::Stopped),
+            () = life.soft.cancelled() => return Past::Stopped,
             () = env.sleep_until(env.now().mono + left_ms) => {}
         }
     }
-    Ok(Past::Restored)
+    Past::Restored
 }
 
 /// From here on it is a farm like any other.

@@ -157,6 +157,11 @@ impl Fs {
         Ok(Self { place, names: AtomicU64::new(0), partials: Mutex::default() })
     }
 
+    pub(super) fn look(root: PathBuf) -> Self {
+        let place = Arc::new(Place { root, care: Care::default(), dirs: Mutex::default() });
+        Self { place, names: AtomicU64::new(0), partials: Mutex::default() }
+    }
+
     pub(super) fn storage(&self) -> Result<Storage, BlobError> {
         self.place.storage()
     }

@@ -7,6 +7,7 @@ use alloy_shared::limits;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions as _, Connection as _};
 
+use super::blob::META;
 use super::open::{MIGRATIONS, OpenError};
 use super::{fault, statements};
 
@@ -52,12 +53,37 @@ pub async fn examine(path: &Path) -> Result<Needs, OpenError> {
     Ok(needs)
 }
 
+/// Reads what a file needs that nobody writes and that was examined as it is.
+pub async fn needs_of(path: &Path) -> Result<Needs, OpenError> {
+    let options = SqliteConnectOptions::new().filename(path).read_only(true).immutable(true);
+    let mut conn = named(path, options.disable_statement_logging().connect().await)?;
+    let needs = needs(&mut conn, path).await?;
+    conn.close().await?;
+    Ok(needs)
+}
+
+/// A named value of a database that somebody may be writing.
+pub async fn meta_of(path: &Path, name: &str) -> Result<Option<String>, OpenError> {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .read_only(true)
+        .busy_timeout(Duration::from_millis(limits::STORE_BUSY_MS));
+    let mut conn = named(path, options.disable_statement_logging().connect().await)?;
+    let row: Option<(String, String)> = named(path, sqlx::query_as(META).bind(name).fetch_optional(&mut conn).await)?;
+    conn.close().await?;
+    Ok(row.map(|(_, value)| value))
+}
+
 async fn read(conn: &mut SqliteConnection, path: &Path) -> Result<Needs, OpenError> {
     let found = sqlx::query_scalar::<_, String>("PRAGMA integrity_check(10)").fetch_all(&mut *conn).await;
     let found = named(path, found)?;
     if found != ["ok"] {
         return Err(OpenError::Damaged { path: path.to_owned(), found: found.join("; ") });
     }
+    needs(conn, path).await
+}
+
+async fn needs(conn: &mut SqliteConnection, path: &Path) -> Result<Needs, OpenError> {
     let objects = named(path, sqlx::query_scalar(OBJECTS).fetch_all(&mut *conn).await)?;
     let logs: Vec<(String, i64, i64)> = named(path, sqlx::query_as(ENDED_LOGS).fetch_all(&mut *conn).await)?;
     let logs = logs.into_iter().map(|(job, attempt, len)| (job, attempt, u64::try_from(len).unwrap_or(0))).collect();

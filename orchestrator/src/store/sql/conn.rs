@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use alloy_shared::env::Ms;
 use serde::de::DeserializeOwned;
+use sha2::Digest as _;
 use sqlx::postgres::{PgArguments, PgConnection, PgPool, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqlitePool, SqliteRow};
 use sqlx::{Arguments, Row as _};
@@ -177,6 +178,28 @@ impl Args {
         self
     }
 
+    pub(super) fn append(&mut self, mut more: Self) {
+        self.0.append(&mut more.0);
+    }
+
+    /// Tells a row of a table from all others, whichever engine it was read from.
+    pub(super) fn digest(&self, table: &str) -> [u8; 32] {
+        let mut sha = sha2::Sha256::new();
+        sha.update(table);
+        for arg in &self.0 {
+            let (kind, bytes) = match arg {
+                Arg::Text(Some(text)) => (b't', text.as_bytes()),
+                Arg::Int(Some(value)) => (b'i', &value.to_le_bytes()[..]),
+                Arg::Flag(Some(value)) => (b'f', &[u8::from(*value)][..]),
+                Arg::Text(None) | Arg::Int(None) | Arg::Flag(None) => (b'-', &[][..]),
+            };
+            sha.update([kind]);
+            sha.update((bytes.len() as u64).to_le_bytes());
+            sha.update(bytes);
+        }
+        sha.finalize().into()
+    }
+
     fn sqlite(self) -> Result<SqliteArguments, sqlx::Error> {
         fill(self)
     }
@@ -275,6 +298,23 @@ fn widened(text: &str, columns: usize, rows: usize, sqlite: bool) -> String {
 pub(super) enum Row {
     Sqlite(SqliteRow),
     Postgres(PgRow),
+}
+
+macro_rules! column_at {
+    ($($name:ident -> $type:ty;)+) => { impl Row { $(
+        pub(super) fn $name(&self, index: usize) -> Result<Option<$type>, sqlx::Error> {
+            match self {
+                Row::Sqlite(row) => row.try_get(index),
+                Row::Postgres(row) => row.try_get(index),
+            }
+        }
+    )+ } };
+}
+
+column_at! {
+    text_at -> String;
+    int_at -> i64;
+    flag_at -> bool;
 }
 
 /// Reads one row's columns, and says which one it was when that fails.

@@ -16,6 +16,8 @@ mod lock;
 mod member;
 mod open;
 pub mod shared;
+pub mod tables;
+pub mod target;
 
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
 use alloy_shared::limits;
@@ -31,7 +33,7 @@ use conn::{Args, Conn, Db, Row, Wide, end, tx};
 use fault::within;
 
 pub use lock::{DataLock, LockError};
-pub use open::{OpenError, postgres_migrations};
+pub use open::{OpenError, postgres_migrations, shown_address, sqlite_migrations};
 pub use shared::Shared;
 
 /// Names each text by a constant and lists them for the catalogue.
@@ -45,10 +47,10 @@ use statements;
 
 /// Every text that the store sends, by name.
 pub const CATALOGUE: &[&[(&str, &str)]] =
-    &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS];
+    &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS, tables::TEXTS];
 
 /// The texts that only Postgres is sent.
-pub const CATALOGUE_OF_POSTGRES: &[&[(&str, &str)]] = &[shared::TEXTS, chunks::TEXTS];
+pub const CATALOGUE_OF_POSTGRES: &[&[(&str, &str)]] = &[shared::TEXTS, chunks::TEXTS, target::TEXTS];
 
 /// The store on SQLite or Postgres.
 #[derive(Debug)]

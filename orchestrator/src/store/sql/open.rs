@@ -141,7 +141,7 @@ impl SqlStore {
             })
             .connect_with(options)
             .await?;
-        Migrator::with_migrations(postgres_migrations()).run(&pool).await?;
+        ours(postgres_migrations()).run(&pool).await?;
         let shared = me.map(|me| Shared::new(pool.clone(), me));
         Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default(), shared })
     }
@@ -252,7 +252,40 @@ pub fn postgres_migrations() -> Vec<Migration> {
 }
 
 fn migrator(list: Migrations) -> Migrator {
-    Migrator::with_migrations(migrations(list))
+    ours(migrations(list))
+}
+
+/// A newer version may have added to the schema: nothing of it is in the way of this one until the version after that.
+fn ours(list: Vec<Migration>) -> Migrator {
+    let mut migrator = Migrator::with_migrations(list);
+    migrator.set_ignore_missing(true);
+    migrator
+}
+
+/// The migrations of a farm's SQLite file, in their order.
+pub fn sqlite_migrations() -> Vec<Migration> {
+    migrations(MIGRATIONS)
+}
+
+/// One connection without the limits of an orchestrator's, to a database that has its schema.
+pub(super) async fn plain_postgres(url: &str) -> Result<PgConnection, OpenError> {
+    let options = address(url)?;
+    if options.get_port() == TRANSACTION_POOLER {
+        return Err(OpenError::TransactionPooler);
+    }
+    Ok(options
+        .application_name("alloy")
+        .statement_cache_capacity(PREPARED)
+        .disable_statement_logging()
+        .connect()
+        .await?)
+}
+
+/// A database's address as people may see it.
+pub fn shown_address(url: &str) -> Result<String, OpenError> {
+    let options = address(url)?;
+    let database = options.get_database().unwrap_or_default();
+    Ok(format!("postgres://{}:{}/{database}", options.get_host(), options.get_port()))
 }
 
 fn migrations(list: Migrations) -> Vec<Migration> {

@@ -1,0 +1,205 @@
+//! S: a backup of a farm that keeps some of it elsewhere: its books in a Postgres, its objects in a bucket. What comes out is what
+//! a farm of files gives: the books as an SQLite file, objects with seals, logs as files, so that any backup goes back to either.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use alloy_shared::env::Env;
+use alloy_shared::id::AttemptRef;
+
+use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, begin, beside, make_dir, parent, publish};
+use crate::FARM_SECRET;
+use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
+use crate::broken::Care;
+use crate::config::S3;
+use crate::store::sql::backup::{Needs, copy_at_once, examine, meta_of};
+use crate::store::sql::tables::{Tables, copy_to_file};
+use crate::store::sql::target::LogsThen;
+use crate::sums::Sums;
+
+/// Log bytes that are read at once.
+const WINDOW: u64 = 4 << 20;
+
+/// Where a farm keeps what.
+#[derive(Debug, Clone)]
+pub struct Source<'a> {
+    /// An orchestrator's data.
+    pub farm: &'a Path,
+    /// The address of its Postgres. Absent: its books are a file.
+    pub database: Option<&'a str>,
+    /// Absent: its objects are files.
+    pub bucket: Option<&'a S3>,
+}
+
+/// Takes a backup into `target`, which must not exist.
+pub async fn take(
+    source: Source<'_>,
+    target: &Path,
+    taken_at: String,
+    env: Arc<dyn Env>,
+) -> Result<Taken, BackupError> {
+    if source.database.is_none() && !source.farm.join(DATABASE).is_file() {
+        return Err(BackupError::NoFarm(source.farm.to_owned()));
+    }
+    if fs::symlink_metadata(target).is_ok() {
+        return Err(BackupError::Exists(target.to_owned()));
+    }
+    let part = beside(target, ".partial");
+    let lock = begin(&part)?;
+    let database = part.join(DATABASE);
+    let mut tables = match source.database {
+        Some(url) => Some(Tables::postgres(url).await?),
+        None => None,
+    };
+    match &mut tables {
+        Some(tables) => {
+            tables.hold_still().await?;
+            copy_to_file(tables, &database).await?;
+        }
+        None => copy_at_once(&source.farm.join(DATABASE), &database).await?,
+    }
+    if meta_of(&database, FARM_SECRET).await?.is_none() {
+        return Err(BackupError::NoFarmThere);
+    }
+    let needs = examine(&database).await?;
+    let mut copy = Copy::new(source.farm, &part);
+    copy.add(DATABASE.to_owned())?;
+    let from = match source.bucket {
+        Some(place) => Blobs::open_s3(place, part.join("spool"), Care::default(), env.clone()).await?,
+        None => Blobs::look(source.farm.join("blobs")),
+    };
+    objects(&mut copy, &from, &needs, &*env).await?;
+    match tables {
+        Some(Tables::Postgres(mut conn)) => logs(&mut copy, &from, LogsThen(&mut conn)).await?,
+        Some(Tables::Sqlite(_)) | None => copy.logs()?,
+    }
+    let taken = copy.finish(&needs, taken_at)?;
+    for name in ["spool", "blobs/tmp", "blobs/partial"] {
+        let path = part.join(name);
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+    }
+    let target = target.to_owned();
+    off_thread(move || publish(&part, &target, lock)).await?;
+    Ok(taken)
+}
+
+/// Every object that the database names.
+async fn objects(copy: &mut Copy<'_>, from: &Blobs, needs: &Needs, env: &dyn Env) -> Result<(), BackupError> {
+    if needs.objects.is_empty() {
+        return Ok(());
+    }
+    let to = Blobs::open(copy.part.join("blobs"), env.now().wall, Care::default()).await?;
+    let sizes = sizes(from).await?;
+    for object in &needs.objects {
+        let name = format!("{OBJECTS}/{object}");
+        let found = BlobKey::parse(object).and_then(|key| sizes.get_key_value(&key));
+        // One that is not there is told in the end.
+        let Some((key, size)) = found else { continue };
+        let brought = match from.read(key, 0..*size).await {
+            Ok(body) => to.put(key, body, key.digest()).await.map(drop),
+            Err(error) => Err(error),
+        };
+        match brought {
+            Ok(()) => {}
+            Err(error @ (BlobError::Damaged(_) | BlobError::Digest { .. } | BlobError::Body(_))) => {
+                copy.missing.push(format!("{name} is damaged: {error}"));
+            }
+            Err(BlobError::Missing(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    copy.add_dir(OBJECTS)
+}
+
+/// How long every object is.
+pub(crate) async fn sizes(blobs: &Blobs) -> Result<HashMap<BlobKey, u64>, BlobError> {
+    let (mut sizes, mut after) = (HashMap::new(), None);
+    loop {
+        let page = match blobs.list("", after.as_ref()).await {
+            // A farm that never had an object.
+            Err(BlobError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => return Ok(sizes),
+            page => page?,
+        };
+        let Some(last) = page.last() else { return Ok(sizes) };
+        after = Some(last.key.clone());
+        sizes.extend(page.into_iter().map(|object| (object.key, object.size)));
+    }
+}
+
+async fn logs(copy: &mut Copy<'_>, blobs: &Blobs, mut from: LogsThen<'_>) -> Result<(), BackupError> {
+    for attempt in from.all().await? {
+        let name = format!("{LOGS}/{}/{}", attempt.job, attempt.attempt);
+        let path = copy.part.join(format!("{name}.log"));
+        make_dir(parent(&path)).map_err(at(&path))?;
+        let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let mut log = Log { file: new.map_err(at(&path))?, sums: Sums::default() };
+        if let Err(why) = log.write(&attempt, blobs, &mut from).await? {
+            copy.missing.push(format!("{name}.log lacks what is behind {} bytes: {why}", log.sums.so_far()));
+        }
+        copy.add(format!("{name}.log"))?;
+        let Some(told) = from.seal(&attempt).await? else { continue };
+        let seal = log.sums.seal();
+        if (seal.len, seal.sha256) == told {
+            let path = copy.part.join(format!("{name}.seal"));
+            fs::write(&path, seal.encode()).map_err(at(&path))?;
+            copy.add(format!("{name}.seal"))?;
+        } else {
+            copy.missing.push(format!("{name}.log is not what its seal says"));
+        }
+    }
+    Ok(())
+}
+
+struct Log {
+    file: File,
+    sums: Sums,
+}
+
+impl Log {
+    /// Objects first, then rows: what was moved is older. The inner error is what cannot be had.
+    async fn write(
+        &mut self,
+        attempt: &AttemptRef,
+        blobs: &Blobs,
+        from: &mut LogsThen<'_>,
+    ) -> Result<Result<(), String>, BackupError> {
+        for part in from.parts(attempt).await? {
+            let Some(mut at) = self.sums.so_far().checked_sub(part.start) else { break };
+            let Some(key) = BlobKey::parse(&part.object) else {
+                return Ok(Err(format!("{} is no object", part.object)));
+            };
+            while part.start + at < part.end {
+                let len = (part.end - part.start - at).min(WINDOW) as u32;
+                match blobs.read_piece(&key, at, len).await {
+                    Ok(bytes) => self.append(&bytes)?,
+                    Err(error @ (BlobError::Missing(_) | BlobError::Damaged(_))) => return Ok(Err(error.to_string())),
+                    Err(error) => return Err(error.into()),
+                }
+                at += u64::from(len);
+            }
+        }
+        loop {
+            let begin = self.sums.so_far();
+            for (start, bytes) in from.rows(attempt, begin, begin + WINDOW).await? {
+                let Some(skip) = self.sums.so_far().checked_sub(start) else { break };
+                if let Some(news) = usize::try_from(skip).ok().and_then(|skip| bytes.get(skip..)) {
+                    self.append(news)?;
+                }
+            }
+            if self.sums.so_far() == begin {
+                return Ok(Ok(()));
+            }
+        }
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), BackupError> {
+        self.sums.update(bytes);
+        self.file.write_all(bytes).map_err(at(Path::new(LOGS)))
+    }
+}

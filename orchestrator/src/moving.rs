@@ -1,0 +1,366 @@
+//! S: a farm of files in a Postgres and, if that is wished, a bucket: the bulk while the farm runs, the rest while it does not.
+//!
+//! A pass takes the database as it is at one moment and brings what the target lacks: objects, logs, rows. The last pass runs with
+//! the farm's lock held, counts and sums up every table on both sides, and only then says in the target that it is whole; until
+//! then no orchestrator starts on it. Whatever was brought stays when a move is cut off: the next one goes on.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use alloy_shared::env::{Env, Ms};
+use alloy_shared::id::Digest;
+use alloy_shared::runtime::random_bytes;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
+use crate::backup::list::{self, Head, ListError};
+use crate::backup::{BackupError, DATABASE, OBJECTS, copy, hash, make_dir, settle};
+use crate::blobs::mark::{Elsewhere, bucket_of};
+use crate::blobs::{BlobError, Blobs, OpenS3, off_thread};
+use crate::broken::Care;
+use crate::config::S3;
+use crate::logs::LogError;
+use crate::store::sql::backup::{Needs, copy_at_once, examine, meta_of, needs_of, schema};
+use crate::store::sql::tables::{Known, Tables, Tallies, bring};
+use crate::store::sql::target::MoveLock;
+use crate::store::sql::{DataLock, OpenError, SqlStore, shown_address};
+use crate::store::{Group, Store as _, StoreError, Write};
+use crate::{BYTES_PLACE, FARM_SECRET};
+
+mod journal;
+mod logs;
+pub mod mark;
+mod objects;
+
+use journal::Journal;
+use mark::{Gone, MovedAway};
+
+/// In the target: of which farm it is, under which name it was begun, and that it is whole.
+const FROM: &str = "migrate.from";
+const ID: &str = "migrate.id";
+const VERIFIED: &str = "migrate.verified";
+/// In a target that was restored: when.
+pub(crate) const RESTORED: &str = "restored";
+/// What a move needs beside the farm.
+const WORK: &str = "moving";
+const LOCK_TRIES: u32 = 25;
+const LOCK_PAUSE_MS: u64 = 200;
+
+#[derive(Debug, thiserror::Error)]
+pub enum MoveError {
+    #[error("there is no farm in {}: it holds no {DATABASE}", .0.display())]
+    NoFarm(PathBuf),
+    #[error("{0} holds another farm: name an empty database")]
+    Occupied(String),
+    #[error("{} holds a farm already, or parts of one; name another --data-dir", .0.display())]
+    InUse(PathBuf),
+    #[error("another move into {0} is running")]
+    Busy(String),
+    #[error("the objects of this farm lie in {0} already, and stay there")]
+    InBucket(String),
+    /// Each names what it is.
+    #[error("the farm has lost or damaged {}: {}", if .0.len() == 1 { "something" } else { "some things" }, .0.join("; "))]
+    Damaged(Vec<String>),
+    #[error("{what} came out wrong where it was brought: {why}")]
+    Wrong { what: String, why: String },
+    #[error(
+        "table {table}: {here} rows here and {there} there, and they are not the same; begin anew with an empty database"
+    )]
+    Differs { table: &'static str, here: u64, there: u64 },
+    #[error("{} is no backup that can be restored: {error}", dir.display())]
+    List { dir: PathBuf, error: ListError },
+    #[error("the backup is damaged: {path} {why}")]
+    BadBackup { path: String, why: &'static str },
+    #[error(transparent)]
+    Gone(#[from] MovedAway),
+    #[error(transparent)]
+    Place(#[from] Elsewhere),
+    #[error(transparent)]
+    Database(#[from] OpenError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Bucket(#[from] OpenS3),
+    #[error(transparent)]
+    Blob(#[from] BlobError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Backup(#[from] BackupError),
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> MoveError + '_ {
+    move |error| MoveError::Io { path: path.to_owned(), error }
+}
+
+/// Where a farm goes.
+#[derive(Debug, Clone)]
+pub struct To {
+    /// The address of a Postgres that holds nothing.
+    pub database: String,
+    /// Absent: objects stay where they are.
+    pub bucket: Option<S3>,
+}
+
+/// What a pass has looked at.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub rows: u64,
+    pub objects: u64,
+    pub logs: u64,
+    pub bytes: u64,
+}
+
+/// How a move stands.
+pub enum Begun {
+    Going(Box<Mover>),
+    /// It is whole already; only the mark in the old directory may be missing.
+    Done {
+        to: String,
+    },
+}
+
+pub struct Mover {
+    /// The farm's directory, or a backup of one.
+    farm: PathBuf,
+    work: PathBuf,
+    shown: String,
+    sql: SqlStore,
+    tables: Tables,
+    known: Known,
+    journal: Journal,
+    /// Where objects and long logs go. Absent: objects stay, logs are rows at first.
+    blobs: Option<Arc<Blobs>>,
+    bucket: Option<S3>,
+    damaged: Vec<String>,
+    counts: Counts,
+    _lock: MoveLock,
+}
+
+impl Mover {
+    /// Looks at both sides, and takes the target for this farm.
+    pub async fn open(farm: &Path, to: To, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
+        Self::begin(farm, &farm.join(WORK), to, env).await
+    }
+
+    async fn begin(farm: &Path, work: &Path, to: To, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
+        if !farm.join(DATABASE).is_file() {
+            return Err(MoveError::NoFarm(farm.to_owned()));
+        }
+        let shown = shown_address(&to.database)?;
+        if let Some(gone) = mark::gone(farm)?.filter(|gone| gone.to != shown) {
+            return Err(MovedAway::To { to: gone.to, file: farm.join("moved") }.into());
+        }
+        if let (Some(has), Some(asked)) = (bucket_of(farm)?, &to.bucket)
+            && has != asked.url()
+        {
+            return Err(MoveError::InBucket(has));
+        }
+        make_dir(work).map_err(at(work))?;
+        let sql = SqlStore::open_shared(&to.database, "alloy admin".to_owned()).await?;
+        let Some(lock) = patient_lock(&to.database, &*env).await? else { return Err(MoveError::Busy(shown)) };
+        let snapshot = work.join(DATABASE);
+        let _ = fs::remove_file(&snapshot);
+        let secret = meta_of(&farm.join(DATABASE), FARM_SECRET).await?.unwrap_or_default();
+        let id = claim(&sql, &Digest::of(secret.as_bytes()).to_string(), &shown).await?;
+        if sql.meta(VERIFIED).await?.is_some() {
+            return Ok(Begun::Done { to: shown });
+        }
+        let mut tables = Tables::postgres(&to.database).await?;
+        let mut known = Known::default();
+        tables.tally(Some(&mut known)).await?;
+        let place = to.bucket.as_ref().map(S3::url).unwrap_or_default();
+        let path = work.join("journal");
+        let journal = Journal::open(&path, &format!("{id} {place}")).map_err(at(&path))?;
+        let blobs = match &to.bucket {
+            Some(place) => Some(Arc::new(Blobs::open_s3(place, work.join("spool"), Care::default(), env).await?)),
+            None => None,
+        };
+        Ok(Begun::Going(Box::new(Self {
+            farm: farm.to_owned(),
+            work: work.to_owned(),
+            shown,
+            sql,
+            tables,
+            known,
+            journal,
+            blobs,
+            bucket: to.bucket,
+            damaged: Vec::new(),
+            counts: Counts::default(),
+            _lock: lock,
+        })))
+    }
+
+    /// Brings all that there is by now. The farm may run meanwhile.
+    pub async fn bulk(&mut self) -> Result<Counts, MoveError> {
+        let snapshot = self.snapshot().await?;
+        let needs = examine(&snapshot).await?;
+        self.pass(&snapshot, &needs).await?;
+        Ok(self.counts.clone())
+    }
+
+    /// What the farm has lost or damaged, by now.
+    pub fn damaged(&self) -> &[String] {
+        &self.damaged
+    }
+
+    /// Brings what has changed since, verifies everything, and makes the target the farm. `leave`: what is damaged here is left out
+    /// there. Nobody else runs the farm: the lock says so.
+    pub async fn finish(mut self, _lock: &DataLock, leave: bool) -> Result<(Counts, Vec<String>), MoveError> {
+        let snapshot = self.snapshot().await?;
+        let needs = needs_of(&snapshot).await?;
+        self.whole(&snapshot, &needs, leave).await?;
+        let gone = Gone { to: self.shown.clone(), bucket: self.bucket.as_ref().map(S3::url) };
+        mark::set(&self.farm, &gone).map_err(at(&self.farm))?;
+        self.say_whole(None).await
+    }
+
+    /// The database as it is now, in a file of its own.
+    async fn snapshot(&self) -> Result<PathBuf, MoveError> {
+        let path = self.work.join(DATABASE);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path)(error)),
+            Ok(()) | Err(_) => copy_at_once(&self.farm.join(DATABASE), &path).await?,
+        }
+        Ok(path)
+    }
+
+    async fn pass(&mut self, snapshot: &Path, needs: &Needs) -> Result<Tallies, MoveError> {
+        (self.damaged, self.counts) = (Vec::new(), Counts::default());
+        self.bring_objects(needs).await?;
+        self.bring_logs(needs).await?;
+        let mut from = Tables::file(snapshot).await?;
+        let tallies = bring(&mut from, &mut self.tables, &mut self.known).await?;
+        from.close().await?;
+        self.counts.rows = tallies.iter().map(|(_, tally)| tally.rows).sum();
+        Ok(tallies)
+    }
+
+    /// The last pass, and the comparison of both sides.
+    async fn whole(&mut self, snapshot: &Path, needs: &Needs, leave: bool) -> Result<(), MoveError> {
+        self.tables.begin().await?;
+        let here = self.pass(snapshot, needs).await?;
+        if !self.damaged.is_empty() && !leave {
+            return Err(MoveError::Damaged(self.damaged.clone()));
+        }
+        self.tables.commit().await?;
+        let there = self.tables.tally(None).await?;
+        for ((table, here), (_, there)) in here.iter().zip(&there) {
+            if here != there {
+                return Err(MoveError::Differs { table, here: here.rows, there: there.rows });
+            }
+        }
+        Ok(())
+    }
+
+    /// From here on an orchestrator starts on the target.
+    async fn say_whole(self, restored: Option<Ms>) -> Result<(Counts, Vec<String>), MoveError> {
+        let Counts { rows, objects, logs, .. } = self.counts;
+        let mut writes = vec![Write::AddMeta { name: VERIFIED, value: format!("{rows} {objects} {logs}") }];
+        if let Some(place) = &self.bucket {
+            writes.push(Write::AddMeta { name: BYTES_PLACE, value: place.url() });
+        }
+        if let Some(at) = restored {
+            writes.push(Write::AddMeta { name: RESTORED, value: at.0.to_string() });
+        }
+        self.sql.commit(&[Group(writes)]).await?;
+        self.tables.close().await?;
+        self.sql.close().await;
+        let _ = fs::remove_dir_all(&self.work);
+        Ok((self.counts, self.damaged))
+    }
+}
+
+/// A database notices only after a moment that a process is gone that held it.
+async fn patient_lock(database: &str, env: &dyn Env) -> Result<Option<MoveLock>, OpenError> {
+    for _ in 0..LOCK_TRIES {
+        if let Some(lock) = MoveLock::take(database).await? {
+            return Ok(Some(lock));
+        }
+        env.sleep_until(env.now().mono + LOCK_PAUSE_MS).await;
+    }
+    Ok(None)
+}
+
+/// Says in the target whose it is, and returns the name of the move.
+async fn claim(sql: &SqlStore, from: &str, shown: &str) -> Result<String, MoveError> {
+    let theirs = sql.meta(FROM).await?;
+    if theirs.as_deref().is_some_and(|theirs| theirs != from)
+        || theirs.is_none() && sql.meta(FARM_SECRET).await?.is_some()
+    {
+        return Err(MoveError::Occupied(shown.to_owned()));
+    }
+    let fresh = BASE64.encode(random_bytes::<16>());
+    let writes = vec![Write::AddMeta { name: FROM, value: from.to_owned() }, Write::AddMeta { name: ID, value: fresh }];
+    sql.commit(&[Group(writes)]).await?;
+    Ok(sql.meta(ID).await?.unwrap_or_default())
+}
+
+/// Refuses a database into which a farm is being moved.
+pub(crate) async fn check_whole(sql: &SqlStore) -> Result<bool, StoreError> {
+    Ok(sql.meta(FROM).await?.is_none() || sql.meta(VERIFIED).await?.is_some())
+}
+
+/// Makes the farm of a backup in an empty Postgres, and in `farm` what is files of it. Whoever ran that farm must not run it any
+/// more.
+pub async fn restore(
+    backup: &Path,
+    farm: &Path,
+    to: To,
+    now: Ms,
+    env: Arc<dyn Env>,
+) -> Result<(Head, Counts), MoveError> {
+    let listed = list::read(backup, schema());
+    let (head, entries) = listed.map_err(|error| MoveError::List { dir: backup.to_owned(), error })?;
+    let (work, shown) = (farm.join("restoring"), shown_address(&to.database)?);
+    if !work.exists() && (farm.join(DATABASE).exists() || farm.join("blobs").exists()) {
+        return Err(MoveError::InUse(farm.to_owned()));
+    }
+    let from = backup.to_owned();
+    let entries =
+        off_thread(move || entries.iter().try_for_each(|entry| checked(&from, entry)).map(|()| entries)).await?;
+    let stays = to.bucket.is_none();
+    let Begun::Going(mut mover) = Mover::begin(backup, &work, to, env).await? else {
+        return Err(MoveError::Occupied(shown));
+    };
+    let (from, files) = (backup.to_owned(), farm.to_owned());
+    off_thread(move || {
+        let own = |path: &str| path == "admin.token" || path.starts_with("worker/");
+        let kept = entries.iter().filter(|entry| own(&entry.path) || stays && entry.path.starts_with(OBJECTS));
+        for entry in kept {
+            let (source, target) = (from.join(&entry.path), files.join(&entry.path));
+            make_dir(target.parent().unwrap_or(&files)).map_err(at(&target))?;
+            match fs::remove_file(&target) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&target)(error)),
+                Ok(()) | Err(_) => copy(&source, &target, None).map_err(at(&source))?,
+            };
+        }
+        settle(&files).map_err(at(&files))
+    })
+    .await?;
+    let database = backup.join(DATABASE);
+    let needs = examine(&database).await?;
+    // What the farm had lost by then its backup has not.
+    mover.whole(&database, &needs, true).await?;
+    let (counts, _) = mover.say_whole(Some(now)).await?;
+    Ok((head, counts))
+}
+
+fn checked(from: &Path, entry: &list::Entry) -> Result<(), MoveError> {
+    let path = from.join(&entry.path);
+    let bad = |why| MoveError::BadBackup { path: entry.path.clone(), why };
+    if !path.is_file() {
+        return Err(bad("is not there"));
+    }
+    let (size, sha256) = hash(&path).map_err(at(&path))?;
+    match (size == entry.size, sha256 == entry.sha256) {
+        (true, true) => Ok(()),
+        (false, _) => Err(bad("has another length")),
+        (true, false) => Err(bad("has other bytes")),
+    }
+}
