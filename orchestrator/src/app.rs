@@ -16,7 +16,9 @@ use crate::auth::{Auth, Grants};
 use crate::blobs::Blobs;
 use crate::desk::{Answer, Request};
 use crate::desk_loop::{self, Door};
+use crate::gc;
 use crate::hub::Hub;
+use crate::keep::Keep;
 use crate::log_sync::LogSync;
 use crate::logs::Logs;
 use crate::replica::{self, Replica};
@@ -41,6 +43,8 @@ pub struct App {
     pub blobs: Arc<Blobs>,
     pub env: Arc<dyn Env>,
     pub limits: Limits,
+    /// What is kept, and for how long.
+    pub keep: Keep,
     pub auth: Auth,
     pub grants: Grants,
     /// Where people and workers reach this farm; without a slash at its end.
@@ -66,6 +70,7 @@ pub struct Ground {
     pub shared: Option<Shared>,
     pub env: Arc<dyn Env>,
     pub limits: Limits,
+    pub keep: Keep,
     /// The farm's own secret.
     pub secret: Secret<[u8; 32]>,
     pub base_url: String,
@@ -86,6 +91,7 @@ impl App {
             shared,
             env,
             limits,
+            keep,
             secret,
             base_url,
             behind_proxy,
@@ -122,6 +128,7 @@ impl App {
             logs,
             env,
             limits,
+            keep,
             stopping,
         });
         if let (Some(shared), Some(horizon), Some(spoken)) = (shared, horizon, spoken) {
@@ -134,6 +141,7 @@ impl App {
     pub fn begin(self: &Arc<Self>) {
         if self.shared.is_none() {
             self.env.spawn("sweep", Box::pin(sweep(self.clone())));
+            self.env.spawn("gc", Box::pin(gc::run(self.clone())));
         }
     }
 

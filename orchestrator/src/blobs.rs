@@ -19,6 +19,7 @@ use tokio::sync::Semaphore;
 
 use crate::broken::Care;
 use crate::store::BlobKind;
+use crate::store::tidy::TrashRow;
 
 mod fs;
 pub mod mark;
@@ -74,8 +75,37 @@ impl BlobKey {
 
     /// What the bytes of an object of its own hash to.
     pub fn digest(&self) -> Option<Digest> {
-        self.0.rsplit_once('/')?.1.parse().ok()
+        root_of(&self.0).rsplit_once('/')?.1.parse().ok()
     }
+
+    /// The name itself, or one made of it, that was not thrown away of late: whoever deletes an object may be late, and must
+    /// not meet a new one.
+    pub fn afresh(self, thrown: &[TrashRow]) -> Self {
+        let Some(newest) = thrown.iter().map(|row| row.at.0.unsigned_abs()).max() else { return self };
+        let is_new = |name: &String| thrown.iter().all(|row| row.object != *name);
+        let mut names = (newest..).map(|n| format!("{}_{n:x}", self.0));
+        names.find(is_new).map_or(self, Self)
+    }
+}
+
+/// An object's name without what was put behind it to make it a new one.
+pub fn root_of(object: &str) -> &str {
+    let name = object.rsplit_once('/').map_or(object, |(_, name)| name);
+    match name.split_once('_') {
+        Some((hex, _)) if hex.parse::<Digest>().is_ok() => &object[..object.len() - name.len() + hex.len()],
+        Some(_) | None => object,
+    }
+}
+
+/// A whole log, as the trash names it. The names of its parts begin with it and a slash.
+pub fn log_object(at: &AttemptRef) -> String {
+    format!("logs/{}/{}", at.job, at.attempt)
+}
+
+/// The log that an entry of the trash, or an object with a part of a log, is about.
+pub fn log_of(object: &str) -> Option<AttemptRef> {
+    let mut parts = object.strip_prefix("logs/")?.split('/');
+    Some(AttemptRef { job: parts.next()?.parse().ok()?, attempt: parts.next()?.parse().ok()? })
 }
 
 impl fmt::Display for BlobKey {

@@ -10,12 +10,15 @@ use alloy_shared::runtime::LogFormat;
 use clap::{Parser, Subcommand};
 
 mod database;
+mod keep;
 mod s3;
 mod supabase;
 
 pub use database::Database;
 pub use s3::S3;
 pub use supabase::Supabase;
+
+use crate::keep::Keep;
 
 /// The orchestrator of an Alloy build farm.
 #[derive(Debug, Parser)]
@@ -84,6 +87,7 @@ pub struct Config {
     pub supabase: Option<Supabase>,
     pub database: Database,
     pub limits: Limits,
+    pub keep: Keep,
     /// Absent: objects are files in the data directory.
     pub s3: Option<S3>,
 }
@@ -112,6 +116,7 @@ impl Config {
             supabase: None,
             database: Database::Local,
             limits: Limits::default(),
+            keep: Keep::default(),
             s3: None,
         }
     }
@@ -143,6 +148,7 @@ impl Config {
         let floor_mib: u64 = layers.take(DISK_FLOOR, DISK_FLOOR_BYTES >> 20, parse("is no number of MiB"));
         let scale = layers.take(TIME_SCALE, 1, parse("is no whole number"));
         let s3 = S3::take(&mut layers);
+        let keep = Keep::take(&mut layers);
 
         let limits = Limits {
             job_timeout_ms: minutes.saturating_mul(60_000),
@@ -159,6 +165,7 @@ impl Config {
             supabase,
             database,
             limits,
+            keep,
             s3,
         };
         if data_dir.is_empty() {

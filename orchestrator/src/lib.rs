@@ -5,6 +5,7 @@
 //! [`job`], admits by [`admit`] and chooses by [`pick`], and whose loop ([`desk_loop`]) commits. What moved is told to
 //! the workers' sessions ([`session`]) by [`hub`] and to followers ([`feed`]) by [`wake`]. Log bytes lie in [`logs`], which
 //! [`log_sync`] makes durable; all other bytes lie in [`blobs`], many small ones in one [`pack`].
+//! What is old goes by [`keep`], and [`gc`] removes it.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -32,8 +33,10 @@ pub mod desk;
 pub mod desk_loop;
 pub mod error;
 pub mod feed;
+pub mod gc;
 pub mod hub;
 pub mod job;
+pub mod keep;
 mod listen;
 pub mod log_sync;
 pub mod logs;
@@ -223,6 +226,7 @@ async fn ground(
         sign_in: sign_in(config, env.clone())?,
         env,
         limits: config.limits.clone(),
+        keep: config.keep,
         base_url: config.url(addr),
         behind_proxy: config.behind_proxy,
         random: random_bytes,

@@ -129,6 +129,19 @@ impl Logs {
         }
     }
 
+    /// Removes a log that nobody writes or reads any more; one that is not there is removed already. Parts that lie in
+    /// objects are for the caller to delete.
+    pub async fn remove(&self, at: &AttemptRef) -> Result<(), LogError> {
+        match self {
+            Self::Files(files) => files.remove(at).await,
+            Self::Chunks(chunks) => chunks.remove(at).await,
+            Self::Mem(mem) => {
+                mem.remove(at);
+                Ok(())
+            }
+        }
+    }
+
     /// Makes the log final and returns its SHA-256. Sealing again gives the same.
     pub async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         match self {

@@ -46,7 +46,7 @@ pub fn rows(org: OrgId, object: &str, at: Ms, frame_at: u64, stored: u32, frame:
         let place = Place::Packed { object: object.to_owned(), frame_at, stored, zstd, raw_len, raw_at };
         raw_at += blob.size;
         let (digest, size) = (blob.digest, u64::from(blob.size));
-        out.push(Blob { org, digest, kind: BlobKind::Chunk, size, place, created_at: at });
+        out.push(Blob { org, digest, kind: BlobKind::Chunk, size, place, created_at: at, used_at: at });
     }
     out
 }
@@ -178,7 +178,8 @@ mod tests {
     fn a_blob_alone_becomes_a_frame() {
         let (digest, bytes) = blob("alone".into());
         let place = Place::Alone { object: "o".into() };
-        let row = Blob { org: DEFAULT_ORG, digest, kind: BlobKind::Chunk, size: 5, place, created_at: Ms(0) };
+        let row =
+            Blob { org: DEFAULT_ORG, digest, kind: BlobKind::Chunk, size: 5, place, created_at: Ms(0), used_at: Ms(0) };
         let reads = plan(&[row]);
         assert_eq!((reads.len(), reads[0].stored), (1, 5));
         assert_eq!(decode(&pick(&reads[0], bytes.clone()).unwrap()).unwrap().unpack().unwrap(), vec![(digest, bytes)]);

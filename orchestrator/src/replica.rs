@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use crate::App;
 use crate::desk::{Offer, Request};
+use crate::gc::Collector;
 use crate::hub::{LiveWorker, Told};
 use crate::logs::Logs;
 use crate::store::StoreError;
@@ -239,10 +240,11 @@ async fn reap(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
     }
 }
 
-/// What one orchestrator does for all: moves log rows into objects.
+/// What one orchestrator does for all: moves log rows into objects, and removes what is old.
 async fn duties(app: Arc<App>, shared: Shared) {
     let Logs::Chunks(chunks) = &*app.logs else { return };
     let mut mine: Option<Duties> = None;
+    let mut collector = Collector::default();
     loop {
         app.env.sleep_until(app.env.now().mono + app.limits.heartbeat_ms).await;
         let held = match &mut mine {
@@ -261,6 +263,9 @@ async fn duties(app: Arc<App>, shared: Shared) {
                     break;
                 }
             }
+        }
+        if mine.is_some() {
+            collector.turn(&app).await;
         }
     }
 }

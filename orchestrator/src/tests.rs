@@ -26,6 +26,7 @@ use crate::{App, Ground};
 
 mod access;
 mod auth;
+mod gc;
 pub(crate) mod keys;
 mod people;
 mod routes;
@@ -121,6 +122,7 @@ async fn app_with(blobs: Blobs, clock: Arc<TestEnv>, sign_in: Option<SignIn>) ->
         shared: None,
         env,
         limits: Limits::default(),
+        keep: crate::keep::Keep::default(),
         secret: Secret::new([3; 32]),
         base_url: "http://farm.test".into(),
         behind_proxy: false,

@@ -293,6 +293,8 @@ pub const S3_PAUSE_MAX_MS: u64 = 5_000;
 pub const S3_LINK_S: u64 = 15 * 60;
 /// Uploads to an object store that are remembered as whole until somebody registers them.
 pub const S3_DONE_MAX: usize = 256;
+/// A hundred years.
+pub const KEEP_DAYS_MAX: u32 = 36_500;
 pub const RETRIES_MAX: u32 = 10;
 pub const IDEMPOTENCY_KEY_MAX: usize = 128;
 /// Live jobs in one farm: a submit beyond it is answered 429.

@@ -93,7 +93,7 @@ fn how_things_end_is_told_with_the_numbers_of_the_code() {
     for sentence in [
         format!("gets SIGTERM and then {} s of grace", limits.cancel_grace_ms / 1_000),
         format!("below {} GiB free a worker takes no new job", alloy_shared::limits::DISK_FLOOR >> 30),
-        "Nothing is deleted yet".to_owned(),
+        "are kept [for a time]".to_owned(),
     ] {
         assert!(told.contains(&sentence), "docs/OPERATIONS.md does not say `{sentence}`");
     }

@@ -3,6 +3,7 @@
 mod contract;
 mod farm;
 mod faults;
+mod gc;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -13,6 +13,7 @@ mod read;
 mod schema;
 mod speed;
 mod supabase;
+mod tidy;
 mod walk;
 mod write;
 

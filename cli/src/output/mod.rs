@@ -93,7 +93,7 @@ impl Fault {
         match code {
             ErrorCode::Unauthenticated => Self::Unauthenticated,
             ErrorCode::Forbidden => Self::Forbidden,
-            ErrorCode::NotFound => Self::NotFound,
+            ErrorCode::NotFound | ErrorCode::Gone => Self::NotFound,
             ErrorCode::InvalidBody
             | ErrorCode::IncompleteBody
             | ErrorCode::InvalidSpec

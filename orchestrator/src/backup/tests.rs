@@ -33,6 +33,7 @@ async fn farm(dir: &Path) -> PathBuf {
         size: 8,
         place: Place::Alone { object: key.to_string() },
         created_at: NOW,
+        used_at: NOW,
     };
     store.commit(&[Group(vec![Write::AddBlobs(vec![row])])]).await.unwrap();
     let logs = Logs::Files(Files::open(farm.join("logs"), 0).unwrap());

@@ -42,6 +42,8 @@ pub(super) fn enter(live: &mut Live, state: State, event: &Event, report: Option
             seq: 0,
             facts: BTreeMap::new(),
             log_len: None,
+            log_gone_at: None,
+            files_gone_at: None,
         });
         change.attempt = true;
     }

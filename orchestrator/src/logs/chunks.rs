@@ -206,6 +206,11 @@ impl Chunks {
         }
     }
 
+    pub(super) async fn remove(&self, at: &AttemptRef) -> Result<(), LogError> {
+        lock(&self.open).remove(at);
+        Ok(self.table.remove(at).await?)
+    }
+
     pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         loop {
             self.sync().await?;

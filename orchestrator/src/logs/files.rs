@@ -194,6 +194,25 @@ impl Files {
         Ok(durable)
     }
 
+    pub(super) async fn remove(&self, at: &AttemptRef) -> Result<(), LogError> {
+        lock(&self.open).remove(at);
+        let dir = self.root.join(at.job.to_string());
+        let name = at.attempt.to_string();
+        let gone = off_thread(move || {
+            // Without its seal the file is a log like any other, so a crash in between leaves nothing that is wrong.
+            for end in ["seal.new", "seal", "log"] {
+                match fs::remove_file(dir.join(format!("{name}.{end}"))) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    Ok(()) | Err(_) => {}
+                }
+            }
+            // The last of its job's logs takes the directory with it.
+            let _ = fs::remove_dir(&dir);
+            Ok(())
+        });
+        gone.await.map_err(fault("remove a log"))
+    }
+
     pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         let log = self.log(at).await?;
         let root = self.root.clone();

@@ -92,6 +92,10 @@ impl Mem {
         self.lock().get(at).map_or(0, |log| log.durable)
     }
 
+    pub(super) fn remove(&self, at: &AttemptRef) {
+        self.lock().remove(at);
+    }
+
     pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         loop {
             let len = self.len(at);

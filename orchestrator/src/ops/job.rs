@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use alloy_shared::env::Mono;
-use alloy_shared::id::{AttemptRef, Digest, ID_CHARS, ID_ENDING_MIN, JobId, Labels, WorkerId, printable};
+use alloy_shared::env::{Mono, Ms};
+use alloy_shared::id::{AttemptRef, Digest, ID_CHARS, ID_ENDING_MIN, JobId, Labels, OrgId, WorkerId, printable};
 use alloy_shared::limits;
 use alloy_shared::wire::farm::WorkerState;
 use alloy_shared::wire::image::canonical;
@@ -16,6 +16,7 @@ use alloy_shared::wire::{ErrorCode, path};
 use tracing::{info, warn};
 
 use super::OpError;
+use super::upload::Depot;
 use crate::App;
 use crate::auth::Principal;
 use crate::desk::{Answer, By, From, News, Request};
@@ -23,7 +24,7 @@ use crate::job::{Event, Refused};
 use crate::pick::wish;
 use crate::session::io::Settled;
 use crate::store::write::{CloseAttempt, IdempotencyKey};
-use crate::store::{Artifact, Attempt, BlobKind, Job, Scope};
+use crate::store::{Artifact, Attempt, Job, Scope};
 
 pub struct Submitted {
     pub job: Job,
@@ -46,8 +47,7 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
     }
     app.blobs.room()?;
     if let Some(digest) = body.source {
-        let known = app.store.blobs(&who.scope(), BlobKind::Manifest, &[digest]).await?;
-        if known.is_empty() {
+        if !depot(app, who.org).freshen(&digest, app.env.now().wall).await? {
             let why = format!("source {digest} is not here, or its upload was not finished");
             return Err(OpError::refused(ErrorCode::SourceIncomplete, why).hint("upload the source, then submit again"));
         }
@@ -97,6 +97,30 @@ async fn submitted_before(
     }
     let job = app.store.job(&who.scope(), job).await?.ok_or_else(|| OpError::not_found("job"))?;
     Ok(Submitted { job, created: false })
+}
+
+fn depot(app: &App, org: OrgId) -> Depot<'_> {
+    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, fresh_ms: app.keep.grace_ms, org }
+}
+
+/// Says that something of an attempt is no longer kept, if that is so.
+pub async fn check_kept(
+    app: &App,
+    scope: &Scope,
+    at: &AttemptRef,
+    what: &str,
+    gone_at: impl Fn(&Attempt) -> Option<Ms>,
+) -> Result<(), OpError> {
+    let gone = app.store.attempt(scope, at).await?.as_ref().and_then(gone_at);
+    match gone {
+        None => Ok(()),
+        Some(at) => {
+            let day = at.rfc3339();
+            let why = format!("{what} of this attempt: removed on {}", day.get(..10).unwrap_or(&day));
+            let hint = "the farm keeps it for a time only; who runs it says for how long";
+            Err(OpError::refused(ErrorCode::Gone, why).hint(hint))
+        }
+    }
 }
 
 fn idempotency_key(who: &Principal, key: String, body: &SubmitJob) -> Result<IdempotencyKey, OpError> {
@@ -284,10 +308,10 @@ async fn check_artifact(app: &App, at: AttemptRef, report: ArtifactReport) -> Re
     let read = async {
         let job = app.store.job(&Scope::farm(), &at.job).await?;
         let Some(job) = job else { return Ok(None) };
-        let blobs = app.store.blobs(&Scope::org(job.org), BlobKind::Artifact, &[report.sha256]).await?;
-        Ok::<_, crate::store::StoreError>(Some((job.org, blobs)))
+        let stored = depot(app, job.org).has_artifact(&report.sha256).await?;
+        Ok::<_, OpError>(Some((job.org, stored)))
     };
-    let (org, blobs) = match read.await {
+    let (org, size) = match read.await {
         Ok(Some(found)) => found,
         Ok(None) => return Err(Settled::Fenced),
         Err(error) => {
@@ -295,7 +319,7 @@ async fn check_artifact(app: &App, at: AttemptRef, report: ArtifactReport) -> Re
             return Err(Settled::Failed);
         }
     };
-    let stored = report.link.is_some() || blobs.iter().any(|blob| blob.size == report.size);
+    let stored = report.link.is_some() || size == Some(report.size);
     if !stored {
         let log_len = app.logs.len(&at).await.unwrap_or(0);
         return Err(Settled::Missing { log_len, artifacts: vec![report.sha256] });

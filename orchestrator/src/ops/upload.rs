@@ -1,16 +1,16 @@
 //! P: bytes from outside: sources as manifests and packs, as one tar, and artifacts. Verified, stored, then registered:
 //! what is refused half-way leaves nothing that has a name.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io::{ErrorKind, Read};
 use std::sync::Arc;
 
-use alloy_shared::env::Env;
+use alloy_shared::env::{Env, Ms};
 use alloy_shared::id::{Digest, OrgId};
 use alloy_shared::limits;
 use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::source::{BadSource, Manifest, PACK_END, PackFrame, PackReader, PackStored, SourceStatus};
-use bytes::{Buf as _, Bytes};
+use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::{FutureExt as _, StreamExt as _, future, stream};
 use tokio::sync::mpsc;
 
@@ -20,7 +20,8 @@ use crate::blobs::{BlobError, BlobKey, Blobs, Body, Draft, read_archive};
 use crate::error::{AWAY_HINT, FULL_HINT};
 use crate::logs::LogError;
 use crate::pack;
-use crate::store::{Blob, BlobKind, Committed, Group, Place, Scope, Store, Write};
+use crate::store::tidy::Tidy;
+use crate::store::{Blob, BlobKind, Committed, Group, Miss, Place, Scope, Store, Write};
 
 #[cfg(test)]
 mod tests;
@@ -30,6 +31,8 @@ const TAR_LEVEL: i32 = 3;
 /// Parts of an archive on their way to its reader, and bunches of blobs on their way back.
 const ARCHIVE_PARTS: usize = 4;
 const ARCHIVE_BUNCHES: usize = 2;
+/// Blobs that are in use are noted so often, when some of them go meanwhile.
+const RELY_TRIES: usize = 3;
 /// Frames read ahead of a worker.
 const FRAMES_AHEAD: usize = 2;
 
@@ -39,6 +42,8 @@ pub struct Depot<'a> {
     pub store: &'a dyn Store,
     pub blobs: &'a Arc<Blobs>,
     pub env: &'a Arc<dyn Env>,
+    /// Who relies on a blob says so, unless it was said less than this ago.
+    pub fresh_ms: u64,
     pub org: OrgId,
 }
 
@@ -108,12 +113,17 @@ impl Depot<'_> {
         });
         let needed = decoded.await?;
         let done = SourceStatus { digest, complete: true, missing: Vec::new() };
-        if self.has_source(&digest).await? {
+        let now = self.env.now().wall;
+        let known = self.blob(BlobKind::Manifest, &digest).await?;
+        if known.as_ref().is_some_and(|row| self.is_fresh(row, now)) {
             return Ok(done);
         }
         let missing = self.missing(&needed).await?;
         if !missing.is_empty() {
             return Ok(SourceStatus { complete: false, missing, ..done });
+        }
+        if known.is_some() && self.rely(BlobKind::Manifest, vec![digest], now).await? {
+            return Ok(done);
         }
         let row = self.put_manifest(digest, manifest).await?;
         self.register(vec![row]).await?;
@@ -122,6 +132,21 @@ impl Depot<'_> {
 
     pub async fn has_source(&self, digest: &Digest) -> Result<bool, OpError> {
         Ok(!self.store.blobs(&self.scope(), BlobKind::Manifest, &[*digest]).await?.is_empty())
+    }
+
+    /// Notes that a source is in use, with all of its blobs. False: it is not here, or not all of it.
+    pub async fn freshen(&self, digest: &Digest, now: Ms) -> Result<bool, OpError> {
+        let Some(row) = self.blob(BlobKind::Manifest, digest).await? else { return Ok(false) };
+        if self.is_fresh(&row, now) {
+            return Ok(true);
+        }
+        let (_, mut body) = self.manifest(digest).await?;
+        let mut text = BytesMut::new();
+        while let Some(part) = body.next().await {
+            text.extend_from_slice(&part.map_err(|error| OpError::Io { what: "read a manifest", error })?);
+        }
+        let needed = self.blobs.compute(move || Manifest::decode(&text).map(|manifest| manifest.blobs())).await?;
+        Ok(self.missing_at(&needed, now).await?.is_empty() && self.rely(BlobKind::Manifest, vec![*digest], now).await?)
     }
 
     /// A known source's manifest, and its length.
@@ -192,13 +217,17 @@ impl Depot<'_> {
         };
         let encode = move || {
             let text = Bytes::from(manifest.encode());
-            (Digest::of(&text), text)
+            (Digest::of(&text), text, manifest.blobs())
         };
-        let (digest, text) = self.blobs.compute(encode).await;
-        let mut rows = shelf.finish().await?;
-        // Last: a source is known only when all of its blobs are.
-        rows.push(self.put_manifest(digest, text).await?);
+        let (digest, text, needed) = self.blobs.compute(encode).await;
+        let (rows, text) = (shelf.finish().await?, text);
         self.register(rows).await?;
+        // Last: a source is known only when all of its blobs are, those too that were here before.
+        if !self.missing(&needed).await?.is_empty() {
+            return Err(gone_meanwhile());
+        }
+        let row = self.put_manifest(digest, text).await?;
+        self.register(vec![row]).await?;
         Ok(digest)
     }
 
@@ -233,11 +262,19 @@ impl Depot<'_> {
     /// How much of an artifact need not be sent. Less than all of it until it is verified, so that whoever goes on from
     /// there always sends something, and with it brings the upload to its end.
     pub async fn artifact_progress(&self, digest: &Digest) -> Result<Progress, OpError> {
-        if let Some(blob) = self.blob(BlobKind::Artifact, digest).await? {
-            return Ok(Progress { have: blob.size, complete: true });
+        if let Some(size) = self.has_artifact(digest).await? {
+            return Ok(Progress { have: size, complete: true });
         }
-        let key = BlobKey::alone(self.org, BlobKind::Artifact, digest);
+        let key = self.place(BlobKind::Artifact, digest).await?;
         Ok(Progress { have: self.blobs.partial(&key).await?.saturating_sub(1), complete: false })
+    }
+
+    /// The length of an artifact that is here, and stays so for a while.
+    pub async fn has_artifact(&self, digest: &Digest) -> Result<Option<u64>, OpError> {
+        let Some(row) = self.blob(BlobKind::Artifact, digest).await? else { return Ok(None) };
+        let now = self.env.now().wall;
+        let stays = self.is_fresh(&row, now) || self.rely(BlobKind::Artifact, vec![*digest], now).await?;
+        Ok(stays.then_some(row.size))
     }
 
     /// Takes an artifact's bytes from `offset` on. When all `total` are there they are checked and registered.
@@ -250,7 +287,7 @@ impl Depot<'_> {
         if progress.complete {
             return Ok(progress);
         }
-        let key = BlobKey::alone(self.org, BlobKind::Artifact, &digest);
+        let key = self.place(BlobKind::Artifact, &digest).await?;
         let body = bounded(body, total.saturating_sub(offset));
         let have = self.blobs.partial(&key).await?;
         // What is here already may come again.
@@ -292,10 +329,7 @@ impl Depot<'_> {
             BlobKind::Chunk => "blob",
         };
         let blob = self.blob(kind, digest).await?.ok_or_else(|| OpError::not_found(what))?;
-        let object = match &blob.place {
-            Place::Alone { object } | Place::Packed { object, .. } => object,
-        };
-        let key = stored_key(object)?;
+        let key = stored_key(blob.place.object())?;
         Ok((blob.size, self.blobs.read(&key, range.unwrap_or(0..blob.size)).await?))
     }
 
@@ -303,19 +337,53 @@ impl Depot<'_> {
         Ok(self.store.blobs(&self.scope(), kind, &[*digest]).await?.pop())
     }
 
-    /// Asked minus answered, in the order asked.
+    /// Where an object of its own goes: to a name under which nothing was thrown away of late.
+    async fn place(&self, kind: BlobKind, digest: &Digest) -> Result<BlobKey, OpError> {
+        let key = BlobKey::alone(self.org, kind, digest);
+        let thrown = self.store.trashed(key.as_str()).await?;
+        Ok(key.afresh(&thrown))
+    }
+
+    /// Asked minus answered, in the order asked. The others stay for a while.
     async fn missing(&self, digests: &[Digest]) -> Result<Vec<Digest>, OpError> {
+        self.missing_at(digests, self.env.now().wall).await
+    }
+
+    async fn missing_at(&self, digests: &[Digest], now: Ms) -> Result<Vec<Digest>, OpError> {
         let mut missing = Vec::new();
         for some in digests.chunks(limits::DIGESTS_PER_READ) {
-            let known = self.store.blobs(&self.scope(), BlobKind::Chunk, some).await?;
-            let known: HashSet<Digest> = known.iter().map(|blob| blob.digest).collect();
+            let known = self.staying(some, now).await?;
             missing.extend(some.iter().filter(|digest| !known.contains(*digest)));
         }
         Ok(missing)
     }
 
+    /// Which of these chunks are here and stay for a while.
+    async fn staying(&self, digests: &[Digest], now: Ms) -> Result<HashSet<Digest>, OpError> {
+        for _ in 0..RELY_TRIES {
+            let known = self.store.blobs(&self.scope(), BlobKind::Chunk, digests).await?;
+            let stale: BTreeSet<Digest> =
+                known.iter().filter(|blob| !self.is_fresh(blob, now)).map(|blob| blob.digest).collect();
+            if stale.is_empty() || self.rely(BlobKind::Chunk, stale.into_iter().collect(), now).await? {
+                return Ok(known.iter().map(|blob| blob.digest).collect());
+            }
+        }
+        Err(gone_meanwhile())
+    }
+
+    fn is_fresh(&self, blob: &Blob, now: Ms) -> bool {
+        now.since(blob.used_at) < self.fresh_ms
+    }
+
+    /// Says that these are in use, each named once. False: one of them has just gone.
+    async fn rely(&self, kind: BlobKind, digests: Vec<Digest>, at: Ms) -> Result<bool, OpError> {
+        let write = Write::Tidy(Box::new(Tidy::Use { org: self.org, kind, digests, at }));
+        let done = self.store.commit(&[Group(vec![write])]).await?.groups;
+        Ok(done.iter().all(Result::is_ok))
+    }
+
     async fn put_manifest(&self, digest: Digest, text: Bytes) -> Result<Blob, OpError> {
-        let key = BlobKey::alone(self.org, BlobKind::Manifest, &digest);
+        let key = self.place(BlobKind::Manifest, &digest).await?;
         let body = stream::iter([Ok(text)]).boxed();
         let stored = self.blobs.put(&key, body, Some(digest)).await?;
         Ok(self.alone_row(BlobKind::Manifest, digest, stored.size, &key))
@@ -323,7 +391,8 @@ impl Depot<'_> {
 
     fn alone_row(&self, kind: BlobKind, digest: Digest, size: u64, key: &BlobKey) -> Blob {
         let place = Place::Alone { object: key.as_str().to_owned() };
-        Blob { org: self.org, digest, kind, size, place, created_at: self.env.now().wall }
+        let now = self.env.now().wall;
+        Blob { org: self.org, digest, kind, size, place, created_at: now, used_at: now }
     }
 
     /// In commits that do not hold up the farm's other writes, in the rows' order. What became of one may be unknown;
@@ -333,6 +402,8 @@ impl Depot<'_> {
             let Committed { groups } = self.store.commit(&[Group(vec![Write::AddBlobs(some.to_vec())])]).await?;
             match groups.into_iter().next() {
                 Some(Ok(_)) => {}
+                // Its object was thrown away while it came.
+                Some(Err(Miss::Stale)) => return Err(gone_meanwhile()),
                 Some(Err(miss)) => return Err(not_registered(format!("{miss:?}"))),
                 None => return Err(not_registered("the store did not answer".to_owned())),
             }
@@ -383,6 +454,10 @@ fn swap<A, B>((a, b): (A, B)) -> (B, A) {
 
 fn cut_off(why: &str) -> OpError {
     OpError::refused(ErrorCode::IncompleteBody, format!("the upload ended early: {why}"))
+}
+
+fn gone_meanwhile() -> OpError {
+    OpError::refused(ErrorCode::Unavailable, "some of it was here and has just been removed").hint("send it again")
 }
 
 fn not_registered(why: String) -> OpError {

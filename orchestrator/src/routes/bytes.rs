@@ -48,7 +48,7 @@ const NO_STORE: (HeaderName, &str) = (header::CACHE_CONTROL, "no-store");
 const BINARY: (HeaderName, &str) = (header::CONTENT_TYPE, "application/octet-stream");
 
 fn depot(app: &App, org: alloy_shared::id::OrgId) -> Depot<'_> {
-    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, org }
+    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, fresh_ms: app.keep.grace_ms, org }
 }
 
 fn incoming(body: Body) -> blobs::Body {
@@ -293,6 +293,7 @@ pub async fn job_log(
     let scope = who.scope();
     let job = jobs::resolve(&app, &scope, &id).await?;
     let at = log_of(&job, asked.attempt)?;
+    jobs::check_kept(&app, &scope, &at, "log", |attempt| attempt.log_gone_at).await?;
     let mut response = if follow {
         let chunks = feed::follow_log(app.clone(), scope, at, asked.offset);
         let chunks = stream::unfold(chunks, |mut chunks| async { Some((Ok(chunks.recv().await?), chunks)) });
@@ -408,6 +409,9 @@ pub async fn list_artifacts(
     let job = jobs::resolve(&app, &who.scope(), &id).await?;
     let mut all = app.store.artifacts(&who.scope(), &job.id).await?;
     all.retain(|artifact| artifact.at == job.attempt());
+    if all.is_empty() {
+        jobs::check_kept(&app, &who.scope(), &job.attempt(), "artifacts", |attempt| attempt.files_gone_at).await?;
+    }
     Ok(Json(ArtifactList { artifacts: all.into_iter().map(feed::artifact_view).collect() }))
 }
 
@@ -431,6 +435,9 @@ pub async fn get_artifact(
     let JobArtifact { id, path: name } = place;
     let job = jobs::resolve(&app, &who.scope(), &id).await?;
     let artifact = app.store.artifact(&who.scope(), &job.attempt(), &name).await?;
+    if artifact.is_none() {
+        jobs::check_kept(&app, &who.scope(), &job.attempt(), "artifacts", |attempt| attempt.files_gone_at).await?;
+    }
     let artifact = artifact.ok_or_else(|| OpError::not_found("artifact"))?;
     if let Some(target) = &artifact.link {
         let message = format!("`{}` is a link to `{}` and has no bytes", showable(&name), showable(target));

@@ -68,7 +68,13 @@ pub async fn submit(
         }
         Media::Tar(format) => {
             let spec = spec_of(parts.uri.query().unwrap_or_default())?;
-            let depot = Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, org: who.org };
+            let depot = Depot {
+                store: &*app.store,
+                blobs: &app.blobs,
+                env: &app.env,
+                fresh_ms: app.keep.grace_ms,
+                org: who.org,
+            };
             let body = body.into_data_stream().map_err(std::io::Error::other).boxed();
             SubmitJob { spec, source: Some(depot.tar(body, Some(format)).await?) }
         }

@@ -4,15 +4,19 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, TokenId, UserId, WorkerId};
 use alloy_shared::secret::TokenKind;
 use async_trait::async_trait;
 
+use super::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
 use super::write::{Advance, CloseAttempt, Enrol, IdempotencyKey, InsertJob, OpenSession};
 use super::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, Guard, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Miss,
     Scope, Store, StoreError, TokenRow, Worker, Write,
 };
+
+mod tidy;
 
 #[derive(Debug, Default)]
 pub struct MemStore(Mutex<Tables>);
@@ -31,6 +35,8 @@ struct Tables {
     blobs: BTreeMap<(Digest, BlobKind, OrgId), Blob>,
     images: BTreeMap<(OrgId, String), ImageRow>,
     meta: BTreeMap<String, String>,
+    trash: BTreeMap<String, TrashRow>,
+    retention: BTreeMap<OrgId, RetentionRow>,
 }
 
 impl Tables {
@@ -100,7 +106,9 @@ impl Tables {
                 Ok(0)
             }
             Write::DropImage { org, name } => self.images.remove(&(*org, name.clone())).map(|_| 0).ok_or(Miss::Stale),
+            Write::Tidy(write) => self.tidy(write),
             Write::AddBlobs(blobs) => {
+                self.keep_objects(blobs)?;
                 for blob in blobs {
                     self.blobs.entry((blob.digest, blob.kind, blob.org)).or_insert_with(|| blob.clone());
                 }
@@ -188,6 +196,8 @@ impl Tables {
             let old = self.attempts.get(&new.at);
             // A close may have been heard before the report that it follows: its two numbers stay.
             let mut kept = Attempt { log_len: new.log_len.or(old.and_then(|old| old.log_len)), ..new.clone() };
+            (kept.log_gone_at, kept.files_gone_at) =
+                old.map_or((None, None), |old| (old.log_gone_at, old.files_gone_at));
             kept.timings.teardown_ms = new.timings.teardown_ms.or(old.and_then(|old| old.timings.teardown_ms));
             if let Some(old) = old {
                 (kept.org, kept.worker, kept.assigned_at) = (old.org, old.worker, old.assigned_at);
@@ -383,5 +393,39 @@ impl Store for MemStore {
 
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError> {
         Ok(self.tables().meta.get(name).cloned())
+    }
+
+    async fn ended(&self, before: Ms, after: Option<(Ms, JobId)>, limit: u32) -> Result<Vec<Ended>, StoreError> {
+        Ok(self.tables().ended(before, after, limit))
+    }
+
+    async fn fading(&self, before: Ms, after: Option<(Ms, AttemptRef)>, limit: u32) -> Result<Vec<Fading>, StoreError> {
+        Ok(self.tables().fading(before, after, limit))
+    }
+
+    async fn unused(
+        &self,
+        kind: BlobKind,
+        before: Ms,
+        after: Option<BlobCursor>,
+        limit: u32,
+    ) -> Result<Vec<Blob>, StoreError> {
+        Ok(self.tables().unused(kind, before, after, limit))
+    }
+
+    async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
+        Ok(self.tables().trash(before, limit))
+    }
+
+    async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError> {
+        Ok(self.tables().trashed(root))
+    }
+
+    async fn named(&self, objects: &[String]) -> Result<Vec<String>, StoreError> {
+        Ok(self.tables().named(objects))
+    }
+
+    async fn retention(&self, scope: &Scope) -> Result<Vec<RetentionRow>, StoreError> {
+        Ok(self.tables().retention.values().filter(|row| scope.sees(row.org)).copied().collect())
     }
 }

@@ -15,9 +15,12 @@ use crate::job::State;
 
 pub mod mem;
 pub mod sql;
+pub mod tidy;
 pub mod write;
 
 pub use write::{Committed, Group, Guard, Miss, Write};
+
+use tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
 
 /// Whose rows a read may see. Routes get theirs from the credential; `farm` is for the orchestrator's own work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +81,9 @@ pub struct Attempt {
     pub seq: u64,
     /// Final length, once the worker has closed it.
     pub log_len: Option<u64>,
+    /// Since when its log, and its artifacts, are no longer kept.
+    pub log_gone_at: Option<Ms>,
+    pub files_gone_at: Option<Ms>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,6 +187,8 @@ pub struct Blob {
     pub size: u64,
     pub place: Place,
     pub created_at: Ms,
+    /// When somebody relied on it, to within a day; 0: nobody knows.
+    pub used_at: Ms,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -188,6 +196,15 @@ pub enum BlobKind {
     Chunk,
     Manifest,
     Artifact,
+}
+
+impl Place {
+    /// The object that it lies in.
+    pub fn object(&self) -> &str {
+        match self {
+            Self::Alone { object } | Self::Packed { object, .. } => object,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -262,4 +279,25 @@ pub trait Store: Send + Sync {
     /// By name.
     async fn images(&self, scope: &Scope) -> Result<Vec<ImageRow>, StoreError>;
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError>;
+
+    /// Jobs that ended before, by that time and their ids, above `after`.
+    async fn ended(&self, before: Ms, after: Option<(Ms, JobId)>, limit: u32) -> Result<Vec<Ended>, StoreError>;
+    /// Attempts that ended before and have something left, in the order of that time, job and number.
+    async fn fading(&self, before: Ms, after: Option<(Ms, AttemptRef)>, limit: u32) -> Result<Vec<Fading>, StoreError>;
+    /// Blobs that were used last before, by that time, digest and organisation.
+    async fn unused(
+        &self,
+        kind: BlobKind,
+        before: Ms,
+        after: Option<BlobCursor>,
+        limit: u32,
+    ) -> Result<Vec<Blob>, StoreError>;
+    /// What lies in the trash since before, the oldest first.
+    async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError>;
+    /// What was thrown away under this name, or under one that was made of it.
+    async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError>;
+    /// Those of these objects that blobs lie in or that wait in the trash.
+    async fn named(&self, objects: &[String]) -> Result<Vec<String>, StoreError>;
+    /// By organisation.
+    async fn retention(&self, scope: &Scope) -> Result<Vec<RetentionRow>, StoreError>;
 }

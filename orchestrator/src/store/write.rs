@@ -3,6 +3,7 @@
 use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, Labels, OrgId, UserId, WorkerId};
 
+use super::tidy::Tidy;
 use super::{Artifact, Attempt, Blob, ImageRow, Job, JobEventRow, MemberRow, TokenRow, Worker};
 
 /// All of it or nothing of it. The guarded write comes first.
@@ -48,8 +49,10 @@ pub enum Write {
         org: OrgId,
         name: String,
     },
-    /// Blobs that are known already stay as they are.
+    /// Blobs that are known already stay as they are. Their objects leave the trash; misses with `Stale` if one of them has
+    /// been taken from there to be deleted.
     AddBlobs(Vec<Blob>),
+    Tidy(Box<Tidy>),
     /// A named value of the farm's own; the first one stays.
     AddMeta {
         name: &'static str,

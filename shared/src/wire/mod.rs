@@ -166,6 +166,8 @@ error_codes! {
     Forbidden = "forbidden", 403, false;
     /// There is no such thing, or it is not yours.
     NotFound = "not_found", 404, false;
+    /// It was there, and is no longer kept.
+    Gone = "gone", 410, false;
     MethodNotAllowed = "method_not_allowed", 405, false;
     /// The same key came with another body.
     IdempotencyMismatch = "idempotency_mismatch", 422, false;

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use orchestrator::blobs::{BlobError, BlobKey, Blobs};
+use orchestrator::keep::DAY_MS;
 use orchestrator::ops::OpError;
 use orchestrator::ops::upload::Depot;
 use orchestrator::store::mem::MemStore;
@@ -40,7 +41,7 @@ impl World {
     }
 
     fn depot(&self) -> Depot<'_> {
-        Depot { store: &*self.store, blobs: &self.blobs, env: &self.env, org: DEFAULT_ORG }
+        Depot { store: &*self.store, blobs: &self.blobs, env: &self.env, fresh_ms: DAY_MS, org: DEFAULT_ORG }
     }
 
     /// Every artifact that is registered lies in the bucket with the bytes that its name says.

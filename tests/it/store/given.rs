@@ -132,6 +132,8 @@ pub(super) fn attempt(job: &Job, worker: WorkerId) -> Attempt {
         seq: 0,
         facts: Default::default(),
         log_len: None,
+        log_gone_at: None,
+        files_gone_at: None,
     }
 }
 
@@ -215,7 +217,7 @@ pub(super) fn member(n: usize) -> MemberRow {
 
 pub(super) fn blob(n: usize, kind: BlobKind) -> Blob {
     let place = Place::Alone { object: format!("object/{n}") };
-    Blob { org: DEFAULT_ORG, digest: digest(n), kind, size: n as u64, place, created_at: Ms(4) }
+    Blob { org: DEFAULT_ORG, digest: digest(n), kind, size: n as u64, place, created_at: Ms(4), used_at: Ms(4) }
 }
 
 /// Any state that the types can say and the schema allows.

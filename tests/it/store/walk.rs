@@ -10,6 +10,7 @@ use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::image::ImageWant;
 use alloy_shared::wire::job::StateWord;
 use orchestrator::store::mem::MemStore;
+use orchestrator::store::tidy::{Fade, RetentionRow, Tidy};
 use orchestrator::store::write::{Advance, CloseAttempt, Enrol, InsertJob, OpenSession, SetWorker};
 use orchestrator::store::{
     Artifact, Attempt, Blob, BlobKind, Group, Guard, ImageRow, Job, JobFilter, MemberRow, Miss, Place, Scope, Store,
@@ -94,7 +95,8 @@ fn plain(result: Result<Vec<i64>, Miss>) -> Result<Vec<i64>, Miss> {
 
 /// A write that mostly fits what the model holds, and sometimes does not.
 async fn any_write(dice: &mut Dice, model: &MemStore) -> Write {
-    match dice.below(20) {
+    match dice.below(24) {
+        20..24 => Write::Tidy(Box::new(any_tidy(dice))),
         0..6 => any_insert(dice),
         6..12 => any_advance(dice, model).await,
         12 | 13 => {
@@ -124,6 +126,41 @@ async fn any_write(dice: &mut Dice, model: &MemStore) -> Write {
             let (draining, note) = (dice.once_in(2), dice.maybe(Dice::text));
             Write::SetWorker(SetWorker { org: org(dice.below(2)), worker, draining, note })
         }
+    }
+}
+
+fn any_tidy(dice: &mut Dice) -> Tidy {
+    let at = dice.ms();
+    let (ended_before, open_before) = (dice.ms(), dice.ms());
+    let fade = Fade { attempt: any_attempt_ref(dice), ended_before, open_before, at };
+    let kind = dice.of(&[BlobKind::Chunk, BlobKind::Manifest, BlobKind::Artifact]);
+    let object = |dice: &mut Dice| format!("o/{}", dice.below(30));
+    match dice.below(12) {
+        0 => Tidy::Adopt { kind, at, most: dice.below(5) as u32 },
+        1 => {
+            let mut digests: Vec<_> = (0..dice.below(4)).map(|_| given::digest(dice.below(60))).collect();
+            digests.sort();
+            digests.dedup();
+            Tidy::Use { org: org(dice.below(2)), kind, digests, at }
+        }
+        2 | 3 => {
+            let blobs = (0..dice.below(20)).map(|_| any_blob(dice)).collect();
+            Tidy::DropBlobs { blobs, unused_since: dice.ms(), at }
+        }
+        4 => Tidy::DropLog(fade),
+        5 => Tidy::DropFiles(fade),
+        6 => Tidy::Prune { job: job_id(dice.below(JOBS)), ended_before, open_before, at },
+        7 => Tidy::Trash { objects: (0..dice.below(4)).map(|_| object(dice)).collect(), at },
+        8 => Tidy::TakeTrash { object: object(dice), before: dice.ms(), at },
+        9 => Tidy::Burnt { object: object(dice) },
+        10 => Tidy::Forget { before: dice.ms() },
+        _ => Tidy::SetRetention(RetentionRow {
+            org: org(dice.below(2)),
+            jobs_days: dice.maybe(|dice| dice.below(9) as u32),
+            artifacts_days: dice.maybe(|dice| dice.below(9) as u32),
+            logs_days: None,
+            sources_days: dice.maybe(|dice| dice.below(9) as u32),
+        }),
     }
 }
 
@@ -238,6 +275,8 @@ fn any_attempt(dice: &mut Dice, job: &Job) -> Attempt {
         seq: dice.next() >> 20,
         facts: dice.maybe(|dice| (dice.text(), dice.text())).into_iter().collect(),
         log_len: dice.maybe(|dice| dice.next() >> 20),
+        log_gone_at: None,
+        files_gone_at: None,
     }
 }
 
@@ -268,7 +307,7 @@ fn any_worker(dice: &mut Dice) -> Worker {
 
 fn any_blob(dice: &mut Dice) -> Blob {
     let size = dice.below(1_000) as u64;
-    let object = dice.text();
+    let object = format!("o/{}", dice.below(30));
     let place = match dice.once_in(2) {
         true => Place::Alone { object },
         false => Place::Packed {
@@ -281,8 +320,8 @@ fn any_blob(dice: &mut Dice) -> Blob {
         },
     };
     let kind = dice.of(&[BlobKind::Chunk, BlobKind::Manifest, BlobKind::Artifact]);
-    let created_at = dice.ms();
-    Blob { org: org(dice.below(2)), digest: given::digest(dice.below(60)), kind, size, place, created_at }
+    let (created_at, used_at) = (dice.ms(), dice.ms());
+    Blob { org: org(dice.below(2)), digest: given::digest(dice.below(60)), kind, size, place, created_at, used_at }
 }
 
 /// All that a store shows, read in every way there is.
@@ -318,6 +357,28 @@ async fn everything(store: &dyn Store) -> Vec<String> {
             show(&store.blobs(scope, kind, &digests).await.unwrap());
         }
     }
+    for before in [Ms(1_700_000_500_000), Ms(i64::MAX)] {
+        let ended = store.ended(before, None, 1_000).await.unwrap();
+        show(&store.ended(before, ended.get(3).map(|one| (one.at, one.job)), 2).await.unwrap());
+        show(&ended);
+        let fading = store.fading(before, None, 1_000).await.unwrap();
+        show(&store.fading(before, fading.get(3).map(|one| (one.ended_at, one.attempt)), 2).await.unwrap());
+        show(&fading);
+        for kind in [BlobKind::Chunk, BlobKind::Manifest, BlobKind::Artifact] {
+            let unused = store.unused(kind, before, None, 1_000).await.unwrap();
+            let third = unused.get(3).map(|blob| (blob.used_at, blob.digest, blob.org));
+            show(&store.unused(kind, before, third, 2).await.unwrap());
+            show(&unused);
+        }
+        show(&store.trash(before, 1_000).await.unwrap());
+    }
+    let objects: Vec<String> = (0..31).rev().map(|n| format!("o/{n}")).collect();
+    show(&store.named(&objects).await.unwrap());
+    for object in &objects {
+        show(&store.trashed(object).await.unwrap());
+    }
+    show(&store.retention(&Scope::farm()).await.unwrap());
+    show(&store.retention(&scopes[1]).await.unwrap());
     show(&store.live(None, 1_000).await.unwrap());
     show(&store.live(Some(job_id(10)), 3).await.unwrap());
     for n in 0..TOKENS {

@@ -140,6 +140,7 @@ impl Check {
             | Write::SetMember(_)
             | Write::DropMember { .. }
             | Write::AddBlobs(_)
+            | Write::Tidy(_)
             | Write::AddMeta { .. } => {}
         }
     }

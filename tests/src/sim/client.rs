@@ -292,7 +292,7 @@ impl Client {
 }
 
 fn depot(app: &Arc<App>) -> Depot<'_> {
-    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, org: admin().org }
+    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, fresh_ms: app.keep.grace_ms, org: admin().org }
 }
 
 impl<T> Said<T> {

@@ -18,6 +18,7 @@ use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt as _;
 use orchestrator::auth::Principal;
 use orchestrator::blobs::{self, Blobs};
+use orchestrator::keep::Keep;
 use orchestrator::logs::{self, Logs};
 use orchestrator::ops::access;
 use orchestrator::{App, Ground};
@@ -140,6 +141,7 @@ impl Centre {
             shared: None,
             env,
             limits: self.limits.clone(),
+            keep: Keep::default(),
             secret: Secret::new([5; 32]),
             base_url: "http://farm.sim".to_owned(),
             behind_proxy: false,

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use alloy_shared::env::{Env, backoff};
+use alloy_shared::env::{Env, Ms, backoff};
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
 use alloy_shared::limits::BLOB_MAX;
 use alloy_shared::wire::ErrorCode;
@@ -19,6 +19,7 @@ use orchestrator::ops::OpError;
 use orchestrator::ops::upload::Depot;
 use orchestrator::session::drive::drive;
 use orchestrator::store::mem::MemStore;
+use orchestrator::store::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
 use orchestrator::store::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Scope,
     Store, StoreError, TokenRow, Worker,
@@ -112,6 +113,13 @@ reads! {
     members(scope: &Scope) -> Vec<MemberRow>;
     images(scope: &Scope) -> Vec<ImageRow>;
     meta(name: &str) -> Option<String>;
+    ended(before: Ms, after: Option<(Ms, JobId)>, limit: u32) -> Vec<Ended>;
+    fading(before: Ms, after: Option<(Ms, AttemptRef)>, limit: u32) -> Vec<Fading>;
+    unused(kind: BlobKind, before: Ms, after: Option<BlobCursor>, limit: u32) -> Vec<Blob>;
+    trash(before: Ms, limit: u32) -> Vec<TrashRow>;
+    trashed(root: &str) -> Vec<TrashRow>;
+    named(objects: &[String]) -> Vec<String>;
+    retention(scope: &Scope) -> Vec<RetentionRow>;
 }
 
 impl SimStore {
@@ -184,7 +192,7 @@ async fn open(app: &App, at: AttemptRef, token: &str) -> Result<AttemptGrant, Tr
 }
 
 fn depot(app: &App, org: OrgId) -> Depot<'_> {
-    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, org }
+    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, fresh_ms: app.keep.grace_ms, org }
 }
 
 async fn whole(mut body: orchestrator::blobs::Body) -> Result<Bytes, TransferError> {

@@ -540,6 +540,7 @@ fn is_final(code: ErrorCode) -> bool {
         | ErrorCode::InvalidSpec
         | ErrorCode::InvalidParameter
         | ErrorCode::NotFound
+        | ErrorCode::Gone
         | ErrorCode::MethodNotAllowed
         | ErrorCode::IdempotencyMismatch
         | ErrorCode::InvalidTransition

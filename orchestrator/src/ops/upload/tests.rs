@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use futures_util::future::BoxFuture;
 
 use super::*;
+use crate::keep::DAY_MS;
 use crate::store::mem::MemStore;
 
 /// A machine whose clock stands still.
@@ -41,7 +42,7 @@ impl World {
     }
 
     fn of(&self, org: OrgId) -> Depot<'_> {
-        Depot { store: &*self.store, blobs: &self.blobs, env: &self.env, org }
+        Depot { store: &*self.store, blobs: &self.blobs, env: &self.env, fresh_ms: DAY_MS, org }
     }
 
     fn depot(&self) -> Depot<'_> {

@@ -85,6 +85,7 @@ async fn world() -> World {
         stopping: CancellationToken::new(),
         submits: tokio_util::task::TaskTracker::new(),
         sessions: tokio_util::task::TaskTracker::new(),
+        keep: crate::keep::Keep::default(),
         limits: Limits::default(),
         blobs: Arc::new(Blobs::memory()),
         store: store.clone(),
@@ -126,6 +127,8 @@ async fn insert_job(store: &MemStore, at: AttemptRef) {
         seq: 0,
         facts: Default::default(),
         log_len: None,
+        log_gone_at: None,
+        files_gone_at: None,
     };
     let insert = InsertJob { job, key: None, attempt: Some(attempt), events: Vec::new() };
     store.commit(&[Group(vec![Write::InsertJob(Box::new(insert))])]).await.unwrap().groups[0].clone().unwrap();

@@ -15,6 +15,8 @@ use super::{fault, statements};
 statements! {
     OBJECTS = "SELECT DISTINCT object FROM blobs";
     ENDED_LOGS = "SELECT job_id, attempt, log_len FROM attempts WHERE log_len > 0";
+    LOGS_LEFT = "SELECT job_id, attempt, log_len FROM attempts WHERE log_len > 0 AND log_gone_at_ms IS NULL";
+    HAS_RETENTION = "SELECT COUNT(*) FROM _sqlx_migrations WHERE version = 4";
 }
 
 /// What must lie beside a database for it to be whole.
@@ -85,7 +87,10 @@ async fn read(conn: &mut SqliteConnection, path: &Path) -> Result<Needs, OpenErr
 
 async fn needs(conn: &mut SqliteConnection, path: &Path) -> Result<Needs, OpenError> {
     let objects = named(path, sqlx::query_scalar(OBJECTS).fetch_all(&mut *conn).await)?;
-    let logs: Vec<(String, i64, i64)> = named(path, sqlx::query_as(ENDED_LOGS).fetch_all(&mut *conn).await)?;
+    // A backup of an earlier version has all of its logs.
+    let retains: i64 = named(path, sqlx::query_scalar(HAS_RETENTION).fetch_one(&mut *conn).await)?;
+    let logs = if retains > 0 { LOGS_LEFT } else { ENDED_LOGS };
+    let logs: Vec<(String, i64, i64)> = named(path, sqlx::query_as(logs).fetch_all(&mut *conn).await)?;
     let logs = logs.into_iter().map(|(job, attempt, len)| (job, attempt, u64::try_from(len).unwrap_or(0))).collect();
     Ok(Needs { objects, logs })
 }

@@ -7,7 +7,7 @@ use alloy_shared::limits;
 
 use super::conn::{Args, Conn};
 use super::fault::{Fault, of};
-use super::{blob, farm, image, job, member};
+use super::{blob, farm, image, job, member, tidy};
 use crate::store::{Committed, Group, Miss, StoreError, Write};
 
 super::statements! {
@@ -128,6 +128,7 @@ async fn one(conn: &mut Conn<'_>, write: &Write) -> Result<Result<i64, Miss>, Fa
         Write::SetImage(row) => image::set_image(conn, row).await?,
         Write::DropImage { org, name } => image::drop_image(conn, org, name).await?,
         Write::AddBlobs(blobs) => blob::add(conn, blobs).await?,
+        Write::Tidy(write) => return tidy::write(conn, write).await,
         Write::AddMeta { name, value } => blob::add_meta(conn, name, value).await?,
     };
     Ok(if hit { Ok(number(write)) } else { Err(Miss::Stale) })
@@ -151,6 +152,7 @@ fn number(write: &Write) -> i64 {
         | Write::SetImage(_)
         | Write::DropImage { .. }
         | Write::AddBlobs(_)
+        | Write::Tidy(_)
         | Write::AddMeta { .. } => 0,
     }
 }

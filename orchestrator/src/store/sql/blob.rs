@@ -1,5 +1,7 @@
 //! S: where blobs are, and the farm's named values.
 
+use std::collections::BTreeSet;
+
 use alloy_shared::id::Digest;
 
 use super::SqlStore;
@@ -9,22 +11,32 @@ use crate::store::{Blob, BlobKind, Place, Scope, StoreError};
 
 super::statements! {
     INSERT_BLOB = "INSERT INTO blobs (digest, kind, org_id, size_bytes, object, frame_at, stored_bytes, zstd, frame_bytes, \
-        raw_at, created_at_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT (digest, kind, org_id) DO NOTHING";
+        raw_at, created_at_ms, used_at_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) ON CONFLICT (digest, kind, org_id) DO NOTHING";
     BLOBS = "WITH asked (digest, kind, org_id) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS TEXT), CAST($3 AS TEXT))) \
         SELECT blobs.digest, blobs.kind, blobs.org_id, blobs.size_bytes, blobs.object, blobs.frame_at, blobs.stored_bytes, \
-        blobs.zstd, blobs.frame_bytes, blobs.raw_at, blobs.created_at_ms FROM asked JOIN blobs \
+        blobs.zstd, blobs.frame_bytes, blobs.raw_at, blobs.created_at_ms, blobs.used_at_ms FROM asked JOIN blobs \
         ON blobs.digest = CAST(asked.digest AS TEXT) AND blobs.kind = CAST(asked.kind AS TEXT) \
         AND (blobs.org_id = asked.org_id OR asked.org_id IS NULL)";
+    // Waits for whoever takes it to be deleted, and then finds it taken.
+    KEEP_OBJECT = "DELETE FROM trash WHERE object = $1 AND taken_at_ms IS NULL";
+    TAKEN_OBJECT = "SELECT object FROM trash WHERE object = $1";
     INSERT_META = "INSERT INTO meta (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
     META = "SELECT name, value FROM meta WHERE name = $1";
 }
 
-static INSERTS_WIDE: Wide = Wide::new(INSERT_BLOB, 11);
+static INSERTS_WIDE: Wide = Wide::new(INSERT_BLOB, 12);
 static BLOBS_WIDE: Wide = Wide::new(BLOBS, 3);
 pub(super) static WIDE: [&Wide; 2] = [&INSERTS_WIDE, &BLOBS_WIDE];
 
-/// Blobs that are known already stay as they are.
+/// Blobs that are known already stay as they are. False: one of their objects is taken to be deleted.
 pub(super) async fn add(conn: &mut Conn<'_>, blobs: &[Blob]) -> Result<bool, Fault> {
+    let objects: BTreeSet<&str> = blobs.iter().map(|blob| blob.place.object()).collect();
+    for object in objects {
+        conn.run(KEEP_OBJECT, Args::new().text(object)).await?;
+        if conn.first(TAKEN_OBJECT, Args::new().text(object)).await?.is_some() {
+            return Ok(false);
+        }
+    }
     let mut args = Args::new();
     for blob in blobs {
         args = args.text(blob.digest).text(kind_word(blob.kind)).text(blob.org).size(blob.size);
@@ -37,7 +49,7 @@ pub(super) async fn add(conn: &mut Conn<'_>, blobs: &[Blob]) -> Result<bool, Fau
                 frame.int((*raw_len).into()).int((*raw_at).into())
             }
         };
-        args = args.int(blob.created_at.0);
+        args = args.int(blob.created_at.0).int(blob.used_at.0);
     }
     conn.run_wide(WIDE[0], args).await?;
     Ok(true)
@@ -49,7 +61,7 @@ pub(super) async fn add_meta(conn: &mut Conn<'_>, name: &str, value: &str) -> Re
     Ok(true)
 }
 
-const fn kind_word(kind: BlobKind) -> &'static str {
+pub(super) const fn kind_word(kind: BlobKind) -> &'static str {
     match kind {
         BlobKind::Chunk => "chunk",
         BlobKind::Manifest => "manifest",
@@ -81,7 +93,7 @@ impl SqlStore {
     }
 }
 
-fn blob(row: &Row, kind: BlobKind) -> Result<Blob, StoreError> {
+pub(super) fn blob(row: &Row, kind: BlobKind) -> Result<Blob, StoreError> {
     let row = Reader::new(row, "blobs", "digest");
     let object = row.text("object")?;
     let place = match row.maybe_size("frame_at")? {
@@ -102,5 +114,6 @@ fn blob(row: &Row, kind: BlobKind) -> Result<Blob, StoreError> {
         size: row.size("size_bytes")?,
         place,
         created_at: row.ms("created_at_ms")?,
+        used_at: row.ms("used_at_ms")?,
     })
 }

@@ -32,6 +32,9 @@ statements! {
     ADD_PART = "INSERT INTO log_parts (job_id, attempt, start_at, end_at, object) VALUES ($1, $2, $3, $4, $5) \
         ON CONFLICT (job_id, attempt, start_at) DO NOTHING";
     DROP_CHUNKS = "DELETE FROM log_chunks WHERE job_id = $1 AND attempt = $2 AND start_at >= $3 AND start_at < $4";
+    REMOVE_CHUNKS = "DELETE FROM log_chunks WHERE job_id = $1 AND attempt = $2";
+    REMOVE_PARTS = "DELETE FROM log_parts WHERE job_id = $1 AND attempt = $2";
+    REMOVE_SEAL = "DELETE FROM log_seals WHERE job_id = $1 AND attempt = $2";
     // Logs with much in rows, and finished ones with anything in them.
     LOGS_TO_MOVE = "SELECT c.job_id, c.attempt, MIN(c.start_at) AS start_at, SUM(length(c.bytes))::BIGINT AS bytes FROM log_chunks AS c \
         GROUP BY c.job_id, c.attempt HAVING SUM(length(c.bytes)) >= $1 OR EXISTS (SELECT 1 FROM log_seals AS s \
@@ -120,6 +123,15 @@ impl ChunkTable {
         let insert = self.asked(ADD_SEAL, at).bind(number(len)).bind(sha256.to_string());
         insert.execute(&self.0).await.map_err(failed)?;
         Ok(())
+    }
+
+    /// Removes all that is known of a log.
+    pub async fn remove(&self, at: &AttemptRef) -> Result<(), StoreError> {
+        let mut tx = self.0.begin().await.map_err(failed)?;
+        for text in [REMOVE_CHUNKS, REMOVE_PARTS, REMOVE_SEAL] {
+            self.asked(text, at).execute(&mut *tx).await.map_err(failed)?;
+        }
+        tx.commit().await.map_err(fault::of_commit)
     }
 
     /// From here on an object has these bytes, and no row.

@@ -69,9 +69,9 @@ super::statements! {
     HELD_JOBS = "SELECT id, org_id, version, state, state_json, spec, source, created_at_ms, created_by, events FROM jobs \
         WHERE worker_id = $1 ORDER BY id";
     ATTEMPTS = "SELECT job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
-        log_len, facts FROM attempts WHERE job_id = $1 AND (org_id = $2 OR $2 IS NULL) ORDER BY attempt";
+        log_len, facts, log_gone_at_ms, files_gone_at_ms FROM attempts WHERE job_id = $1 AND (org_id = $2 OR $2 IS NULL) ORDER BY attempt";
     ATTEMPT = "SELECT job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
-        log_len, facts FROM attempts WHERE job_id = $1 AND attempt = $3 AND (org_id = $2 OR $2 IS NULL)";
+        log_len, facts, log_gone_at_ms, files_gone_at_ms FROM attempts WHERE job_id = $1 AND attempt = $3 AND (org_id = $2 OR $2 IS NULL)";
     EVENTS = "SELECT job_id, seq, at_ms, attempt, kind, state, phase, reason, worker_id, message, artifact FROM events \
         WHERE job_id = $1 AND seq > $3 AND (org_id = $2 OR $2 IS NULL) ORDER BY seq LIMIT $4";
     ARTIFACTS = "SELECT job_id, attempt, path, org_id, size_bytes, sha256, mode, link FROM artifacts \
@@ -126,6 +126,7 @@ pub(super) async fn write(conn: &mut Conn<'_>, writes: &[&Write]) -> Result<bool
             | Write::SetMember(_)
             | Write::DropMember { .. }
             | Write::AddBlobs(_)
+            | Write::Tidy(_)
             | Write::AddMeta { .. } => rows,
         };
     }
@@ -388,6 +389,8 @@ pub(super) fn attempt(row: &Row) -> Result<Attempt, StoreError> {
         timings: Timings { teardown_ms: row.maybe_size("teardown_ms")?, ..timings },
         seq: row.size("seq")?,
         log_len: row.maybe_size("log_len")?,
+        log_gone_at: row.maybe_ms("log_gone_at_ms")?,
+        files_gone_at: row.maybe_ms("files_gone_at_ms")?,
         facts: row.json("facts")?,
     })
 }

@@ -18,12 +18,15 @@ mod open;
 pub mod shared;
 pub mod tables;
 pub mod target;
+mod tidy;
 
+use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
 use alloy_shared::limits;
 use async_trait::async_trait;
 use sqlx::Connection as _;
 
+use super::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
 use super::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Scope,
     Store, StoreError, TokenRow, Worker,
@@ -47,7 +50,7 @@ use statements;
 
 /// Every text that the store sends, by name.
 pub const CATALOGUE: &[&[(&str, &str)]] =
-    &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, backup::TEXTS, tables::TEXTS];
+    &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, tidy::TEXTS, backup::TEXTS, tables::TEXTS];
 
 /// The texts that only Postgres is sent.
 pub const CATALOGUE_OF_POSTGRES: &[&[(&str, &str)]] = &[shared::TEXTS, chunks::TEXTS, target::TEXTS];
@@ -173,5 +176,32 @@ impl Store for SqlStore {
     }
     async fn meta(&self, name: &str) -> Result<Option<String>, StoreError> {
         self.read_meta(name).await
+    }
+    async fn ended(&self, before: Ms, after: Option<(Ms, JobId)>, limit: u32) -> Result<Vec<Ended>, StoreError> {
+        self.read_ended(before, after, limit).await
+    }
+    async fn fading(&self, before: Ms, after: Option<(Ms, AttemptRef)>, limit: u32) -> Result<Vec<Fading>, StoreError> {
+        self.read_fading(before, after, limit).await
+    }
+    async fn unused(
+        &self,
+        kind: BlobKind,
+        before: Ms,
+        after: Option<BlobCursor>,
+        limit: u32,
+    ) -> Result<Vec<Blob>, StoreError> {
+        self.read_unused(kind, before, after, limit).await
+    }
+    async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
+        self.read_trash(before, limit).await
+    }
+    async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError> {
+        self.read_trashed(root).await
+    }
+    async fn named(&self, objects: &[String]) -> Result<Vec<String>, StoreError> {
+        self.read_named(objects).await
+    }
+    async fn retention(&self, scope: &Scope) -> Result<Vec<RetentionRow>, StoreError> {
+        self.read_retention(scope).await
     }
 }

@@ -50,12 +50,14 @@ pub(super) const MIGRATIONS: Migrations = &[
     (1, "farm", include_str!("../../../migrations/0001_farm.sql")),
     (2, "images", include_str!("../../../migrations/0002_images.sql")),
     (3, "members", include_str!("../../../migrations/0003_members.sql")),
+    (4, "retention", include_str!("../../../migrations/0004_retention.sql")),
 ];
 /// What only Postgres has. Their numbers begin above all that both engines may ever have.
 const POSTGRES_ONLY: Migrations = &[
     (1000, "side_by_side", include_str!("../../../migrations/postgres/1000_side_by_side.sql")),
     (1001, "row_security", include_str!("../../../migrations/postgres/1001_row_security.sql")),
     (1002, "views", include_str!("../../../migrations/postgres/1002_views.sql")),
+    (1003, "retention_security", include_str!("../../../migrations/postgres/1003_retention_security.sql")),
 ];
 /// Texts per connection that stay prepared: every one that there is, in all its widths.
 const PREPARED: usize = 256;

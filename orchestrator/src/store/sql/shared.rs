@@ -27,6 +27,7 @@ statements! {
         ON CONFLICT (worker_id) DO UPDATE SET orchestrator_id = excluded.orchestrator_id, epoch = excluded.epoch, \
         offer = excluded.offer WHERE sessions.epoch <= excluded.epoch";
     FORGET = "DELETE FROM orchestrators WHERE id = $1";
+    FORGET_DEAD = "DELETE FROM orchestrators WHERE seen_at_ms < (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - $1";
     OWN = "SELECT id, epoch, boot, draining, revoked FROM workers WHERE id = ANY($1)";
     WISHES = "SELECT COALESCE(md5(string_agg(concat_ws(' ', org_id, name, want, pinned, generation, workers, labels), ',' \
         ORDER BY org_id, name)), '') AS wishes FROM images";
@@ -50,7 +51,7 @@ statements! {
     HORIZON = "SELECT pg_snapshot_xmin(pg_current_snapshot())::TEXT AS horizon";
     CHANGED = "SELECT jobs.id, jobs.org_id, version, state, state_json, spec, source, created_at_ms, created_by, events, \
         attempts.job_id, attempts.attempt, attempts.worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
-        log_len, facts, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
+        log_len, facts, log_gone_at_ms, files_gone_at_ms, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
         WHERE jobs.changed >= $1::xid8 AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed LIMIT $3";
     NOTIFY = "SELECT pg_notify('alloy', $1)";
     LOCK_DUTIES = "SELECT pg_try_advisory_lock(72617265, 1) AS mine";
@@ -150,6 +151,12 @@ impl Shared {
     /// This orchestrator stops in order: nobody need wait whether it comes back.
     pub async fn forget(&self) -> Result<(), StoreError> {
         sqlx::query(FORGET).bind(&self.me).execute(&self.pool).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// Forgets orchestrators that were not heard for so long.
+    pub async fn forget_dead(&self, silent_ms: u64) -> Result<(), StoreError> {
+        sqlx::query(FORGET_DEAD).bind(ms(silent_ms)).execute(&self.pool).await.map_err(failed)?;
         Ok(())
     }
 

@@ -1,0 +1,301 @@
+//! P: what goes because nobody needs it any more: step by step, each bounded, each safe to repeat and to leave off. Rows go
+//! first, by writes that look again; an object goes when nothing has named it for a while.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use alloy_shared::env::{Mono, Ms};
+use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId};
+use tracing::{info, warn};
+
+use crate::App;
+use crate::blobs::{BlobKey, log_object, log_of};
+use crate::keep::Policy;
+use crate::ops::OpError;
+use crate::ops::upload::Depot;
+use crate::store::tidy::{BlobCursor, Tidy, TrashRow};
+use crate::store::{BlobKind, Group, Scope, Write};
+
+/// Rows of one step.
+const PAGE: u32 = 256;
+/// Objects that are deleted in one step.
+const OBJECTS: u32 = 64;
+/// Between two steps others write.
+const PAUSE_MS: u64 = 20;
+/// Steps of one turn, where the one who does them has other duties.
+const STEPS: u32 = 16;
+/// Orchestrators that were not heard for so many graces are forgotten.
+const DEAD_GRACES: u64 = 7;
+const KINDS: [BlobKind; 3] = [BlobKind::Manifest, BlobKind::Chunk, BlobKind::Artifact];
+
+/// Where a look at everything is.
+#[derive(Debug, Default)]
+enum Stage {
+    /// Rows of a farm that did not know when blobs are used.
+    #[default]
+    Adopt,
+    /// Sources of jobs that have not ended are in use, however long that takes.
+    Live(Option<JobId>),
+    Jobs(Option<(Ms, JobId)>),
+    Attempts(Option<(Ms, AttemptRef)>),
+    Blobs(usize, Option<BlobCursor>),
+    Trash,
+    /// Objects that nobody ever registered, or whose way to the trash was cut off.
+    Objects(Option<BlobKey>),
+}
+
+/// How much went in one look.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Gone {
+    pub jobs: u64,
+    pub logs: u64,
+    pub files: u64,
+    pub blobs: u64,
+    pub objects: u64,
+}
+
+/// One look at everything after the other.
+#[derive(Debug, Default)]
+pub struct Collector {
+    stage: Stage,
+    due: Option<Mono>,
+    objects_due: Option<Mono>,
+    gone: Gone,
+}
+
+/// Does it for a farm with one orchestrator.
+pub async fn run(app: Arc<App>) {
+    let mut collector = Collector::default();
+    loop {
+        collector.turn(&app).await;
+        app.env.sleep_until(app.env.now().mono + PAUSE_MS.max(collector.rest_ms(&app))).await;
+    }
+}
+
+impl Collector {
+    fn rest_ms(&self, app: &App) -> u64 {
+        self.due.map_or(0, |due| due.since(app.env.now().mono))
+    }
+
+    /// Some steps, if it is time for them.
+    pub async fn turn(&mut self, app: &Arc<App>) {
+        let now = app.env.now().mono;
+        // The first look has time: what starts has other things to do.
+        let due = *self.due.get_or_insert(now + app.keep.every_ms / 6);
+        if now < due {
+            return;
+        }
+        for _ in 0..STEPS {
+            match self.step(app).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.due = Some(now + app.keep.every_ms);
+                    return self.tell();
+                }
+                Err(error) => {
+                    warn!(%error, "what is old stays for now");
+                    (self.stage, self.due) = (Stage::default(), Some(now + app.keep.every_ms / 6));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self) {
+        let Gone { jobs, logs, files, blobs, objects } = std::mem::take(&mut self.gone);
+        if jobs + logs + files + blobs + objects > 0 {
+            info!("gone: {jobs} jobs, {logs} logs, artifacts of {files} attempts, {blobs} blobs, {objects} objects");
+        }
+    }
+
+    /// One step. False: the look is over.
+    pub async fn step(&mut self, app: &Arc<App>) -> Result<bool, OpError> {
+        let rows = app.store.retention(&Scope::farm()).await?;
+        let policy = Policy::new(app.keep, &rows, app.books_time().await?);
+        let next = match std::mem::take(&mut self.stage) {
+            Stage::Adopt => self.adopt(app, &policy).await?,
+            Stage::Live(after) => live(app, &policy, after).await?,
+            Stage::Jobs(after) => self.jobs(app, &policy, after).await?,
+            Stage::Attempts(after) => self.attempts(app, &policy, after).await?,
+            Stage::Blobs(kind, after) => self.blobs(app, &policy, kind, after).await?,
+            Stage::Trash => self.trash(app, &policy).await?,
+            Stage::Objects(after) => {
+                let next = self.objects(app, &policy, after).await?;
+                self.stage = next.map_or(Stage::Adopt, |last| Stage::Objects(Some(last)));
+                return Ok(!matches!(self.stage, Stage::Adopt));
+            }
+        };
+        self.stage = next;
+        Ok(true)
+    }
+
+    async fn adopt(&mut self, app: &App, policy: &Policy) -> Result<Stage, OpError> {
+        if let Some(shared) = &app.shared {
+            shared.forget_dead(DEAD_GRACES * app.keep.grace_ms).await?;
+        }
+        let mut adopted = 0;
+        for kind in KINDS {
+            let write = Tidy::Adopt { kind, at: policy.now(), most: PAGE };
+            adopted += commit(app, vec![write]).await?.into_iter().flatten().sum::<i64>();
+        }
+        Ok(if adopted > 0 { Stage::Adopt } else { Stage::Live(None) })
+    }
+
+    async fn jobs(&mut self, app: &App, policy: &Policy, after: Option<(Ms, JobId)>) -> Result<Stage, OpError> {
+        let Some(before) = policy.jobs_before() else { return Ok(Stage::Attempts(None)) };
+        let page = app.store.ended(before, after, PAGE).await?;
+        let done = commit(app, page.iter().filter_map(|ended| policy.job(ended)).collect()).await?;
+        self.gone.jobs += done.iter().flatten().count() as u64;
+        Ok(page.last().map_or(Stage::Attempts(None), |last| Stage::Jobs(Some((last.at, last.job)))))
+    }
+
+    async fn attempts(
+        &mut self,
+        app: &App,
+        policy: &Policy,
+        after: Option<(Ms, AttemptRef)>,
+    ) -> Result<Stage, OpError> {
+        let Some(before) = policy.attempts_before() else { return Ok(Stage::Blobs(0, None)) };
+        let page = app.store.fading(before, after, PAGE).await?;
+        let writes: Vec<Tidy> = page.iter().flat_map(|left| policy.attempt(left)).collect();
+        let logs: Vec<bool> = writes.iter().map(|write| matches!(write, Tidy::DropLog(_))).collect();
+        for (is_log, done) in logs.into_iter().zip(commit(app, writes).await?) {
+            let counter = if is_log { &mut self.gone.logs } else { &mut self.gone.files };
+            *counter += u64::from(done.is_some());
+        }
+        Ok(page.last().map_or(Stage::Blobs(0, None), |last| Stage::Attempts(Some((last.ended_at, last.attempt)))))
+    }
+
+    async fn blobs(
+        &mut self,
+        app: &App,
+        policy: &Policy,
+        index: usize,
+        after: Option<BlobCursor>,
+    ) -> Result<Stage, OpError> {
+        let Some(kind) = KINDS.get(index).copied() else { return Ok(Stage::Trash) };
+        let Some(before) = policy.blobs_before(kind) else { return Ok(Stage::Blobs(index + 1, None)) };
+        let page = app.store.unused(kind, before, after, PAGE).await?;
+        let last = page.last().map(|blob| (blob.used_at, blob.digest, blob.org));
+        let mut by_cut: BTreeMap<Ms, Vec<_>> = BTreeMap::new();
+        for blob in page {
+            if let Some(cut) = policy.blobs(kind, blob.org).filter(|cut| blob.used_at < *cut) {
+                by_cut.entry(cut).or_default().push(blob);
+            }
+        }
+        let drop = |(unused_since, blobs)| Tidy::DropBlobs { blobs, unused_since, at: policy.now() };
+        let done = commit(app, by_cut.into_iter().map(drop).collect()).await?;
+        self.gone.blobs += done.into_iter().flatten().sum::<i64>().unsigned_abs();
+        Ok(last.map_or(Stage::Blobs(index + 1, None), |last| Stage::Blobs(index, Some(last))))
+    }
+
+    /// An object is taken, deleted, and said to be gone. Whoever comes after a crash does it again.
+    async fn trash(&mut self, app: &App, policy: &Policy) -> Result<Stage, OpError> {
+        let page = app.store.trash(policy.trash_before(), OBJECTS).await?;
+        let mut moved = false;
+        for row in page {
+            let (object, before, at) = (row.object.clone(), policy.trash_before(), policy.now());
+            let taken = commit(app, vec![Tidy::TakeTrash { object, before, at }]).await?;
+            if taken.contains(&Some(1)) {
+                burn(app, &row).await?;
+                commit(app, vec![Tidy::Burnt { object: row.object }]).await?;
+                self.gone.objects += 1;
+            }
+            moved = true;
+        }
+        if moved {
+            return Ok(Stage::Trash);
+        }
+        commit(app, vec![Tidy::Forget { before: policy.names_before() }]).await?;
+        Ok(Stage::Objects(None))
+    }
+
+    /// A page of all objects: what nothing names, and is no longer on its way to be named, goes to the trash.
+    async fn objects(
+        &mut self,
+        app: &App,
+        policy: &Policy,
+        after: Option<BlobKey>,
+    ) -> Result<Option<BlobKey>, OpError> {
+        let now = app.env.now().mono;
+        if after.is_none() && self.objects_due.is_some_and(|due| now < due) {
+            return Ok(None);
+        }
+        let page = app.blobs.list("", after.as_ref()).await?;
+        let last = page.last().map(|listed| listed.key.clone());
+        let old = page.into_iter().filter(|listed| listed.modified < policy.trash_before());
+        let (mut objects, mut logs) = (Vec::new(), BTreeSet::new());
+        for listed in old {
+            match log_of(listed.key.as_str()) {
+                Some(at) => {
+                    logs.insert(at);
+                }
+                None => objects.push(listed.key.as_str().to_owned()),
+            }
+        }
+        for at in logs {
+            // The parts of a log that is kept belong to it, also those that nothing names yet.
+            let known = app.store.attempt(&Scope::farm(), &at).await?;
+            if known.is_none_or(|attempt| attempt.log_gone_at.is_some()) {
+                objects.push(log_object(&at));
+            }
+        }
+        let named: BTreeSet<String> = app.store.named(&objects).await?.into_iter().collect();
+        objects.retain(|object| !named.contains(object));
+        if !objects.is_empty() {
+            commit(app, vec![Tidy::Trash { objects, at: policy.now() }]).await?;
+        }
+        if last.is_none() {
+            self.objects_due = Some(now + app.keep.grace_ms);
+        }
+        Ok(last)
+    }
+}
+
+/// Notes that sources of jobs that have not ended are in use, before anything that is not may go.
+async fn live(app: &Arc<App>, policy: &Policy, after: Option<JobId>) -> Result<Stage, OpError> {
+    let page = app.store.live(after, PAGE).await?;
+    let Some(last) = page.last().map(|job| job.id) else { return Ok(Stage::Jobs(None)) };
+    let sources: BTreeSet<(OrgId, Digest)> = page.iter().filter_map(|job| Some((job.org, job.source?))).collect();
+    for (org, source) in sources {
+        let depot = depot(app, org);
+        if !depot.freshen(&source, policy.now()).await? {
+            warn!(%source, "a job that has not ended needs a source that is not whole");
+        }
+    }
+    Ok(Stage::Live(Some(last)))
+}
+
+fn depot(app: &App, org: OrgId) -> Depot<'_> {
+    Depot { store: &*app.store, blobs: &app.blobs, env: &app.env, fresh_ms: app.keep.grace_ms, org }
+}
+
+async fn burn(app: &App, row: &TrashRow) -> Result<(), OpError> {
+    match log_of(&row.object) {
+        Some(at) => {
+            app.logs.remove(&at).await?;
+            // Its parts, where it has any.
+            let prefix = format!("{}/", row.object);
+            loop {
+                let page = app.blobs.list(&prefix, None).await?;
+                if page.is_empty() {
+                    return Ok(());
+                }
+                for part in page {
+                    app.blobs.delete(&part.key).await?;
+                }
+            }
+        }
+        None => match BlobKey::parse(&row.object) {
+            Some(key) => Ok(app.blobs.delete(&key).await?),
+            None => Ok(()),
+        },
+    }
+}
+
+/// Each write by itself; one that misses changes nothing. The number of each that did not.
+async fn commit(app: &App, writes: Vec<Tidy>) -> Result<Vec<Option<i64>>, OpError> {
+    let groups: Vec<Group> = writes.into_iter().map(|write| Group(vec![Write::Tidy(Box::new(write))])).collect();
+    let done = app.store.commit(&groups).await?.groups;
+    Ok(done.into_iter().map(|numbers| numbers.ok().and_then(|numbers| numbers.first().copied())).collect())
+}
