@@ -129,7 +129,11 @@ impl Chunks {
             let all = self.table.add(&rows).await?;
             for (at, log, _) in &goals {
                 match all {
-                    Some(()) => rows.iter().filter(|row| row.0 == *at).for_each(|row| lock(log).commit(row.2.len())),
+                    // Whoever measured the log meanwhile may have seen them before this one heard that they are there.
+                    Some(()) => rows
+                        .iter()
+                        .filter(|(of, ..)| of == at)
+                        .for_each(|(_, start, bytes)| lock(log).skip_to(start + bytes.len() as u64)),
                     // One of them was there already, and none was written.
                     None => {
                         let end = self.table.end(at).await?;
@@ -325,7 +329,7 @@ impl Log {
         }
     }
 
-    /// Somebody else has stored the log up to `end`.
+    /// The log is stored up to `end`, by whomever.
     fn skip_to(&mut self, end: u64) {
         if end <= self.durable {
             return;

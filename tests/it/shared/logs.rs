@@ -104,6 +104,32 @@ async fn whoever_wrote_first_reads_what_another_one_added() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_is_measured_while_its_rows_are_committed_keeps_every_byte() -> Result<()> {
+    let (_, mut logs) = orchestrators(1).await?;
+    let logs = Arc::new(logs.remove(0));
+    let all = bytes(400_000, 11);
+    let mut measuring = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let logs = logs.clone();
+        measuring.spawn(async move { while logs.measure(&AT).await.is_ok() {} });
+    }
+    // What is still to be committed is what could be taken for it.
+    let mut sent = 0;
+    while sent < all.len() {
+        let (one, two) = ((sent + 700).min(all.len()), (sent + 1_400).min(all.len()));
+        logs.append(&AT, sent as u64, all.slice(sent..one)).await?;
+        let (done, more) = tokio::join!(logs.sync(), logs.append(&AT, one as u64, all.slice(one..two)));
+        (done?, more?);
+        sent = two;
+    }
+    logs.sync().await?;
+    measuring.abort_all();
+    assert!(whole(&logs).await? == all);
+    assert_eq!(logs.seal(&AT).await?, Digest::of(&all));
+    Ok(())
+}
+
 #[tokio::test]
 async fn rows_become_objects_while_the_log_is_written_and_read() -> Result<()> {
     let (pool, logs) = orchestrators(2).await?;
