@@ -35,17 +35,25 @@ pub struct Replica {
     pub spoken: mpsc::Receiver<()>,
 }
 
-/// Since when the database has answered without a break.
+/// Since when this process has written signs of life without a break, its own standing still included.
 #[derive(Default)]
-struct Contact(Mutex<Option<Mono>>);
+struct Contact(Mutex<Option<Unbroken>>);
+
+struct Unbroken {
+    first: Mono,
+    last: Mono,
+}
 
 impl Contact {
-    fn is(&self, there: bool, now: Mono) {
-        let mut since = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *since = if there { since.or(Some(now)) } else { None };
+    fn is(&self, there: bool, now: Mono, break_ms: u64) {
+        let mut unbroken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = unbroken.as_ref().filter(|one| now.since(one.last) <= break_ms).map_or(now, |one| one.first);
+        *unbroken = there.then_some(Unbroken { first, last: now });
     }
-    fn lasts_ms(&self, now: Mono) -> u64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).map_or(0, |since| now.since(since))
+
+    fn lasts_ms(&self, now: Mono, break_ms: u64) -> u64 {
+        let unbroken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        unbroken.as_ref().filter(|one| now.since(one.last) <= break_ms).map_or(0, |one| now.since(one.first))
     }
 }
 
@@ -71,7 +79,7 @@ async fn beat(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
         let at = app.env.now().mono;
         let heard = app.hub.heard(at);
         let done = shared.beat(env!("CARGO_PKG_VERSION"), &heard).await;
-        contact.is(done.is_ok(), app.env.now().mono);
+        contact.is(done.is_ok(), app.env.now().mono, app.limits.suspect_ms());
         match done {
             Ok(own) => app.hub.wrote(heard, &BTreeSet::from_iter(own), at),
             Err(error) => {
@@ -224,8 +232,8 @@ async fn reap(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
     let limits = &app.limits;
     loop {
         app.env.sleep_until(app.env.now().mono + limits.heartbeat_ms).await;
-        // While the database was away nobody could write whom he heard.
-        if contact.lasts_ms(app.env.now().mono) < limits.startup_grace_ms {
+        // While the database was away nobody could write whom he heard; while this process stood still it heard nobody.
+        if contact.lasts_ms(app.env.now().mono, limits.suspect_ms()) < limits.startup_grace_ms {
             continue;
         }
         match shared.silent(2 * limits.heartbeat_ms, limits.expiry_ms, 2 * limits.expiry_ms).await {
@@ -267,5 +275,26 @@ async fn duties(app: Arc<App>, shared: Shared) {
         if mine.is_some() {
             collector.turn(&app).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_that_was_away_and_a_process_that_stood_still_both_begin_anew() {
+        let contact = Contact::default();
+        let lasts = |now| contact.lasts_ms(Mono(now), 100);
+        assert_eq!(lasts(0), 0);
+        for now in [0, 90, 190] {
+            contact.is(true, Mono(now), 100);
+        }
+        assert_eq!((lasts(200), lasts(290), lasts(291)), (200, 290, 0), "it stands still since 190");
+        contact.is(true, Mono(500), 100);
+        assert_eq!(lasts(550), 50);
+        contact.is(false, Mono(560), 100);
+        contact.is(true, Mono(570), 100);
+        assert_eq!(lasts(600), 30);
     }
 }
