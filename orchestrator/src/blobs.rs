@@ -1,7 +1,8 @@
 //! S: objects by key: manifests, artifacts, packs. An object is there whole or not at all.
 //!
 //! `Fs` writes to a temporary file, syncs it, renames it, syncs the directory. Its objects end in a [`crate::sums::Seal`],
-//! which every read checks. `S3` writes to a bucket, of which nothing but a key's bytes is expected. `Mem` is for the simulator and tests and needs no runtime.
+//! which every read checks. `S3` writes to a bucket, of which nothing but a key's bytes is expected. `Mem` is for the
+//! simulator and tests and needs no runtime.
 
 use std::fmt;
 use std::ops::Range;
@@ -214,20 +215,23 @@ impl Blobs {
         Self::Mem(Mem::default())
     }
 
-    /// The disk that the bytes go to. `None`: it is not a disk of this machine.
+    /// The disk of this machine that the bytes go to, on their way to a bucket too. `None`: there is none.
     pub fn storage(&self) -> Result<Option<Storage>, BlobError> {
         match self {
             Self::Fs(fs) => fs.storage().map(Some),
-            Self::S3(_) | Self::Mem(_) => Ok(None),
+            Self::S3(s3) => s3.storage().map(Some),
+            Self::Mem(_) => Ok(None),
         }
     }
 
     /// Whether something new may begin.
     pub fn room(&self) -> Result<(), BlobError> {
         match self {
-            Self::Fs(fs) if fs.storage()?.is_full() => Err(BlobError::Full),
-            Self::Fs(_) | Self::S3(_) => Ok(()),
             Self::Mem(mem) => mem.room(),
+            Self::Fs(_) | Self::S3(_) => match self.storage()? {
+                Some(storage) if storage.is_full() => Err(BlobError::Full),
+                Some(_) | None => Ok(()),
+            },
         }
     }
 

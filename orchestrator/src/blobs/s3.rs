@@ -13,6 +13,7 @@ use std::time::Duration;
 use alloy_shared::env::{Env, Ms};
 use alloy_shared::id::Digest;
 use alloy_shared::limits;
+use alloy_shared::wire::farm::Storage;
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, Shared};
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -186,6 +187,10 @@ impl S3 {
     /// Whether the bucket refuses to overwrite when asked to. Nothing relies on it.
     pub fn refuses_overwrites(&self) -> bool {
         self.0.conditional
+    }
+
+    pub(super) fn storage(&self) -> Result<Storage, BlobError> {
+        self.0.spool.storage()
     }
 
     pub(super) fn create(&self, key: &BlobKey) -> Draft {
