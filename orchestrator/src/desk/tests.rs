@@ -5,6 +5,7 @@ use alloy_shared::wire::session::{SlotState, SlotView};
 
 use super::*;
 
+mod shared;
 mod walk;
 
 const EPOCH: i64 = 1;

@@ -109,3 +109,99 @@ impl Hub {
         state.elsewhere = workers.into_iter().map(|(worker, live)| (worker, (live, now))).collect();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::id::BootId;
+    use alloy_shared::limits::Limits;
+
+    use super::*;
+
+    const WORKER: WorkerId = WorkerId::from_raw(1);
+
+    fn boot(n: u128) -> BootId {
+        BootId::from_raw(n)
+    }
+
+    fn own(epoch: i64, of: u128) -> Own {
+        Own { worker: WORKER, epoch, boot: boot(of).to_string(), draining: false, revoked: false }
+    }
+
+    fn hub() -> (Hub, tokio::sync::mpsc::Receiver<Mail>, u64) {
+        let limits = Limits::default();
+        let hub = Hub::new(limits.clone(), Mono(0));
+        let letters = hub.open(WORKER, 5, Some(boot(1)), Mono(0));
+        (hub, letters, limits.expiry_ms)
+    }
+
+    #[test]
+    fn a_heartbeat_is_answered_while_the_books_heard_of_the_worker_lately() {
+        let (hub, _letters, expiry_ms) = hub();
+        assert!(hub.may_answer(WORKER, Mono(10 * expiry_ms)), "the one orchestrator of a farm keeps no such books");
+        hub.opened_at(WORKER, 4, Mono(100));
+        assert!(hub.may_answer(WORKER, Mono(10 * expiry_ms)), "that was another session");
+        hub.opened_at(WORKER, 5, Mono(0));
+        assert!(hub.may_answer(WORKER, Mono(expiry_ms)) && !hub.may_answer(WORKER, Mono(expiry_ms + 1)));
+        hub.seen(WORKER, Mono(expiry_ms));
+        let heard = hub.heard(Mono(expiry_ms + 50));
+        assert_eq!((heard[0].age_ms, heard[0].epoch), (50, 5));
+        hub.wrote(heard.clone(), &BTreeSet::new(), Mono(expiry_ms + 50));
+        assert!(!hub.may_answer(WORKER, Mono(expiry_ms + 50)), "its newest session is elsewhere");
+        hub.wrote(heard, &BTreeSet::from([WORKER]), Mono(expiry_ms + 50));
+        assert!(hub.may_answer(WORKER, Mono(2 * expiry_ms)) && !hub.may_answer(WORKER, Mono(2 * expiry_ms + 1)));
+    }
+
+    #[test]
+    fn an_offer_is_written_when_it_changed() {
+        let (hub, _letters, _) = hub();
+        let first = hub.heard(Mono(1));
+        assert!(first[0].offer.is_some());
+        hub.wrote(first, &BTreeSet::from([WORKER]), Mono(1));
+        assert_eq!(hub.heard(Mono(2))[0].offer, None);
+    }
+
+    #[test]
+    fn a_worker_that_went_elsewhere_is_let_go_and_another_process_is_told_why() {
+        for (of, told) in [(1, false), (2, true)] {
+            let (hub, mut letters, _) = hub();
+            hub.compare(&[own(5, 1)]);
+            assert_eq!(hub.present(), [WORKER]);
+            hub.compare(&[own(6, of)]);
+            assert_eq!(hub.present(), []);
+            let mut heard = std::iter::from_fn(|| letters.try_recv().ok());
+            assert_eq!(heard.any(|mail| matches!(mail, Mail::Superseded)), told);
+            assert!(letters.is_closed());
+        }
+    }
+
+    #[test]
+    fn what_people_decided_at_another_one_reaches_the_session_here() {
+        let (hub, mut letters, _) = hub();
+        hub.compare(&[Own { draining: true, ..own(5, 1) }]);
+        assert!(matches!(letters.try_recv(), Ok(Mail::Drain { on: true })) && letters.is_empty());
+        hub.compare(&[Own { revoked: true, ..own(5, 1) }]);
+        assert!(matches!(letters.try_recv(), Ok(Mail::Revoked)));
+    }
+
+    #[test]
+    fn a_worker_elsewhere_is_seen_until_it_comes_here() {
+        let (hub, away) = (Hub::new(Limits::default(), Mono(0)), WorkerId::from_raw(2));
+        let live = LiveWorker {
+            silent_ms: 70,
+            connected: true,
+            left: false,
+            slots: Vec::new(),
+            images: Arc::default(),
+            stopping: false,
+            trouble: None,
+        };
+        hub.set_elsewhere(vec![(away, live)], Mono(1_000));
+        let view = hub.view(&away, Mono(1_500)).unwrap();
+        assert_eq!((view.silent_ms, view.connected), (570, true));
+        let _letters = hub.open(away, 1, None, Mono(2_000));
+        assert_eq!(hub.view(&away, Mono(2_001)).unwrap().silent_ms, 1);
+        hub.close(away, 1, false);
+        hub.set_elsewhere(Vec::new(), Mono(3_000));
+        assert!(!hub.view(&away, Mono(3_000)).unwrap().connected);
+    }
+}
