@@ -5,38 +5,17 @@ use std::time::Duration;
 
 use alloy_tests::chaos::pause;
 use alloy_tests::farm::{Farm, Setup, full};
-use alloy_tests::observe::{Api, BEAT, PATIENCE, now, until};
+use alloy_tests::observe::{Api, PATIENCE, now, until};
 use alloy_tests::pg::Own;
 use alloy_tests::proxy::{Proxy, Then, Way};
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::task::JoinSet;
 
 async fn farm_on(url: &str, setup: Setup) -> Result<Farm> {
     let variables = [("DATABASE_MODE", "postgres"), ("DATABASE_URL", url)];
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
     Farm::start(Setup { orchestrator_env: variables.into(), ..setup }).await
-}
-
-/// Submits under a key until somebody answers, and returns the id.
-async fn submit(api: Api, key: String, command: String) -> String {
-    let end = now() + PATIENCE * 3;
-    loop {
-        let last = match try_submit(&api, &key, &command).await {
-            Ok(id) => return id,
-            Err(error) => error,
-        };
-        assert!(now() < end, "nobody took {key}: {last:#}");
-        pause(BEAT).await;
-    }
-}
-
-async fn try_submit(api: &Api, key: &str, command: &str) -> Result<String> {
-    let body = json!({ "spec": { "shell": command } });
-    let request = api.request(reqwest::Method::POST, "/v1/jobs").header("Idempotency-Key", key);
-    let answer = request.json(&body).timeout(Duration::from_secs(40)).send().await?.error_for_status()?;
-    let job: Value = answer.json().await?;
-    Ok(job["id"].as_str().context("an id")?.to_owned())
 }
 
 /// Keeps submitting jobs that take a moment, `count` of them, one after another.
@@ -46,7 +25,7 @@ fn load(api: &Api, count: usize) -> JoinSet<Vec<String>> {
     set.spawn(async move {
         let mut ids = Vec::new();
         for n in 0..count {
-            ids.push(submit(api.clone(), format!("load-{n}"), format!("echo job {n}; sleep 0.2; echo end {n}")).await);
+            ids.push(api.shell_once(&format!("load-{n}"), &format!("echo job {n}; sleep 0.2; echo end {n}")).await);
         }
         ids
     });

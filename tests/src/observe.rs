@@ -96,6 +96,26 @@ impl Api {
         self.submit(serde_json::json!({ "shell": command })).await
     }
 
+    /// Submits a command under a key until somebody answers: it may have been taken the first time.
+    pub async fn shell_once(&self, key: &str, command: &str) -> String {
+        let end = now() + PATIENCE * 3;
+        loop {
+            let last = match self.try_shell_once(key, command).await {
+                Ok(id) => return id,
+                Err(error) => error,
+            };
+            assert!(now() < end, "nobody took {key}: {last:#}");
+            tokio::time::sleep(BEAT).await;
+        }
+    }
+
+    async fn try_shell_once(&self, key: &str, command: &str) -> Result<String> {
+        let body = serde_json::json!({ "spec": { "shell": command } });
+        let request = self.request(Method::POST, "/v1/jobs").header("Idempotency-Key", key).json(&body);
+        let job = json(request.timeout(PATIENCE * 2 / 3).send().await?).await?;
+        Ok(job["id"].as_str().context("a job has an id")?.to_owned())
+    }
+
     pub async fn job(&self, id: &str) -> Result<Value> {
         self.get(&format!("/v1/jobs/{id}")).await
     }
