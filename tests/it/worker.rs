@@ -89,7 +89,7 @@ async fn a_removed_worker_ends_and_what_it_held_is_tried_elsewhere() -> Result<(
 async fn a_worker_of_a_farm_that_lost_its_data_says_so_and_ends() -> Result<()> {
     let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 10, ..Setup::default() }).await?;
     farm.kill_orchestrator();
-    std::fs::remove_dir_all(farm.farm_dir())?;
+    farm.lose_data().await?;
     farm.start_orchestrator().await?;
     let (status, log) = farm.ended_worker(0)?;
     assert_eq!(status.code(), Some(4), "{log}");

@@ -263,6 +263,13 @@ impl Farm {
         self.setup.orchestrator_env = variables;
     }
 
+    /// The next start of the orchestrator finds nothing of the farm.
+    pub async fn lose_data(&mut self) -> Result<()> {
+        let env = std::mem::take(&mut self.setup.orchestrator_env);
+        self.setup.orchestrator_env = backend::emptied(&self.farm_dir(), env).await?;
+        Ok(())
+    }
+
     /// Starts it, on the port that it had before if it had one.
     pub async fn start_orchestrator(&mut self) -> Result<()> {
         ensure!(self.orchestrator.is_none(), "it runs");

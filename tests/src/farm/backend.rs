@@ -1,5 +1,7 @@
 //! What a farm keeps its state and its bytes in: files, or with `ALLOY_TEST_BACKEND=shared` a Postgres and a bucket.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
 use super::Setup;
@@ -22,4 +24,13 @@ pub(super) async fn of(setup: &Setup) -> Result<(Option<S3>, Vec<(String, String
         Ok("shared" | "files") | Err(_) => Ok((None, own)),
         Ok(other) => bail!("ALLOY_TEST_BACKEND is files or shared, not {other}"),
     }
+}
+
+/// The same with nothing in it: a farm on files has lost its directory, one on a database has another database.
+pub(super) async fn emptied(farm_dir: &Path, mut env: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
+    std::fs::remove_dir_all(farm_dir)?;
+    if let Some((_, url)) = env.iter_mut().find(|(name, _)| name == "DATABASE_URL") {
+        *url = pg::database().await;
+    }
+    Ok(env)
 }
