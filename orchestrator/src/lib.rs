@@ -4,7 +4,8 @@
 //! It reads through [`store`] and changes things through [`ops`]; jobs change at the [`desk`] alone, which applies
 //! [`job`], admits by [`admit`] and chooses by [`pick`], and whose loop ([`desk_loop`]) commits. What moved is told to
 //! the workers' sessions ([`session`]) by [`hub`] and to followers ([`feed`]) by [`wake`]. Log bytes lie in [`logs`], which
-//! [`log_sync`] makes durable; all other bytes lie in [`blobs`], many small ones in one [`pack`].
+//! [`log_sync`] makes durable; all other bytes lie in [`blobs`], many small ones in one [`pack`]. Where several
+//! orchestrators share a farm, [`replica`] hears what the others did.
 //! What is old goes by [`keep`], and [`gc`] removes it.
 
 use std::net::SocketAddr;

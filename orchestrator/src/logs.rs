@@ -1,8 +1,9 @@
 //! S: logs as byte streams by offset. Stored bytes never change; what was sent twice is stored once.
 //!
-//! One file per attempt, `JOB/ATTEMPT.log`, and a seal beside it once it is final. The newest bytes also stay in memory,
-//! so that a follower at the end reads no file. Appends of at most 64 KiB go into the page cache by a plain `pwrite` on
-//! the caller's thread (some 15 µs, less than a hop to another thread); everything that can wait for the disk does not.
+//! `Files` has one file per attempt, `JOB/ATTEMPT.log`, and a seal beside it once it is final. The newest bytes also stay in
+//! memory, so that a follower at the end reads no file. Appends of at most 64 KiB go into the page cache by a plain `pwrite`
+//! on the caller's thread (some 15 µs, less than a hop to another thread); everything that can wait for the disk does not.
+//! `Chunks` has rows of the database that orchestrators share, and objects that they become. `Mem` is for the simulator.
 
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
