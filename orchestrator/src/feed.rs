@@ -157,9 +157,11 @@ impl Follower {
         self.send(FeedFrame::Worker(news)).await
     }
 
-    /// The stored log of every attempt up to this one.
+    /// The stored log of every attempt up to this one. Of one that is no longer kept there is nothing to wait for.
     async fn rest(&mut self, attempt: u32) -> Result<(), Stop> {
-        for earlier in self.cursor.attempt.max(1)..=attempt {
+        let known = self.app.store.attempts(&self.scope, &self.job).await.map_err(failed)?;
+        let gone = |attempt| known.iter().any(|row| row.at.attempt == attempt && row.log_gone_at.is_some());
+        for earlier in (self.cursor.attempt.max(1)..=attempt).filter(|attempt| !gone(*attempt)) {
             self.log(earlier, true).await?;
         }
         Ok(())

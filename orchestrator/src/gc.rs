@@ -58,6 +58,8 @@ pub struct Gone {
 #[derive(Debug, Default)]
 pub struct Collector {
     stage: Stage,
+    /// When this look began to note what live jobs need. It may have been frozen since.
+    noted: Option<Ms>,
     due: Option<Mono>,
     objects_due: Option<Mono>,
     gone: Gone,
@@ -111,7 +113,11 @@ impl Collector {
     /// One step. False: the look is over.
     pub async fn step(&mut self, app: &Arc<App>) -> Result<bool, OpError> {
         let rows = app.store.retention(&Scope::farm()).await?;
-        let policy = Policy::new(app.keep, &rows, app.books_time().await?);
+        let now = app.books_time().await?;
+        if matches!(self.stage, Stage::Live(None)) {
+            self.noted = Some(now);
+        }
+        let policy = Policy::new(app.keep, &rows, now).noted(self.noted.unwrap_or(now));
         let next = match std::mem::take(&mut self.stage) {
             Stage::Adopt => self.adopt(app, &policy).await?,
             Stage::Live(after) => live(app, &policy, after).await?,

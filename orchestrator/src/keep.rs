@@ -37,18 +37,35 @@ pub struct Keep {
     pub grace_ms: u64,
     /// Between two looks at what may go.
     pub every_ms: u64,
+    /// What an organisation's days are, and the unit of all that is above. Shorter only where somebody tests.
+    pub day_ms: u64,
 }
 
 impl Default for Keep {
     fn default() -> Self {
+        Self::of_days([90, 30, 90, 14], DAY_MS)
+    }
+}
+
+impl Keep {
+    /// Of so many days for jobs, artifacts, logs and sources; 0: for ever.
+    pub fn of_days([jobs, artifacts, logs, sources]: [u32; 4], day_ms: u64) -> Self {
+        let span_ms = |days: u32| u64::from(days) * day_ms;
         Self {
-            jobs_ms: 90 * DAY_MS,
-            artifacts_ms: 30 * DAY_MS,
-            logs_ms: 90 * DAY_MS,
-            sources_ms: 14 * DAY_MS,
-            grace_ms: DAY_MS,
-            every_ms: DAY_MS / 24,
+            jobs_ms: span_ms(jobs),
+            artifacts_ms: span_ms(artifacts),
+            logs_ms: span_ms(logs),
+            sources_ms: span_ms(sources),
+            grace_ms: day_ms,
+            every_ms: day_ms / 24,
+            day_ms,
         }
+    }
+
+    /// The days again, in the same order.
+    pub fn days(&self) -> [u32; 4] {
+        let days = |span_ms: u64| u32::try_from(span_ms / self.day_ms.max(1)).unwrap_or(u32::MAX);
+        [self.jobs_ms, self.artifacts_ms, self.logs_ms, self.sources_ms].map(days)
     }
 }
 
@@ -58,6 +75,8 @@ pub struct Policy {
     farm: Keep,
     orgs: BTreeMap<OrgId, Keep>,
     now: Ms,
+    /// When it was last noted what live jobs need, before anything was dropped: what goes is told from there.
+    noted: Ms,
 }
 
 /// The latest time that is longer ago than this.
@@ -67,7 +86,8 @@ fn ago(now: Ms, span_ms: u64) -> Ms {
 
 impl Policy {
     pub fn new(farm: Keep, rows: &[RetentionRow], now: Ms) -> Self {
-        let or = |days: Option<u32>, farm: u64| days.map_or(farm, |days| u64::from(days) * DAY_MS);
+        let day_ms = farm.day_ms;
+        let or = |days: Option<u32>, farm: u64| days.map_or(farm, |days| u64::from(days) * day_ms);
         let keep = |row: &RetentionRow| Keep {
             jobs_ms: or(row.jobs_days, farm.jobs_ms),
             artifacts_ms: or(row.artifacts_days, farm.artifacts_ms),
@@ -75,7 +95,12 @@ impl Policy {
             sources_ms: or(row.sources_days, farm.sources_ms),
             ..farm
         };
-        Self { farm, orgs: rows.iter().map(|row| (row.org, keep(row))).collect(), now }
+        Self { farm, orgs: rows.iter().map(|row| (row.org, keep(row))).collect(), now, noted: now }
+    }
+
+    /// The same for one who noted at this time what is needed, and may have been frozen since.
+    pub fn noted(self, at: Ms) -> Self {
+        Self { noted: at.min(self.now), ..self }
     }
 
     pub fn now(&self) -> Ms {
@@ -138,11 +163,11 @@ impl Policy {
 
     fn unused_since(&self, kind: BlobKind, keep: &Keep) -> Option<Ms> {
         let grace = self.farm.grace_ms;
-        let sources = self.cut(keep.sources_ms);
+        let sources = (keep.sources_ms > 0).then(|| ago(self.noted, keep.sources_ms));
         match kind {
             BlobKind::Manifest => sources.map(|before| ago(before, grace)),
             BlobKind::Chunk => sources.map(|before| ago(before, 3 * grace)),
-            BlobKind::Artifact => Some(ago(self.now, 2 * grace)),
+            BlobKind::Artifact => Some(ago(self.noted, 2 * grace)),
         }
     }
 
@@ -234,5 +259,28 @@ mod tests {
             assert_eq!(policy.blobs(BlobKind::Artifact, OTHER), Some(day(2)), "artifacts by who lists them");
         }
         assert_eq!(policy(&[]).blobs(BlobKind::Manifest, DEFAULT_ORG), Some(day(15)));
+    }
+
+    #[test]
+    fn what_was_noted_long_ago_drops_nothing_that_was_in_use_then() {
+        let late = policy(&[]).noted(day(40));
+        assert_eq!(late.blobs(BlobKind::Manifest, DEFAULT_ORG), Some(day(55)));
+        assert_eq!(late.blobs(BlobKind::Chunk, DEFAULT_ORG), Some(day(57)));
+        assert_eq!(late.blobs(BlobKind::Artifact, DEFAULT_ORG), Some(day(42)));
+        assert_eq!(late.jobs_before(), Some(day(90)), "what depends on no note does not wait");
+        assert_eq!(
+            policy(&[]).noted(day(-3)).blobs(BlobKind::Manifest, DEFAULT_ORG),
+            Some(day(15)),
+            "a clock went back"
+        );
+    }
+
+    #[test]
+    fn days_become_spans_and_days_again() {
+        assert_eq!(Keep::default().days(), [90, 30, 90, 14]);
+        let short = Keep::of_days([3, 0, 2, 1], 1_000);
+        assert_eq!((short.days(), short.grace_ms, short.logs_ms), ([3, 0, 2, 1], 1_000, 2_000));
+        let policy = Policy::new(short, &[row(Some(5), None, None, None)], NOW);
+        assert_eq!(policy.of(OTHER).jobs_ms, 5_000);
     }
 }

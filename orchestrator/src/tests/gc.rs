@@ -250,6 +250,26 @@ async fn after_a_long_stop_of_the_farm_live_jobs_still_have_all() {
     assert!(world.whole(source).await);
 }
 
+/// It is frozen after it noted what is needed, for longer than anything is kept, and goes on.
+#[tokio::test]
+async fn a_collector_that_was_frozen_for_long_drops_nothing_that_a_live_job_needs() {
+    for steps in 1..12 {
+        let world = World::new().await;
+        let source = world.upload(&["one", "two"]).await;
+        world.job(1, Some(source), None, true).await;
+        let mut collector = Collector::default();
+        for _ in 0..steps {
+            if !collector.step(&world.app).await.unwrap() {
+                break;
+            }
+        }
+        world.days(40);
+        while collector.step(&world.app).await.unwrap() {}
+        world.pass(5).await;
+        assert!(world.whole(source).await, "frozen after {steps} steps");
+    }
+}
+
 #[tokio::test]
 async fn a_submit_of_a_source_that_was_not_used_for_long_keeps_all_of_it() {
     let world = World::new().await;

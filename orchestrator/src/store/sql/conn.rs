@@ -414,7 +414,8 @@ mod tests {
     async fn every_width_searches_by_an_index() {
         use super::super::{SqlStore, blob, job, tidy};
         let wides = [&job::WIDE[..], &blob::WIDE[..], &tidy::WIDE[..]].concat();
-        let sources = [include_str!("job.rs"), include_str!("blob.rs"), include_str!("farm.rs"), include_str!("tidy.rs")];
+        let sources =
+            [include_str!("job.rs"), include_str!("blob.rs"), include_str!("farm.rs"), include_str!("tidy.rs")];
         let made: usize = sources.iter().map(|source| source.matches("Wide::new(").count()).sum();
         assert_eq!(wides.len(), made, "a wide text is not in WIDE");
         let dir = tempfile::tempdir().unwrap();

@@ -49,8 +49,17 @@ macro_rules! statements {
 use statements;
 
 /// Every text that the store sends, by name.
-pub const CATALOGUE: &[&[(&str, &str)]] =
-    &[batch::TEXTS, job::TEXTS, farm::TEXTS, member::TEXTS, image::TEXTS, blob::TEXTS, tidy::TEXTS, backup::TEXTS, tables::TEXTS];
+pub const CATALOGUE: &[&[(&str, &str)]] = &[
+    batch::TEXTS,
+    job::TEXTS,
+    farm::TEXTS,
+    member::TEXTS,
+    image::TEXTS,
+    blob::TEXTS,
+    tidy::TEXTS,
+    backup::TEXTS,
+    tables::TEXTS,
+];
 
 /// The texts that only Postgres is sent.
 pub const CATALOGUE_OF_POSTGRES: &[&[(&str, &str)]] = &[shared::TEXTS, chunks::TEXTS, target::TEXTS];
