@@ -16,7 +16,7 @@ const DEVELOPER: [(&str, &str); 5] = [
     ("POST", "/v1/sources"),
     ("POST", "/v1/packs"),
 ];
-const ADMIN: [(&str, &str); 13] = [
+const ADMIN: [(&str, &str); 15] = [
     ("POST", "/v1/workers/invites"),
     ("POST", "/v1/workers/{id}/drain"),
     ("POST", "/v1/workers/{id}/resume"),
@@ -27,6 +27,8 @@ const ADMIN: [(&str, &str); 13] = [
     ("GET", "/v1/members"),
     ("PUT", "/v1/members/{user_id}"),
     ("DELETE", "/v1/members/{user_id}"),
+    ("GET", "/v1/retention"),
+    ("PUT", "/v1/retention"),
     ("POST", "/v1/images"),
     ("POST", "/v1/images/pin"),
     ("POST", "/v1/images/rm"),

@@ -7,6 +7,7 @@ pub(crate) mod image;
 pub(crate) mod jobs;
 pub(crate) mod member;
 mod reach;
+pub(crate) mod retention;
 pub(crate) mod run;
 pub(crate) mod setup;
 
@@ -49,11 +50,13 @@ pub(crate) enum Command {
     Completions(setup::CompletionsArgs),
 }
 
-/// Look after the farm: its members, and on its own machine its data
+/// Look after the farm: its members, how long it keeps things, and on its own machine its data
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum AdminVerb {
     #[command(subcommand)]
     Member(member::MemberVerb),
+    #[command(subcommand)]
+    Retention(retention::RetentionVerb),
     #[cfg(feature = "farm")]
     #[command(flatten)]
     Data(crate::farm::admin::DataVerb),
@@ -86,6 +89,7 @@ impl Command {
             #[cfg(feature = "farm")]
             Self::Up(args) => crate::farm::up::up(app, args).await,
             Self::Admin(AdminVerb::Member(verb)) => member::member(app, verb).await,
+            Self::Admin(AdminVerb::Retention(verb)) => retention::retention(app, verb).await,
             #[cfg(feature = "farm")]
             Self::Admin(AdminVerb::Data(verb)) => crate::farm::admin::admin(app, verb).await,
             Self::Attach(args) => jobs::attach(app, args).await,

@@ -114,10 +114,11 @@ pub async fn check_kept(
     let gone = app.store.attempt(scope, at).await?.as_ref().and_then(gone_at);
     match gone {
         None => Ok(()),
-        Some(at) => {
-            let day = at.rfc3339();
-            let why = format!("{what} of this attempt: removed on {}", day.get(..10).unwrap_or(&day));
-            let hint = "the farm keeps it for a time only; who runs it says for how long";
+        Some(gone_at) => {
+            let day = gone_at.rfc3339();
+            let what = format!("the {what} of attempt {}", at.attempt);
+            let why = format!("{what}: no longer kept, removed on {}", day.get(..10).unwrap_or(&day));
+            let hint = "an admin sees how long things are kept: alloy admin retention show";
             Err(OpError::refused(ErrorCode::Gone, why).hint(hint))
         }
     }

@@ -10,6 +10,7 @@ pub mod archive;
 pub mod images;
 pub mod job;
 pub mod members;
+pub mod retention;
 pub mod upload;
 pub mod workers;
 

@@ -34,6 +34,7 @@ pub mod jobs;
 pub mod members;
 mod plain;
 mod range;
+pub mod retention;
 pub mod socket;
 
 use extract::{NamedWorker, Peer, header_text, parameter};
@@ -99,6 +100,7 @@ fn rows() -> Vec<Row> {
         (Admin, Json, routes!(farm::revoke_token)),
         (Admin, Json, routes!(members::list)),
         (Admin, Json, routes!(members::set, members::remove)),
+        (Admin, Json, routes!(retention::show, retention::set)),
         (Developer, Stream, routes!(bytes::put_source)),
         (Developer, Stream, routes!(bytes::post_tar)),
         (Developer, Stream, routes!(bytes::post_pack)),

@@ -23,7 +23,7 @@ use crate::limits;
 use crate::secret::Secret;
 use crate::wire::farm::{
     DrainRequest, EnrolRequest, Enrolled, Info, Invite, InviteRequest, MemberList, MemberRequest, MemberView,
-    TokenCreated, TokenList, TokenRequest, TokenView, WhoAmI, WorkerList, WorkerView,
+    RetentionRequest, RetentionView, TokenCreated, TokenList, TokenRequest, TokenView, WhoAmI, WorkerList, WorkerView,
 };
 use crate::wire::image::{ImageList, ImageView, PinRequest, PullRequest, RemoveRequest};
 use crate::wire::job::{ArtifactList, JobPage, JobView, StateWord, SubmitJob};
@@ -318,6 +318,14 @@ impl Client {
 
     pub async fn set_member(&self, id: UserId, request: &MemberRequest) -> Result<MemberView, ClientError> {
         self.ask(Call::put(path::member(id)).json(request)).await
+    }
+
+    pub async fn retention(&self) -> Result<RetentionView, ClientError> {
+        self.ask(Call::get(path::RETENTION)).await
+    }
+
+    pub async fn set_retention(&self, request: &RetentionRequest) -> Result<RetentionView, ClientError> {
+        self.ask(Call::put(path::RETENTION).json(request)).await
     }
 
     pub async fn remove_member(&self, id: UserId) -> Result<(), ClientError> {

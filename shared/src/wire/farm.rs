@@ -228,6 +228,42 @@ pub struct MemberList {
     pub members: Vec<MemberView>,
 }
 
+/// Body of `PUT /v1/retention`: how many days the organisation wants things to be kept. 0: for ever. Absent: as the farm does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct RetentionRequest {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jobs_days: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifacts_days: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logs_days: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sources_days: Option<u32>,
+}
+
+/// How long one kind of thing is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Kept {
+    /// 0: for ever.
+    pub days: u32,
+    /// The organisation said so itself. Else it is what the farm keeps.
+    pub own: bool,
+    pub farm_days: u32,
+}
+
+/// What is kept of an organisation, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct RetentionView {
+    pub jobs: Kept,
+    pub artifacts: Kept,
+    pub logs: Kept,
+    pub sources: Kept,
+}
+
 /// Body of `POST /v1/tokens`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -72,6 +72,7 @@ pub mod path {
     pub const TOKEN: &str = "/v1/tokens/{id}";
     pub const MEMBERS: &str = "/v1/members";
     pub const MEMBER: &str = "/v1/members/{user_id}";
+    pub const RETENTION: &str = "/v1/retention";
 
     pub fn job(id: JobId) -> String {
         format!("/v1/jobs/{id}")
