@@ -24,6 +24,7 @@ mod chaos;
 mod cli;
 mod disk;
 mod follow;
+mod gc;
 mod hooks;
 mod image;
 mod images;

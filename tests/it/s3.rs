@@ -4,6 +4,7 @@ mod contract;
 mod farm;
 mod faults;
 mod gc;
+mod meet;
 
 use std::path::Path;
 use std::sync::Arc;

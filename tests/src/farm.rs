@@ -21,7 +21,7 @@ mod backend;
 mod told;
 
 use told::{live_jobs, read_token};
-pub use told::{told_address, vm_dirs};
+pub use told::{told_address, upload_tree, vm_dirs};
 
 /// How long a daemon may take to stop. Longer than its own grace.
 const STOP: Duration = Duration::from_secs(40);
@@ -460,14 +460,7 @@ impl Farm {
 
     /// Sends a tree as `curl` would, and returns its digest for a job to name.
     pub async fn upload(&self, tree: &Path) -> Result<Value> {
-        let mut tar = Command::new("tar");
-        tar.args(["-c", "."]).current_dir(tree);
-        let out = output(tar).await?;
-        let request = self.api().request(reqwest::Method::POST, "/v1/sources");
-        let answer = request.header("content-type", "application/x-tar").body(out.stdout).send().await?;
-        let told: Value = answer.json().await?;
-        ensure!(told["digest"].is_string(), "{told}");
-        Ok(told["digest"].clone())
+        upload_tree(&self.api(), tree).await
     }
 
     fn log(&self, name: &str) -> PathBuf {

@@ -25,6 +25,8 @@ pub struct Several {
     token: String,
     orchestrators: Vec<Member>,
     workers: Vec<Daemon>,
+    /// More variables of every orchestrator.
+    env: Vec<(String, String)>,
     balancer: SocketAddr,
     dir: TempDir,
     _balancing: JoinSet<()>,
@@ -38,6 +40,17 @@ struct Member {
 impl Several {
     /// Starts so many orchestrators, and workers with so many slots each that go through the balancer.
     pub async fn start(orchestrators: usize, workers: usize, slots: usize, scale: u64) -> Result<Several> {
+        Self::start_with(orchestrators, workers, slots, scale, Vec::new()).await
+    }
+
+    /// The same with more variables for every orchestrator.
+    pub async fn start_with(
+        orchestrators: usize,
+        workers: usize,
+        slots: usize,
+        scale: u64,
+        env: Vec<(String, String)>,
+    ) -> Result<Several> {
         let dir = tempfile::Builder::new().prefix("alloy-several-").tempdir()?;
         for name in ["logs", "home"] {
             std::fs::create_dir(dir.path().join(name))?;
@@ -57,6 +70,7 @@ impl Several {
             token: String::new(),
             orchestrators: addresses.into_iter().map(|address| Member { daemon: None, address }).collect(),
             workers: Vec::new(),
+            env,
             balancer,
             dir,
             _balancing: balancing,
@@ -104,7 +118,7 @@ impl Several {
         let data = self.dir.path().join(format!("data-{number}"));
         command.arg("--data-dir").arg(&data).arg("--listen").arg(member.address.to_string());
         command.env("DATABASE_MODE", "postgres").env("DATABASE_URL", &self.database).env("BASE_URL", self.url());
-        command.envs(self.s3.env("several"));
+        command.envs(self.s3.env("several")).envs(self.env.iter().cloned());
         let name = format!("orchestrator-{number}");
         let before = self.said(number).len();
         let mut daemon = Daemon::start(&name, command, &self.log(&name))?;

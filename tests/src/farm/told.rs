@@ -3,10 +3,12 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::farm::output;
 use crate::observe::{Api, is_terminal};
 
 /// The address in the last line that tells it.
@@ -25,6 +27,18 @@ pub(super) fn read_token(farm_dir: &Path) -> Option<String> {
 pub fn vm_dirs(worker_dir: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(worker_dir.join("vms")).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).collect()
+}
+
+/// Sends a tree as `curl` would, and returns its digest for a job to name.
+pub async fn upload_tree(api: &Api, tree: &Path) -> Result<Value> {
+    let mut tar = Command::new("tar");
+    tar.args(["-c", "."]).current_dir(tree);
+    let out = output(tar).await?;
+    let request = api.request(reqwest::Method::POST, "/v1/sources");
+    let answer = request.header("content-type", "application/x-tar").body(out.stdout).send().await?;
+    let told: Value = answer.json().await?;
+    ensure!(told["digest"].is_string(), "{told}");
+    Ok(told["digest"].clone())
 }
 
 /// Asks from a thread of its own: `Drop` may run inside a runtime.
