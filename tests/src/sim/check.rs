@@ -6,15 +6,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::{AttemptRef, JobId, WorkerId};
 use alloy_shared::wire::job::{Blame, EventKind, StateWord};
-use orchestrator::blobs::{self, BlobKey};
+use orchestrator::blobs;
 use orchestrator::job::Step;
 use orchestrator::logs;
+use orchestrator::store::tidy::Tidy;
 use orchestrator::store::write::{Advance, CloseAttempt, InsertJob};
 use orchestrator::store::{Artifact, Attempt, BlobKind, Guard, Job, JobEventRow, Write};
 use worker::provider::VmName;
 
 use super::cover::{Cover, NEVER, legal_steps};
 use super::exec::Sim;
+use super::kept::KeptCheck;
 use super::log_check::{LogCheck, check_log};
 use super::plan::{self, Plan};
 
@@ -28,6 +30,7 @@ pub struct Check {
     legal: BTreeSet<(&'static str, &'static str)>,
     pub logs: LogCheck,
     pub blobs: blobs::Mem,
+    pub kept: KeptCheck,
 }
 
 #[derive(Default)]
@@ -47,12 +50,14 @@ struct State {
     alive: BTreeMap<AttemptRef, VmName>,
     /// Attempts that ended by their worker's result: their logs are whole.
     reported: BTreeSet<AttemptRef>,
+    /// Jobs that are no longer kept.
+    pruned: BTreeSet<JobId>,
 }
 
 impl Check {
-    pub fn new(sim: Sim, logs: logs::Mem, blobs: blobs::Mem) -> Self {
+    pub fn new(sim: Sim, logs: logs::Mem, blobs: blobs::Mem, kept: KeptCheck) -> Self {
         let legal = legal_steps().into_iter().filter(|step| !NEVER.contains(step)).collect();
-        Self { sim, cover: Cover::default(), state: Mutex::default(), legal, logs: LogCheck::new(logs), blobs }
+        Self { sim, cover: Cover::default(), state: Mutex::default(), legal, logs: LogCheck::new(logs), blobs, kept }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -122,12 +127,13 @@ impl Check {
 
     // --- commits -----------------------------------------------------------------------------------------------------
 
-    /// A write that the store has made true.
-    pub fn committed(&self, write: &Write) {
+    /// A write that the store has made true, and the number that it gave back.
+    pub fn committed(&self, write: &Write, number: i64) {
         match write {
             Write::InsertJob(insert) => self.inserted(insert),
             Write::Advance(advance) => self.advanced(advance),
             Write::CloseAttempt(close) => self.closed(close),
+            Write::Tidy(tidy) => self.tidied(tidy, number),
             Write::Enrol(_)
             | Write::SetWorker(_)
             | Write::RevokeWorker { .. }
@@ -140,7 +146,6 @@ impl Check {
             | Write::SetMember(_)
             | Write::DropMember { .. }
             | Write::AddBlobs(_)
-            | Write::Tidy(_)
             | Write::AddMeta { .. } => {}
         }
     }
@@ -174,6 +179,9 @@ impl Check {
         self.attempt_row(Some(&before), next, advance.attempt.as_ref());
         self.charges(&before, next, advance.attempt.as_ref());
         advance.artifacts.iter().for_each(|artifact| self.listed(artifact));
+        if next.state.is_done() {
+            self.kept.over(next.id, self.sim.now());
+        }
         let moved = Job { version: next.version, state: next.state.clone(), events: next.events, ..before };
         self.state().jobs.insert(next.id, moved);
     }
@@ -298,8 +306,8 @@ impl Check {
 
     /// I7: a listed artifact is there, with these bytes.
     fn listed(&self, artifact: &Artifact) {
-        let key = BlobKey::alone(artifact.org, BlobKind::Artifact, &artifact.sha256);
-        let object = self.blobs.object(&key);
+        self.kept.listed(artifact);
+        let object = self.kept.alone(artifact.org, BlobKind::Artifact, &artifact.sha256);
         let whole = object.as_ref().is_some_and(|bytes| {
             bytes.len() as u64 == artifact.size && alloy_shared::id::Digest::of(bytes) == artifact.sha256
         });
@@ -310,6 +318,59 @@ impl Check {
         }
     }
 
+    /// I5, I7: what is old may go, and nothing else.
+    fn tidied(&self, tidy: &Tidy, number: i64) {
+        let (keep, now) = (self.kept.keep, self.sim.now());
+        let may = match tidy {
+            Tidy::DropLog(fade) | Tidy::DropFiles(fade) => {
+                let is_log = matches!(tidy, Tidy::DropLog(_));
+                let (what, span_ms) = if is_log { ("logs", keep.logs_ms) } else { ("artifacts", keep.artifacts_ms) };
+                let ended = self.state().ended.get(&fade.attempt).copied();
+                self.cover.gone(what);
+                self.no_longer(&fade.attempt, is_log, !is_log);
+                self.kept.may_go(&fade.attempt.job, ended, span_ms, now)
+            }
+            Tidy::Prune { job, .. } => {
+                self.cover.gone("jobs");
+                let (first, last) = (AttemptRef { job: *job, attempt: 0 }, AttemptRef { job: *job, attempt: u32::MAX });
+                let attempts: Vec<AttemptRef> = self.state().attempts.range(first..=last).map(|(at, _)| *at).collect();
+                attempts.iter().for_each(|at| self.no_longer(at, true, true));
+                self.state().pruned.insert(*job);
+                self.kept.may_go(job, None, keep.jobs_ms, now)
+            }
+            Tidy::DropBlobs { .. } if number > 0 => {
+                self.cover.gone("blobs");
+                Ok(())
+            }
+            Tidy::Burnt { .. } => {
+                self.cover.gone("objects");
+                Ok(())
+            }
+            Tidy::Adopt { .. }
+            | Tidy::Use { .. }
+            | Tidy::DropBlobs { .. }
+            | Tidy::Trash { .. }
+            | Tidy::TakeTrash { .. }
+            | Tidy::Forget { .. }
+            | Tidy::SetRetention(_) => Ok(()),
+        };
+        may.unwrap_or_else(|why| self.fail("I5", why));
+    }
+
+    fn no_longer(&self, at: &AttemptRef, log: bool, files: bool) {
+        if log {
+            self.logs.gone(at);
+        }
+        if files {
+            self.kept.unlisted(at);
+        }
+    }
+
+    /// True once a job is no longer kept.
+    pub fn is_pruned(&self, job: JobId) -> bool {
+        self.state().pruned.contains(&job)
+    }
+
     fn closed(&self, close: &CloseAttempt) {
         let known = self.state().attempts.get(&close.at).cloned();
         if known.is_none_or(|row| row.worker != close.worker) {
@@ -318,6 +379,18 @@ impl Check {
     }
 
     // --- everything --------------------------------------------------------------------------------------------------
+
+    /// I5, I7: what live jobs need and what is listed has not been removed.
+    pub fn all_there(&self) {
+        let live: Vec<Job> = self.state().jobs.values().filter(|job| !job.state.is_done()).cloned().collect();
+        self.kept.all_there(&live).unwrap_or_else(|why| self.fail("I7", why));
+    }
+
+    /// What has not gone of all that the farm ever had.
+    pub fn left(&self) -> Vec<String> {
+        let logs = self.logs.left();
+        self.kept.left().into_iter().chain(logs.iter().map(|at| format!("the log of {at}"))).collect()
+    }
 
     /// I5, I8, I9 over all that there is. `calm`: no fault is under way.
     pub fn full(&self, claimed: &[(usize, Vec<AttemptRef>)], running: &[usize]) {

@@ -248,6 +248,9 @@ impl Client {
         loop {
             let cursor = got.cursor;
             let open = self.line.call(async move |app| feed::follow(app, admin().scope(), id, cursor));
+            if self.check.is_pruned(id) {
+                return;
+            }
             let Ok(mut frames) = open.await else {
                 self.sim.sleep(self.sim.between(200, 5_000)).await;
                 continue;

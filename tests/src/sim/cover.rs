@@ -73,7 +73,12 @@ pub struct Seen {
     pub faults: BTreeMap<Fault, u64>,
     pub steps: BTreeMap<(&'static str, &'static str), u64>,
     pub ends: BTreeMap<String, u64>,
+    /// What was removed because it was old.
+    pub gone: BTreeMap<&'static str, u64>,
 }
+
+/// What a farm removes.
+pub const GONE: [&str; 5] = ["jobs", "logs", "artifacts", "blobs", "objects"];
 
 impl Cover {
     pub fn fault(&self, fault: Fault) {
@@ -87,6 +92,10 @@ impl Cover {
 
     pub fn end(&self, how: String) {
         *self.seen().ends.entry(how).or_default() += 1;
+    }
+
+    pub fn gone(&self, what: &'static str) {
+        *self.seen().gone.entry(what).or_default() += 1;
     }
 
     pub fn take(&self) -> Seen {
@@ -103,6 +112,7 @@ impl Seen {
         other.faults.into_iter().for_each(|(what, count)| *self.faults.entry(what).or_default() += count);
         other.steps.into_iter().for_each(|(what, count)| *self.steps.entry(what).or_default() += count);
         other.ends.into_iter().for_each(|(what, count)| *self.ends.entry(what).or_default() += count);
+        other.gone.into_iter().for_each(|(what, count)| *self.gone.entry(what).or_default() += count);
     }
 
     /// Faults and transitions that never happened.
@@ -111,7 +121,9 @@ impl Seen {
             Fault::ALL.iter().filter(|fault| !self.faults.contains_key(fault)).map(|fault| format!("{fault:?}"));
         let legal = legal_steps();
         let steps = legal.into_iter().filter(|step| !NEVER.contains(step) && !self.steps.contains_key(step));
-        faults.chain(steps.map(|(from, to)| format!("{from} → {to}"))).collect()
+        let gone =
+            GONE.into_iter().filter(|what| !self.gone.contains_key(what)).map(|what| format!("old {what} that go"));
+        faults.chain(steps.map(|(from, to)| format!("{from} → {to}"))).chain(gone).collect()
     }
 }
 
@@ -149,6 +161,6 @@ mod tests {
         }
         assert!(NEVER.iter().all(|step| legal.contains(step)));
         let missing = Seen::default().missing();
-        assert_eq!(missing.len(), Fault::ALL.len() + legal.len() - NEVER.len());
+        assert_eq!(missing.len(), Fault::ALL.len() + legal.len() - NEVER.len() + GONE.len());
     }
 }

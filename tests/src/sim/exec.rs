@@ -23,7 +23,7 @@ pub const WORLD: Node = Node(0);
 /// More polls than this without the clock moving are a loop that waits for nothing.
 const POLLS_AT_ONCE: u64 = 3_000_000;
 /// The wall time at which every seed begins.
-const BEGIN: Ms = Ms(1_767_225_600_000);
+pub(super) const BEGIN: Ms = Ms(1_767_225_600_000);
 
 #[derive(Clone)]
 pub struct Sim(Arc<Inner>);

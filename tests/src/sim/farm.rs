@@ -87,6 +87,7 @@ pub struct Centre {
     pub blobs: blobs::Mem,
     pub disk: Arc<MemDisk>,
     limits: Limits,
+    keep: Keep,
 }
 
 thread_local! {
@@ -109,8 +110,9 @@ impl Centre {
     pub fn new(sim: Sim, store: Arc<SimStore>, disk: Arc<MemDisk>, limits: Limits, drift: i64) -> Self {
         TOKENS.with(|count| count.set(0));
         let (logs, blobs) = (store.check.logs.stored.clone(), store.check.blobs.clone());
+        let keep = store.check.kept.keep;
         let unit = Unit::new(sim.node(drift));
-        Self { sim, unit, front: Arc::default(), store, logs, blobs, disk, limits }
+        Self { sim, unit, front: Arc::default(), store, logs, blobs, disk, limits, keep }
     }
 
     /// Keeps an orchestrator running.
@@ -141,7 +143,7 @@ impl Centre {
             shared: None,
             env,
             limits: self.limits.clone(),
-            keep: Keep::default(),
+            keep: self.keep,
             secret: Secret::new([5; 32]),
             base_url: "http://farm.sim".to_owned(),
             behind_proxy: false,

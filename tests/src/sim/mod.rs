@@ -11,6 +11,7 @@
 //! | I7 | at each commit that lists an artifact |
 //! | I8, I9 | when a VM is made or a command starts, and over all hosts, every so many steps |
 //! | I11 | the faults stop, everything must end, and then new jobs run at once and at their first try |
+//! | what is old | at each commit that removes something; at the end of one seed in three, that nothing is left |
 //! | I13 | not here: memory is measured on real processes; every queue of the daemons is as bounded here as it is there |
 
 pub mod check;
@@ -18,6 +19,7 @@ pub mod client;
 pub mod cover;
 pub mod exec;
 pub mod farm;
+pub mod kept;
 pub mod log_check;
 pub mod nemesis;
 pub mod net;
@@ -30,18 +32,21 @@ pub mod vms;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use alloy_shared::env::Env as _;
+use alloy_shared::env::{Env as _, Ms};
 use alloy_shared::limits::Limits;
 use alloy_shared::mem_disk::MemDisk;
 use futures_util::FutureExt as _;
+use orchestrator::keep::Keep;
 use orchestrator::store::mem::MemStore;
 use orchestrator::{blobs, logs};
 
 use check::Check;
 use client::Client;
 pub use cover::Seen;
+use exec::BEGIN;
 use exec::Sim;
 use farm::{Centre, Mini};
+use kept::KeptCheck;
 use nemesis::Nemesis;
 use net::Line;
 use probe::Probe;
@@ -53,6 +58,10 @@ const FULL_EVERY: u64 = 1_000;
 const CALM_MS: u64 = 90 * 60_000;
 /// Then what is tried last ends within this: slots that were out of use are tried again before.
 const PROBE_MS: u64 = 30 * 60_000;
+
+/// Where things are kept for minutes, nothing is left so long after the last job: a job is kept for 45 minutes, and one whose
+/// worker did not say that it is done with it for 30 from its beginning.
+const EMPTY_MS: u64 = 75 * 60_000;
 
 /// What one seed came to.
 #[derive(Debug, Clone)]
@@ -89,13 +98,28 @@ fn limits(sim: &Sim) -> Limits {
     limits
 }
 
+/// In one seed of three things are kept for minutes only: long enough for whoever submits again to find his job, which tries for
+/// 20 minutes.
+fn keep(seed: u64) -> Keep {
+    match is_short(seed) {
+        true => Keep { every_ms: 15_000, ..Keep::of_days([45, 8, 10, 5], 60_000) },
+        false => Keep::default(),
+    }
+}
+
+fn is_short(seed: u64) -> bool {
+    seed % 3 == 1
+}
+
 impl World {
     fn new(seed: u64) -> Self {
         let sim = Sim::new(seed);
         let limits = limits(&sim);
         let disk = Arc::new(MemDisk::on(sim.world()));
-        let check = Arc::new(Check::new(sim.clone(), logs::Mem::on(disk.clone()), blobs::Mem::on(disk.clone())));
-        let (mem, mood) = (MemStore::default(), StoreMood::default());
+        let (mem, mood) = (Arc::new(MemStore::default()), StoreMood::default());
+        let (logs, blobs) = (logs::Mem::on(disk.clone()), blobs::Mem::on(disk.clone()));
+        let kept = KeptCheck::new(keep(seed), mem.clone(), blobs.clone());
+        let check = Arc::new(Check::new(sim.clone(), logs, blobs, kept));
         let store = Arc::new(SimStore { sim: sim.clone(), check: check.clone(), mem, mood });
         let drift = sim.roll(1_001) as i64 - 500;
         let centre = Arc::new(Centre::new(sim.clone(), store, disk, limits.clone(), drift));
@@ -113,6 +137,8 @@ impl World {
             minis: minis.clone(),
             lines: lines.collect(),
             pause_ms: sim.between(10_000, 300_000),
+            // What is old is told by the clock: one that jumps by more than things are kept for is not promised anything.
+            wall_ms: if is_short(seed) { 30_000 } else { 3_600_000 },
         };
         Self { check, centre, minis, clients, nemesis: Arc::new(nemesis), sim }
     }
@@ -135,6 +161,9 @@ impl World {
         let mut steps = 0u64;
         self.sim.run(end, || {
             steps += 1;
+            if steps.is_multiple_of(16) {
+                self.check.blobs.tell_time(Ms(BEGIN.0 + self.sim.now() as i64));
+            }
             if steps.is_multiple_of(FULL_EVERY) {
                 self.full();
                 if over() {
@@ -150,6 +179,7 @@ impl World {
         let running: Vec<usize> = self.minis.iter().map(|mini| mini.host.running()).collect();
         self.minis.iter().for_each(|mini| self.check.logs.spooled(&mini.spool.held()));
         self.check.full(&claimed, &running);
+        self.check.all_there();
     }
 
     /// Every job has ended, nobody holds anything of one, and nobody is about to submit another.
@@ -173,6 +203,16 @@ impl World {
                     self.check.fail("I11", format!("host {} still holds {held:?}", mini.host.index));
                 }
             }
+        }
+    }
+
+    /// Nobody uses the farm any more: all that is old goes, and nothing is left behind of what was cut off half-way.
+    fn empties(&self) {
+        let told = self.sim.now();
+        self.run(told + EMPTY_MS, || self.check.left().is_empty());
+        let left = self.check.left();
+        if !left.is_empty() && self.check.is_clean() {
+            self.check.fail("I5", format!("{EMPTY_MS} ms after the last job these are left: {left:?}"));
         }
     }
 
@@ -222,6 +262,9 @@ pub fn run_seed(seed: u64, hours_milli: u64) -> Outcome {
     if world.check.is_clean() {
         world.full();
         world.check_end();
+    }
+    if world.check.is_clean() && is_short(seed) {
+        world.empties();
     }
     let panics = run::take_panics();
     for broken in world.sim.take_broken().into_iter().chain(panics) {

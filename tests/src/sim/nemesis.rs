@@ -22,6 +22,8 @@ pub struct Nemesis {
     pub lines: Vec<Arc<Line>>,
     /// The longest pause between two faults.
     pub pause_ms: u64,
+    /// The most that a clock jumps by.
+    pub wall_ms: u64,
 }
 
 /// How long a fault lasts: mostly within a lease, sometimes beyond it.
@@ -251,7 +253,7 @@ impl Nemesis {
             false => (Fault::OrchestratorWall, self.centre.unit.node),
         };
         self.check.cover.fault(fault);
-        let most = if self.sim.chance(500) { 3_600_000 } else { 30_000 };
+        let most = if self.sim.chance(500) { self.wall_ms } else { 30_000 };
         self.sim.set_wall(node, self.sim.roll(2 * most) as i64 - most as i64);
         self.sim.sleep(span).await;
         if self.sim.chance(500) {

@@ -219,7 +219,9 @@ fn summary(sum: &Sum, first: u64, wall_ms: u64) -> bool {
     let faults: Vec<String> = sum.seen.faults.iter().map(|(fault, n)| counts(format!("{fault:?}"), *n)).collect();
     let steps: Vec<String> = sum.seen.steps.iter().map(|((from, to), n)| counts(format!("{from}→{to}"), *n)).collect();
     let ends: Vec<String> = sum.seen.ends.iter().map(|(end, n)| counts(end.clone(), *n)).collect();
+    let gone: Vec<String> = sum.seen.gone.iter().map(|(what, n)| counts((*what).to_owned(), *n)).collect();
     println!("faults: {}\ntransitions: {}\nends: {}", faults.join(", "), steps.join(", "), ends.join(", "));
+    println!("gone: {}", gone.join(", "));
     let missing = sum.seen.missing();
     if !missing.is_empty() {
         println!("never seen: {}", missing.join(", "));
@@ -253,7 +255,7 @@ pub fn take_panics() -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cover::{Fault, legal_steps};
+    use super::super::cover::{Fault, GONE, legal_steps};
     use super::*;
 
     #[test]
@@ -265,19 +267,30 @@ mod tests {
         assert!(first.jobs > 0 && first.attempts > 0, "{first:?}");
     }
 
+    /// In the end such a farm has nothing left, or the run fails.
+    #[test]
+    fn a_farm_that_keeps_things_for_minutes_removes_all_of_them() {
+        let outcome = run_seed(13, 300);
+        assert_eq!(outcome.violations, [""; 0]);
+        let missing: Vec<&str> = GONE.into_iter().filter(|what| !outcome.seen.gone.contains_key(what)).collect();
+        assert_eq!(missing, [""; 0]);
+    }
+
     #[test]
     fn a_long_run_that_never_saw_a_fault_or_a_transition_fails() {
         let all = Seen {
             faults: Fault::ALL.iter().map(|fault| (*fault, 1)).collect(),
             steps: legal_steps().into_iter().map(|step| (step, 1)).collect(),
+            gone: GONE.into_iter().map(|what| (what, 1)).collect(),
             ..Seen::default()
         };
         let sum = |seeds, seen: &Seen| Sum { seeds, seen: seen.clone(), ..Sum::default() };
         assert!(summary(&sum(SEEDS_FOR_ALL, &all), 1, 1));
-        let (mut no_fault, mut no_step) = (all.clone(), all.clone());
+        let (mut no_fault, mut no_step, mut no_end) = (all.clone(), all.clone(), all.clone());
+        no_end.gone.remove("logs");
         no_fault.faults.remove(&Fault::Cut);
         no_step.steps.remove(&("running", "failed"));
-        for lacking in [no_fault, no_step] {
+        for lacking in [no_fault, no_step, no_end] {
             assert!(!summary(&sum(SEEDS_FOR_ALL, &lacking), 1, 1));
             assert!(summary(&sum(SEEDS_FOR_ALL - 1, &lacking), 1, 1), "a short look proves nothing");
         }

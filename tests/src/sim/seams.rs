@@ -46,7 +46,7 @@ pub struct StoreMood {
 pub struct SimStore {
     pub sim: Sim,
     pub check: Arc<Check>,
-    pub mem: MemStore,
+    pub mem: Arc<MemStore>,
     pub mood: StoreMood,
 }
 
@@ -73,7 +73,7 @@ impl SimStore {
         if self.hit(&self.mood.away, Fault::StoreAway) {
             return Err(StoreError::Unavailable("the simulated database is away".to_owned()));
         }
-        Ok(&self.mem)
+        Ok(&*self.mem)
     }
 }
 
@@ -140,9 +140,8 @@ impl SimStore {
         let done = self.mem.commit(groups).await?;
         for (group, result) in groups.iter().zip(&done.groups) {
             self.sim.note((group.0.len(), result.is_ok()));
-            if result.is_ok() {
-                group.0.iter().for_each(|write| self.check.committed(write));
-            }
+            let numbers = result.as_ref().map(Vec::as_slice).unwrap_or_default();
+            group.0.iter().zip(numbers).for_each(|(write, number)| self.check.committed(write, *number));
         }
         // What is committed stays, whether its asker hears of it or not.
         self.moment().await;
