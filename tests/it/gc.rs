@@ -199,32 +199,68 @@ async fn with_several_orchestrators_what_is_old_goes_and_says_so_and_what_is_nee
 }
 
 async fn goes_and_stays(place: Place) -> Result<()> {
+    let idle = place.tree("idle")?;
+    runs(&place, &idle).await?;
     let api = place.api();
-    let (needed, idle) = (place.tree("needed")?, place.tree("idle")?);
-    let run = ["run", "-c", "cp a.txt out.txt; echo the log", "--artifact", "out.txt"];
-    let out = output(place.alloy_in(&idle, &run)).await?;
-    ensure!(out.status.code() == Some(0) && out.stdout == b"the log\n", "{out:?}");
     let old = api.get("/v1/jobs").await?["jobs"][0]["id"].as_str().context("an id")?.to_owned();
+    let (blocker, waits) = files_go(&place, &old).await?;
+    logs_go(&place, &old).await?;
+
+    let (code, shown, _) = place.alloy(&["admin", "retention", "set", "--jobs", "1", "--logs", "farm"]).await?;
+    ensure!(code == 0 && shown.contains("logs\tfor ever\tthe farm\n"), "{shown}");
+    for id in [&old, &waits, &blocker] {
+        until_gone(&api, &format!("/v1/jobs/{id}"), StatusCode::NOT_FOUND).await;
+    }
+    let (code, _, said) = place.alloy(&["status", &old]).await?;
+    ensure!(code == 5, "{said}");
+    until("nothing is left", async || {
+        let left = (place.objects()?, place.logs_left().await?);
+        ensure!(left == (BTreeSet::new(), 0), "{left:?}");
+        Ok(Some(()))
+    })
+    .await;
+
+    // What has gone can come again.
+    place.alloy(&["admin", "retention", "set", "--jobs", "farm", "--artifacts", "farm", "--sources", "farm"]).await?;
+    runs(&place, &idle).await?;
+    assert_eq!(std::fs::read(newest(&idle.join("alloy-out"))?.join("out.txt"))?, std::fs::read(idle.join("a.txt"))?);
+    Ok(())
+}
+
+/// A job that leaves a log and an artifact.
+async fn runs(place: &Place, tree: &Path) -> Result<()> {
+    let run = ["run", "-c", "cp a.txt out.txt; echo the log", "--artifact", "out.txt"];
+    let out = output(place.alloy_in(tree, &run)).await?;
+    ensure!(out.status.code() == Some(0) && out.stdout == b"the log\n", "{out:?}");
+    Ok(())
+}
+
+/// Artifacts and sources become old; a job that waits keeps its own. Returns it, and the one that it waited for.
+async fn files_go(place: &Place, old: &str) -> Result<(String, String)> {
+    let api = place.api();
     let (blocker, gate) = place.block().await?;
-    let source = upload_tree(&api, &needed).await?;
+    let source = upload_tree(&api, &place.tree("needed")?).await?;
     let body = json!({ "spec": { "shell": "cat a.txt" }, "source": source });
     let waits = api.post("/v1/jobs", &body).await?["id"].as_str().context("an id")?.to_owned();
 
     let (code, shown, said) = place.alloy(&["admin", "retention", "show"]).await?;
-    ensure!(code == 0 && shown.matches("for ever  the farm").count() == 4, "{shown}{said}");
+    ensure!(code == 0 && shown.matches("\tfor ever\tthe farm\n").count() == 4, "{shown}{said}");
     let (code, shown, said) = place.alloy(&["admin", "retention", "set", "--artifacts", "1", "--sources", "1"]).await?;
-    ensure!(code == 0 && shown.contains("you; the farm: for ever") && said.contains("within an hour"), "{shown}{said}");
+    ensure!(
+        code == 0 && shown.contains("\t1 day\tyou; the farm: for ever\n") && said.contains("within an hour"),
+        "{shown}{said}"
+    );
 
-    let (files, log) = (format!("/v1/jobs/{old}/artifacts"), format!("/v1/jobs/{old}/log"));
+    let files = format!("/v1/jobs/{old}/artifacts");
     let told = until_gone(&api, &files, StatusCode::GONE).await;
     assert_eq!(told["code"], "gone", "{told}");
     ensure!(told["message"].as_str().is_some_and(|text| text.contains("removed on 20")), "{told}");
     ensure!(told["hint"].as_str().is_some_and(|text| text.contains("alloy admin retention show")), "{told}");
     assert_eq!(problem(&api, &format!("{files}/out.txt")).await?.0, StatusCode::GONE);
-    for args in [vec!["artifacts", &old], vec!["artifacts", "get", &old]] {
-        in_one_line(&place, &args, "the artifacts of attempt 1").await?;
+    for args in [vec!["artifacts", old], vec!["artifacts", "get", old]] {
+        in_one_line(place, &args, "the artifacts of attempt 1").await?;
     }
-    assert_eq!(place.alloy(&["logs", &old]).await?.1, "the log\n", "the log is kept for ever");
+    assert_eq!(place.alloy(&["logs", old]).await?.1, "the log\n", "the log is kept for ever");
 
     // Both trees were used last at the same time or so; only one of them goes, with its bytes.
     until("of two sources one is left, and no artifact", async || {
@@ -241,34 +277,18 @@ async fn goes_and_stays(place: Place) -> Result<()> {
         "it waited for days, and had all that it came with"
     );
     api.end(&blocker).await;
+    Ok((blocker, waits))
+}
 
+async fn logs_go(place: &Place, old: &str) -> Result<()> {
+    let api = place.api();
     place.alloy(&["admin", "retention", "set", "--logs", "1"]).await?;
-    let told = until_gone(&api, &log, StatusCode::GONE).await;
+    let told = until_gone(&api, &format!("/v1/jobs/{old}/log"), StatusCode::GONE).await;
     ensure!(told["message"].as_str().is_some_and(|text| text.starts_with("the log of attempt 1")), "{told}");
-    in_one_line(&place, &["logs", &old], "the log of attempt 1").await?;
-    assert_eq!(place.alloy(&["status", &old]).await?.0, 0, "the job itself is kept for ever");
-    let attached = output(place.alloy_in(&idle, &["attach", &old])).await?;
+    in_one_line(place, &["logs", old], "the log of attempt 1").await?;
+    assert_eq!(place.alloy(&["status", old]).await?.0, 0, "the job itself is kept for ever");
+    let attached = output(place.alloy_in(&place.dir().join("home"), &["attach", old])).await?;
     ensure!(attached.status.code() == Some(0) && attached.stdout.is_empty(), "its feed has an end: {attached:?}");
-
-    let (code, shown, _) = place.alloy(&["admin", "retention", "set", "--jobs", "1", "--logs", "farm"]).await?;
-    ensure!(code == 0 && shown.contains("logs       for ever  the farm"), "{shown}");
-    for id in [&old, &waits, &blocker] {
-        until_gone(&api, &format!("/v1/jobs/{id}"), StatusCode::NOT_FOUND).await;
-    }
-    let (code, _, said) = place.alloy(&["status", &old]).await?;
-    ensure!(code == 5, "{said}");
-    until("nothing is left", async || {
-        let left = (place.objects()?, place.logs_left().await?);
-        ensure!(left == (BTreeSet::new(), 0), "{left:?}");
-        Ok(Some(()))
-    })
-    .await;
-
-    // What has gone can come again.
-    place.alloy(&["admin", "retention", "set", "--jobs", "farm", "--artifacts", "farm", "--sources", "farm"]).await?;
-    let out = output(place.alloy_in(&idle, &run)).await?;
-    ensure!(out.status.code() == Some(0) && out.stdout == b"the log\n", "{out:?}");
-    assert_eq!(std::fs::read(newest(&idle.join("alloy-out"))?.join("out.txt"))?, std::fs::read(idle.join("a.txt"))?);
     Ok(())
 }
 
