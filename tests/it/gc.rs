@@ -297,12 +297,13 @@ fn newest(dir: &Path) -> Result<PathBuf> {
     all.into_iter().next_back().context("something was downloaded")
 }
 
-/// A command about something that has gone says so in one line, and in one more what to do; nothing on standard output.
+/// A command about something that has gone says so in one line, then what to do; nothing on standard output.
 async fn in_one_line(place: &Place, args: &[&str], what: &str) -> Result<()> {
     let (code, shown, said) = place.alloy(args).await?;
     let lines: Vec<&str> = said.lines().collect();
     ensure!(code == 5 && shown.is_empty(), "{args:?}: {code} {shown}{said}");
-    ensure!(lines.len() <= 2 && lines[0].contains(what) && lines[0].contains("removed on 20"), "{args:?}: {said}");
+    ensure!(lines[1..].iter().all(|line| line.starts_with("  ")), "{args:?}: {said}");
+    ensure!(lines.len() <= 3 && lines[0].contains(what) && lines[0].contains("removed on 20"), "{args:?}: {said}");
     let json: Vec<&str> = ["--json"].into_iter().chain(args.iter().copied()).collect();
     let (code, _, said) = place.alloy(&json).await?;
     let told: Value = serde_json::from_str(said.trim()).with_context(|| said.clone())?;

@@ -220,7 +220,7 @@ fn packed(blobs: &[(Digest, Bytes)]) -> Body {
 const AGES: [u64; 8] = [30, 47, 49, 73, 15 * 24 + 1, 17 * 24 + 1, 18 * 24 + 2, 40 * 24];
 
 async fn meet(world: World) -> Result<()> {
-    let rounds = if full() { 25 } else { 3 };
+    let rounds = if full() { 25 } else { 2 };
     let mut ahead = 0;
     for round in 0..rounds * AGES.len() as u64 {
         let age = AGES[(round % AGES.len() as u64) as usize];

@@ -49,6 +49,13 @@ const SAMPLES: &[(i64, &[&str])] = &[
         ],
     ),
     (
+        4,
+        &[
+            "INSERT INTO trash (object, root, at_ms, gone) VALUES ('o', 'o', 1, FALSE)",
+            "INSERT INTO retention (org_id, jobs_days) VALUES ('org_1', 7)",
+        ],
+    ),
+    (
         1000,
         &[
             "INSERT INTO orchestrators (id, version, started_at_ms, seen_at_ms) VALUES ('orc_1', '0', 1, 1)",
@@ -61,6 +68,7 @@ const SAMPLES: &[(i64, &[&str])] = &[
     ),
     (1001, &[]),
     (1002, &[]),
+    (1003, &[]),
 ];
 
 fn samples(version: i64) -> &'static [&'static str] {

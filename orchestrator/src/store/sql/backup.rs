@@ -16,7 +16,7 @@ statements! {
     OBJECTS = "SELECT DISTINCT object FROM blobs";
     ENDED_LOGS = "SELECT job_id, attempt, log_len FROM attempts WHERE log_len > 0";
     LOGS_LEFT = "SELECT job_id, attempt, log_len FROM attempts WHERE log_len > 0 AND log_gone_at_ms IS NULL";
-    HAS_RETENTION = "SELECT COUNT(*) FROM _sqlx_migrations WHERE version = 4";
+    HAS_RETENTION = "SELECT COUNT(*) AS found FROM _sqlx_migrations WHERE version = 4";
 }
 
 /// What must lie beside a database for it to be whole.
