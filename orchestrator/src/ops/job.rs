@@ -46,11 +46,11 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
         return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
     }
     app.blobs.room()?;
-    if let Some(digest) = body.source {
-        if !depot(app, who.org).freshen(&digest, app.env.now().wall).await? {
-            let why = format!("source {digest} is not here, or its upload was not finished");
-            return Err(OpError::refused(ErrorCode::SourceIncomplete, why).hint("upload the source, then submit again"));
-        }
+    if let Some(digest) = body.source
+        && !depot(app, who.org).freshen(&digest, app.env.now().wall).await?
+    {
+        let why = format!("source {digest} is not here, or its upload was not finished");
+        return Err(OpError::refused(ErrorCode::SourceIncomplete, why).hint("upload the source, then submit again"));
     }
     somebody_qualifies(app, who, &body).await?;
     somebody_has_the_image(app, who, &body).await?;
