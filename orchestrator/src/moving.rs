@@ -4,6 +4,7 @@
 //! the farm's lock held, counts and sums up every table on both sides, and only then says in the target that it is whole; until
 //! then no orchestrator starts on it. Whatever was brought stays when a move is cut off: the next one goes on.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,11 +19,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use crate::backup::list::{self, Head, ListError};
 use crate::backup::{BackupError, DATABASE, OBJECTS, copy, hash, make_dir, settle};
 use crate::blobs::mark::{Elsewhere, bucket_of};
-use crate::blobs::{BlobError, Blobs, OpenS3, off_thread};
+use crate::blobs::{BlobError, BlobKey, Blobs, OpenS3, off_thread};
 use crate::broken::Care;
 use crate::config::S3;
 use crate::logs::LogError;
-use crate::store::sql::backup::{Needs, copy_at_once, examine, meta_of, needs_of, schema};
+use crate::store::sql::backup::{Needs, copy_at_once, examine, meta_of, needs_of, schema, upgrade};
 use crate::store::sql::tables::{Known, Tables, Tallies, bring};
 use crate::store::sql::target::MoveLock;
 use crate::store::sql::{DataLock, OpenError, SqlStore, shown_address};
@@ -52,7 +53,7 @@ const LOCK_PAUSE_MS: u64 = 200;
 pub enum MoveError {
     #[error("there is no farm in {}: it holds no {DATABASE}", .0.display())]
     NoFarm(PathBuf),
-    #[error("{0} holds another farm: name an empty database")]
+    #[error("{0} holds a farm already")]
     Occupied(String),
     #[error("{} holds a farm already, or parts of one; name another --data-dir", .0.display())]
     InUse(PathBuf),
@@ -115,6 +116,9 @@ pub struct Counts {
     pub bytes: u64,
 }
 
+/// Told now and then how far a pass is.
+pub type Heard = Arc<dyn Fn(&Counts) + Send + Sync>;
+
 /// How a move stands.
 pub enum Begun {
     Going(Box<Mover>),
@@ -136,18 +140,21 @@ pub struct Mover {
     /// Where objects and long logs go. Absent: objects stay, logs are rows at first.
     blobs: Option<Arc<Blobs>>,
     bucket: Option<S3>,
+    /// How long each object is there.
+    there: Option<HashMap<BlobKey, u64>>,
     damaged: Vec<String>,
     counts: Counts,
+    heard: Heard,
     _lock: MoveLock,
 }
 
 impl Mover {
     /// Looks at both sides, and takes the target for this farm.
-    pub async fn open(farm: &Path, to: To, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
-        Self::begin(farm, &farm.join(WORK), to, env).await
+    pub async fn open(farm: &Path, to: To, heard: Heard, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
+        Self::begin(farm, &farm.join(WORK), to, heard, env).await
     }
 
-    async fn begin(farm: &Path, work: &Path, to: To, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
+    async fn begin(farm: &Path, work: &Path, to: To, heard: Heard, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
         if !farm.join(DATABASE).is_file() {
             return Err(MoveError::NoFarm(farm.to_owned()));
         }
@@ -163,11 +170,10 @@ impl Mover {
         make_dir(work).map_err(at(work))?;
         let sql = SqlStore::open_shared(&to.database, "alloy admin".to_owned()).await?;
         let Some(lock) = patient_lock(&to.database, &*env).await? else { return Err(MoveError::Busy(shown)) };
-        let snapshot = work.join(DATABASE);
-        let _ = fs::remove_file(&snapshot);
         let secret = meta_of(&farm.join(DATABASE), FARM_SECRET).await?.unwrap_or_default();
         let id = claim(&sql, &Digest::of(secret.as_bytes()).to_string(), &shown).await?;
         if sql.meta(VERIFIED).await?.is_some() {
+            let _ = fs::remove_dir_all(work);
             return Ok(Begun::Done { to: shown });
         }
         let mut tables = Tables::postgres(&to.database).await?;
@@ -190,8 +196,10 @@ impl Mover {
             journal,
             blobs,
             bucket: to.bucket,
+            there: None,
             damaged: Vec::new(),
             counts: Counts::default(),
+            heard,
             _lock: lock,
         })))
     }
@@ -202,6 +210,11 @@ impl Mover {
         let needs = examine(&snapshot).await?;
         self.pass(&snapshot, &needs).await?;
         Ok(self.counts.clone())
+    }
+
+    /// The database, as people may see it.
+    pub fn to(&self) -> &str {
+        &self.shown
     }
 
     /// What the farm has lost or damaged, by now.
@@ -220,13 +233,14 @@ impl Mover {
         self.say_whole(None).await
     }
 
-    /// The database as it is now, in a file of its own.
+    /// The database as it is now, in a file of its own, with the tables of this version.
     async fn snapshot(&self) -> Result<PathBuf, MoveError> {
         let path = self.work.join(DATABASE);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&path)(error)),
-            Ok(()) | Err(_) => copy_at_once(&self.farm.join(DATABASE), &path).await?,
+        for left in ["", "-wal", "-shm", ".open"] {
+            remove(&self.work.join(format!("{DATABASE}{left}")))?;
         }
+        copy_at_once(&self.farm.join(DATABASE), &path).await?;
+        upgrade(&path).await?;
         Ok(path)
     }
 
@@ -248,14 +262,13 @@ impl Mover {
         if !self.damaged.is_empty() && !leave {
             return Err(MoveError::Damaged(self.damaged.clone()));
         }
-        self.tables.commit().await?;
         let there = self.tables.tally(None).await?;
         for ((table, here), (_, there)) in here.iter().zip(&there) {
             if here != there {
                 return Err(MoveError::Differs { table, here: here.rows, there: there.rows });
             }
         }
-        Ok(())
+        Ok(self.tables.commit().await?)
     }
 
     /// From here on an orchestrator starts on the target.
@@ -301,9 +314,21 @@ async fn claim(sql: &SqlStore, from: &str, shown: &str) -> Result<String, MoveEr
     Ok(sql.meta(ID).await?.unwrap_or_default())
 }
 
-/// Refuses a database into which a farm is being moved.
+/// False for a database into which a farm is being moved.
 pub(crate) async fn check_whole(sql: &SqlStore) -> Result<bool, StoreError> {
     Ok(sql.meta(FROM).await?.is_none() || sql.meta(VERIFIED).await?.is_some())
+}
+
+/// The same for whoever reads all of it.
+pub(crate) async fn is_whole(tables: &mut Tables) -> Result<bool, OpenError> {
+    Ok(tables.meta(FROM).await?.is_none() || tables.meta(VERIFIED).await?.is_some())
+}
+
+fn remove(path: &Path) -> Result<(), MoveError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(path)(error)),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Makes the farm of a backup in an empty Postgres, and in `farm` what is files of it. Whoever ran that farm must not run it any
@@ -313,6 +338,7 @@ pub async fn restore(
     farm: &Path,
     to: To,
     now: Ms,
+    heard: Heard,
     env: Arc<dyn Env>,
 ) -> Result<(Head, Counts), MoveError> {
     let listed = list::read(backup, schema());
@@ -325,7 +351,7 @@ pub async fn restore(
     let entries =
         off_thread(move || entries.iter().try_for_each(|entry| checked(&from, entry)).map(|()| entries)).await?;
     let stays = to.bucket.is_none();
-    let Begun::Going(mut mover) = Mover::begin(backup, &work, to, env).await? else {
+    let Begun::Going(mut mover) = Mover::begin(backup, &work, to, heard, env).await? else {
         return Err(MoveError::Occupied(shown));
     };
     let (from, files) = (backup.to_owned(), farm.to_owned());
@@ -335,15 +361,13 @@ pub async fn restore(
         for entry in kept {
             let (source, target) = (from.join(&entry.path), files.join(&entry.path));
             make_dir(target.parent().unwrap_or(&files)).map_err(at(&target))?;
-            match fs::remove_file(&target) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&target)(error)),
-                Ok(()) | Err(_) => copy(&source, &target, None).map_err(at(&source))?,
-            };
+            remove(&target)?;
+            copy(&source, &target, None).map_err(at(&source))?;
         }
         settle(&files).map_err(at(&files))
     })
     .await?;
-    let database = backup.join(DATABASE);
+    let database = mover.snapshot().await?;
     let needs = examine(&database).await?;
     // What the farm had lost by then its backup has not.
     mover.whole(&database, &needs, true).await?;

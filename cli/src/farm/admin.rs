@@ -1,13 +1,14 @@
 //! S: what is done to a farm's data on the orchestrator's own machine: backups, the way back, and the move to Postgres.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use orchestrator::backup::elsewhere::Source;
 use orchestrator::backup::restore::{RestoreError, restore};
 use orchestrator::backup::{self, BackupError};
 use orchestrator::config::{Config, Database, Flags};
-use orchestrator::moving::{self, Begun, Counts, MoveError, Mover, To};
-use orchestrator::store::sql::{DataLock, LockError};
+use orchestrator::moving::{self, Begun, Counts, Heard, MoveError, Mover, To};
+use orchestrator::store::sql::{DataLock, LockError, OpenError};
 
 use super::host::{problems_failure, variables};
 use crate::context::App;
@@ -15,6 +16,7 @@ use crate::output::talk::Tone;
 use crate::output::{Failure, exit, plural, print_json, size};
 use crate::signals::Signals;
 
+const NO_FARM_HINT: &str = "run it on the orchestrator's machine, and name its --data-dir";
 /// Between two looks whether the farm has stopped.
 const LOOK_AGAIN_MS: u64 = 100;
 
@@ -167,15 +169,17 @@ async fn take(app: &App, args: &BackupArgs) -> Result<i32, Failure> {
 fn backup_failure(error: &BackupError) -> Failure {
     let failure = Failure::error(error.to_string());
     match error {
-        BackupError::NoFarm(_) => failure.hint("run it on the orchestrator's machine, and name its --data-dir"),
+        BackupError::NoFarm(_) => failure.hint(NO_FARM_HINT),
         BackupError::Exists(_) => failure.hint("a new directory for each backup; old ones can be deleted as a whole"),
+        BackupError::NoFarmThere => {
+            failure.hint("DATABASE_URL names the farm's database; a move into it may not be over")
+        }
+        BackupError::Database(error) => database_hint(failure, error),
         BackupError::Busy(_)
         | BackupError::Bucket(_)
-        | BackupError::NoFarmThere
         | BackupError::Objects(_)
         | BackupError::Blob(_)
         | BackupError::Place(_)
-        | BackupError::Database(_)
         | BackupError::Io { .. } => failure,
     }
 }
@@ -218,11 +222,16 @@ async fn bring_back_there(app: &App, from: &std::path::Path, database: &str, con
     let farm = config.farm_dir();
     let lock = DataLock::acquire(&farm).map_err(|error| Failure::error(error.to_string()))?;
     let to = To { database: database.to_owned(), bucket: config.s3.clone() };
-    let restored = moving::restore(from, &farm, to, app.env.now().wall, app.env.clone()).await;
+    let (line, heard) = progress(app, "Restoring");
+    let restored = moving::restore(from, &farm, to, app.env.now().wall, heard, app.env.clone()).await;
+    line.finish_and_clear();
     drop(lock);
     let (head, counts) = restored.map_err(|error| move_failure(&error))?;
     if app.talk.json() {
-        print_json(&json(&counts, &[]))?;
+        let Counts { rows, objects, logs, bytes } = &counts;
+        print_json(
+            &serde_json::json!({ "rows": rows, "objects": objects, "logs": logs, "bytes": bytes, "taken_at": head.taken_at }),
+        )?;
     }
     app.talk.verdict(Tone::Good, "✓", &format!("{}, as of {}", told(&counts), head.taken_at), None);
     app.talk.hint(
@@ -237,9 +246,23 @@ fn told(counts: &Counts) -> String {
     format!("{}, {}, {}, {}", plural(*rows, "row"), plural(*objects, "object"), plural(*logs, "log"), size(*bytes))
 }
 
-fn json(counts: &Counts, left_out: &[String]) -> serde_json::Value {
+/// A line that says how far it is, while a person watches.
+fn progress(app: &App, label: &str) -> (indicatif::ProgressBar, Heard) {
+    let line = app.talk.spinner(label, "");
+    let shown = line.clone();
+    let heard = move |counts: &Counts| {
+        let Counts { objects, logs, bytes, .. } = counts;
+        shown.set_message(format!("{}, {}, {}", plural(*objects, "object"), plural(*logs, "log"), size(*bytes)));
+    };
+    (line, Arc::new(heard))
+}
+
+/// What programs read of a move.
+fn json(state: &str, to: &str, counts: &Counts, damaged: &[String]) -> serde_json::Value {
     let Counts { rows, objects, logs, bytes } = counts;
-    serde_json::json!({ "rows": rows, "objects": objects, "logs": logs, "bytes": bytes, "left_out": left_out })
+    serde_json::json!({
+        "state": state, "to": to, "rows": rows, "objects": objects, "logs": logs, "bytes": bytes, "damaged": damaged,
+    })
 }
 
 async fn migrate(app: &App, args: &MigrateArgs) -> Result<i32, Failure> {
@@ -248,27 +271,35 @@ async fn migrate(app: &App, args: &MigrateArgs) -> Result<i32, Failure> {
     let config = args.data.config(app, Some(&database), args.to_s3.as_deref())?;
     let mut signals = Signals::install()?;
     let to = To { database, bucket: config.s3.clone() };
-    signals.unless_told(move_farm(app, args, &config, to)).await?
+    let moved = signals.unless_told(move_farm(app, args, &config, to)).await;
+    moved.map_err(|failure| failure.hint("what was brought stays there: the same command goes on from here"))?
 }
 
 async fn move_farm(app: &App, args: &MigrateArgs, config: &Config, to: To) -> Result<i32, Failure> {
     let farm = config.farm_dir();
-    let begun = Mover::open(&farm, to, app.env.clone()).await.map_err(|error| move_failure(&error))?;
+    let (line, heard) = progress(app, "Bringing");
+    let begun = Mover::open(&farm, to, heard, app.env.clone()).await.map_err(|error| move_failure(&error))?;
     let mut mover = match begun {
         Begun::Going(mover) => mover,
         Begun::Done { to } => {
+            line.finish_and_clear();
+            if app.talk.json() {
+                print_json(&serde_json::json!({ "state": "moved", "to": to }))?;
+            }
             app.talk.verdict(Tone::Good, "✓", &format!("the farm is in {to}"), None);
             return Ok(exit::OK);
         }
     };
+    let to = mover.to().to_owned();
     let counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
+    line.finish_and_clear();
     app.talk.step("Brought", &told(&counts));
     for damaged in mover.damaged() {
         app.talk.warn(damaged);
     }
     if args.copy_only {
         if app.talk.json() {
-            print_json(&json(&counts, mover.damaged()))?;
+            print_json(&json("copied", &to, &counts, mover.damaged()))?;
         }
         app.talk.hint("run it again without --copy-only to bring what is new, with the farm stopped, and to finish");
         return Ok(exit::OK);
@@ -276,9 +307,12 @@ async fn move_farm(app: &App, args: &MigrateArgs, config: &Config, to: To) -> Re
     let lock = stopped(app, &farm).await?;
     let (counts, left) = mover.finish(&lock, args.leave_damaged).await.map_err(|error| move_failure(&error))?;
     if app.talk.json() {
-        print_json(&json(&counts, &left))?;
+        print_json(&json("moved", &to, &counts, &left))?;
     }
-    app.talk.verdict(Tone::Good, "✓", &format!("{}, all compared", told(&counts)), None);
+    app.talk.verdict(Tone::Good, "✓", &format!("{}, all compared; the farm is in {to}", told(&counts)), None);
+    if !left.is_empty() {
+        app.talk.warn(&format!("left out, because it is damaged here: {}", left.join("; ")));
+    }
     let bucket = if config.s3.is_some() { ", and ALLOY_S3_URL with its keys" } else { " and the same --data-dir" };
     app.talk.hint(&format!("start the orchestrator now, with DATABASE_MODE=postgres, DATABASE_URL{bucket}"));
     Ok(exit::OK)
@@ -292,7 +326,13 @@ async fn stopped(app: &App, farm: &std::path::Path) -> Result<DataLock, Failure>
             Ok(lock) => return Ok(lock),
             Err(LockError::Taken { pid, .. }) if !said => {
                 let by = pid.map_or(String::new(), |pid| format!(" (process {pid})"));
-                app.talk.say(&format!("Stop the orchestrator{by} now; jobs go on meanwhile for up to 40 seconds."));
+                let wish = format!("Stop the orchestrator{by} now; jobs go on meanwhile for up to 40 seconds.");
+                // Programs must hear it too: nothing goes on without it.
+                if app.talk.json() {
+                    app.talk.warn(&wish)
+                } else {
+                    app.talk.say(&wish)
+                }
                 said = true;
             }
             Err(LockError::Taken { .. }) => {}
@@ -305,8 +345,38 @@ async fn stopped(app: &App, farm: &std::path::Path) -> Result<DataLock, Failure>
 fn move_failure(error: &MoveError) -> Failure {
     let failure = Failure::error(error.to_string());
     match error {
-        MoveError::NoFarm(_) => failure.hint("run it on the orchestrator's machine, and name its --data-dir"),
+        MoveError::NoFarm(_) => failure.hint(NO_FARM_HINT),
         MoveError::Damaged(_) => failure.hint("put it back from a backup, or say --leave-damaged"),
-        _ => failure,
+        MoveError::Occupied(_) => failure.hint("createdb makes an empty database: name that one"),
+        MoveError::Busy(_) => failure.hint("wait until it has ended, or stop it: either can be run again"),
+        MoveError::Wrong { .. } => failure.hint("run it again: what is right there is not brought again"),
+        MoveError::Differs { .. } => failure.hint("nothing says that the farm is there: the old one is still the farm"),
+        MoveError::InBucket(_) => failure.hint("leave --to-s3 and ALLOY_S3_URL out, or name the same place"),
+        MoveError::Database(error) | MoveError::Backup(BackupError::Database(error)) => database_hint(failure, error),
+        MoveError::InUse(_)
+        | MoveError::List { .. }
+        | MoveError::BadBackup { .. }
+        | MoveError::Gone(_)
+        | MoveError::Place(_)
+        | MoveError::Store(_)
+        | MoveError::Bucket(_)
+        | MoveError::Blob(_)
+        | MoveError::Log(_)
+        | MoveError::Backup(_)
+        | MoveError::Io { .. } => failure,
+    }
+}
+
+fn database_hint(failure: Failure, error: &OpenError) -> Failure {
+    match error {
+        OpenError::Url(_) => Failure::usage(failure.message).hint("postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        OpenError::Db(_) => failure.hint("psql with the same address tells more"),
+        OpenError::Migrate(_) => failure.hint("the database must hold nothing else, and its user may make tables"),
+        OpenError::OldSqlite { .. }
+        | OpenError::Damaged { .. }
+        | OpenError::TransactionPooler
+        | OpenError::PooledByTransaction
+        | OpenError::Newer(_)
+        | OpenError::Io { .. } => failure,
     }
 }

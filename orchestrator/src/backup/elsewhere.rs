@@ -16,6 +16,7 @@ use crate::FARM_SECRET;
 use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
 use crate::broken::Care;
 use crate::config::S3;
+use crate::moving::is_whole;
 use crate::store::sql::backup::{Needs, copy_at_once, examine, meta_of};
 use crate::store::sql::tables::{Tables, copy_to_file};
 use crate::store::sql::target::LogsThen;
@@ -57,6 +58,10 @@ pub async fn take(
     };
     match &mut tables {
         Some(tables) => {
+            if tables.versions().await?.is_empty() || !is_whole(tables).await? {
+                return Err(BackupError::NoFarmThere);
+            }
+            tables.refuse_newer().await?;
             tables.hold_still().await?;
             copy_to_file(tables, &database).await?;
         }

@@ -1,6 +1,7 @@
 //! S: logs of a farm that moves: from files to rows and objects, each read again where it went. What was brought of a log that
 //! grows is looked at again: its first bytes are hashed here and compared with what they were then.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
@@ -19,7 +20,8 @@ use crate::blobs::{BlobKey, Blobs, off_thread};
 use crate::logs::{Chunks, Logs};
 use crate::store::sql::backup::Needs;
 use crate::store::sql::chunks::{ChunkTable, Part, ROW_MAX};
-use crate::store::sql::target::clear_log;
+use crate::store::sql::tables::Tables;
+use crate::store::sql::target::{LogsThen, clear_log};
 use crate::sums::{BLOCK, Seal};
 
 /// What one object holds at most.
@@ -42,9 +44,14 @@ impl Mover {
         let nowhere = || std::sync::Arc::new(Blobs::memory());
         let blobs = self.blobs.clone().unwrap_or_else(nowhere);
         let logs = Logs::Chunks(Chunks::new(table.clone(), blobs));
-        for (attempt, path) in files(&self.farm.join(LOGS)).map_err(at(&self.farm))? {
-            self.bring_log(&table, &logs, attempt, &path).await?;
+        let here = files(&self.farm.join(LOGS)).map_err(at(&self.farm))?;
+        for (attempt, path) in &here {
+            let damaged = self.damaged.len();
+            self.bring_log(&table, &logs, *attempt, path).await?;
+            self.counts.logs += u64::from(self.damaged.len() == damaged);
+            (self.heard)(&self.counts);
         }
+        self.forget_logs(&here.into_iter().map(|(attempt, _)| attempt).collect()).await?;
         for (job, attempt, len) in &needs.logs {
             let name = format!("{LOGS}/{job}/{attempt}");
             let have = self.journal.get(&name).map_or(0, |brought| brought.len);
@@ -52,6 +59,15 @@ impl Mover {
             if have < *len && !told {
                 self.damaged.push(format!("{name}.log has less than its {len} bytes"));
             }
+        }
+        Ok(())
+    }
+
+    /// Takes back the logs that were brought and that the farm has removed since.
+    async fn forget_logs(&mut self, here: &HashSet<AttemptRef>) -> Result<(), MoveError> {
+        let (Tables::Postgres(conn), Some(shared)) = (&mut self.tables, self.sql.shared()) else { return Ok(()) };
+        for gone in LogsThen(conn).all().await?.iter().filter(|attempt| !here.contains(attempt)) {
+            clear_log(shared.pool(), gone).await?;
         }
         Ok(())
     }
@@ -65,7 +81,6 @@ impl Mover {
     ) -> Result<(), MoveError> {
         let name = format!("{LOGS}/{}/{}", attempt.job, attempt.attempt);
         let known = self.journal.get(&name).cloned();
-        self.counts.logs += 1;
         if let Some(known) = known.as_ref().filter(|known| known.last) {
             self.counts.bytes += known.len;
             return Ok(());

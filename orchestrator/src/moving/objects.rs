@@ -36,9 +36,11 @@ impl Mover {
         if bucket_of(&self.farm)?.is_some() {
             return Ok(());
         }
-        let there = match &self.blobs {
-            Some(blobs) => sizes(blobs).await?,
-            None => HashMap::new(),
+        // Listed once: the last pass has no time for that, and nobody removes anything there.
+        let mut there = match (self.there.take(), &self.blobs) {
+            (Some(there), _) => there,
+            (None, Some(blobs)) => sizes(blobs).await?,
+            (None, None) => HashMap::new(),
         };
         let mut wanted = Vec::new();
         for object in &needs.objects {
@@ -47,9 +49,8 @@ impl Mover {
                 continue;
             };
             let known = self.journal.get(object).map(|brought| brought.len);
-            self.counts.objects += 1;
             match known.filter(|len| self.blobs.is_none() || there.get(&key) == Some(len)) {
-                Some(len) => self.counts.bytes += len,
+                Some(len) => self.count_object(len),
                 None => wanted.push((key.clone(), there.get(&key).copied())),
             }
         }
@@ -60,13 +61,21 @@ impl Mover {
             match came {
                 Came::Lost(why) => self.damaged.push(format!("object {key} {why}")),
                 Came::Whole(seal) => {
-                    self.counts.bytes += seal.len;
+                    self.count_object(seal.len);
+                    there.insert(key.clone(), seal.len);
                     let brought = Brought { name: key.to_string(), len: seal.len, sha256: seal.sha256, last: true };
                     self.journal.add(brought).map_err(at(&self.work))?;
                 }
             }
         }
+        self.there = Some(there);
         Ok(())
+    }
+
+    fn count_object(&mut self, len: u64) {
+        self.counts.objects += 1;
+        self.counts.bytes += len;
+        (self.heard)(&self.counts);
     }
 }
 

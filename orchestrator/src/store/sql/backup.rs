@@ -9,7 +9,8 @@ use sqlx::{ConnectOptions as _, Connection as _};
 
 use super::blob::META;
 use super::open::{MIGRATIONS, OpenError};
-use super::{fault, statements};
+use super::tables::Tables;
+use super::{SqlStore, fault, statements};
 
 // They read a whole file that nobody else uses.
 statements! {
@@ -44,6 +45,15 @@ pub async fn copy_at_once(from: &Path, to: &Path) -> Result<(), OpenError> {
     let done = sqlx::query("VACUUM INTO ?1").bind(to.display().to_string()).execute(&mut conn).await;
     named(from, done)?;
     Ok(conn.close().await?)
+}
+
+/// Gives a copy the tables of this version. One of a newer version is refused: what it has more would be left behind.
+pub async fn upgrade(copy: &Path) -> Result<(), OpenError> {
+    let mut tables = Tables::file(copy).await?;
+    tables.refuse_newer().await?;
+    tables.close().await?;
+    SqlStore::open_sqlite(copy).await?.close().await;
+    Ok(())
 }
 
 /// Checks a file that nobody writes, to its last page, and reads what it needs.

@@ -182,11 +182,16 @@ impl Args {
         self.0.append(&mut more.0);
     }
 
-    /// Tells a row of a table from all others, whichever engine it was read from.
-    pub(super) fn digest(&self, table: &str) -> [u8; 32] {
+    pub(super) fn first(mut self, count: usize) -> Self {
+        self.0.truncate(count);
+        self
+    }
+
+    /// Tells the first columns of a table's row from all others, whichever engine they were read from.
+    pub(super) fn digest(&self, table: &str, columns: usize) -> [u8; 32] {
         let mut sha = sha2::Sha256::new();
         sha.update(table);
-        for arg in &self.0 {
+        for arg in self.0.iter().take(columns) {
             let (kind, bytes) = match arg {
                 Arg::Text(Some(text)) => (b't', text.as_bytes()),
                 Arg::Int(Some(value)) => (b'i', &value.to_le_bytes()[..]),

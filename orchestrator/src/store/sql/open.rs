@@ -35,6 +35,12 @@ pub enum OpenError {
     PooledByTransaction,
     #[error("the database's address cannot be read: {0}")]
     Url(String),
+    /// It has been through a migration that this version does not know.
+    #[error(
+        "the database is of a newer version (migration {0}) and holds what this one does not know: use the `alloy` of the \
+         version that the farm runs"
+    )]
+    Newer(i64),
     #[error("the database's schema cannot be brought up to date: {0}")]
     Migrate(#[from] MigrateError),
     #[error("the database cannot be opened: {0}")]
@@ -243,6 +249,7 @@ fn damage(error: &OpenError) -> Option<String> {
         | OpenError::TransactionPooler
         | OpenError::PooledByTransaction
         | OpenError::Url(_)
+        | OpenError::Newer(_)
         | OpenError::Io { .. } => return None,
     };
     fault::damage(error)

@@ -1,6 +1,6 @@
 //! S: all rows of a farm, read from one engine and written to the other: for backups, and for farms that move.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::Path;
 
 use futures_util::stream::BoxStream;
@@ -9,8 +9,9 @@ use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode};
 use sqlx::{ConnectOptions as _, Connection as _};
 
+use super::blob::META;
 use super::conn::{Args, Conn, Row, Wide};
-use super::open::{OpenError, plain_postgres};
+use super::open::{OpenError, plain_postgres, postgres_migrations, sqlite_migrations};
 use super::{SqlStore, backup};
 
 // Parents before what refers to them. What belongs to a database and not to its farm is left out.
@@ -40,20 +41,19 @@ super::statements! {
     COPY_MEMBERS = "INSERT INTO members (user_id, org_id, role, email, created_at_ms) VALUES ($1, $2, $3, $4, $5) ON \
         CONFLICT (user_id, org_id) DO UPDATE SET role = excluded.role, email = excluded.email, created_at_ms = \
         excluded.created_at_ms";
-    CLEAR_MEMBERS = "DELETE FROM members";
     ALL_IMAGES = "SELECT org_id, name, want, pinned, workers, labels, generation, at_ms FROM images";
     COPY_IMAGES = "INSERT INTO images (org_id, name, want, pinned, workers, labels, generation, at_ms) VALUES ($1, \
         $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (org_id, name) DO UPDATE SET want = excluded.want, pinned = \
         excluded.pinned, workers = excluded.workers, labels = excluded.labels, generation = excluded.generation, \
         at_ms = excluded.at_ms";
-    CLEAR_IMAGES = "DELETE FROM images";
     ALL_BLOBS = "SELECT digest, kind, org_id, size_bytes, object, frame_at, stored_bytes, zstd, frame_bytes, raw_at, \
-        created_at_ms FROM blobs";
+        created_at_ms, used_at_ms FROM blobs";
     COPY_BLOBS = "INSERT INTO blobs (digest, kind, org_id, size_bytes, object, frame_at, stored_bytes, zstd, \
-        frame_bytes, raw_at, created_at_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT \
-        (digest, kind, org_id) DO UPDATE SET size_bytes = excluded.size_bytes, object = excluded.object, frame_at = \
+        frame_bytes, raw_at, created_at_ms, used_at_ms) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) ON \
+        CONFLICT (digest, kind, org_id) DO UPDATE SET size_bytes = excluded.size_bytes, object = excluded.object, frame_at = \
         excluded.frame_at, stored_bytes = excluded.stored_bytes, zstd = excluded.zstd, frame_bytes = \
-        excluded.frame_bytes, raw_at = excluded.raw_at, created_at_ms = excluded.created_at_ms";
+        excluded.frame_bytes, raw_at = excluded.raw_at, created_at_ms = excluded.created_at_ms, \
+        used_at_ms = excluded.used_at_ms";
     ALL_IDEMPOTENCY = "SELECT org_id, caller, key, body, job_id, created_at_ms FROM idempotency";
     COPY_IDEMPOTENCY = "INSERT INTO idempotency (org_id, caller, key, body, job_id, created_at_ms) VALUES ($1, $2, \
         $3, $4, $5, $6) ON CONFLICT (key, caller, org_id) DO UPDATE SET body = excluded.body, job_id = \
@@ -68,13 +68,14 @@ super::statements! {
         excluded.finished_at_ms, state_json = excluded.state_json, spec = excluded.spec, source = excluded.source, \
         created_at_ms = excluded.created_at_ms, created_by = excluded.created_by, events = excluded.events";
     ALL_ATTEMPTS = "SELECT job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, outcome, end_json, \
-        timings, teardown_ms, seq, log_len, facts FROM attempts";
+        timings, teardown_ms, seq, log_len, facts, log_gone_at_ms, files_gone_at_ms FROM attempts";
     COPY_ATTEMPTS = "INSERT INTO attempts (job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, outcome, \
-        end_json, timings, teardown_ms, seq, log_len, facts) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, \
-        $12, $13) ON CONFLICT (job_id, attempt) DO UPDATE SET org_id = excluded.org_id, worker_id = \
+        end_json, timings, teardown_ms, seq, log_len, facts, log_gone_at_ms, files_gone_at_ms) VALUES ($1, $2, $3, \
+        $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) ON CONFLICT (job_id, attempt) DO UPDATE SET org_id = excluded.org_id, worker_id = \
         excluded.worker_id, assigned_at_ms = excluded.assigned_at_ms, ended_at_ms = excluded.ended_at_ms, outcome = \
         excluded.outcome, end_json = excluded.end_json, timings = excluded.timings, teardown_ms = \
-        excluded.teardown_ms, seq = excluded.seq, log_len = excluded.log_len, facts = excluded.facts";
+        excluded.teardown_ms, seq = excluded.seq, log_len = excluded.log_len, facts = excluded.facts, \
+        log_gone_at_ms = excluded.log_gone_at_ms, files_gone_at_ms = excluded.files_gone_at_ms";
     ALL_EVENTS = "SELECT job_id, seq, org_id, at_ms, attempt, kind, state, phase, reason, worker_id, message, \
         artifact FROM events";
     COPY_EVENTS = "INSERT INTO events (job_id, seq, org_id, at_ms, attempt, kind, state, phase, reason, worker_id, \
@@ -86,6 +87,28 @@ super::statements! {
     COPY_ARTIFACTS = "INSERT INTO artifacts (job_id, attempt, path, org_id, size_bytes, sha256, mode, link) VALUES \
         ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (job_id, attempt, path) DO UPDATE SET org_id = excluded.org_id, \
         size_bytes = excluded.size_bytes, sha256 = excluded.sha256, mode = excluded.mode, link = excluded.link";
+    ALL_TRASH = "SELECT object, root, at_ms, taken_at_ms, gone FROM trash";
+    COPY_TRASH = "INSERT INTO trash (object, root, at_ms, taken_at_ms, gone) VALUES ($1, $2, $3, $4, $5) ON CONFLICT \
+        (object) DO UPDATE SET root = excluded.root, at_ms = excluded.at_ms, taken_at_ms = excluded.taken_at_ms, gone \
+        = excluded.gone";
+    ALL_RETENTION = "SELECT org_id, jobs_days, artifacts_days, logs_days, sources_days FROM retention";
+    COPY_RETENTION = "INSERT INTO retention (org_id, jobs_days, artifacts_days, logs_days, sources_days) VALUES ($1, \
+        $2, $3, $4, $5) ON CONFLICT (org_id) DO UPDATE SET jobs_days = excluded.jobs_days, artifacts_days = \
+        excluded.artifacts_days, logs_days = excluded.logs_days, sources_days = excluded.sources_days";
+    ERASE_META = "DELETE FROM meta WHERE name = $1";
+    ERASE_WORKERS = "DELETE FROM workers WHERE id = $1";
+    ERASE_TOKENS = "DELETE FROM tokens WHERE id = $1";
+    ERASE_MEMBERS = "DELETE FROM members WHERE user_id = $1 AND org_id = $2";
+    ERASE_IMAGES = "DELETE FROM images WHERE org_id = $1 AND name = $2";
+    ERASE_BLOBS = "DELETE FROM blobs WHERE digest = $1 AND kind = $2 AND org_id = $3";
+    ERASE_IDEMPOTENCY = "DELETE FROM idempotency WHERE org_id = $1 AND caller = $2 AND key = $3";
+    ERASE_JOBS = "DELETE FROM jobs WHERE id = $1";
+    ERASE_ATTEMPTS = "DELETE FROM attempts WHERE job_id = $1 AND attempt = $2";
+    ERASE_EVENTS = "DELETE FROM events WHERE job_id = $1 AND seq = $2";
+    ERASE_ARTIFACTS = "DELETE FROM artifacts WHERE job_id = $1 AND attempt = $2 AND path = $3";
+    ERASE_TRASH = "DELETE FROM trash WHERE object = $1";
+    ERASE_RETENTION = "DELETE FROM retention WHERE org_id = $1";
+    ALL_VERSIONS = "SELECT version FROM _sqlx_migrations ORDER BY version";
 }
 
 /// A table that a farm has on either engine.
@@ -93,61 +116,41 @@ struct Table {
     name: &'static str,
     /// What each column holds: a text, an integer or a flag.
     kinds: &'static [u8],
+    /// The first so many columns tell a row from all others.
+    keys: usize,
     all: &'static str,
     copy: Wide,
-    /// Of a table whose rows may go.
-    clear: Option<&'static str>,
+    erase: &'static str,
 }
 
-static TABLES: [Table; 11] = [
-    Table { name: "meta", kinds: b"tt", all: ALL_META, copy: Wide::new(COPY_META, 2), clear: None },
-    Table {
-        name: "workers",
-        kinds: b"tttttttitftiif",
-        all: ALL_WORKERS,
-        copy: Wide::new(COPY_WORKERS, 14),
-        clear: None,
-    },
-    Table { name: "tokens", kinds: b"ttttttttiiit", all: ALL_TOKENS, copy: Wide::new(COPY_TOKENS, 12), clear: None },
-    Table {
-        name: "members",
-        kinds: b"tttti",
-        all: ALL_MEMBERS,
-        copy: Wide::new(COPY_MEMBERS, 5),
-        clear: Some(CLEAR_MEMBERS),
-    },
-    Table {
-        name: "images",
-        kinds: b"tttfttii",
-        all: ALL_IMAGES,
-        copy: Wide::new(COPY_IMAGES, 8),
-        clear: Some(CLEAR_IMAGES),
-    },
-    Table { name: "blobs", kinds: b"tttitiifiii", all: ALL_BLOBS, copy: Wide::new(COPY_BLOBS, 11), clear: None },
-    Table {
-        name: "idempotency",
-        kinds: b"ttttti",
-        all: ALL_IDEMPOTENCY,
-        copy: Wide::new(COPY_IDEMPOTENCY, 6),
-        clear: None,
-    },
-    Table { name: "jobs", kinds: b"tititttititttiti", all: ALL_JOBS, copy: Wide::new(COPY_JOBS, 16), clear: None },
-    Table {
-        name: "attempts",
-        kinds: b"tittiitttiiit",
-        all: ALL_ATTEMPTS,
-        copy: Wide::new(COPY_ATTEMPTS, 13),
-        clear: None,
-    },
-    Table { name: "events", kinds: b"titiittttttt", all: ALL_EVENTS, copy: Wide::new(COPY_EVENTS, 12), clear: None },
-    Table {
-        name: "artifacts",
-        kinds: b"tittitit",
-        all: ALL_ARTIFACTS,
-        copy: Wide::new(COPY_ARTIFACTS, 8),
-        clear: None,
-    },
-];
+macro_rules! tables {
+    ($($name:literal $kinds:literal $keys:literal $all:ident $copy:ident $erase:ident;)+) => {
+        [$(Table {
+            name: $name,
+            kinds: $kinds,
+            keys: $keys,
+            all: $all,
+            copy: Wide::new($copy, $kinds.len()),
+            erase: $erase,
+        }),+]
+    };
+}
+
+static TABLES: [Table; 13] = tables! {
+    "meta" b"tt" 1 ALL_META COPY_META ERASE_META;
+    "workers" b"tttttttitftiif" 1 ALL_WORKERS COPY_WORKERS ERASE_WORKERS;
+    "tokens" b"ttttttttiiit" 1 ALL_TOKENS COPY_TOKENS ERASE_TOKENS;
+    "members" b"tttti" 2 ALL_MEMBERS COPY_MEMBERS ERASE_MEMBERS;
+    "images" b"tttfttii" 2 ALL_IMAGES COPY_IMAGES ERASE_IMAGES;
+    "blobs" b"tttitiifiiii" 3 ALL_BLOBS COPY_BLOBS ERASE_BLOBS;
+    "idempotency" b"ttttti" 3 ALL_IDEMPOTENCY COPY_IDEMPOTENCY ERASE_IDEMPOTENCY;
+    "jobs" b"tititttititttiti" 1 ALL_JOBS COPY_JOBS ERASE_JOBS;
+    "attempts" b"tittiitttiiitii" 2 ALL_ATTEMPTS COPY_ATTEMPTS ERASE_ATTEMPTS;
+    "events" b"titiittttttt" 2 ALL_EVENTS COPY_EVENTS ERASE_EVENTS;
+    "artifacts" b"tittitit" 3 ALL_ARTIFACTS COPY_ARTIFACTS ERASE_ARTIFACTS;
+    "trash" b"ttiif" 1 ALL_TRASH COPY_TRASH ERASE_TRASH;
+    "retention" b"tiiii" 1 ALL_RETENTION COPY_RETENTION ERASE_RETENTION;
+};
 
 /// Rows of one commit.
 const PAGE: usize = 1_024;
@@ -172,9 +175,9 @@ impl Tally {
 /// What each table holds.
 pub type Tallies = Vec<(&'static str, Tally)>;
 
-/// The rows that are there already, by a part of their digest.
+/// The rows that are there already: of each table, what a row's key hashes to, and what all of it does.
 #[derive(Debug, Default)]
-pub struct Known(HashSet<u128>);
+pub struct Known(HashMap<&'static str, HashMap<u128, u128>>);
 
 fn short(digest: &[u8; 32]) -> u128 {
     u128::from_le_bytes(digest.first_chunk().copied().unwrap_or_default())
@@ -237,6 +240,36 @@ impl Tables {
         Ok(())
     }
 
+    /// The migrations that it has been through. None: nobody made a farm there.
+    pub async fn versions(&mut self) -> Result<Vec<i64>, OpenError> {
+        let read = match self {
+            Self::Sqlite(conn) => sqlx::query_scalar(ALL_VERSIONS).fetch_all(conn).await,
+            Self::Postgres(conn) => sqlx::query_scalar(ALL_VERSIONS).fetch_all(conn).await,
+        };
+        match read {
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(UNDEFINED_TABLE) => Ok(Vec::new()),
+            read => Ok(read?),
+        }
+    }
+
+    /// Refuses a database with tables that this version does not know, and so would leave behind.
+    pub async fn refuse_newer(&mut self) -> Result<(), OpenError> {
+        let known = match self {
+            Self::Sqlite(_) => sqlite_migrations(),
+            Self::Postgres(_) => postgres_migrations(),
+        };
+        let found = self.versions().await?;
+        match found.iter().find(|version| known.iter().all(|ours| ours.version != **version)) {
+            Some(version) => Err(OpenError::Newer(*version)),
+            None => Ok(()),
+        }
+    }
+
+    pub async fn meta(&mut self, name: &str) -> Result<Option<String>, OpenError> {
+        let row = self.conn().first(META, Args::new().text(name)).await?;
+        Ok(row.map(|row| row.text_at(1)).transpose()?.flatten())
+    }
+
     /// Counts all rows, and learns them.
     pub async fn tally(&mut self, mut known: Option<&mut Known>) -> Result<Tallies, OpenError> {
         let mut tallies = Vec::new();
@@ -244,16 +277,24 @@ impl Tables {
             let mut tally = Tally::default();
             let mut rows = rows(self, table);
             while let Some(row) = rows.try_next().await? {
-                let digest = args(&row, table)?.digest(table.name);
+                let args = args(&row, table)?;
+                let digest = args.digest(table.name, table.kinds.len());
                 tally.add(&digest);
                 if let Some(known) = &mut known {
-                    known.0.insert(short(&digest));
+                    known.0.entry(table.name).or_default().insert(key(&args, table), short(&digest));
                 }
             }
             tallies.push((table.name, tally));
         }
         Ok(tallies)
     }
+}
+
+/// What Postgres calls a table that is not there.
+const UNDEFINED_TABLE: &str = "42P01";
+
+fn key(args: &Args, table: &Table) -> u128 {
+    short(&args.digest(table.name, table.keys))
 }
 
 fn rows<'a>(tables: &'a mut Tables, table: &'static Table) -> BoxStream<'a, Result<Row, sqlx::Error>> {
@@ -275,20 +316,19 @@ fn args(row: &Row, table: &Table) -> Result<Args, sqlx::Error> {
     Ok(args)
 }
 
-/// Writes every row of `from` that is not known to be there. Tables whose rows may go are written anew.
+/// Makes `to` hold the rows of `from` and no others. What is known to be there as it is, is not written again.
 pub async fn bring(from: &mut Tables, to: &mut Tables, known: &mut Known) -> Result<Tallies, OpenError> {
-    let mut tallies = Vec::new();
+    let (mut tallies, mut stale) = (Vec::new(), Vec::new());
     for table in &TABLES {
         let (mut tally, mut page, mut waiting) = (Tally::default(), Args::new(), 0);
-        if let Some(clear) = table.clear {
-            to.conn().run(clear, Args::new()).await?;
-        }
+        let (mut before, mut now) = (known.0.remove(table.name).unwrap_or_default(), HashMap::new());
         let mut rows = rows(from, table);
         while let Some(row) = rows.try_next().await? {
             let args = args(&row, table)?;
-            let digest = args.digest(table.name);
+            let (key, digest) = (key(&args, table), args.digest(table.name, table.kinds.len()));
             tally.add(&digest);
-            if !known.0.insert(short(&digest)) && table.clear.is_none() {
+            now.insert(key, short(&digest));
+            if before.remove(&key) == Some(short(&digest)) {
                 continue;
             }
             page.append(args);
@@ -299,9 +339,32 @@ pub async fn bring(from: &mut Tables, to: &mut Tables, known: &mut Known) -> Res
             }
         }
         to.conn().run_wide(&table.copy, page).await?;
+        known.0.insert(table.name, now);
         tallies.push((table.name, tally));
+        stale.push((table, before));
+    }
+    // What refers to a row goes before it.
+    for (table, gone) in stale.into_iter().rev().filter(|(_, gone)| !gone.is_empty()) {
+        erase(to, table, &gone).await?;
     }
     Ok(tallies)
+}
+
+/// Removes the rows with these keys.
+async fn erase(to: &mut Tables, table: &'static Table, gone: &HashMap<u128, u128>) -> Result<(), OpenError> {
+    let mut found = Vec::new();
+    let mut rows = rows(to, table);
+    while let Some(row) = rows.try_next().await? {
+        let args = args(&row, table)?;
+        if gone.contains_key(&key(&args, table)) {
+            found.push(args.first(table.keys));
+        }
+    }
+    drop(rows);
+    for keys in found {
+        to.conn().run(table.erase, keys).await?;
+    }
+    Ok(())
 }
 
 /// Copies all that a shared database holds now into a new file of the other engine.
