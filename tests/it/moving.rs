@@ -6,14 +6,17 @@ use std::time::Duration;
 
 use alloy_tests::chaos::Dice;
 use alloy_tests::farm::{Farm, Setup, full, isolated_orchestrator, output};
-use alloy_tests::load::{self, check};
+use alloy_tests::load::{self, Known, Load, check};
 use alloy_tests::noise::sha256_of;
 use alloy_tests::observe::{Api, until};
 use alloy_tests::pg;
 use alloy_tests::process::Daemon;
-use alloy_tests::s3::S3;
+use alloy_tests::s3::{Odds, S3};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
+use sqlx::{Connection as _, Executor as _, PgConnection};
+
+use crate::store::migrations::{expand_file, expand_postgres};
 
 const STOP: Duration = Duration::from_secs(60);
 const USER: &str = "3f0c2f1e-8a51-4c1e-9d0b-6f1f3f0f9a11";
@@ -66,9 +69,21 @@ async fn all_of(api: &Api, jobs: &[String]) -> Result<Vec<Value>> {
     Ok(all)
 }
 
-/// Jobs with logs and artifacts, one log that is long, a token of its own and a member. Returns the jobs.
-async fn lived_in(farm: &Farm) -> Result<(Vec<String>, String)> {
+/// What a farm has that was lived in.
+struct Lived {
+    jobs: Vec<String>,
+    /// Of a CI.
+    token: String,
+    /// A tree with one file.
+    source: Value,
+}
+
+/// Jobs with logs and artifacts, one log that is long, one with a source, a token and a member.
+async fn lived_in(farm: &Farm) -> Result<Lived> {
     let api = farm.api();
+    let tree = farm.scratch("tree")?;
+    fs::write(tree.join("input"), "what the source has\n")?;
+    let source = farm.upload(&tree).await?;
     let mut jobs = Vec::new();
     for seed in 1..=6 {
         jobs.push(load::submit(&api, seed).await.context("it is taken")?);
@@ -83,7 +98,28 @@ async fn lived_in(farm: &Farm) -> Result<(Vec<String>, String)> {
     ensure!(api.end(&long).await["state"] == "succeeded");
     ensure!(api.log(&long).await?.len() > 5 << 20);
     jobs.push(long);
-    Ok((jobs, token["token"].as_str().context("a token")?.to_owned()))
+    jobs.push(reads_source(&api, &source).await?);
+    Ok(Lived { jobs, token: token["token"].as_str().context("a token")?.to_owned(), source })
+}
+
+/// Runs a job on a source that the farm has, and sees that it got it.
+async fn reads_source(api: &Api, source: &Value) -> Result<String> {
+    let job = api.post("/v1/jobs", &json!({ "spec": { "shell": "cat input" }, "source": source })).await?;
+    let id = job["id"].as_str().context("an id")?.to_owned();
+    let job = api.end(&id).await;
+    ensure!(job["state"] == "succeeded", "{job}");
+    ensure!(api.log(&id).await? == b"what the source has\n");
+    Ok(id)
+}
+
+/// The farm tells of these jobs, and of who may do what, just what it told before.
+async fn tells_the_same(farm: &Farm, jobs: &[String], before: &[Value]) -> Result<()> {
+    let after = all_of(&farm.api(), jobs).await?;
+    ensure!(before.len() == after.len());
+    for (before, after) in before.iter().zip(&after) {
+        ensure!(before == after, "before: {before}\nafter: {after}");
+    }
+    Ok(())
 }
 
 /// A command that waits for a file.
@@ -101,21 +137,25 @@ async fn refusal(farm: &Farm, variables: &[(String, String)]) -> Result<String> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_farm_is_moved_while_a_build_runs() -> Result<()> {
+async fn a_farm_is_moved_while_builds_run() -> Result<()> {
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
-    let mut farm = Farm::start(Setup { workers: 2, ..Setup::default() }).await?;
-    let (mut jobs, token) = lived_in(&farm).await?;
+    let mut farm = Farm::start(Setup { workers: 2, slots: 3, ..Setup::default() }).await?;
+    let Lived { mut jobs, token, source } = lived_in(&farm).await?;
     let gate = farm.scratch("gate")?.join("open");
     let runs = farm.api().shell(&waits(&gate)).await?;
     farm.api().log_has(&runs, "attempt 1").await;
+    let builds = Load::on(&farm.api(), 3);
     let (fine, told) = said(migrate(&farm, &database, &s3, &["--copy-only"])).await?;
     ensure!(fine && told.contains("run it again without --copy-only"), "{told}");
     let unfinished = refusal_elsewhere(&farm, &there(&database, &s3, "moved")).await?;
     ensure!(unfinished.contains("is being moved into it"), "{unfinished}");
+    let nothing = farm.dir().join("half").display().to_string();
+    let (fine, told) = said(admin(&farm, &there(&database, &s3, "moved"), &["backup", &nothing])).await?;
+    ensure!(!fine && told.contains("not a whole one"), "{told}");
 
-    // What happens later is brought later.
-    let later = load::submit(&farm.api(), 7).await.context("it is taken")?;
-    check(&farm.api(), &later, 7).await?;
+    // What happens later is brought later, and what went is gone there too.
+    let later = load::submit(&farm.api(), 907).await.context("it is taken")?;
+    check(&farm.api(), &later, 907).await?;
     jobs.push(later);
     let gone = farm.api().request(reqwest::Method::DELETE, &format!("/v1/members/{USER}")).send().await?;
     ensure!(gone.status().is_success());
@@ -127,6 +167,8 @@ async fn a_farm_is_moved_while_a_build_runs() -> Result<()> {
         Ok(moving.log_text().contains("Stop the orchestrator").then_some(()))
     })
     .await;
+    let (fine, told) = said(migrate(&farm, &database, &s3, &[])).await?;
+    ensure!(!fine && told.contains("another move into postgres://"), "{told}");
     farm.stop_orchestrator()?;
     let ended = moving.wait(STOP)?;
     ensure!(ended.success(), "{}", moving.log_text());
@@ -141,21 +183,26 @@ async fn a_farm_is_moved_while_a_build_runs() -> Result<()> {
         Ok(all.iter().all(|one| one["state"] == "ready" || one["state"] == "busy").then_some(()))
     })
     .await;
-    let after = all_of(&farm.api(), &jobs).await?;
-    for (before, after) in before.iter().zip(&after) {
-        ensure!(before == after, "before: {before}\nafter: {after}");
-    }
+    tells_the_same(&farm, &jobs, &before).await?;
     fs::write(&gate, "")?;
     let job = farm.api().end(&runs).await;
     ensure!(job["state"] == "succeeded" && job["attempt"] == 1, "{job}");
     ensure!(farm.api().log(&runs).await? == b"attempt 1\nthrough\n");
+    builds.hold(true);
+    for Known { id, seed, .. } in builds.known() {
+        let job = check(&farm.api(), &id, seed).await?;
+        ensure!(job["attempt"] == 1, "no build is begun anew: {job}");
+    }
+    builds.stop().await;
     let ours = Api::new(&farm.url(), Some(&token));
     let again = load::submit(&ours, 1).await.context("it is taken")?;
     check(&ours, &again, 1).await?;
-    let same = load::submit(&farm.api(), 7).await.context("it is taken")?;
-    ensure!(same == jobs[7], "a key that was used is known");
+    reads_source(&ours, &source).await?;
+    let same = load::submit(&farm.api(), 907).await.context("it is taken")?;
+    ensure!(Some(&same) == jobs.last(), "a key that was used is known");
     let (fine, told) = said(migrate(&farm, &database, &s3, &[])).await?;
     ensure!(fine && told.contains("the farm is in postgres://"), "{told}");
+    farm.leaves_live_jobs = true;
     Ok(())
 }
 
@@ -173,9 +220,10 @@ async fn a_move_that_is_killed_goes_on_where_it_was() -> Result<()> {
     let mut dice = Dice::from_environment();
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
     let mut farm = Farm::start(Setup { time_scale: 10, ..Setup::default() }).await?;
-    let (jobs, _) = lived_in(&farm).await?;
+    let Lived { jobs, source, .. } = lived_in(&farm).await?;
     let before = all_of(&farm.api(), &jobs).await?;
     farm.stop_orchestrator()?;
+    s3.faults.set(Odds { seed: dice.roll(1 << 30), errors: 5, lost_replies: 3, cut_bodies: 3 });
     let mut cut = 0;
     for round in 0..if full() { 40 } else { 8 } {
         let log = farm.dir().join(format!("logs/move-{round}.log"));
@@ -188,19 +236,24 @@ async fn a_move_that_is_killed_goes_on_where_it_was() -> Result<()> {
         cut += 1;
     }
     println!("{cut} moves were cut off");
-    let (fine, told) = said(migrate(&farm, &database, &s3, &[])).await?;
+    s3.faults.set(Odds::default());
+    let (fine, told) = said(migrate(&farm, &database, &s3, &["--copy-only"])).await?;
     ensure!(fine && cut > 0, "{told}");
+    // All of it is there: the next one asks for what there is, and brings nothing.
+    let asked = s3.faults.counts().requests;
+    let (fine, told) = said(migrate(&farm, &database, &s3, &[])).await?;
+    let asked = s3.faults.counts().requests - asked;
+    ensure!(fine && told.contains("all compared"), "{told}");
+    ensure!(asked < s3.objects()?.len() as u64, "{asked} requests for what was there already");
     farm.set_orchestrator_env(there(&database, &s3, "moved"));
     farm.start_orchestrator().await?;
     farm.all_connected().await;
-    let after = all_of(&farm.api(), &jobs).await?;
-    for (before, after) in before.iter().zip(&after) {
-        ensure!(before == after, "before: {before}\nafter: {after}");
-    }
+    tells_the_same(&farm, &jobs, &before).await?;
+    reads_source(&farm.api(), &source).await?;
     // Another farm finds it taken.
     let other = Farm::orchestrator_only(Setup::default()).await?;
     let (fine, told) = said(migrate(&other, &database, &s3, &["--copy-only"])).await?;
-    ensure!(!fine && told.contains("holds another farm"), "{told}");
+    ensure!(!fine && told.contains("holds a farm already"), "{told}");
     Ok(())
 }
 
@@ -208,7 +261,7 @@ async fn a_move_that_is_killed_goes_on_where_it_was() -> Result<()> {
 async fn a_damaged_object_is_named_and_keeps_a_farm_from_being_moved() -> Result<()> {
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
     let mut farm = Farm::start(Setup { time_scale: 10, ..Setup::default() }).await?;
-    let (jobs, _) = lived_in(&farm).await?;
+    let jobs = lived_in(&farm).await?.jobs;
     let artifacts = files_below(&farm.farm_dir().join("blobs/objects"))?;
     let bad = artifacts.iter().find(|path| path.to_string_lossy().contains("/artifacts/")).context("an artifact")?;
     let mut bytes = fs::read(bad)?;
@@ -224,7 +277,17 @@ async fn a_damaged_object_is_named_and_keeps_a_farm_from_being_moved() -> Result
     farm.set_orchestrator_env(there(&database, &s3, "moved"));
     farm.start_orchestrator().await?;
     farm.all_connected().await;
-    ensure!(farm.api().job(&jobs[0]).await?["state"] == "succeeded");
+    // Whoever asks for what is left out hears so; everything else is there.
+    let mut lost = 0;
+    for (seed, id) in (1..=6).zip(&jobs) {
+        let asked = farm.api().request(reqwest::Method::GET, &format!("/v1/jobs/{id}/artifacts/result.bin"));
+        if asked.send().await?.status().is_success() {
+            check(&farm.api(), id, seed).await?;
+        } else {
+            lost += 1;
+        }
+    }
+    ensure!(lost == 1, "{lost} artifacts cannot be had");
     Ok(())
 }
 
@@ -241,7 +304,7 @@ fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
 async fn the_database_alone_is_moved_and_the_bytes_stay() -> Result<()> {
     let database = pg::empty_database().await;
     let mut farm = Farm::start(Setup { time_scale: 10, ..Setup::default() }).await?;
-    let (jobs, _) = lived_in(&farm).await?;
+    let jobs = lived_in(&farm).await?.jobs;
     let before = all_of(&farm.api(), &jobs).await?;
     farm.stop_orchestrator()?;
     let (fine, told) = said(admin(&farm, &[], &["migrate-db", "--to-database", &database])).await?;
@@ -250,10 +313,7 @@ async fn the_database_alone_is_moved_and_the_bytes_stay() -> Result<()> {
     farm.set_orchestrator_env(only_database(&database));
     farm.start_orchestrator().await?;
     farm.all_connected().await;
-    let after = all_of(&farm.api(), &jobs).await?;
-    for (before, after) in before.iter().zip(&after) {
-        ensure!(before == after, "before: {before}\nafter: {after}");
-    }
+    tells_the_same(&farm, &jobs, &before).await?;
     Ok(())
 }
 
@@ -263,7 +323,7 @@ async fn a_backup_of_either_kind_comes_back_in_either() -> Result<()> {
     let first = there(&database, &s3, "first");
     let setup = Setup { time_scale: 20, orchestrator_env: first.clone(), ..Setup::default() };
     let mut farm = Farm::start(setup).await?;
-    let (jobs, _) = lived_in(&farm).await?;
+    let jobs = lived_in(&farm).await?.jobs;
     let gate = farm.scratch("gate")?.join("open");
     let runs = farm.api().shell(&waits(&gate)).await?;
     farm.api().log_has(&runs, "attempt 1").await;
@@ -291,10 +351,9 @@ async fn a_backup_of_either_kind_comes_back_in_either() -> Result<()> {
     farm.stop_orchestrator()?;
     fs::rename(farm.farm_dir(), farm.dir().join("lost-too"))?;
     let (fine, told) = said(admin(&farm, &first, &["restore", &backup])).await?;
-    ensure!(!fine && told.contains("holds another farm"), "{told}");
+    ensure!(!fine && told.contains("holds a farm already"), "{told}");
     let second = there(&pg::empty_database().await, &s3, "second");
-    let (fine, told) = said(admin(&farm, &second, &["restore", &backup])).await?;
-    ensure!(fine, "{told}");
+    restore_that_is_killed(&farm, &second, &backup).await?;
     farm.set_orchestrator_env(second);
     farm.start_orchestrator().await?;
     same(&farm, &jobs, &before).await?;
@@ -310,15 +369,126 @@ async fn a_backup_of_either_kind_comes_back_in_either() -> Result<()> {
     same(&farm, &jobs, &before).await
 }
 
+/// Each cut is later than the one before, until one comes too late.
+async fn restore_that_is_killed(farm: &Farm, to: &[(String, String)], backup: &str) -> Result<()> {
+    let mut dice = Dice::from_environment();
+    for round in 0..if full() { 40 } else { 6 } {
+        let log = farm.dir().join(format!("logs/restore-{round}.log"));
+        let mut restoring = Daemon::start("restore", admin(farm, to, &["restore", backup]), &log)?;
+        dice.instant(200 + 200 * round).await;
+        restoring.kill();
+        let status = restoring.has_ended().context("it has ended")?;
+        if status.success() {
+            return Ok(());
+        }
+        ensure!(status.code().is_none(), "it was not killed, it failed: {}", restoring.log_text());
+    }
+    let (fine, told) = said(admin(farm, to, &["restore", backup])).await?;
+    ensure!(fine, "{told}");
+    Ok(())
+}
+
 async fn same(farm: &Farm, jobs: &[String], before: &[Value]) -> Result<()> {
     until("the worker is back", async || {
         let workers = farm.api().get("/v1/workers").await?;
         Ok((workers["workers"][0]["state"] != "offline").then_some(()))
     })
     .await;
-    let after = all_of(&farm.api(), jobs).await?;
-    for (before, after) in before.iter().zip(&after) {
-        ensure!(before == after, "before: {before}\nafter: {after}");
+    tells_the_same(farm, jobs, before).await
+}
+
+/// The command fails with this exit code, and says these words, a hint among them.
+async fn refuses(command: std::process::Command, code: i32, words: &[&str]) -> Result<()> {
+    let out = output(command).await?;
+    let told = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    ensure!(out.status.code() == Some(code), "{:?}: {told}", out.status);
+    for word in words {
+        ensure!(told.contains(word), "no `{word}` in: {told}");
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_moved_is_refused_with_a_hint() -> Result<()> {
+    let s3 = S3::start().await?;
+    let mut farm = Farm::orchestrator_only(Setup::default()).await?;
+    let database = pg::empty_database().await;
+    let to = |url: &str| migrate(&farm, url, &s3, &["--copy-only"]);
+    refuses(admin(&farm, &[], &["migrate-db"]), 2, &["--to-database"]).await?;
+    let nowhere = farm.scratch("nowhere")?.display().to_string();
+    refuses(migrate(&farm, &database, &s3, &["--data-dir", &nowhere]), 1, &["there is no farm in", "hint: "]).await?;
+    refuses(to("mysql://db/farm"), 2, &["cannot be read", "hint: postgres://USER:PASSWORD@HOST:5432/DATABASE"]).await?;
+    refuses(to("postgres://farm@127.0.0.1:1/farm"), 1, &["cannot be opened", "hint: psql"]).await?;
+    refuses(to("postgres://farm@127.0.0.1:6543/farm"), 1, &["port 6543 is a transaction pooler"]).await?;
+    let wrong = s3.env("moved").into_iter().filter(|(name, _)| name != "AWS_SECRET_ACCESS_KEY").collect::<Vec<_>>();
+    let args = ["migrate-db", "--to-database", &database];
+    refuses(admin(&farm, &wrong, &args), 2, &["AWS_SECRET_ACCESS_KEY"]).await?;
+
+    // A database in which another farm lives, and one in which somebody else does.
+    let taken = pg::empty_database().await;
+    let other = Farm::orchestrator_only(Setup { orchestrator_env: only_database(&taken), ..Setup::default() }).await?;
+    refuses(to(&taken), 1, &["holds a farm already", "hint: createdb"]).await?;
+    drop(other);
+    let foreign = pg::empty_database().await;
+    let mut conn = PgConnection::connect(&foreign).await?;
+    conn.execute("CREATE TABLE jobs (mine TEXT)").await?;
+    refuses(to(&foreign), 1, &["schema", "hint: the database must hold nothing else"]).await?;
+    let theirs: i64 =
+        sqlx::query_scalar("SELECT COUNT(*) FROM information_schema.tables WHERE table_schema = 'public'")
+            .fetch_one(&mut conn)
+            .await?;
+    ensure!(theirs <= 2, "{theirs} tables are in somebody else's database");
+
+    // One that a newer version has written, whose tables this one would leave behind.
+    farm.stop_orchestrator()?;
+    expand_file(&farm.farm_dir().join("alloy.db")).await;
+    let newer = ["of a newer version", "use the `alloy` of the version"];
+    refuses(migrate(&farm, &database, &s3, &[]), 1, &newer).await?;
+    farm.start_orchestrator().await?;
+    let words = ["--json", "admin", "migrate-db", "--to-database", &database];
+    refuses(farm.alloy(&words), 1, &["\"type\":\"error\"", "\"exit_code\":1", "newer version"]).await?;
+    let empty = only_database(&pg::empty_database().await);
+    let backup = farm.dir().join("backup").display().to_string();
+    refuses(admin(&farm, &empty, &["backup", &backup]), 1, &["there is no farm in that database", "hint: "]).await
+}
+
+/// A program knows the migrations that it was made with. The next version's add to what is there; the one before goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_orchestrator_starts_and_works_on_the_database_of_the_next_version() -> Result<()> {
+    let database = pg::empty_database().await;
+    for env in [Vec::new(), only_database(&database)] {
+        let on_files = env.is_empty();
+        let mut farm = Farm::start(Setup { time_scale: 10, orchestrator_env: env.clone(), ..Setup::default() }).await?;
+        farm.set_orchestrator_env(env);
+        let before = load::submit(&farm.api(), 1).await.context("it is taken")?;
+        check(&farm.api(), &before, 1).await?;
+        if on_files {
+            farm.stop_orchestrator()?;
+            expand_file(&farm.farm_dir().join("alloy.db")).await;
+        } else {
+            // The next version's orchestrator comes while this one works.
+            let runs = farm.api().shell("echo begun; sleep 1").await?;
+            farm.api().log_has(&runs, "begun").await;
+            expand_postgres(&database).await;
+            ensure!(farm.api().end(&runs).await["state"] == "succeeded");
+            let during = load::submit(&farm.api(), 3).await.context("it is taken")?;
+            check(&farm.api(), &during, 3).await?;
+            farm.kill_orchestrator();
+        }
+        farm.start_orchestrator().await?;
+        farm.all_connected().await;
+        check(&farm.api(), &before, 1).await?;
+        let after = load::submit(&farm.api(), 2).await.context("it is taken")?;
+        check(&farm.api(), &after, 2).await?;
+        // It has refused nothing, and takes nothing away from the next version.
+        let log = farm.orchestrator().log_text();
+        ensure!(!log.contains("ERROR"), "{log}");
+        let (fine, told) = said(farm.alloy(&["worker", "list"])).await?;
+        ensure!(fine && told.contains("mini-0"), "{told}");
+    }
+    let mut conn = PgConnection::connect(&database).await?;
+    let kept: i64 =
+        sqlx::query_scalar("SELECT COUNT(*) FROM _sqlx_migrations WHERE version = 1900").fetch_one(&mut conn).await?;
+    ensure!(kept == 1);
     Ok(())
 }

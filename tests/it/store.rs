@@ -8,7 +8,8 @@ use orchestrator::store::sql::SqlStore;
 use orchestrator::store::{Group, Miss, Store, Write};
 
 mod given;
-mod migrations;
+pub(crate) mod migrations;
+mod moved;
 mod read;
 mod schema;
 mod speed;

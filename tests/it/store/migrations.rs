@@ -1,15 +1,17 @@
 //! T: every migration meets a database with rows in it, and a version works on the schema of the next one.
 
+use std::fs;
+use std::path::Path;
+
 use alloy_tests::pg;
+use orchestrator::store::Store;
 use orchestrator::store::sql::{SqlStore, postgres_migrations, sqlite_migrations};
-use orchestrator::store::{Scope, Store};
 use sqlx::migrate::{Migration, Migrator};
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, SqliteConnection};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, SqlSafeStr, SqliteConnection};
 
-use super::given::{insert, job_id, queued};
-use super::put;
+use crate::tidy::scan::root;
 
-/// Rows for what each migration made or changed, put in before the next one.
+/// Rows for what each migration made or changed, put in before the next one. The order is that of their making.
 const SAMPLES: &[(i64, &[&str])] = &[
     (
         1,
@@ -72,8 +74,7 @@ const SAMPLES: &[(i64, &[&str])] = &[
 ];
 
 fn samples(version: i64) -> &'static [&'static str] {
-    let found = SAMPLES.iter().find(|(of, _)| *of == version);
-    found.unwrap_or_else(|| panic!("migration {version} needs rows that the next one meets")).1
+    SAMPLES.iter().find(|(of, _)| *of == version).map_or(&[], |(_, rows)| rows)
 }
 
 fn tables_made(migrations: &[Migration]) -> Vec<String> {
@@ -81,13 +82,21 @@ fn tables_made(migrations: &[Migration]) -> Vec<String> {
     lines.filter_map(|line| Some(line.strip_prefix("CREATE TABLE ")?.split(' ').next()?.to_owned())).collect()
 }
 
-/// Runs each migration on what the ones before it left, with rows in all of it, and counts the rows in the end.
+/// Runs each migration, in the order in which a farm that has seen them all went through them, on what the ones before it left,
+/// with rows in all of it; and counts the rows in the end.
 macro_rules! each_on_rows {
     ($conn:ident, $migrations:ident) => {
-        for upto in 1..=$migrations.len() {
-            let all = $migrations[..upto].to_vec();
-            let version = all[upto - 1].version;
-            Migrator::with_migrations(all)
+        let ours = |version: &i64| $migrations.iter().any(|one| one.version == *version);
+        let order: Vec<i64> = SAMPLES.iter().map(|(version, _)| *version).filter(ours).collect();
+        assert_eq!(
+            order.len(),
+            $migrations.len(),
+            "each has its rows that the next one meets, and its place in the order"
+        );
+        for upto in 1..=order.len() {
+            let (before, version) = (&order[..upto], order[upto - 1]);
+            let known: Vec<_> = $migrations.iter().filter(|one| before.contains(&one.version)).cloned().collect();
+            Migrator::with_migrations(known)
                 .run(&mut $conn)
                 .await
                 .unwrap_or_else(|why| panic!("migration {version}: {why}"));
@@ -103,18 +112,23 @@ macro_rules! each_on_rows {
     };
 }
 
+/// A file that went through all migrations, with a row in every table.
+pub(super) async fn file_with_rows(path: &Path) {
+    let migrations = sqlite_migrations();
+    let url = format!("sqlite://{}?mode=rwc", path.display());
+    let mut sqlite = SqliteConnection::connect(&url).await.unwrap();
+    each_on_rows!(sqlite, migrations);
+    sqlite.close().await.unwrap();
+}
+
 #[tokio::test]
 async fn each_migration_is_applied_to_a_database_that_is_not_empty() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("farm.db");
-    let url = format!("sqlite://{}?mode=rwc", path.display());
-    let (ours, theirs) = (sqlite_migrations(), postgres_migrations());
-    let mut sqlite = SqliteConnection::connect(&url).await.unwrap();
-    each_on_rows!(sqlite, ours);
-    sqlite.close().await.unwrap();
+    file_with_rows(&path).await;
     let url = pg::empty_database().await;
-    let mut postgres = PgConnection::connect(&url).await.unwrap();
-    each_on_rows!(postgres, theirs);
+    let (mut postgres, migrations) = (PgConnection::connect(&url).await.unwrap(), postgres_migrations());
+    each_on_rows!(postgres, migrations);
     // Nothing is left to do for an orchestrator.
     for store in [SqlStore::open_sqlite(&path).await.unwrap(), SqlStore::open_postgres(&url).await.unwrap()] {
         assert_eq!(store.meta("a").await.unwrap().as_deref(), Some("b"));
@@ -122,37 +136,79 @@ async fn each_migration_is_applied_to_a_database_that_is_not_empty() {
     }
 }
 
+/// The texts of the version before the newest migration: name, text, and whether Postgres alone was sent it.
+fn spoken_before() -> Vec<(String, String, bool)> {
+    let newest = sqlite_migrations().iter().map(|one| one.version).max().unwrap();
+    let path = root().join(format!("tests/it/store/spoken/{:04}.sql", newest - 1));
+    let file = fs::read_to_string(&path).unwrap_or_else(|why| {
+        panic!(
+            "{}: {why}: keep there what the version before said: docs/decisions/0014-expand-first.md",
+            path.display()
+        )
+    });
+    let lines: Vec<&str> = file.lines().skip(1).collect();
+    let pairs = lines.chunks_exact(2).map(|pair| {
+        let name = pair[0].strip_prefix("-- ").unwrap();
+        (name.to_owned(), pair[1].to_owned(), name.ends_with("(Postgres)"))
+    });
+    pairs.collect()
+}
+
+#[tokio::test]
+async fn what_the_version_before_says_is_understood() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("farm.db");
+    SqlStore::open_sqlite(&path).await.unwrap().close().await;
+    let mut sqlite = SqliteConnection::connect(path.to_str().unwrap()).await.unwrap();
+    let mut postgres = PgConnection::connect(&pg::database().await).await.unwrap();
+    let demanded = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public' \
+        AND is_nullable = 'NO' AND column_default IS NULL";
+    let demanded: Vec<(String, String)> = sqlx::query_as(demanded).fetch_all(&mut postgres).await.unwrap();
+    let texts = spoken_before();
+    assert!(texts.len() > 50, "{}", texts.len());
+    for (name, text, postgres_alone) in texts {
+        let text = || AssertSqlSafe(text.clone()).into_sql_str();
+        (&mut postgres).prepare(text()).await.unwrap_or_else(|why| panic!("{name} on Postgres: {why}"));
+        if !postgres_alone {
+            (&mut sqlite).prepare(text()).await.unwrap_or_else(|why| panic!("{name} on SQLite: {why}"));
+        }
+        let said = text();
+        let Some((_, rest)) = said.as_str().split_once("INSERT INTO ") else { continue };
+        let (table, columns) = rest.split_once(" (").unwrap();
+        let columns: Vec<&str> = columns.split(')').next().unwrap().split(", ").collect();
+        for (_, column) in demanded.iter().filter(|(of, _)| of == table) {
+            assert!(columns.contains(&column.as_str()), "{name} does not say {table}.{column}, which must be said now");
+        }
+    }
+}
+
 /// What a newer version may add without telling this one.
-const EXPANDED: &[&str] = &[
+pub(crate) const EXPANDED: &[&str] = &[
     "ALTER TABLE jobs ADD COLUMN later TEXT",
     "ALTER TABLE workers ADD COLUMN later BIGINT NOT NULL DEFAULT 7",
     "CREATE TABLE later (id TEXT NOT NULL PRIMARY KEY)",
 ];
 
-#[tokio::test]
-async fn a_version_works_on_the_schema_of_the_next_one() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("farm.db");
-    let url = pg::empty_database().await;
-    SqlStore::open_sqlite(&path).await.unwrap().close().await;
-    SqlStore::open_postgres(&url).await.unwrap().close().await;
-    let text = EXPANDED.join(";\n");
-    let later = |version| {
-        let text = sqlx::SqlSafeStr::into_sql_str(AssertSqlSafe(text.clone()));
-        Migration::new(version, "later".into(), sqlx::migrate::MigrationType::Simple, text, false)
-    };
-    let mut sqlite = SqliteConnection::connect(&path.display().to_string()).await.unwrap();
+/// A migration that this version does not know.
+fn later(version: i64) -> Migration {
+    let text = AssertSqlSafe(EXPANDED.join(";\n")).into_sql_str();
+    Migration::new(version, "later".into(), sqlx::migrate::MigrationType::Simple, text, false)
+}
+
+/// Brings a farm's file to the version after this one.
+pub(crate) async fn expand_file(path: &Path) {
+    let mut sqlite = SqliteConnection::connect(path.to_str().unwrap()).await.unwrap();
     let all = [sqlite_migrations(), vec![later(900)]].concat();
     Migrator::with_migrations(all).run(&mut sqlite).await.unwrap();
     sqlite.close().await.unwrap();
-    let mut postgres = PgConnection::connect(&url).await.unwrap();
+}
+
+/// The same of a farm's Postgres.
+pub(crate) async fn expand_postgres(url: &str) {
+    let mut postgres = PgConnection::connect(url).await.unwrap();
     let all = [postgres_migrations(), vec![later(1900)]].concat();
     Migrator::with_migrations(all).run(&mut postgres).await.unwrap();
-    for store in [SqlStore::open_sqlite(&path).await.unwrap(), SqlStore::open_postgres(&url).await.unwrap()] {
-        put(&store, insert(queued(job_id(1)), None)).await.unwrap();
-        assert!(store.job(&Scope::farm(), &job_id(1)).await.unwrap().is_some());
-        store.close().await;
-    }
+    postgres.close().await.unwrap();
 }
 
 #[test]
