@@ -417,7 +417,12 @@ async fn what_cannot_be_moved_is_refused_with_a_hint() -> Result<()> {
     refuses(admin(&farm, &[], &["migrate-db"]), 2, &["--to-database"]).await?;
     let nowhere = farm.scratch("nowhere")?.display().to_string();
     refuses(migrate(&farm, &database, &s3, &["--data-dir", &nowhere]), 1, &["there is no farm in", "hint: "]).await?;
-    refuses(to("mysql://db/farm"), 2, &["cannot be read", "hint: postgres://USER:PASSWORD@HOST:5432/DATABASE"]).await?;
+    refuses(
+        to("mysql://db/farm"),
+        2,
+        &["does not begin with postgres://", "hint: postgres://USER:PASSWORD@HOST:5432/DATABASE"],
+    )
+    .await?;
     refuses(to("postgres://farm@127.0.0.1:1/farm"), 1, &["cannot be opened", "hint: psql"]).await?;
     refuses(to("postgres://farm@127.0.0.1:6543/farm"), 1, &["port 6543 is a transaction pooler"]).await?;
     let wrong = s3.env("moved").into_iter().filter(|(name, _)| name != "AWS_SECRET_ACCESS_KEY").collect::<Vec<_>>();

@@ -17,6 +17,7 @@ use crate::output::{Failure, exit, plural, print_json, size};
 use crate::signals::Signals;
 
 const NO_FARM_HINT: &str = "run it on the orchestrator's machine, and name its --data-dir";
+const ADDRESS: &str = "postgres://USER:PASSWORD@HOST:5432/DATABASE";
 /// Between two looks whether the farm has stopped.
 const LOOK_AGAIN_MS: u64 = 100;
 
@@ -101,6 +102,9 @@ impl Data {
         let mut variables = variables();
         variables.retain(|name, _| !matches!(name.as_str(), "BASE_URL" | "ALLOY_LISTEN" | "ALLOY_BEHIND_PROXY"));
         if let Some(url) = database {
+            if !["postgres://", "postgresql://"].iter().any(|start| url.starts_with(start)) {
+                return Err(Failure::usage("the database's address does not begin with postgres://").hint(ADDRESS));
+            }
             variables.insert("DATABASE_URL".to_owned(), url.to_owned());
             variables.insert("DATABASE_MODE".to_owned(), "postgres".to_owned());
         }
@@ -369,7 +373,7 @@ fn move_failure(error: &MoveError) -> Failure {
 
 fn database_hint(failure: Failure, error: &OpenError) -> Failure {
     match error {
-        OpenError::Url(_) => Failure::usage(failure.message).hint("postgres://USER:PASSWORD@HOST:5432/DATABASE"),
+        OpenError::Url(_) => Failure::usage(failure.message).hint(ADDRESS),
         OpenError::Db(_) => failure.hint("psql with the same address tells more"),
         OpenError::Migrate(_) => failure.hint("the database must hold nothing else, and its user may make tables"),
         OpenError::OldSqlite { .. }
