@@ -51,13 +51,6 @@ const SAMPLES: &[(i64, &[&str])] = &[
         ],
     ),
     (
-        4,
-        &[
-            "INSERT INTO trash (object, root, at_ms, gone) VALUES ('o', 'o', 1, FALSE)",
-            "INSERT INTO retention (org_id, jobs_days) VALUES ('org_1', 7)",
-        ],
-    ),
-    (
         1000,
         &[
             "INSERT INTO orchestrators (id, version, started_at_ms, seen_at_ms) VALUES ('orc_1', '0', 1, 1)",
@@ -70,6 +63,13 @@ const SAMPLES: &[(i64, &[&str])] = &[
     ),
     (1001, &[]),
     (1002, &[]),
+    (
+        4,
+        &[
+            "INSERT INTO trash (object, root, at_ms, taken_at_ms, gone) VALUES ('o', 'o', 1, 2, TRUE)",
+            "INSERT INTO retention (org_id, jobs_days) VALUES ('org_1', 7)",
+        ],
+    ),
     (1003, &[]),
 ];
 
