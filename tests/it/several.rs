@@ -49,13 +49,13 @@ fn script(n: usize) -> (String, String) {
     )
 }
 
-/// Follows a job's log to its end, at the next orchestrator whenever one does not go on.
+/// Follows the log of a job's last attempt to its end, at the next orchestrator whenever one does not go on.
 async fn follow(apis: &[Api], first: usize, id: &str) -> Result<Vec<u8>> {
-    let mut have: Vec<u8> = Vec::new();
+    let (mut attempt, mut have) = (1, Vec::new());
     let end = now() + Duration::from_secs(280);
     for api in apis.iter().cycle().skip(first % apis.len()) {
         ensure!(now() < end, "{id} did not end; {} bytes came", have.len());
-        let path = format!("/v1/jobs/{id}/log?follow=1&offset={}", have.len());
+        let path = format!("/v1/jobs/{id}/log?follow=1&attempt={attempt}&offset={}", have.len());
         let answer = api.request(reqwest::Method::GET, &path).send().await;
         let Ok(mut answer) = answer.and_then(reqwest::Response::error_for_status) else {
             pause(Duration::from_millis(100)).await;
@@ -68,7 +68,10 @@ async fn follow(apis: &[Api], first: usize, id: &str) -> Result<Vec<u8>> {
                 Err(_) => break false,
             }
         };
-        if whole && api.job(id).await.is_ok_and(|job| is_terminal(&job)) {
+        let Some(job) = api.job(id).await.ok().filter(|_| whole) else { continue };
+        if job["attempt"] != attempt {
+            (attempt, have) = (job["attempt"].as_u64().context("an attempt")?, Vec::new());
+        } else if is_terminal(&job) {
             break;
         }
     }
@@ -93,7 +96,7 @@ async fn orchestrators_that_are_killed_one_after_another_lose_nothing() -> Resul
             following.spawn(check(all.clone(), n, id));
             pause(gap).await;
         }
-        following.join_all().await.into_iter().collect::<Result<()>>()
+        following.join_all().await.into_iter().sum::<Result<u64>>()
     });
     let (mut stalled, mut away) = (Duration::ZERO, Duration::ZERO);
     for kill in 0..kills {
@@ -113,21 +116,22 @@ async fn orchestrators_that_are_killed_one_after_another_lose_nothing() -> Resul
         farm.start_orchestrator(number).await?;
         pause(between.saturating_sub(killed.elapsed())).await;
     }
-    submitting.join_next().await.context("somebody submits")???;
-    eprintln!("{jobs} jobs, {kills} kills: a job waited for {stalled:?} at most, workers were back in {away:?}");
+    let again = submitting.join_next().await.context("somebody submits")???;
+    eprintln!("{jobs} jobs, {again} further tries, {kills} kills: a job waited for {stalled:?} at most, workers were back in {away:?}");
     if full() {
         ensure!(stalled <= Duration::from_secs(10) && away <= Duration::from_secs(20), "{stalled:?}, {away:?}");
     }
     Ok(())
 }
 
-/// The job ends once, well, and a follower from its beginning on gets every byte of its log.
-async fn check(apis: [Api; 3], n: usize, id: String) -> Result<()> {
+/// The job ends once, well, and a follower from its beginning on gets every byte of its log. Returns how often it was tried
+/// again: where deadlines are a tenth of what they are, a machine with much to do may miss one.
+async fn check(apis: [Api; 3], n: usize, id: String) -> Result<u64> {
     let log = follow(&apis, n, &id).await?;
     let job = apis[n % 3].end(&id).await;
-    ensure!((&job["state"], &job["attempt"]) == (&json!("succeeded"), &json!(1)), "{job}");
+    ensure!(job["state"] == "succeeded", "{job}");
     let ends = apis[n % 3].events(&id).await?.iter().filter(|event| event["kind"] == "finished").count();
     ensure!(ends == 1, "{id} has {ends} ends");
     ensure!(log == script(n).1.as_bytes(), "{id}: {}", String::from_utf8_lossy(&log));
-    Ok(())
+    Ok(job["attempt"].as_u64().context("an attempt")? - 1)
 }

@@ -21,8 +21,8 @@ use crate::store::sql::chunks::{ChunkTable, Part, ROW_MAX};
 
 /// Bytes of one statement.
 const STATEMENT: u64 = 4 << 20;
-/// What one object holds at most: it is put together in memory.
-const OBJECT: u64 = 16 << 20;
+/// What one object holds at most, but for the rest of its last row: its rows are in memory at once.
+const OBJECT: u64 = 4 << 20;
 /// Logs that are moved in one go.
 const MOVES: u32 = 16;
 /// What is read at once to hash a log.
@@ -255,18 +255,17 @@ impl Chunks {
         let found = self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await?;
         let moved = found.len();
         for (at, start, _) in found {
-            let mut whole = BytesMut::new();
+            let (mut rows, mut end, mut sha) = (Vec::new(), start, sha2::Sha256::new());
             for (row, bytes) in self.table.rows(&at, start, start + OBJECT).await? {
-                if row == start + whole.len() as u64 {
-                    whole.extend_from_slice(&bytes);
+                if row == end {
+                    end += bytes.len() as u64;
+                    sha.update(&bytes);
+                    rows.push(Ok(bytes));
                 }
             }
-            let (bytes, end) = (whole.freeze(), start);
-            let end = end + bytes.len() as u64;
             let key = BlobKey::log(&at, start, end);
-            let sha256 = Digest::of(&bytes);
-            let body = futures_util::stream::iter([Ok(bytes)]).boxed();
-            self.blobs.put(&key, body, Some(sha256)).await?;
+            let body = futures_util::stream::iter(rows).boxed();
+            self.blobs.put(&key, body, Some(Digest::from_hasher(sha))).await?;
             self.table.moved(&at, &Part { start, end, object: key.as_str().to_owned() }).await?;
         }
         Ok(moved)
