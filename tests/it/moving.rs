@@ -427,7 +427,7 @@ async fn what_cannot_be_moved_is_refused_with_a_hint() -> Result<()> {
     refuses(to("postgres://farm@127.0.0.1:6543/farm"), 1, &["port 6543 is a transaction pooler"]).await?;
     let wrong = s3.env("moved").into_iter().filter(|(name, _)| name != "AWS_SECRET_ACCESS_KEY").collect::<Vec<_>>();
     let args = ["migrate-db", "--to-database", &database];
-    refuses(admin(&farm, &wrong, &args), 2, &["AWS_SECRET_ACCESS_KEY"]).await?;
+    refuses(admin(&farm, &wrong, &args), 2, &["aws_secret_access_key", "is missing"]).await?;
 
     // A database in which another farm lives, and one in which somebody else does.
     let taken = pg::empty_database().await;
