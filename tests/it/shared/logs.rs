@@ -120,7 +120,8 @@ async fn a_log_that_is_measured_while_its_rows_are_committed_keeps_every_byte() 
         let (one, two) = ((sent + 700).min(all.len()), (sent + 1_400).min(all.len()));
         logs.append(&AT, sent as u64, all.slice(sent..one)).await?;
         let (done, more) = tokio::join!(logs.sync(), logs.append(&AT, one as u64, all.slice(one..two)));
-        (done?, more?);
+        done?;
+        more?;
         sent = two;
     }
     logs.sync().await?;
