@@ -117,7 +117,9 @@ async fn orchestrators_that_are_killed_one_after_another_lose_nothing() -> Resul
         pause(between.saturating_sub(killed.elapsed())).await;
     }
     let again = submitting.join_next().await.context("somebody submits")???;
-    eprintln!("{jobs} jobs, {again} further tries, {kills} kills: a job waited for {stalled:?} at most, workers were back in {away:?}");
+    eprintln!(
+        "{jobs} jobs, {again} further tries, {kills} kills: a job waited for {stalled:?} at most, workers were back in {away:?}"
+    );
     if full() {
         ensure!(stalled <= Duration::from_secs(10) && away <= Duration::from_secs(20), "{stalled:?}, {away:?}");
     }
