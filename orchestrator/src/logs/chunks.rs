@@ -19,8 +19,8 @@ use crate::blobs::{BlobKey, Blobs};
 use crate::store::StoreError;
 use crate::store::sql::chunks::{ChunkTable, Part, ROW_MAX};
 
-/// Bytes of one statement.
-const STATEMENT: u64 = 4 << 20;
+/// Bytes of one statement: connections keep room for what went through them.
+const STATEMENT: u64 = 1 << 20;
 /// What one object holds at most, but for the rest of its last row: its rows are in memory at once.
 const OBJECT: u64 = 4 << 20;
 /// Logs that are moved in one go.
@@ -256,11 +256,17 @@ impl Chunks {
         let moved = found.len();
         for (at, start, _) in found {
             let (mut rows, mut end, mut sha) = (Vec::new(), start, sha2::Sha256::new());
-            for (row, bytes) in self.table.rows(&at, start, start + OBJECT).await? {
-                if row == end {
-                    end += bytes.len() as u64;
-                    sha.update(&bytes);
-                    rows.push(Ok(bytes));
+            while end < start + OBJECT {
+                let before = end;
+                for (row, bytes) in self.table.rows(&at, end, end + STATEMENT).await? {
+                    if row == end {
+                        end += bytes.len() as u64;
+                        sha.update(&bytes);
+                        rows.push(Ok(bytes));
+                    }
+                }
+                if end == before {
+                    break;
                 }
             }
             let key = BlobKey::log(&at, start, end);
