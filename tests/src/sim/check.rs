@@ -160,6 +160,9 @@ impl Check {
         if job.state.word() != StateWord::Queued {
             self.cover.step((StateWord::Queued, job.state.word()));
         }
+        if job.state.is_done() {
+            self.kept.over(job.id, self.sim.now());
+        }
         if self.state().jobs.insert(job.id, job.clone()).is_some() {
             self.fail("I4", format!("{} is inserted twice", job.id));
         }
