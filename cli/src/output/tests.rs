@@ -17,7 +17,7 @@ fn the_exit_table_is_that_of_the_design() {
     for code in ErrorCode::ALL {
         let expected = match code.http_status() {
             401 | 403 => 4,
-            404 => 5,
+            404 | 410 => 5,
             _ => 1,
         };
         let failure = Failure::of(ClientError::Problem(Problem::new(*code, "x")), "http://farm");
