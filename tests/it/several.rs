@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use alloy_tests::chaos::pause;
 use alloy_tests::farm::full;
-use alloy_tests::observe::{Api, is_terminal, now, until};
+use alloy_tests::observe::{Api, PATIENCE, is_terminal, now, until};
 use alloy_tests::several::Several;
 use anyhow::{Context as _, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -132,8 +132,19 @@ async fn check(apis: [Api; 3], n: usize, id: String) -> Result<u64> {
     let log = follow(&apis, n, &id).await?;
     let job = apis[n % 3].end(&id).await;
     ensure!(job["state"] == "succeeded", "{job}");
-    let ends = apis[n % 3].events(&id).await?.iter().filter(|event| event["kind"] == "finished").count();
+    let ends = events(&apis[n % 3], &id).await?.iter().filter(|event| event["kind"] == "finished").count();
     ensure!(ends == 1, "{id} has {ends} ends");
     ensure!(log == script(n).1.as_bytes(), "{id}: {}", String::from_utf8_lossy(&log));
     Ok(job["attempt"].as_u64().context("an attempt")? - 1)
+}
+
+/// Whoever is asked may be killed in the middle of the answer.
+async fn events(api: &Api, id: &str) -> Result<Vec<Value>> {
+    let end = now() + PATIENCE;
+    loop {
+        match api.events(id).await {
+            Err(_) if now() < end => pause(Duration::from_millis(100)).await,
+            events => return events,
+        }
+    }
 }
