@@ -17,13 +17,13 @@ use crate::hub::{LiveWorker, Told};
 use crate::logs::Logs;
 use crate::store::StoreError;
 use crate::store::sql::Shared;
-use crate::store::sql::shared::{Duties, Ear, Elsewhere};
+use crate::store::sql::shared::{Changed, Duties, Ear, Elsewhere};
 
 /// Between two notes: what happens meanwhile is told by one.
 const QUIET_MS: u64 = 20;
 /// Between two looks at logs that are followed here and written elsewhere.
 const AUDIENCE_MS: u64 = 200;
-/// Jobs of one look. More than one commit changes, so that each page ends behind another one.
+/// Jobs that are read at once.
 const PAGE: u32 = 2 * limits::COMMIT_GROUPS_MAX as u32;
 
 /// What an orchestrator needs to be one of several.
@@ -131,18 +131,22 @@ async fn hear(shared: &Shared, ear: &mut Option<Ear>) {
 }
 
 async fn learn(app: &App, shared: &Shared, since: &mut String) -> Result<(), StoreError> {
+    // What is under way now may become visible behind a page that has been read: the next look begins here.
+    let next = shared.horizon().await?;
+    let mut from = Changed { at: since.clone(), ..Changed::default() };
     loop {
-        let next = shared.horizon().await?;
-        let (jobs, last) = shared.changed(since, PAGE).await?;
+        let (jobs, last) = shared.changed(&from, PAGE).await?;
         let whole = jobs.len() < PAGE as usize;
-        *since = last.filter(|_| !whole).unwrap_or(next);
         if !jobs.is_empty() {
             app.desk.tell(Request::Loaded(jobs)).await;
         }
-        if whole {
-            return Ok(());
+        match last.filter(|_| !whole) {
+            Some(last) => from = last,
+            None => break,
         }
     }
+    *since = next;
+    Ok(())
 }
 
 /// Compares the books with the sessions here, and reads who is elsewhere.

@@ -134,10 +134,14 @@ impl Chunks {
                         .iter()
                         .filter(|(of, ..)| of == at)
                         .for_each(|(_, start, bytes)| lock(log).skip_to(start + bytes.len() as u64)),
-                    // One of them was there already, and none was written.
+                    // One of them was there already, or a log was finished by somebody else: not all were written.
                     None => {
-                        let end = self.table.end(at).await?;
-                        lock(log).skip_to(end);
+                        let (end, seal) = (self.table.end(at).await?, self.table.seal(at).await?);
+                        let mut log = lock(log);
+                        log.skip_to(end);
+                        if seal.is_some() {
+                            log.finish();
+                        }
                     }
                 }
             }
@@ -160,6 +164,20 @@ impl Chunks {
     /// From the rows, or else from the object that has the byte at `from`.
     async fn stored(&self, at: &AttemptRef, from: u64, max: u32) -> Result<Vec<Bytes>, LogError> {
         let most = u64::from(max.min(PIECE));
+        let found = self.rows_from(at, from, most).await?;
+        if !found.is_empty() {
+            return Ok(found);
+        }
+        // Rows that were moved since are in an object now.
+        let Some(part) = self.table.part(at, from).await? else { return Ok(Vec::new()) };
+        let key = BlobKey::parse(&part.object).ok_or(LogError::Damaged { from: part.start, to: part.end })?;
+        let len = (part.end - from).min(most);
+        let bytes = self.blobs.read_piece(&key, from - part.start, len as u32).await?;
+        Ok(vec![bytes])
+    }
+
+    /// At most so many bytes from `from` on, as far as rows have them without a gap.
+    async fn rows_from(&self, at: &AttemptRef, from: u64, most: u64) -> Result<Vec<Bytes>, LogError> {
         let (mut next, to) = (from, from.saturating_add(most));
         let mut found = Vec::new();
         for (start, bytes) in self.table.rows(at, from, to).await? {
@@ -170,15 +188,7 @@ impl Chunks {
                 next = start + end;
             }
         }
-        if !found.is_empty() {
-            return Ok(found);
-        }
-        // Rows that were moved since are in an object now.
-        let Some(part) = self.table.part(at, from).await? else { return Ok(Vec::new()) };
-        let key = BlobKey::parse(&part.object).ok_or(LogError::Damaged { from: part.start, to: part.end })?;
-        let len = (part.end - from).min(most);
-        let bytes = self.blobs.read_piece(&key, from - part.start, len as u32).await?;
-        Ok(vec![bytes])
+        Ok(found)
     }
 
     /// What can be read.
@@ -252,29 +262,39 @@ impl Chunks {
 
     /// Moves rows into objects: of logs that have grown, and of those that are finished. Returns how many logs it moved.
     pub async fn compact(&self) -> Result<usize, LogError> {
-        let found = self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await?;
-        let moved = found.len();
-        for (at, start, _) in found {
-            let (mut rows, mut end, mut sha) = (Vec::new(), start, sha2::Sha256::new());
-            while end < start + OBJECT {
-                let before = end;
-                for (row, bytes) in self.table.rows(&at, end, end + STATEMENT).await? {
-                    if row == end {
-                        end += bytes.len() as u64;
-                        sha.update(&bytes);
-                        rows.push(Ok(bytes));
-                    }
-                }
-                if end == before {
-                    break;
-                }
-            }
-            let key = BlobKey::log(&at, start, end);
-            let body = futures_util::stream::iter(rows).boxed();
-            self.blobs.put(&key, body, Some(Digest::from_hasher(sha))).await?;
-            self.table.moved(&at, &Part { start, end, object: key.as_str().to_owned() }).await?;
+        let mut moved = 0;
+        for (at, first, _) in self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await? {
+            moved += usize::from(self.move_rows(&at, first).await?);
         }
         Ok(moved)
+    }
+
+    /// Moves the rows of a log, of which `first` is where the first one begins. False: there was nothing to move any more.
+    async fn move_rows(&self, at: &AttemptRef, first: u64) -> Result<bool, LogError> {
+        // A row that came late may repeat what objects have.
+        let mut start = first;
+        while let Some(part) = self.table.part(at, start).await? {
+            start = part.end;
+        }
+        let (mut pieces, mut end, mut sha) = (Vec::new(), start, sha2::Sha256::new());
+        while end < start + OBJECT {
+            let more = self.rows_from(at, end, STATEMENT).await?;
+            if more.is_empty() {
+                break;
+            }
+            for bytes in more {
+                end += bytes.len() as u64;
+                sha.update(&bytes);
+                pieces.push(Ok(bytes));
+            }
+        }
+        if end == start {
+            return Ok(self.table.drop_moved(at, first, start).await?);
+        }
+        let key = BlobKey::log(at, start, end);
+        let body = futures_util::stream::iter(pieces).boxed();
+        self.blobs.put(&key, body, Some(Digest::from_hasher(sha))).await?;
+        Ok(self.table.moved(at, first, &Part { start, end, object: key.as_str().to_owned() }).await?)
     }
 }
 
@@ -344,6 +364,11 @@ impl Log {
         if self.durable < end {
             (self.ring, self.ring_len, self.durable) = (VecDeque::new(), 0, end);
         }
+    }
+
+    /// Somebody else has finished the log: nothing more belongs to it.
+    fn finish(&mut self) {
+        (self.pending, self.pending_len, self.sealed) = (VecDeque::new(), 0, true);
     }
 
     /// From the ring; `from` lies in it or behind it.

@@ -144,7 +144,7 @@ impl Mover {
                     let key = BlobKey::log(&attempt, from, end);
                     let sha256 = Digest::of(&bytes);
                     blobs.put(&key, stream::iter([Ok(bytes)]).boxed(), Some(sha256)).await?;
-                    table.moved(&attempt, &Part { start: from, end, object: key.to_string() }).await?;
+                    table.moved(&attempt, from, &Part { start: from, end, object: key.to_string() }).await?;
                 }
                 None => {
                     table.add(&[(attempt, from, bytes)]).await?;

@@ -132,6 +132,63 @@ async fn a_log_that_is_measured_while_its_rows_are_committed_keeps_every_byte() 
 }
 
 #[tokio::test]
+async fn bytes_that_come_late_to_a_log_in_objects_change_nothing_of_it() -> Result<()> {
+    let all = bytes(5_000_000, 13);
+    for (late_from, late_to) in [(0, 900_000), (300_000, 1_200_000)] {
+        let (pool, fresh) = orchestrators(2).await?;
+        // One has more than it could store when its worker went to the other one, which has the log's end.
+        fresh[0].append(&AT, 0, all.slice(..late_from)).await?;
+        fresh[0].sync().await?;
+        fresh[0].append(&AT, late_from as u64, all.slice(late_from..late_to)).await?;
+        fresh[1].append(&AT, late_from as u64, all.slice(late_from..late_from + 700_000)).await?;
+        let mut at = late_from + 700_000;
+        while at < all.len() {
+            fresh[1].sync().await?;
+            let to = (at + 1_000_000).min(all.len());
+            fresh[1].append(&AT, at as u64, all.slice(at..to)).await?;
+            at = to;
+        }
+        assert_eq!(fresh[1].seal(&AT).await?, Digest::of(&all));
+        while compact(&fresh[1]).compact().await? > 0 {}
+        fresh[0].sync().await?;
+        assert!(matches!(fresh[0].append(&AT, 0, all.slice(..10)).await, Err(LogError::Sealed)));
+        while compact(&fresh[1]).compact().await? > 0 {}
+        assert_eq!(count(&pool, "log_chunks").await?, 0);
+        for log in &fresh {
+            assert!(whole(log).await? == all, "{late_from}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_late_row_across_the_end_of_an_object_keeps_what_lies_behind_it() -> Result<()> {
+    let (pool, logs) = orchestrators(2).await?;
+    let all = bytes(6_000_000, 17);
+    for start in (0..5_000_000).step_by(500_000) {
+        logs[1].append(&AT, start as u64, all.slice(start..start + 500_000)).await?;
+        logs[1].sync().await?;
+    }
+    assert_eq!(compact(&logs[1]).compact().await?, 1);
+    let end: i64 = sqlx::query_scalar("SELECT MAX(end_at) FROM log_parts").fetch_one(&pool).await?;
+    let across = end as usize - 200_000;
+    // As it would come from one that stood still.
+    let row = "INSERT INTO log_chunks (job_id, attempt, start_at, bytes) VALUES ($1, 1, $2, $3)";
+    let late = sqlx::query(row).bind(AT.job.to_string()).bind(across as i64);
+    late.bind(&all[across..across + 600_000]).execute(&pool).await?;
+    logs[1].append(&AT, 5_000_000, all.slice(5_000_000..)).await?;
+    logs[1].sync().await?;
+    assert!(whole(&logs[0]).await? == all);
+    assert_eq!(logs[1].seal(&AT).await?, Digest::of(&all));
+    while compact(&logs[0]).compact().await? > 0 {}
+    assert_eq!(count(&pool, "log_chunks").await?, 0);
+    for log in &logs {
+        assert!(whole(log).await? == all);
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn rows_become_objects_while_the_log_is_written_and_read() -> Result<()> {
     let (pool, logs) = orchestrators(2).await?;
     let all = bytes(11_000_000, 9);

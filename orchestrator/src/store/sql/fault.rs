@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use alloy_shared::limits;
 use sqlx::error::{DatabaseError, ErrorKind};
 
 use crate::store::StoreError;
@@ -127,6 +128,11 @@ pub(super) async fn within<T>(
         Ok(result) => result,
         Err(_) => Err(late(format!("no answer within {limit_ms} ms"))),
     }
+}
+
+/// A read, or a statement that may be said again.
+pub(super) async fn asked<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
+    within(limits::STORE_READ_MS, StoreError::Unavailable, async { work.await.map_err(of) }).await
 }
 
 #[cfg(test)]

@@ -3,11 +3,13 @@
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::{Labels, WorkerId};
+use alloy_shared::limits;
 use sqlx::postgres::{PgConnection, PgListener, PgPool};
 use sqlx::{Connection as _, Row as _};
 
 use super::conn::{Reader, Row};
-use super::{SqlStore, fault, job, statements};
+use super::fault::{self, asked, within};
+use super::{SqlStore, job, statements};
 use crate::store::{Attempt, Job, StoreError};
 
 // Postgres alone runs them; a test prepares them there.
@@ -52,7 +54,7 @@ statements! {
     CHANGED = "SELECT jobs.id, jobs.org_id, version, state, state_json, spec, source, created_at_ms, created_by, events, \
         attempts.job_id, attempts.attempt, attempts.worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
         log_len, facts, log_gone_at_ms, files_gone_at_ms, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
-        WHERE jobs.changed >= $1::xid8 AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed LIMIT $3";
+        WHERE (jobs.changed, jobs.id) > ($1::xid8, $4) AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed, jobs.id LIMIT $3";
     NOTIFY = "SELECT pg_notify('alloy', $1)";
     LOCK_DUTIES = "SELECT pg_try_advisory_lock(72617265, 1) AS mine";
 }
@@ -93,6 +95,13 @@ pub struct Elsewhere {
     pub lives: bool,
 }
 
+/// How far a look at changed jobs has come: behind this job among those of that transaction.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changed {
+    pub at: String,
+    pub job: String,
+}
+
 /// A farm's database as orchestrators share it.
 #[derive(Debug, Clone)]
 pub struct Shared {
@@ -121,6 +130,10 @@ impl Shared {
     /// Says that this orchestrator lives and when each of its workers was heard, in one transaction. Answers with those
     /// workers whose newest session is still here.
     pub async fn beat(&self, version: &str, heard: &[Heard]) -> Result<Vec<WorkerId>, StoreError> {
+        within(limits::STORE_READ_MS, StoreError::Unavailable, self.write_beat(version, heard)).await
+    }
+
+    async fn write_beat(&self, version: &str, heard: &[Heard]) -> Result<Vec<WorkerId>, StoreError> {
         let mut tx = self.pool.begin().await.map_err(failed)?;
         sqlx::query(BEAT).bind(&self.me).bind(version).execute(&mut *tx).await.map_err(failed)?;
         let ids: Vec<String> = heard.iter().map(|one| one.worker.to_string()).collect();
@@ -144,25 +157,25 @@ impl Shared {
 
     /// What time it is in the database.
     pub async fn clock(&self) -> Result<Ms, StoreError> {
-        let row = sqlx::query(CLOCK).fetch_one(&self.pool).await.map_err(failed)?;
+        let row = asked(sqlx::query(CLOCK).fetch_one(&self.pool)).await?;
         Ok(Ms(row.get("now")))
     }
 
     /// This orchestrator stops in order: nobody need wait whether it comes back.
     pub async fn forget(&self) -> Result<(), StoreError> {
-        sqlx::query(FORGET).bind(&self.me).execute(&self.pool).await.map_err(failed)?;
+        asked(sqlx::query(FORGET).bind(&self.me).execute(&self.pool)).await?;
         Ok(())
     }
 
     /// Forgets orchestrators that were not heard for so long.
     pub async fn forget_dead(&self, silent_ms: u64) -> Result<(), StoreError> {
-        sqlx::query(FORGET_DEAD).bind(ms(silent_ms)).execute(&self.pool).await.map_err(failed)?;
+        asked(sqlx::query(FORGET_DEAD).bind(ms(silent_ms)).execute(&self.pool)).await?;
         Ok(())
     }
 
     pub async fn own(&self, workers: &[WorkerId]) -> Result<Vec<Own>, StoreError> {
         let ids: Vec<String> = workers.iter().map(WorkerId::to_string).collect();
-        let rows = sqlx::query(OWN).bind(&ids).fetch_all(&self.pool).await.map_err(failed)?;
+        let rows = asked(sqlx::query(OWN).bind(&ids).fetch_all(&self.pool)).await?;
         let own = |row: sqlx::postgres::PgRow| {
             Ok(Own {
                 worker: parsed(row.get("id"), "workers", "id")?,
@@ -177,13 +190,13 @@ impl Shared {
 
     /// A text that changes with every wish for an image.
     pub async fn wishes(&self) -> Result<String, StoreError> {
-        let row = sqlx::query(WISHES).fetch_one(&self.pool).await.map_err(failed)?;
+        let row = asked(sqlx::query(WISHES).fetch_one(&self.pool)).await?;
         Ok(row.get("wishes"))
     }
 
     pub async fn elsewhere(&self, fresh_ms: u64) -> Result<Vec<Elsewhere>, StoreError> {
-        let asked = sqlx::query(ELSEWHERE).bind(&self.me).bind(ms(fresh_ms));
-        let rows = asked.fetch_all(&self.pool).await.map_err(failed)?;
+        let all = sqlx::query(ELSEWHERE).bind(&self.me).bind(ms(fresh_ms));
+        let rows = asked(all.fetch_all(&self.pool)).await?;
         let elsewhere = |row: sqlx::postgres::PgRow| {
             let (lives, silent_ms): (bool, Option<i64>) = (row.get("lives"), row.get("silent_ms"));
             let row = Row::Postgres(row);
@@ -205,26 +218,26 @@ impl Shared {
 
     /// Workers that hold jobs and were not heard for too long, each with the time since when.
     pub async fn silent(&self, fresh_ms: u64, expiry_ms: u64, long_ms: u64) -> Result<Vec<(WorkerId, Ms)>, StoreError> {
-        let asked = sqlx::query(SILENT).bind(ms(fresh_ms)).bind(ms(expiry_ms)).bind(ms(long_ms));
-        let rows = asked.fetch_all(&self.pool).await.map_err(failed)?;
+        let all = sqlx::query(SILENT).bind(ms(fresh_ms)).bind(ms(expiry_ms)).bind(ms(long_ms));
+        let rows = asked(all.fetch_all(&self.pool)).await?;
         rows.iter().map(|row| Ok((parsed(row.get("id"), "workers", "id")?, Ms(row.get("unseen_since"))))).collect()
     }
 
     /// From where on [`Shared::changed`] must look next time, if it looks after this.
     pub async fn horizon(&self) -> Result<String, StoreError> {
-        let row = sqlx::query(HORIZON).fetch_one(&self.pool).await.map_err(failed)?;
+        let row = asked(sqlx::query(HORIZON).fetch_one(&self.pool)).await?;
         Ok(row.get("horizon"))
     }
 
-    /// Jobs that other orchestrators changed, as they are now, and when the last of them was.
+    /// Jobs that other orchestrators changed, as they are now, and where the next page begins.
     pub async fn changed(
         &self,
-        since: &str,
+        from: &Changed,
         limit: u32,
-    ) -> Result<(Vec<(Job, Option<Attempt>)>, Option<String>), StoreError> {
-        let asked = sqlx::query(CHANGED).bind(since).bind(&self.me).bind(i64::from(limit));
-        let rows = asked.fetch_all(&self.pool).await.map_err(failed)?;
-        let last = rows.last().map(|row| row.get("changed"));
+    ) -> Result<(Vec<(Job, Option<Attempt>)>, Option<Changed>), StoreError> {
+        let page = sqlx::query(CHANGED).bind(&from.at).bind(&self.me).bind(i64::from(limit)).bind(&from.job);
+        let rows = asked(page.fetch_all(&self.pool)).await?;
+        let last = rows.last().map(|row| Changed { at: row.get("changed"), job: row.get("id") });
         let read = |row: sqlx::postgres::PgRow| {
             let row = Row::Postgres(row);
             let has_attempt = Reader::new(&row, "jobs", "id").maybe_text("job_id")?.is_some();
@@ -235,7 +248,7 @@ impl Shared {
 
     /// Says to all others that there is something to look at.
     pub async fn notify(&self) -> Result<(), StoreError> {
-        sqlx::query(NOTIFY).bind(&self.me).execute(&self.pool).await.map_err(failed)?;
+        asked(sqlx::query(NOTIFY).bind(&self.me).execute(&self.pool)).await?;
         Ok(())
     }
 
@@ -281,7 +294,7 @@ pub struct Duties {
 
 impl Duties {
     pub async fn still_held(&mut self) -> bool {
-        self.conn.ping().await.is_ok()
+        asked(self.conn.ping()).await.is_ok()
     }
 }
 
