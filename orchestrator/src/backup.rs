@@ -16,6 +16,7 @@ use sha2::Digest as _;
 
 use crate::blobs::mark::{Elsewhere, bucket_of};
 use crate::blobs::{BlobError, OpenS3, off_thread, sync_dir};
+use crate::moving::mark::{self, MovedAway};
 use crate::store::sql::OpenError;
 use crate::store::sql::backup::{Needs, copy_at_once, examine, schema};
 use crate::sums::{FOOTER, Seal, Sums};
@@ -46,6 +47,8 @@ pub enum BackupError {
         "the objects of this farm lie in {0}, which this backup would not hold: set ALLOY_S3_URL and its keys as the orchestrator has them"
     )]
     Bucket(String),
+    #[error(transparent)]
+    Moved(#[from] MovedAway),
     #[error(transparent)]
     Place(#[from] Elsewhere),
     #[error("there is no farm in that database, or not a whole one")]
@@ -78,6 +81,7 @@ pub async fn take(farm: &Path, target: &Path, taken_at: String) -> Result<Taken,
     if !farm.join(DATABASE).is_file() {
         return Err(BackupError::NoFarm(farm.to_owned()));
     }
+    mark::check(farm)?;
     if let Some(bucket) = bucket_of(farm)? {
         return Err(BackupError::Bucket(bucket));
     }

@@ -74,6 +74,23 @@ impl BlobKey {
         &self.0
     }
 
+    /// True if a farm gives such names. What else lies in a bucket is somebody else's.
+    pub fn is_made(&self) -> bool {
+        let parts: Vec<&str> = self.0.split('/').collect();
+        let is_org = |org: &str| org.parse::<OrgId>().is_ok();
+        match parts[..] {
+            ["logs", _, _, range] => log_of(&self.0).is_some() && range.contains('_'),
+            [org, "packs", name] => {
+                let dice = name.split('_').next().unwrap_or_default();
+                is_org(org) && dice.len() == 32 && dice.bytes().all(|c| c.is_ascii_hexdigit())
+            }
+            [org, "chunks" | "manifests" | "artifacts", head, name] => {
+                is_org(org) && name.starts_with(head) && self.digest().is_some()
+            }
+            _ => false,
+        }
+    }
+
     /// What the bytes of an object of its own hash to.
     pub fn digest(&self) -> Option<Digest> {
         root_of(&self.0).rsplit_once('/')?.1.parse().ok()

@@ -9,7 +9,7 @@ use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId};
 use tracing::{info, warn};
 
 use crate::App;
-use crate::blobs::{BlobKey, log_object, log_of};
+use crate::blobs::{BlobKey, Listed, log_object, log_of};
 use crate::keep::Policy;
 use crate::ops::OpError;
 use crate::ops::upload::Depot;
@@ -216,7 +216,8 @@ impl Collector {
         Ok(Stage::Objects(None))
     }
 
-    /// A page of all objects: what nothing names, and is no longer on its way to be named, goes to the trash.
+    /// A page of all objects: what nothing names, and is no longer on its way to be named, goes to the trash. Names that no farm
+    /// gives are not looked at.
     async fn objects(
         &mut self,
         app: &App,
@@ -229,7 +230,8 @@ impl Collector {
         }
         let page = app.blobs.list("", after.as_ref()).await?;
         let last = page.last().map(|listed| listed.key.clone());
-        let old = page.into_iter().filter(|listed| listed.modified < policy.trash_before());
+        let is_old = |listed: &Listed| listed.key.is_made() && listed.modified < policy.trash_before();
+        let old = page.into_iter().filter(is_old);
         let (mut objects, mut logs) = (Vec::new(), BTreeSet::new());
         for listed in old {
             match log_of(listed.key.as_str()) {

@@ -122,7 +122,7 @@ pub type Heard = Arc<dyn Fn(&Counts) + Send + Sync>;
 /// How a move stands.
 pub enum Begun {
     Going(Box<Mover>),
-    /// It is whole already; only the mark in the old directory may be missing.
+    /// It is whole already.
     Done {
         to: String,
     },
@@ -151,7 +151,11 @@ pub struct Mover {
 impl Mover {
     /// Looks at both sides, and takes the target for this farm.
     pub async fn open(farm: &Path, to: To, heard: Heard, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
-        Self::begin(farm, &farm.join(WORK), to, heard, env).await
+        match Self::begin(farm, &farm.join(WORK), to, heard, env).await? {
+            // The mark was set before the move was called whole. Somebody has removed it, and run the farm here since.
+            Begun::Done { to } if mark::gone(farm)?.is_none() => Err(MoveError::Occupied(to)),
+            begun => Ok(begun),
+        }
     }
 
     async fn begin(farm: &Path, work: &Path, to: To, heard: Heard, env: Arc<dyn Env>) -> Result<Begun, MoveError> {

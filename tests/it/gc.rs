@@ -15,7 +15,7 @@ use sqlx::{AssertSqlSafe, Connection as _, PgConnection, SqliteConnection};
 
 const DAY_MS: &str = "600";
 /// Where an upload to the bucket that nobody went on with would lie.
-const STRAY: &str = "stray/packs/1";
+const STRAY: &str = "org_0004000000e008000000000001/packs/00000000000000010000000000000002";
 
 enum Place {
     Files(Box<Farm>),

@@ -16,8 +16,9 @@ use crate::FARM_SECRET;
 use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
 use crate::broken::Care;
 use crate::config::S3;
-use crate::moving::is_whole;
+use crate::moving::{is_whole, mark};
 use crate::store::sql::backup::{Needs, copy_at_once, examine, meta_of};
+use crate::store::sql::chunks::Part;
 use crate::store::sql::tables::{Tables, copy_to_file};
 use crate::store::sql::target::LogsThen;
 use crate::sums::Sums;
@@ -43,8 +44,11 @@ pub async fn take(
     taken_at: String,
     env: Arc<dyn Env>,
 ) -> Result<Taken, BackupError> {
-    if source.database.is_none() && !source.farm.join(DATABASE).is_file() {
-        return Err(BackupError::NoFarm(source.farm.to_owned()));
+    if source.database.is_none() {
+        if !source.farm.join(DATABASE).is_file() {
+            return Err(BackupError::NoFarm(source.farm.to_owned()));
+        }
+        mark::check(source.farm)?;
     }
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));
@@ -167,40 +171,59 @@ struct Log {
 }
 
 impl Log {
-    /// Objects first, then rows: what was moved is older. The inner error is what cannot be had.
+    /// From whatever has the next byte: where a farm was moved while a log grew, objects may lie behind rows. The inner error is
+    /// what cannot be had.
     async fn write(
         &mut self,
         attempt: &AttemptRef,
         blobs: &Blobs,
         from: &mut LogsThen<'_>,
     ) -> Result<Result<(), String>, BackupError> {
-        for part in from.parts(attempt).await? {
-            let Some(mut at) = self.sums.so_far().checked_sub(part.start) else { break };
-            let Some(key) = BlobKey::parse(&part.object) else {
-                return Ok(Err(format!("{} is no object", part.object)));
-            };
-            while part.start + at < part.end {
-                let len = (part.end - part.start - at).min(WINDOW) as u32;
-                match blobs.read_piece(&key, at, len).await {
-                    Ok(bytes) => self.append(&bytes)?,
-                    Err(error @ (BlobError::Missing(_) | BlobError::Damaged(_))) => return Ok(Err(error.to_string())),
-                    Err(error) => return Err(error.into()),
-                }
-                at += u64::from(len);
-            }
-        }
+        let parts = from.parts(attempt).await?;
         loop {
             let begin = self.sums.so_far();
-            for (start, bytes) in from.rows(attempt, begin, begin + WINDOW).await? {
-                let Some(skip) = self.sums.so_far().checked_sub(start) else { break };
-                if let Some(news) = usize::try_from(skip).ok().and_then(|skip| bytes.get(skip..)) {
-                    self.append(news)?;
-                }
+            let part = parts.iter().find(|part| (part.start..part.end).contains(&begin));
+            let done = match part {
+                Some(part) => self.write_part(part, blobs).await?,
+                None => self.write_rows(attempt, from).await.map(Ok)?,
+            };
+            if done.is_err() {
+                return Ok(done);
             }
             if self.sums.so_far() == begin {
-                return Ok(Ok(()));
+                let known = parts.iter().map(|part| part.end).max().unwrap_or(0);
+                return Ok(if begin < known { Err("it has a gap".to_owned()) } else { Ok(()) });
             }
         }
+    }
+
+    /// The rest of an object.
+    async fn write_part(&mut self, part: &Part, blobs: &Blobs) -> Result<Result<(), String>, BackupError> {
+        let Some(key) = BlobKey::parse(&part.object) else {
+            return Ok(Err(format!("{} is no object", part.object)));
+        };
+        while self.sums.so_far() < part.end {
+            let at = self.sums.so_far();
+            let len = (part.end - at).min(WINDOW) as u32;
+            match blobs.read_piece(&key, at - part.start, len).await {
+                Ok(bytes) => self.append(&bytes)?,
+                Err(error @ (BlobError::Missing(_) | BlobError::Damaged(_))) => return Ok(Err(error.to_string())),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// As far as rows go without a gap, but not much at once.
+    async fn write_rows(&mut self, attempt: &AttemptRef, from: &mut LogsThen<'_>) -> Result<(), BackupError> {
+        let begin = self.sums.so_far();
+        for (start, bytes) in from.rows(attempt, begin, begin + WINDOW).await? {
+            let Some(skip) = self.sums.so_far().checked_sub(start) else { break };
+            if let Some(news) = usize::try_from(skip).ok().and_then(|skip| bytes.get(skip..)) {
+                self.append(news)?;
+            }
+        }
+        Ok(())
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), BackupError> {

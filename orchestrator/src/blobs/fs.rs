@@ -214,7 +214,10 @@ impl Fs {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done,
         });
-        done.await.map_err(fault("delete an object"))
+        done.await.map_err(fault("delete an object"))?;
+        // Whoever sends the same bytes again must not be told that they are here.
+        lock(&self.partials).remove(key);
+        Ok(())
     }
 
     /// The upload's state, read from the disk if this process has not met it.
@@ -380,6 +383,11 @@ fn finish_partial(place: &Place, key: &BlobKey, partial: &mut Partial, expect: D
         return Err(error);
     }
     if finished {
+        // It may have been deleted since its file was opened.
+        match place.open_sealed(key) {
+            Err(BlobError::Missing(_)) => return Err(BlobError::Offset { have: 0 }),
+            sealed => sealed?,
+        };
         place.settle(key)?;
         return Ok(Stored { size: seal.len, sha256: seal.sha256 });
     }

@@ -228,6 +228,10 @@ impl Depot<'_> {
         }
         let row = self.put_manifest(digest, text).await?;
         self.register(vec![row]).await?;
+        // One that was known stays as it was, but for when it was used last.
+        if !self.rely(BlobKind::Manifest, vec![digest], self.env.now().wall).await? {
+            return Err(gone_meanwhile());
+        }
         Ok(digest)
     }
 

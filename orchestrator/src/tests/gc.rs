@@ -465,14 +465,17 @@ async fn objects_that_nobody_registered_go_and_new_ones_are_spared() {
         let body = stream::iter([Ok(Bytes::from_static(b"x"))]).boxed();
         world.app.blobs.put(&key, body, None).await.unwrap();
     };
-    put("org/packs/1").await;
+    let [old, new] = [1, 2].map(|n| BlobKey::pack(DEFAULT_ORG, (0, n)).as_str().to_owned());
+    let others = format!("ci/{old}");
+    put(&others).await;
+    put(&old).await;
     let at = AttemptRef { job: JobId::from_raw(9), attempt: 1 };
     put(&format!("{}/0000_0001", log_object(&at))).await;
     world.collect().await;
     assert_eq!(world.app.store.trash(Ms(i64::MAX), 9).await.unwrap(), [], "both may be on their way to be named");
     world.pass(2).await;
-    put("org/packs/2").await;
+    put(&new).await;
     assert_eq!(world.app.store.trash(Ms(i64::MAX), 9).await.unwrap().len(), 2);
     world.pass(2).await;
-    assert_eq!(world.keys(), ["org/packs/2"]);
+    assert_eq!(world.keys(), [others, new], "another farm's below this one's prefix is not touched");
 }
