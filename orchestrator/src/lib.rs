@@ -269,9 +269,10 @@ async fn check_target(sql: &SqlStore, config: &Config, env: &dyn Env, life: &Lif
 
 /// Of several orchestrators that start at once only one lets go of what the farm of the backup held.
 async fn forget_restored(app: &Arc<App>) -> Result<(), ServeError> {
-    if let Some(shared) = &app.shared
-        && app.store.meta(moving::RESTORED).await?.is_some()
-    {
+    let Some(shared) = &app.shared else { return Ok(()) };
+    // Whoever comes while one lets go waits, and finds that it is done: what is given out by then is not let go of.
+    let _turn = store::sql::target::one_after_another(shared.pool()).await?;
+    if app.store.meta(moving::RESTORED).await?.is_some() {
         app.let_go_of_leases().await;
         store::sql::target::forget_restored(shared.pool()).await?;
     }

@@ -12,7 +12,7 @@ use alloy_shared::env::Env;
 use alloy_shared::id::AttemptRef;
 
 use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, begin, beside, make_dir, parent, publish};
-use crate::FARM_SECRET;
+use crate::blobs::mark::bucket_of;
 use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
 use crate::broken::Care;
 use crate::config::S3;
@@ -22,6 +22,7 @@ use crate::store::sql::chunks::Part;
 use crate::store::sql::tables::{Tables, copy_to_file};
 use crate::store::sql::target::LogsThen;
 use crate::sums::Sums;
+use crate::{BYTES_PLACE, FARM_SECRET};
 
 /// Log bytes that are read at once.
 const WINDOW: u64 = 4 << 20;
@@ -73,6 +74,13 @@ pub async fn take(
     }
     if meta_of(&database, FARM_SECRET).await?.is_none() {
         return Err(BackupError::NoFarmThere);
+    }
+    let theirs = match source.database {
+        Some(_) => meta_of(&database, BYTES_PLACE).await?.filter(|place| place.starts_with("s3://")),
+        None => bucket_of(source.farm)?,
+    };
+    if let Some(theirs) = theirs.filter(|theirs| source.bucket.map(S3::url).as_ref() != Some(theirs)) {
+        return Err(BackupError::Bucket(theirs));
     }
     let needs = examine(&database).await?;
     let mut copy = Copy::new(source.farm, &part);

@@ -14,6 +14,11 @@ pub(super) struct Due {
 }
 
 impl Due {
+    /// All of a term, from now on.
+    pub(super) fn whole(term: Term, now: Mono) -> Self {
+        Self { term, at: now + term.ms }
+    }
+
     /// The deadline of the job's state; one that is set for the same term stays. A job that is leased, or was found at the
     /// start, is not overdue before `patient_until`; `patience_ms` is added to any term.
     pub(super) fn of(live: &Live, patient_until: Mono, patience_ms: u64, now: Now) -> Option<Self> {

@@ -115,15 +115,23 @@ impl Desk {
     /// Takes the truth from the store, at the start and after a miss.
     pub fn restore(&mut self, jobs: Vec<(Job, Option<Attempt>)>, now: Now) {
         for (job, attempt) in jobs {
-            let known = self.before.remove(&job.id);
-            let due = known.or(self.remove(&job.id).and_then(|live| live.due));
-            if !job.state.is_done() {
-                // With nobody connected yet, each worker that comes may be the one that has not lost it.
-                let rules = Rules { untried: self.offers.is_empty(), ..Rules::of(&job.spec, &self.limits) };
-                let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
-                self.put(Live { job, attempt, rules, required, found: due.is_none(), due }, now);
-            }
+            self.take_over(job, attempt, false, now);
         }
+    }
+
+    /// `learned`: another orchestrator has it from its clients, and began its term by a clock of its own.
+    fn take_over(&mut self, job: Job, attempt: Option<Attempt>, learned: bool, now: Now) {
+        let known = self.before.remove(&job.id);
+        let due = known.or(self.remove(&job.id).and_then(|live| live.due));
+        if job.state.is_done() {
+            return;
+        }
+        // With nobody connected yet, each worker that comes may be the one that has not lost it.
+        let rules = Rules { untried: self.offers.is_empty(), ..Rules::of(&job.spec, &self.limits) };
+        let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
+        let begins = learned && matches!(job.state.step, Step::Queued { .. });
+        let due = due.or_else(|| job.state.term(&rules).filter(|_| begins).map(|term| Due::whole(term, now.mono)));
+        self.put(Live { job, attempt, rules, required, found: due.is_none(), due }, now);
     }
 
     pub fn decide(&mut self, requests: Vec<Request>, now: Now) -> Vec<Group> {
@@ -299,7 +307,7 @@ impl Desk {
             let holder = |job: &Job| job.state.lease().map(|lease| lease.worker);
             let left = known.and_then(|live| holder(&live.job)).filter(|had| holder(&job) != Some(*had));
             self.news.push(Effect::Learned { job: Box::new(job.clone()), left });
-            self.restore(vec![(job, attempt)], now);
+            self.take_over(job, attempt, true, now);
         }
     }
 

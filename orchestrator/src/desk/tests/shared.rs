@@ -97,6 +97,18 @@ fn whoever_has_the_worker_calls_it_late_first() {
 }
 
 #[test]
+fn a_job_of_another_one_waits_its_whole_time_whatever_the_clock_there_says() {
+    let (mut theirs, _) = desk();
+    turn(&mut theirs, 0, vec![submit(1, 10)]);
+    let waits = limits().queue_timeout_ms as i64;
+    // By the clock here it has waited too long already.
+    let (mut ours, now) = (desk().0, waits + 60_000);
+    assert_eq!(moved(&turn(&mut ours, now, vec![Request::Loaded(vec![held(&theirs, 10)])]).1), [(10, StateWord::Queued)]);
+    assert_eq!(moved(&turn(&mut ours, now + waits - 1, vec![]).1), []);
+    assert_eq!(moved(&turn(&mut ours, now + waits, vec![]).1).len(), 1);
+}
+
+#[test]
 fn after_a_commit_that_took_too_long_or_failed_nobody_is_late_before_all_that_waited_was_heard() {
     let accept_ms = limits().accept_ms;
     for (done, took) in [(true, accept_ms), (false, 1)] {

@@ -12,6 +12,7 @@ use super::statements;
 // Postgres alone runs them.
 statements! {
     LOCK_MOVE = "SELECT pg_try_advisory_lock(72617265, 2) AS mine";
+    LOCK_LETTING_GO = "SELECT pg_advisory_lock(72617265, 3)";
     FORGET_RESTORED = "DELETE FROM meta WHERE name = 'restored'";
     CLEAR_CHUNKS = "DELETE FROM log_chunks WHERE job_id = $1 AND attempt = $2";
     CLEAR_PARTS = "DELETE FROM log_parts WHERE job_id = $1 AND attempt = $2";
@@ -33,6 +34,18 @@ impl MoveLock {
         let mine: bool = sqlx::query_scalar(LOCK_MOVE).fetch_one(&mut conn).await?;
         Ok(mine.then_some(Self { _conn: conn }))
     }
+}
+
+/// Held by the one who lets go of what a restored farm held, as long as its connection stands.
+pub struct Turn {
+    _conn: PgConnection,
+}
+
+/// Waits for whoever has its turn.
+pub async fn one_after_another(pool: &PgPool) -> Result<Turn, OpenError> {
+    let mut conn = pool.acquire().await?.detach();
+    sqlx::query(LOCK_LETTING_GO).execute(&mut conn).await?;
+    Ok(Turn { _conn: conn })
 }
 
 /// The farm that was restored here is one like any other from now on.
