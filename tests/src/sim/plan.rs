@@ -54,23 +54,24 @@ fn key(at: &AttemptRef) -> u64 {
     mix(at.job.raw() as u64 ^ (at.job.raw() >> 64) as u64 ^ u64::from(at.attempt) << 40)
 }
 
-/// Writes what an attempt's log has from this offset on. One log in four is no text at all.
+/// Writes what an attempt's log has from this offset on: lines with a letter of two bytes. One log in four is no text at all.
 fn fill(key: u64, from: u64, out: &mut [u8]) {
-    let raw_bytes = |offset: u64| mix(key ^ (offset >> 3)) >> (8 * (offset & 7));
-    let (mut raw, mut column) = (raw_bytes(from), from % 61);
-    for (offset, byte) in (from..).zip(out) {
-        if offset & 7 == 0 {
-            raw = raw_bytes(offset);
-        }
-        *byte = match (key & 3, column) {
-            (0, _) => raw as u8,
-            (_, 60) => b'\n',
-            (_, 20) => 0xc3,
-            (_, 21) => 0xbc,
-            _ => b'a' + raw as u8 % 26,
-        };
-        raw >>= 8;
-        column = if column == 60 { 0 } else { column + 1 };
+    let word = |number: u64| mix(key ^ number).to_le_bytes();
+    let within = (from & 7) as usize;
+    let (head, words) = out.split_at_mut(((8 - within) & 7).min(out.len()));
+    head.copy_from_slice(&word(from >> 3)[within..][..head.len()]);
+    for (number, part) in (from.div_ceil(8)..).zip(words.chunks_mut(8)) {
+        part.copy_from_slice(&word(number)[..part.len()]);
+    }
+    if key & 3 == 0 {
+        return;
+    }
+    for byte in &mut *out {
+        *byte = b'a' + (*byte & 15);
+    }
+    for (column, letter) in [(20, 0xc3), (21, 0xbc), (60, b'\n')] {
+        let first = (column + 61 - from % 61) % 61;
+        out.iter_mut().skip(first as usize).step_by(61).for_each(|byte| *byte = letter);
     }
 }
 
