@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 
 use alloy_shared::limits;
+use sqlx::postgres::PgPool;
 
 use super::conn::{Args, Conn};
 use super::fault::{Fault, of};
@@ -34,6 +35,16 @@ pub(super) async fn try_all(conn: &mut Conn<'_>, groups: &[Group]) -> Result<Opt
         }
     }
     Ok(Some(Committed { groups: done }))
+}
+
+/// Writes all groups as one statement, where they can be. `None`: they cannot, or one of them missed and nothing was written.
+pub(super) async fn at_once(pool: &PgPool, groups: &[Group]) -> Result<Option<Committed>, StoreError> {
+    if alike(groups) < groups.len() {
+        return Ok(None);
+    }
+    let writes: Vec<&Write> = groups.iter().flat_map(|group| &group.0).collect();
+    let written = job::write_at_once(pool, &writes).await?;
+    Ok(written.then(|| Committed { groups: groups.iter().map(numbers).collect() }))
 }
 
 /// Writes every group that does not miss. What fails together is halved until the one that failed is alone.

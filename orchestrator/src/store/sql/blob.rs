@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 use alloy_shared::id::Digest;
 
 use super::SqlStore;
-use super::conn::{Args, Conn, Reader, Row, Wide};
+use super::conn::{Args, Conn, Reader, Row};
 use super::fault::Fault;
+use super::wide::Kind::{Flag as F, Int as I, Text as T};
+use super::wide::Wide;
 use crate::store::{Blob, BlobKind, Place, Scope, StoreError};
 
 super::statements! {
@@ -24,8 +26,8 @@ super::statements! {
     META = "SELECT name, value FROM meta WHERE name = $1";
 }
 
-static INSERTS_WIDE: Wide = Wide::new(INSERT_BLOB, 12);
-static BLOBS_WIDE: Wide = Wide::new(BLOBS, 3);
+static INSERTS_WIDE: Wide = Wide::new(INSERT_BLOB, &[T, T, T, I, T, I, I, F, I, I, I, I]);
+static BLOBS_WIDE: Wide = Wide::new(BLOBS, &[T, T, T]);
 pub(super) static WIDE: [&Wide; 2] = [&INSERTS_WIDE, &BLOBS_WIDE];
 
 /// Blobs that are known already stay as they are. False: one of their objects is taken to be deleted.

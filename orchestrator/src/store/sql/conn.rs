@@ -1,7 +1,6 @@
 //! S: either engine behind one face: arguments in, rows out, and texts that take many rows at once.
 
 use std::str::FromStr;
-use std::sync::OnceLock;
 
 use alloy_shared::env::Ms;
 use serde::de::DeserializeOwned;
@@ -10,6 +9,7 @@ use sqlx::postgres::{PgArguments, PgConnection, PgPool, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqlitePool, SqliteRow};
 use sqlx::{Arguments, Row as _};
 
+use super::wide::{Chain, Ending, GUARDS, LINKS, Wide};
 use crate::store::StoreError;
 
 #[derive(Debug)]
@@ -100,11 +100,52 @@ impl Conn<'_> {
         }
     }
 
-    /// Runs a text for all rows, in as few steps as its widths allow. Returns how many rows it touched.
+    /// Runs a text for all rows, in as few steps as the engine allows. Returns how many rows it touched.
     pub(super) async fn run_wide(&mut self, wide: &Wide, rows: Args) -> Result<u64, sqlx::Error> {
         let mut touched = 0;
-        for (text, args) in wide.split(rows, matches!(self, Self::Sqlite(_))) {
-            touched += self.run(text, args).await?;
+        match self {
+            Self::Sqlite(conn) => {
+                for (text, args) in wide.split(rows) {
+                    touched += sqlx::query_with(text, args.sqlite()?).execute(&mut **conn).await?.rows_affected();
+                }
+            }
+            Self::Postgres(conn) => {
+                if let Some((text, args)) = wide.whole(rows)? {
+                    touched = sqlx::query_with(text, args).execute(&mut **conn).await?.rows_affected();
+                }
+            }
+        }
+        Ok(touched)
+    }
+
+    /// Runs all texts of a chain for their rows. Returns how many rows each of the guarded ones touched; where that is not
+    /// `guarded` in all, the others have not run.
+    pub(super) async fn run_chain(
+        &mut self,
+        chain: &Chain,
+        rows: [Args; LINKS],
+        guarded: u64,
+    ) -> Result<[u64; GUARDS], sqlx::Error> {
+        let mut touched = [0; GUARDS];
+        match self {
+            Self::Sqlite(_) => {
+                for (at, (wide, rows)) in chain.links.iter().zip(rows).enumerate() {
+                    if at == GUARDS && touched.iter().sum::<u64>() != guarded {
+                        break;
+                    }
+                    let count = self.run_wide(wide, rows).await?;
+                    if let Some(touched) = touched.get_mut(at) {
+                        *touched = count;
+                    }
+                }
+            }
+            Self::Postgres(conn) => {
+                let Some((text, args)) = chain.whole(rows, guarded, Ending::Count)? else { return Ok(touched) };
+                let row = sqlx::query_with(text, args).fetch_one(&mut **conn).await?;
+                for (at, touched) in touched.iter_mut().enumerate() {
+                    *touched = row.try_get::<i64, _>(at)?.unsigned_abs();
+                }
+            }
         }
         Ok(touched)
     }
@@ -127,8 +168,19 @@ impl Db {
 
     pub(super) async fn rows_wide(&self, wide: &Wide, rows: Args) -> Result<Vec<Row>, sqlx::Error> {
         let mut found = Vec::new();
-        for (text, args) in wide.split(rows, matches!(self, Self::Sqlite { .. })) {
-            found.extend(self.rows(text, args).await?);
+        match self {
+            Self::Sqlite { read, .. } => {
+                for (text, args) in wide.split(rows) {
+                    let some = sqlx::query_with(text, args.sqlite()?).fetch_all(read).await?;
+                    found.extend(some.into_iter().map(Row::Sqlite));
+                }
+            }
+            Self::Postgres(pool) => {
+                if let Some((text, args)) = wide.whole(rows)? {
+                    let all = sqlx::query_with(text, args).fetch_all(pool).await?;
+                    found.extend(all.into_iter().map(Row::Postgres));
+                }
+            }
         }
         Ok(found)
     }
@@ -136,10 +188,10 @@ impl Db {
 
 /// What a text is given for `$1`, `$2`, …
 #[derive(Debug, Default)]
-pub(super) struct Args(Vec<Arg>);
+pub(super) struct Args(pub(super) Vec<Arg>);
 
 #[derive(Debug)]
-enum Arg {
+pub(super) enum Arg {
     Text(Option<String>),
     Int(Option<i64>),
     Flag(Option<bool>),
@@ -238,67 +290,6 @@ where
     Ok(out)
 }
 
-/// How many rows one statement may carry. A batch is cut into the largest that fit.
-const WIDTHS: [usize; 9] = [256, 128, 64, 32, 16, 8, 4, 2, 1];
-
-/// A text with one row of parameters, `VALUES ($1, …)`, and the same text for more rows.
-#[derive(Debug)]
-pub(super) struct Wide {
-    text: &'static str,
-    columns: usize,
-    sqlite: [OnceLock<&'static str>; WIDTHS.len()],
-    postgres: [OnceLock<&'static str>; WIDTHS.len()],
-}
-
-impl Wide {
-    pub(super) const fn new(text: &'static str, columns: usize) -> Self {
-        Self { text, columns, sqlite: [const { OnceLock::new() }; _], postgres: [const { OnceLock::new() }; _] }
-    }
-
-    fn split(&self, rows: Args, sqlite: bool) -> impl Iterator<Item = (&'static str, Args)> {
-        let mut rest = rows.0.into_iter();
-        std::iter::from_fn(move || {
-            let left = rest.len() / self.columns;
-            let at = WIDTHS.iter().position(|width| *width <= left)?;
-            let forms = if sqlite { &self.sqlite } else { &self.postgres };
-            // Leaked once per text and width: the driver takes only texts that live for ever.
-            let text = forms[at].get_or_init(|| widened(self.text, self.columns, WIDTHS[at], sqlite).leak());
-            Some((*text, Args(rest.by_ref().take(WIDTHS[at] * self.columns).collect())))
-        })
-    }
-}
-
-/// Repeats the row after `VALUES`. SQLite gets nameless parameters, because it looks names up one by one.
-fn widened(text: &str, columns: usize, rows: usize, sqlite: bool) -> String {
-    let (head, from_row) = text.split_once("VALUES (").unwrap_or((text, ""));
-    let mut depth = 1;
-    let end = from_row.find(|c| {
-        depth += i32::from(c == '(') - i32::from(c == ')');
-        depth == 0
-    });
-    let (row, tail) = from_row.split_at(end.unwrap_or(from_row.len()));
-    let mut out = format!("{head}VALUES ");
-    if sqlite {
-        // What a refused row leaves behind is undone by the caller in any case. Left to SQLite, it would first copy every
-        // page that the statement is to change.
-        out = out.replacen(" INTO ", " OR FAIL INTO ", 1);
-    }
-    for n in 0..rows {
-        out.push_str(if n == 0 { "(" } else { ", (" });
-        let mut parts = row.split('$');
-        out.push_str(parts.next().unwrap_or_default());
-        for (at, part) in parts.enumerate() {
-            match sqlite {
-                true => out.push('?'),
-                false => out.push_str(&format!("${}", n * columns + at + 1)),
-            }
-            out.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
-        }
-        out.push(')');
-    }
-    out + &tail[1.min(tail.len())..]
-}
-
 /// A row of either engine.
 pub(super) enum Row {
     Sqlite(SqliteRow),
@@ -391,55 +382,6 @@ impl<'a> Reader<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_widened_text_repeats_its_row_and_nothing_else() {
-        let text = "WITH new (a, b) AS (VALUES (CAST($1 AS TEXT), $2)) SELECT a FROM new WHERE b > 1";
-        assert_eq!(widened(text, 2, 1, false), text);
-        assert_eq!(
-            widened(text, 2, 2, false),
-            "WITH new (a, b) AS (VALUES (CAST($1 AS TEXT), $2), (CAST($3 AS TEXT), $4)) SELECT a FROM new WHERE b > 1"
-        );
-        assert_eq!(
-            widened("INSERT INTO t (a) VALUES ($1) ON CONFLICT DO NOTHING", 1, 3, true),
-            "INSERT OR FAIL INTO t (a) VALUES (?), (?), (?) ON CONFLICT DO NOTHING"
-        );
-    }
-
-    #[test]
-    fn a_batch_is_cut_into_the_largest_widths() {
-        let wide = Wide::new("INSERT INTO t (a, b) VALUES ($1, $2)", 2);
-        let rows = Args((0..2 * 407).map(|n| Arg::Int(Some(n))).collect());
-        let sizes: Vec<usize> = wide.split(rows, true).map(|(_, args)| args.0.len() / 2).collect();
-        assert_eq!(sizes, [256, 128, 16, 4, 2, 1]);
-    }
-
-    /// SQLite chooses anew for each width, and with many rows on one side it may choose to walk through the other.
-    #[tokio::test]
-    async fn every_width_searches_by_an_index() {
-        use super::super::{SqlStore, blob, job, tidy};
-        let wides = [&job::WIDE[..], &blob::WIDE[..], &tidy::WIDE[..]].concat();
-        let sources =
-            [include_str!("job.rs"), include_str!("blob.rs"), include_str!("farm.rs"), include_str!("tidy.rs")];
-        let made: usize = sources.iter().map(|source| source.matches("Wide::new(").count()).sum();
-        assert_eq!(wides.len(), made, "a wide text is not in WIDE");
-        let dir = tempfile::tempdir().unwrap();
-        let store = SqlStore::open_sqlite(&dir.path().join("farm.db")).await.unwrap();
-        let Db::Sqlite { read, .. } = &store.db else { unreachable!() };
-        for (wide, width) in wides.iter().flat_map(|wide| WIDTHS.map(|width| (wide, width))) {
-            let text = format!("EXPLAIN QUERY PLAN {}", widened(wide.text, wide.columns, width, true));
-            for row in sqlx::query(sqlx::AssertSqlSafe(text)).fetch_all(read).await.unwrap() {
-                let step: String = row.get("detail");
-                let given = ["new", "closed", "asked", "CONSTANT"];
-                let is_given = |what: &str| {
-                    given.iter().any(|one| what.starts_with(one))
-                        || what.starts_with(|first: char| first.is_ascii_digit())
-                };
-                let scans = step.strip_prefix("SCAN ").is_some_and(|what| !is_given(what));
-                assert!(!scans && !step.contains("AUTOMATIC"), "{width} rows: {step}: {}", wide.text);
-            }
-        }
-    }
 
     #[test]
     fn a_nul_never_reaches_an_engine() {

@@ -114,6 +114,14 @@ pub(super) fn of_commit(error: sqlx::Error) -> StoreError {
     if refused { of(error) } else { StoreError::Unknown(error.to_string()) }
 }
 
+/// An error of a statement that is a transaction of its own. `Ok`: a rule refused it, and nothing has happened.
+pub(super) fn of_whole(error: sqlx::Error) -> Result<(), StoreError> {
+    match &error {
+        sqlx::Error::Database(db) if is_refusal(db.as_ref()) => Ok(()),
+        _ => Err(of_commit(error)),
+    }
+}
+
 fn damaged(text: String) -> StoreError {
     StoreError::Corrupt { table: "database", id: text, column: "a page" }
 }

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
 use alloy_shared::wire::job::{StateWord, Timings};
 use serde::Serialize;
+use sqlx::postgres::PgPool;
 
 use super::SqlStore;
-use super::conn::{Args, Conn, Reader, Row, Wide};
-use super::fault::Fault;
+use super::conn::{Args, Conn, Reader, Row};
+use super::fault::{self, Fault};
+use super::wide::Kind::{Int as I, Text as T};
+use super::wide::{Chain, Ending, GUARDS, LINKS, Wide};
 use crate::job::{State, Step};
 use crate::store::write::{Advance, CloseAttempt, InsertJob};
 use crate::store::{Artifact, Attempt, Guard, Job, JobEventRow, JobFilter, Miss, Scope, StoreError, Write};
@@ -80,16 +83,16 @@ super::statements! {
         WHERE job_id = $1 AND attempt = $3 AND path = $4 AND (org_id = $2 OR $2 IS NULL)";
 }
 
-static KEYS_WIDE: Wide = Wide::new(INSERT_KEY, 6);
-static JOBS_WIDE: Wide = Wide::new(INSERT_JOB, 16);
-static ADVANCES_WIDE: Wide = Wide::new(ADVANCE_JOB, 14);
-static ATTEMPTS_WIDE: Wide = Wide::new(PUT_ATTEMPT, 13);
-static CLOSES_WIDE: Wide = Wide::new(CLOSE_ATTEMPT, 5);
-static EVENTS_WIDE: Wide = Wide::new(INSERT_EVENT, 12);
-static ARTIFACTS_WIDE: Wide = Wide::new(INSERT_ARTIFACT, 8);
+static KEYS_WIDE: Wide = Wide::new(INSERT_KEY, &[T, T, T, T, T, I]);
+static JOBS_WIDE: Wide = Wide::new(INSERT_JOB, &[T, I, T, I, T, T, T, I, T, I, T, I, T, T, I, T]);
+static ADVANCES_WIDE: Wide = Wide::new(ADVANCE_JOB, &[T, I, T, T, T, I, T, I, T, I, I, T, I, I]);
+static ATTEMPTS_WIDE: Wide = Wide::new(PUT_ATTEMPT, &[T, I, T, T, I, I, T, T, T, I, I, I, T]);
+static CLOSES_WIDE: Wide = Wide::new(CLOSE_ATTEMPT, &[T, I, T, I, I]);
+static EVENTS_WIDE: Wide = Wide::new(INSERT_EVENT, &[T, I, T, I, I, T, T, T, T, T, T, T]);
+static ARTIFACTS_WIDE: Wide = Wide::new(INSERT_ARTIFACT, &[T, I, T, T, I, T, I, T]);
 /// In the order in which they are sent: what is guarded, then the books.
-pub(super) static WIDE: [&Wide; 7] =
-    [&KEYS_WIDE, &JOBS_WIDE, &ADVANCES_WIDE, &CLOSES_WIDE, &ATTEMPTS_WIDE, &EVENTS_WIDE, &ARTIFACTS_WIDE];
+pub(super) static CHAIN: Chain =
+    Chain::new([&KEYS_WIDE, &JOBS_WIDE, &ADVANCES_WIDE, &CLOSES_WIDE, &ATTEMPTS_WIDE, &EVENTS_WIDE, &ARTIFACTS_WIDE]);
 
 /// The rows of several writes, table by table.
 #[derive(Default)]
@@ -105,12 +108,48 @@ struct Rows {
     artifacts: Args,
 }
 
-/// Writes of different jobs, the guarded statements first. Returns false, without having run the others, if a guard held
-/// one of them back; the guarded rows are then for the caller to undo.
+/// Writes of different jobs. Returns false if a guard held one of them back; what was written is then for the caller to undo.
 pub(super) async fn write(conn: &mut Conn<'_>, writes: &[&Write]) -> Result<bool, Fault> {
-    let mut rows = Rows::default();
-    for write in writes {
-        rows = match write {
+    let rows = Rows::of(writes);
+    let guarded = rows.guarded;
+    Ok(rows.write(conn).await?.iter().sum::<u64>() == guarded)
+}
+
+/// The same as a transaction of its own, which is one exchange with Postgres. Returns false if nothing was written, because a
+/// guard or a rule of the schema held one of them back.
+pub(super) async fn write_at_once(pool: &PgPool, writes: &[&Write]) -> Result<bool, StoreError> {
+    let rows = Rows::of(writes);
+    let guarded = rows.guarded;
+    let Some((text, args)) = CHAIN.whole(rows.all(), guarded, Ending::Check).map_err(fault::of)? else {
+        return Ok(true);
+    };
+    let mut conn = pool.acquire().await.map_err(fault::of)?;
+    match sqlx::query_with(text, args).execute(&mut *conn).await {
+        Ok(_) => Ok(true),
+        Err(error) => fault::of_whole(error).map(|()| false),
+    }
+}
+
+/// Writes one new job, and tells a known key from a known job.
+pub(super) async fn insert(conn: &mut Conn<'_>, insert: &InsertJob) -> Result<Option<Miss>, Fault> {
+    let [keys, jobs, ..] = Rows::default().key(insert).insert(insert).write(conn).await?;
+    if let Some(key) = insert.key.as_ref().filter(|_| keys == 0) {
+        let args = Args::new().text(&key.caller).text(&key.key).text(key.org);
+        let Some(row) = conn.first(KEY, args).await? else { return Ok(Some(Miss::Stale)) };
+        let (job, body) = keyed(&row)?;
+        return Ok(Some(Miss::Exists { job, body }));
+    }
+    Ok(if jobs == 1 { None } else { Some(Miss::Stale) })
+}
+
+fn keyed(row: &Row) -> Result<(JobId, Digest), StoreError> {
+    let row = Reader::new(row, "idempotency", "job_id");
+    Ok((row.parsed("job_id")?, row.parsed("body")?))
+}
+
+impl Rows {
+    fn of(writes: &[&Write]) -> Self {
+        writes.iter().fold(Self::default(), |rows, write| match write {
             Write::InsertJob(insert) => rows.key(insert).insert(insert),
             Write::Advance(advance) => rows.advance(advance),
             Write::CloseAttempt(close) => rows.close(close),
@@ -128,44 +167,18 @@ pub(super) async fn write(conn: &mut Conn<'_>, writes: &[&Write]) -> Result<bool
             | Write::AddBlobs(_)
             | Write::Tidy(_)
             | Write::AddMeta { .. } => rows,
-        };
+        })
     }
-    rows.write(conn).await
-}
 
-/// Writes one new job, and tells a known key from a known job.
-pub(super) async fn insert(conn: &mut Conn<'_>, insert: &InsertJob) -> Result<Option<Miss>, Fault> {
-    if let Some(key) = &insert.key
-        && conn.run_wide(&KEYS_WIDE, Rows::default().key(insert).keys).await? == 0
-    {
-        let args = Args::new().text(&key.caller).text(&key.key).text(key.org);
-        let Some(row) = conn.first(KEY, args).await? else { return Ok(Some(Miss::Stale)) };
-        let (job, body) = keyed(&row)?;
-        return Ok(Some(Miss::Exists { job, body }));
+    /// In the order of the chain.
+    fn all(self) -> [Args; LINKS] {
+        [self.keys, self.jobs, self.advances, self.closes, self.attempts, self.events, self.artifacts]
     }
-    let inserted = Rows::default().insert(insert).write(conn).await?;
-    Ok(if inserted { None } else { Some(Miss::Stale) })
-}
 
-fn keyed(row: &Row) -> Result<(JobId, Digest), StoreError> {
-    let row = Reader::new(row, "idempotency", "job_id");
-    Ok((row.parsed("job_id")?, row.parsed("body")?))
-}
-
-impl Rows {
-    async fn write(self, conn: &mut Conn<'_>) -> Result<bool, Fault> {
-        let [keys, jobs, advances, closes, books @ ..] = &WIDE;
-        let mut touched = 0;
-        for (wide, args) in [(keys, self.keys), (jobs, self.jobs), (advances, self.advances), (closes, self.closes)] {
-            touched += conn.run_wide(wide, args).await?;
-        }
-        if touched != self.guarded {
-            return Ok(false);
-        }
-        for (wide, args) in books.iter().zip([self.attempts, self.events, self.artifacts]) {
-            conn.run_wide(wide, args).await?;
-        }
-        Ok(true)
+    /// Returns how many rows each of the guarded texts touched.
+    async fn write(self, conn: &mut Conn<'_>) -> Result<[u64; GUARDS], Fault> {
+        let guarded = self.guarded;
+        Ok(conn.run_chain(&CHAIN, self.all(), guarded).await?)
     }
 
     fn key(mut self, insert: &InsertJob) -> Self {

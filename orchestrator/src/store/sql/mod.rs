@@ -19,6 +19,7 @@ pub mod shared;
 pub mod tables;
 pub mod target;
 mod tidy;
+mod wide;
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, UserId, WorkerId};
@@ -32,8 +33,9 @@ use super::{
     Store, StoreError, TokenRow, Worker,
 };
 use crate::broken::Broken;
-use conn::{Args, Conn, Db, Row, Wide, end, tx};
+use conn::{Args, Conn, Db, Row, end, tx};
 use fault::within;
+use wide::Wide;
 
 pub use lock::{DataLock, LockError};
 pub use open::{OpenError, postgres_migrations, shown_address, sqlite_migrations};
@@ -98,6 +100,11 @@ impl SqlStore {
     }
 
     async fn commit_now(&self, groups: &[Group]) -> Result<Committed, StoreError> {
+        if let Db::Postgres(pool) = &self.db
+            && let Some(done) = batch::at_once(pool, groups).await?
+        {
+            return Ok(done);
+        }
         let tried: Result<_, StoreError> = tx!(&self.db, |conn| {
             let done = batch::try_all(&mut conn, groups).await?;
             let keep = done.as_ref().is_some_and(|done| done.groups.iter().all(Result::is_ok));

@@ -64,6 +64,7 @@ const POSTGRES_ONLY: Migrations = &[
     (1001, "row_security", include_str!("../../../migrations/postgres/1001_row_security.sql")),
     (1002, "views", include_str!("../../../migrations/postgres/1002_views.sql")),
     (1003, "retention_security", include_str!("../../../migrations/postgres/1003_retention_security.sql")),
+    (1010, "swift_jobs", include_str!("../../../migrations/postgres/1010_swift_jobs.sql")),
 ];
 /// Texts per connection that stay prepared: every one that there is, in all its widths.
 const PREPARED: usize = 256;
@@ -129,22 +130,26 @@ impl SqlStore {
             return Err(OpenError::TransactionPooler);
         }
         let options = options.application_name("alloy").statement_cache_capacity(PREPARED).disable_statement_logging();
-        let settings = me.clone();
+        let (names, values) = settings(me.clone().unwrap_or_default());
         let pool = PgPoolOptions::new()
             .max_connections(limits::STORE_CONNECTIONS)
             .acquire_timeout(Duration::from_millis(limits::STORE_CONNECT_MS))
             .after_connect(move |conn, _| {
-                let me = settings.clone().unwrap_or_default();
+                let (names, values) = (names.clone(), values.clone());
                 Box::pin(async move {
                     // Not at connecting: poolers refuse most of what may be said there.
-                    for (name, value) in [
-                        ("statement_timeout", limits::STORE_READ_MS.to_string()),
-                        ("idle_in_transaction_session_timeout", (limits::STORE_READ_MS + 1_000).to_string()),
-                        ("alloy.by", me),
-                    ] {
-                        sqlx::query(SET).bind(name).bind(value).execute(&mut *conn).await?;
-                    }
+                    sqlx::query(SET).bind(names).bind(values).execute(&mut *conn).await?;
                     Ok(())
+                })
+            })
+            // One that was in use a moment ago is there: to ask it each time would be one more exchange for each commit.
+            .test_before_acquire(false)
+            .before_acquire(|conn, lately| {
+                Box::pin(async move {
+                    if lately.idle_for >= IDLE_TRUSTED {
+                        conn.ping().await?;
+                    }
+                    Ok(true)
                 })
             })
             .connect_with(options)
@@ -173,6 +178,22 @@ impl SqlStore {
             tracing::warn!(path = %marker.display(), %error, "the next start will check the whole database");
         }
     }
+}
+
+/// For so long a connection that lay idle is taken as it is.
+const IDLE_TRUSTED: Duration = Duration::from_secs(1);
+
+/// What each connection to Postgres is told: names and values.
+fn settings(me: String) -> (Vec<&'static str>, Vec<String>) {
+    let patience = [
+        ("statement_timeout", limits::STORE_READ_MS.to_string()),
+        ("idle_in_transaction_session_timeout", (limits::STORE_READ_MS + 1_000).to_string()),
+        ("alloy.by", me),
+    ];
+    // Every text here searches by an index for few rows. A plan that is made once for all, by a table that was small at the time,
+    // or for an array of unknown length, would else walk through a table that has grown.
+    let plans = ["enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit"].map(|name| (name, "off".to_owned()));
+    patience.into_iter().chain(plans).unzip()
 }
 
 /// Supabase and PgBouncer put it there.

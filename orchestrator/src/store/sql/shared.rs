@@ -47,7 +47,7 @@ statements! {
         LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
         WHERE workers.id IN (SELECT jobs.worker_id FROM jobs WHERE jobs.worker_id IS NOT NULL) AND (workers.seen_at_ms IS NULL \
         OR workers.seen_at_ms < clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END))";
-    SET = "SELECT set_config($1, $2, FALSE)";
+    SET = "SELECT set_config(told.name, told.value, FALSE) FROM UNNEST($1::TEXT[], $2::TEXT[]) AS told (name, value)";
     BACKEND = "SELECT pg_backend_pid()";
     CLOCK = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now";
     HORIZON = "SELECT pg_snapshot_xmin(pg_current_snapshot())::TEXT AS horizon";

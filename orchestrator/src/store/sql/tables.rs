@@ -10,8 +10,9 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode};
 use sqlx::{ConnectOptions as _, Connection as _};
 
 use super::blob::META;
-use super::conn::{Args, Conn, Row, Wide};
+use super::conn::{Args, Conn, Row};
 use super::open::{OpenError, plain_postgres, postgres_migrations, sqlite_migrations};
+use super::wide::{Kind, Wide};
 use super::{SqlStore, backup};
 
 // Parents before what refers to them. What belongs to a database and not to its farm is left out.
@@ -112,31 +113,44 @@ super::statements! {
 }
 
 /// A table that a farm has on either engine.
-struct Table {
+pub(super) struct Table {
     name: &'static str,
-    /// What each column holds: a text, an integer or a flag.
-    kinds: &'static [u8],
     /// The first so many columns tell a row from all others.
     keys: usize,
     all: &'static str,
-    copy: Wide,
+    pub(super) copy: Wide,
     erase: &'static str,
+}
+
+/// Of columns that each hold a text, an integer or a flag.
+const fn kinds<const N: usize>(letters: &[u8; N]) -> [Kind; N] {
+    let mut kinds = [Kind::Text; N];
+    let mut at = 0;
+    while at < N {
+        kinds[at] = match letters[at] {
+            b't' => Kind::Text,
+            b'i' => Kind::Int,
+            b'f' => Kind::Flag,
+            _ => panic!("a column holds a text, an integer or a flag"),
+        };
+        at += 1;
+    }
+    kinds
 }
 
 macro_rules! tables {
     ($($name:literal $kinds:literal $keys:literal $all:ident $copy:ident $erase:ident;)+) => {
         [$(Table {
             name: $name,
-            kinds: $kinds,
             keys: $keys,
             all: $all,
-            copy: Wide::new($copy, $kinds.len()),
+            copy: Wide::new($copy, &const { kinds($kinds) }),
             erase: $erase,
         }),+]
     };
 }
 
-static TABLES: [Table; 13] = tables! {
+pub(super) static TABLES: [Table; 13] = tables! {
     "meta" b"tt" 1 ALL_META COPY_META ERASE_META;
     "workers" b"tttttttitftiif" 1 ALL_WORKERS COPY_WORKERS ERASE_WORKERS;
     "tokens" b"ttttttttiiit" 1 ALL_TOKENS COPY_TOKENS ERASE_TOKENS;
@@ -278,7 +292,7 @@ impl Tables {
             let mut rows = rows(self, table);
             while let Some(row) = rows.try_next().await? {
                 let args = args(&row, table)?;
-                let digest = args.digest(table.name, table.kinds.len());
+                let digest = args.digest(table.name, table.copy.columns.len());
                 tally.add(&digest);
                 if let Some(known) = &mut known {
                     known.0.entry(table.name).or_default().insert(key(&args, table), short(&digest));
@@ -306,11 +320,11 @@ fn rows<'a>(tables: &'a mut Tables, table: &'static Table) -> BoxStream<'a, Resu
 
 fn args(row: &Row, table: &Table) -> Result<Args, sqlx::Error> {
     let mut args = Args::new();
-    for (index, kind) in table.kinds.iter().enumerate() {
+    for (index, kind) in table.copy.columns.iter().enumerate() {
         args = match kind {
-            b't' => args.maybe_text(row.text_at(index)?),
-            b'i' => args.maybe_int(row.int_at(index)?),
-            _ => args.maybe_flag(row.flag_at(index)?),
+            Kind::Text => args.maybe_text(row.text_at(index)?),
+            Kind::Int => args.maybe_int(row.int_at(index)?),
+            Kind::Flag => args.maybe_flag(row.flag_at(index)?),
         };
     }
     Ok(args)
@@ -325,7 +339,7 @@ pub async fn bring(from: &mut Tables, to: &mut Tables, known: &mut Known) -> Res
         let mut rows = rows(from, table);
         while let Some(row) = rows.try_next().await? {
             let args = args(&row, table)?;
-            let (key, digest) = (key(&args, table), args.digest(table.name, table.kinds.len()));
+            let (key, digest) = (key(&args, table), args.digest(table.name, table.copy.columns.len()));
             tally.add(&digest);
             now.insert(key, short(&digest));
             if before.remove(&key) == Some(short(&digest)) {

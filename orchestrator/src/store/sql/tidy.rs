@@ -7,9 +7,11 @@ use alloy_shared::id::{AttemptRef, JobId, OrgId};
 
 use super::SqlStore;
 use super::blob::{blob, kind_word};
-use super::conn::{Args, Conn, Reader, Row, Wide};
+use super::conn::{Args, Conn, Reader, Row};
 use super::farm::orgs;
 use super::fault::Fault;
+use super::wide::Kind::{Int as I, Text as T};
+use super::wide::Wide;
 use crate::blobs::root_of;
 use crate::store::tidy::{BlobCursor, Ended, Fade, Fading, RetentionRow, Tidy, TrashRow};
 use crate::store::{Blob, BlobKind, Miss, Scope, StoreError};
@@ -73,8 +75,8 @@ super::statements! {
     RETENTION = "SELECT org_id, jobs_days, artifacts_days, logs_days, sources_days FROM retention WHERE org_id BETWEEN $1 AND $2";
 }
 
-static USES_WIDE: Wide = Wide::new(USE_BLOB, 4);
-static NAMED_WIDE: Wide = Wide::new(NAMED, 1);
+static USES_WIDE: Wide = Wide::new(USE_BLOB, &[T, T, T, I]);
+static NAMED_WIDE: Wide = Wide::new(NAMED, &[T]);
 pub(super) static WIDE: [&Wide; 2] = [&USES_WIDE, &NAMED_WIDE];
 
 type Written = Result<Result<i64, Miss>, Fault>;
