@@ -6,6 +6,7 @@ pub mod floors;
 pub mod idle;
 pub mod path;
 pub mod peers;
+pub mod queue;
 pub mod report;
 pub mod warm;
 
@@ -48,6 +49,9 @@ pub async fn run(options: &Options) -> Result<Report> {
     }
     if wants("desk") {
         report.rows.push(desk::row(options, &mut report.floors).await?);
+    }
+    if wants("queue") {
+        report.rows.extend(queue::rows(options, &mut report.floors).await?);
     }
     if wants("submit") {
         report.rows.push(submit(options).await?);

@@ -1,4 +1,4 @@
-//! S: a Postgres of the test run's own: no port, no disk syncs, gone with the process that started it.
+//! S: a Postgres of the test run's own: no port, gone with the process that started it. Tests have one without disk syncs.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -25,11 +25,14 @@ struct Server {
 const MISSING: &str = "PostgreSQL's server programs are missing: install the package `postgresql` \
     (Debian: apt-get install postgresql; macOS: brew install postgresql@17), or set PGBIN to their directory";
 
+/// Nothing of a test's has to outlive a power cut.
+const FORGETFUL: &str = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off";
+
 /// Sets up, starts, says `ready`, waits for the end of stdin, takes down. As root the server runs as `postgres`.
 const KEEPER: &str = r#"
 set -eu
 trap '' INT
-d=$1; bin=$2; as=
+d=$1; bin=$2; how=$3; as=
 if [ "$(id -u)" = 0 ]; then
     chown postgres "$d"
     as="setpriv --reuid=postgres --regid=postgres --init-groups"
@@ -37,8 +40,7 @@ fi
 cd "$d"
 run() { $as "$@" </dev/null >"$d/talk" 2>&1 || { cat "$d/talk"; rm -rf "$d"; exit 1; }; }
 run "$bin/initdb" -D "$d/data" -U postgres -A trust --no-sync -E UTF8 --locale=C
-run "$bin/pg_ctl" -D "$d/data" -w -t 60 -l "$d/server" start -o "-c listen_addresses='' -c unix_socket_directories=$d \
-    -c fsync=off -c synchronous_commit=off -c full_page_writes=off -c max_connections=300"
+run "$bin/pg_ctl" -D "$d/data" -w -t 60 -l "$d/server" start -o "-c listen_addresses='' -c unix_socket_directories=$d -c max_connections=300 $how"
 echo ready
 cat >/dev/null || true
 run "$bin/pg_ctl" -D "$d/data" -m immediate -w stop
@@ -67,13 +69,34 @@ pub async fn keep() -> std::io::Result<()> {
     std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink()).map(drop)
 }
 
+/// A server whose commits reach the disk, with the settings that it comes with: for measuring.
+pub struct Lasting(Server);
+
+impl Lasting {
+    pub fn start() -> Self {
+        Self(start(""))
+    }
+
+    /// The address of a new database with nothing in it.
+    pub async fn database(&self) -> Result<String, sqlx::Error> {
+        let name = format!("m_{}", self.0.made.fetch_add(1, Ordering::Relaxed));
+        self.0.admin(&format!("CREATE DATABASE {name}")).await?;
+        Ok(self.0.url(&name))
+    }
+
+    /// Settles what was written until now, so that whoever comes next does not pay for it.
+    pub async fn settle(&self) -> Result<(), sqlx::Error> {
+        self.0.admin("CHECKPOINT").await
+    }
+}
+
 async fn server() -> &'static Server {
     SERVER
         .get_or_init(|| async {
             if let Some(dir) = std::env::var_os("ALLOY_TEST_PG") {
                 return Server { dir: dir.into(), _keeper: None, made: AtomicU32::new(0) };
             }
-            let server = start();
+            let server = start(FORGETFUL);
             // Sorts as people's databases do, not by bytes: what depends on the order of letters must show here.
             let icu = "CREATE DATABASE farm TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en-US'";
             if server.admin(icu).await.is_err() {
@@ -86,7 +109,7 @@ async fn server() -> &'static Server {
         .await
 }
 
-fn start() -> Server {
+fn start(how: &str) -> Server {
     let bin = programs().unwrap_or_else(|| panic!("{MISSING}"));
     // A socket's path must be short.
     let dir = tempfile::Builder::new().prefix("alloy-pg").tempdir_in("/tmp").expect("make a directory").keep();
@@ -95,6 +118,7 @@ fn start() -> Server {
     let mut keeper = Command::new("sh")
         .args(["-c", KEEPER, "sh"])
         .args([&dir, &bin])
+        .arg(how)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(complaints)

@@ -3,7 +3,7 @@
 use alloy_tests::bench::{Options, default_out, run};
 use anyhow::{Context as _, Result, bail};
 
-const HELP: &str = "bench [--rounds N] [--quick] [--only hello|log|desk|submit|idle|warm] [--out DIR]";
+const HELP: &str = "bench [--rounds N] [--quick] [--only hello|log|desk|queue|submit|idle|warm] [--out DIR]";
 
 #[tokio::main]
 async fn main() -> Result<()> {
