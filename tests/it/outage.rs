@@ -138,7 +138,7 @@ async fn a_commit_whose_answer_is_lost_makes_one_job_of_a_key() -> Result<()> {
         // Only a commit that inserts a job carries this word. It is one statement, so that its answer is the commit's; sent
         // again it passes.
         let lost = proxy.trap(Way::Up, "submitted", 1, Then::DropReply);
-        ids.push(submit(api.clone(), format!("load-{n}"), format!("echo job {n}; sleep 0.2; echo end {n}")).await);
+        ids.push(api.shell_once(&format!("load-{n}"), &format!("echo job {n}; sleep 0.2; echo end {n}")).await);
         ensure!(lost.borrow().seen == 1, "the commit of {n} has its answer");
     }
     all_well(&api, &ids, times).await

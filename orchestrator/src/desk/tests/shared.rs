@@ -103,7 +103,10 @@ fn a_job_of_another_one_waits_its_whole_time_whatever_the_clock_there_says() {
     let waits = limits().queue_timeout_ms as i64;
     // By the clock here it has waited too long already.
     let (mut ours, now) = (desk().0, waits + 60_000);
-    assert_eq!(moved(&turn(&mut ours, now, vec![Request::Loaded(vec![held(&theirs, 10)])]).1), [(10, StateWord::Queued)]);
+    assert_eq!(
+        moved(&turn(&mut ours, now, vec![Request::Loaded(vec![held(&theirs, 10)])]).1),
+        [(10, StateWord::Queued)]
+    );
     assert_eq!(moved(&turn(&mut ours, now + waits - 1, vec![]).1), []);
     assert_eq!(moved(&turn(&mut ours, now + waits, vec![]).1).len(), 1);
 }

@@ -45,7 +45,7 @@ impl Ours {
         url: &str,
         (workers, slots): Hosts,
         books: Arc<Books>,
-        held: Option<mpsc::UnboundedSender<Held>>,
+        held: Option<mpsc::Sender<Held>>,
     ) -> Result<Self> {
         let store = Arc::new(SqlStore::open_shared(url, "bench".into()).await?);
         let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
@@ -115,9 +115,11 @@ async fn session(
     door: Door,
     (worker, epoch): (WorkerId, i64),
     books: Arc<Books>,
-    held: Option<mpsc::UnboundedSender<Held>>,
+    held: Option<mpsc::Sender<Held>>,
 ) {
+    let mut ends = JoinSet::new();
     while let Some(mail) = letters.recv().await {
+        while ends.try_join_next().is_some() {}
         let Mail::Job(job) = mail else { continue };
         if !matches!(job.state.step, Step::Assigned { .. }) {
             continue;
@@ -126,11 +128,11 @@ async fn session(
         let from = From { at: job.attempt(), worker, epoch };
         if let Some(held) = &held {
             // Whoever counts them may have gone.
-            let _ = held.send((job, from));
+            let _ = held.send((job, from)).await;
             continue;
         }
         let (door, books) = (door.clone(), books.clone());
-        tokio::spawn(async move {
+        ends.spawn(async move {
             match finish(&door, from).await {
                 Ok(()) => books.finishes(),
                 Err(error) => books.breaks(error),

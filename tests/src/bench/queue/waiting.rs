@@ -22,14 +22,14 @@ const NONE: &str = "none waiting";
 
 struct Farm {
     ours: Arc<Ours>,
-    held: mpsc::UnboundedReceiver<Held>,
+    held: mpsc::Receiver<Held>,
     running: Vec<Held>,
     next: u64,
 }
 
 impl Farm {
     async fn start(server: &Lasting, waiting: u64) -> Result<Self> {
-        let (tell, mut held) = mpsc::unbounded_channel();
+        let (tell, mut held) = mpsc::channel(HOSTS.0 * HOSTS.1);
         let ours =
             Arc::new(Ours::start(&server.database().await?, HOSTS, Arc::new(Books::default()), Some(tell)).await?);
         let slots = HOSTS.1 as u64;
