@@ -25,6 +25,7 @@ use crate::store::tidy::TrashRow;
 mod fs;
 pub mod mark;
 mod mem;
+mod owner;
 mod s3;
 #[cfg(test)]
 mod tests;

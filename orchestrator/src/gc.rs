@@ -198,22 +198,29 @@ impl Collector {
     /// An object is taken, deleted, and said to be gone. Whoever comes after a crash does it again.
     async fn trash(&mut self, app: &App, policy: &Policy) -> Result<Stage, OpError> {
         let page = app.store.trash(policy.trash_before(), OBJECTS).await?;
-        let mut moved = false;
+        let began = self.noted.unwrap_or(policy.now());
+        // What was taken comes last: when this look has tried the first one, it has tried all.
+        if !page.first().is_some_and(|row| row.taken_at.is_none_or(|taken| taken < began)) {
+            commit(app, vec![Tidy::Forget { before: policy.names_before() }]).await?;
+            return Ok(Stage::Objects(None));
+        }
         for row in page {
             let (object, before, at) = (row.object.clone(), policy.trash_before(), policy.now());
             let taken = commit(app, vec![Tidy::TakeTrash { object, before, at }]).await?;
             if taken.contains(&Some(1)) {
-                burn(app, &row).await?;
+                match burn(app, &row).await {
+                    // What lies behind it does not wait for it. The next look tries it again.
+                    Err(error @ OpError::Io { .. }) => {
+                        warn!(%error, object = %row.object, "an object that nobody needs cannot be deleted");
+                        continue;
+                    }
+                    burnt => burnt?,
+                }
                 commit(app, vec![Tidy::Burnt { object: row.object }]).await?;
                 self.gone.objects += 1;
             }
-            moved = true;
         }
-        if moved {
-            return Ok(Stage::Trash);
-        }
-        commit(app, vec![Tidy::Forget { before: policy.names_before() }]).await?;
-        Ok(Stage::Objects(None))
+        Ok(Stage::Trash)
     }
 
     /// A page of all objects: what nothing names, and is no longer on its way to be named, goes to the trash. Names that no farm

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono, Now};
+use alloy_shared::id::Digest;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, random_bytes};
 use alloy_shared::secret::{Secret, Token};
 use async_trait::async_trait;
@@ -218,10 +219,14 @@ async fn ground(
         let files = || format!("files in {} on {}", dir.join("blobs").display(), hostname());
         check_place(&**sql, config.s3.as_ref().map_or_else(files, config::S3::url)).await?;
     }
+    let secret = farm_secret(&**sql).await?;
+    if let Some(bucket) = &config.s3 {
+        own(&blobs, &bucket.url(), &**sql).await?;
+    }
     Ok(Ground {
         logs,
         blobs,
-        secret: farm_secret(&**sql).await?,
+        secret,
         shared: sql.shared().cloned(),
         store: sql.clone(),
         sign_in: sign_in(config, env.clone())?,
@@ -311,6 +316,19 @@ async fn blobs(config: &Config, dir: &Path, care: Care, env: Arc<dyn Env>) -> Re
     blobs::mark::set(dir, &place.url()).map_err(elsewhere)?;
     tracing::info!("objects lie in {}", place.place());
     Ok(blobs)
+}
+
+/// A bucket has the objects of one farm.
+async fn own(blobs: &Blobs, bucket: &str, store: &dyn Store) -> Result<(), ServeError> {
+    let secret = store.meta(FARM_SECRET).await?.unwrap_or_default();
+    match blobs.claim(&Digest::of(secret.as_bytes())).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(start_error(
+            "the farm's objects",
+            format!("{}; say ALLOY_S3_URL=s3://BUCKET/PREFIX", moving::MoveError::NotOurs(bucket.to_owned())),
+        )),
+        Err(error) => Err(start_error("the farm's objects", error)),
+    }
 }
 
 /// The secret under which grants are made; the first start throws it.

@@ -61,6 +61,8 @@ pub enum MoveError {
     Busy(String),
     #[error("the objects of this farm lie in {0} already, and stay there")]
     InBucket(String),
+    #[error("{0} holds the objects of another farm, and each would remove the other's: every farm needs a prefix of its own")]
+    NotOurs(String),
     /// Each names what it is.
     #[error("the farm has lost or damaged {}: {}", if .0.len() == 1 { "something" } else { "some things" }, .0.join("; "))]
     Damaged(Vec<String>),
@@ -175,7 +177,8 @@ impl Mover {
         let sql = SqlStore::open_shared(&to.database, "alloy admin".to_owned()).await?;
         let Some(lock) = patient_lock(&to.database, &*env).await? else { return Err(MoveError::Busy(shown)) };
         let secret = meta_of(&farm.join(DATABASE), FARM_SECRET).await?.unwrap_or_default();
-        let id = claim(&sql, &Digest::of(secret.as_bytes()).to_string(), &shown).await?;
+        let owner = Digest::of(secret.as_bytes());
+        let id = claim(&sql, &owner.to_string(), &shown).await?;
         if sql.meta(VERIFIED).await?.is_some() {
             let _ = fs::remove_dir_all(work);
             return Ok(Begun::Done { to: shown });
@@ -187,7 +190,13 @@ impl Mover {
         let path = work.join("journal");
         let journal = Journal::open(&path, &format!("{id} {place}")).map_err(at(&path))?;
         let blobs = match &to.bucket {
-            Some(place) => Some(Arc::new(Blobs::open_s3(place, work.join("spool"), Care::default(), env).await?)),
+            Some(place) => {
+                let blobs = Blobs::open_s3(place, work.join("spool"), Care::default(), env).await?;
+                if !blobs.claim(&owner).await? {
+                    return Err(MoveError::NotOurs(place.url()));
+                }
+                Some(Arc::new(blobs))
+            }
             None => None,
         };
         Ok(Begun::Going(Box::new(Self {

@@ -357,6 +357,7 @@ fn move_failure(error: &MoveError) -> Failure {
         MoveError::Wrong { .. } => failure.hint("run it again: what is right there is not brought again"),
         MoveError::Differs { .. } => failure.hint("nothing says that the farm is there: the old one is still the farm"),
         MoveError::InBucket(_) => failure.hint("leave --to-s3 and ALLOY_S3_URL out, or name the same place"),
+        MoveError::NotOurs(_) => failure.hint("name another bucket or prefix with --to-s3 or ALLOY_S3_URL"),
         MoveError::Database(error) | MoveError::Backup(BackupError::Database(error)) => database_hint(failure, error),
         MoveError::InUse(_)
         | MoveError::List { .. }

@@ -292,7 +292,7 @@ pub trait Store: Send + Sync {
         after: Option<BlobCursor>,
         limit: u32,
     ) -> Result<Vec<Blob>, StoreError>;
-    /// What lies in the trash since before, the oldest first.
+    /// What lies in the trash since before: first what nobody has taken for the longest time.
     async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError>;
     /// What was thrown away under this name, or under one that was made of it.
     async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError>;

@@ -479,3 +479,33 @@ async fn objects_that_nobody_registered_go_and_new_ones_are_spared() {
     world.pass(2).await;
     assert_eq!(world.keys(), [others, new], "another farm's below this one's prefix is not touched");
 }
+
+#[tokio::test]
+async fn an_object_that_cannot_be_deleted_holds_up_no_other() {
+    let (dir, clock) = (tempfile::tempdir().unwrap(), TestEnv::new());
+    let care = crate::broken::Care::default();
+    let blobs = Blobs::open(dir.path().to_owned(), Ms(0), care).await.unwrap();
+    let app = app_with(blobs, clock.clone(), None).await;
+    clock.advance(DAY_MS);
+    let keys: Vec<BlobKey> = (0..100).map(|n| BlobKey::pack(DEFAULT_ORG, (0, n))).collect();
+    for key in &keys {
+        app.blobs.put(key, stream::iter([Ok(Bytes::from_static(b"x"))]).boxed(), None).await.unwrap();
+    }
+    // More than are deleted at once.
+    for key in &keys[..80] {
+        let path = dir.path().join("objects").join(key.as_str());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+    }
+    let objects = keys.iter().map(|key| key.as_str().to_owned()).collect();
+    let trash = Write::Tidy(Box::new(Tidy::Trash { objects, at: app.env.now().wall }));
+    app.store.commit(&[Group(vec![trash])]).await.unwrap();
+    clock.advance(2 * DAY_MS);
+    let mut collector = Collector::default();
+    while collector.step(&app).await.unwrap() {}
+    let left = app.store.trash(Ms(i64::MAX), 200).await.unwrap();
+    let mut left: Vec<String> = left.into_iter().map(|row| row.object).collect();
+    left.sort();
+    assert_eq!(left, keys[..80].iter().map(|key| key.as_str().to_owned()).collect::<Vec<_>>());
+    assert!(!dir.path().join("objects").join(keys[99].as_str()).exists());
+}

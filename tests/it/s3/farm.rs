@@ -55,6 +55,13 @@ async fn a_farm_on_a_bucket_runs_a_job_from_its_source_to_its_artifact() -> Resu
     let out = output(isolated_orchestrator(farm.dir(), &data)).await?;
     let told = String::from_utf8_lossy(&out.stderr).into_owned();
     ensure!(!out.status.success() && told.contains("ALLOY_S3_URL is not set"), "{told}");
+
+    let mut other = isolated_orchestrator(farm.dir(), &farm.dir().join("other"));
+    other.envs(s3.env("farms/one"));
+    let out = output(other).await?;
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    let says = format!("s3://{BUCKET}/farms/one holds the objects of another farm");
+    ensure!(!out.status.success() && told.contains(&says) && told.contains("s3://BUCKET/PREFIX"), "{told}");
     farm.start_orchestrator().await?;
     farm.all_connected().await;
     Ok(())

@@ -236,7 +236,7 @@ impl Tables {
     pub(super) fn trash(&self, before: Ms, limit: u32) -> Vec<TrashRow> {
         let mut found: Vec<TrashRow> =
             self.trash.values().filter(|row| !row.gone && row.at < before).cloned().collect();
-        found.sort_by(|a, b| (a.at, &a.object).cmp(&(b.at, &b.object)));
+        found.sort_by(|a, b| (a.taken_at.unwrap_or(a.at), &a.object).cmp(&(b.taken_at.unwrap_or(b.at), &b.object)));
         found.truncate(limit as usize);
         found
     }

@@ -67,7 +67,8 @@ super::statements! {
     UNUSED = "SELECT digest, kind, org_id, size_bytes, object, frame_at, stored_bytes, zstd, frame_bytes, raw_at, created_at_ms, \
         used_at_ms FROM blobs WHERE kind = $1 AND used_at_ms < $2 AND (used_at_ms, digest, org_id) > ($3, $4, $5) \
         ORDER BY used_at_ms, digest, org_id LIMIT $6";
-    TRASH = "SELECT object, root, at_ms, taken_at_ms, gone FROM trash WHERE gone = FALSE AND at_ms < $1 ORDER BY at_ms LIMIT $2";
+    TRASH = "SELECT object, root, at_ms, taken_at_ms, gone FROM trash WHERE gone = FALSE AND at_ms < $1 \
+        ORDER BY COALESCE(taken_at_ms, at_ms), object LIMIT $2";
     TRASHED = "SELECT object, root, at_ms, taken_at_ms, gone FROM trash WHERE root = $1";
     NAMED = "WITH asked (object) AS (VALUES (CAST($1 AS TEXT))) SELECT asked.object FROM asked \
         WHERE EXISTS (SELECT 1 FROM blobs WHERE blobs.object = CAST(asked.object AS TEXT)) \
@@ -245,7 +246,9 @@ impl SqlStore {
 
     pub(super) async fn read_trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
         let rows = self.rows(TRASH, Args::new().int(before.0).int(limit.into())).await?;
-        sorted(&rows)
+        let mut found = sorted(&rows)?;
+        found.sort_by_key(|row| row.taken_at.unwrap_or(row.at));
+        Ok(found)
     }
 
     pub(super) async fn read_trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError> {
