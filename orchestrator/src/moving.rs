@@ -61,7 +61,9 @@ pub enum MoveError {
     Busy(String),
     #[error("the objects of this farm lie in {0} already, and stay there")]
     InBucket(String),
-    #[error("{0} holds the objects of another farm, and each would remove the other's: every farm needs a prefix of its own")]
+    #[error(
+        "{0} holds the objects of another farm, and each would remove the other's: every farm needs a prefix of its own"
+    )]
     NotOurs(String),
     /// Each names what it is.
     #[error("the farm has lost or damaged {}: {}", if .0.len() == 1 { "something" } else { "some things" }, .0.join("; "))]

@@ -71,6 +71,7 @@ const SAMPLES: &[(i64, &[&str])] = &[
         ],
     ),
     (1003, &[]),
+    (1010, &[]),
 ];
 
 fn samples(version: i64) -> &'static [&'static str] {
