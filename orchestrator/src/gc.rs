@@ -200,7 +200,7 @@ impl Collector {
         let page = app.store.trash(policy.trash_before(), OBJECTS).await?;
         let began = self.noted.unwrap_or(policy.now());
         // What was taken comes last: when this look has tried the first one, it has tried all.
-        if !page.first().is_some_and(|row| row.taken_at.is_none_or(|taken| taken < began)) {
+        if page.first().is_none_or(|row| row.taken_at.is_some_and(|taken| taken >= began)) {
             commit(app, vec![Tidy::Forget { before: policy.names_before() }]).await?;
             return Ok(Stage::Objects(None));
         }
