@@ -81,13 +81,13 @@ impl Place {
         }
     }
 
-    /// The names of all objects, as they lie on the disk or in the bucket.
+    /// The names of all objects, as they lie on the disk or in the bucket, but for the mark that says whose bucket it is.
     fn objects(&self) -> Result<BTreeSet<String>> {
         let mut found = BTreeSet::new();
         let root = self.bytes_dir();
         walk(&root, &mut |path| {
             let name = path.strip_prefix(&root).ok().and_then(Path::to_str);
-            found.extend(name.map(str::to_owned));
+            found.extend(name.filter(|name| *name != "owner").map(str::to_owned));
         });
         Ok(found)
     }

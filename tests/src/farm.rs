@@ -263,6 +263,11 @@ impl Farm {
         self.setup.orchestrator_env = variables;
     }
 
+    /// What the orchestrator is told of where its state and bytes are, for a command that looks there too.
+    pub fn orchestrator_env(&self) -> Vec<(String, String)> {
+        self.setup.orchestrator_env.clone()
+    }
+
     /// The next start of the orchestrator finds nothing of the farm.
     pub async fn lose_data(&mut self) -> Result<()> {
         let env = std::mem::take(&mut self.setup.orchestrator_env);

@@ -10,6 +10,9 @@ use std::sync::Arc;
 
 use alloy_shared::env::Env;
 use alloy_shared::id::AttemptRef;
+use futures_util::stream::{self, FuturesUnordered};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use sqlx::postgres::PgConnection;
 
 use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, begin, beside, make_dir, parent, publish};
 use crate::blobs::mark::bucket_of;
@@ -24,6 +27,8 @@ use crate::store::sql::target::LogsThen;
 use crate::sums::Sums;
 use crate::{BYTES_PLACE, FARM_SECRET};
 
+/// Objects that are copied at once, and logs, each over a connection of its own.
+const AT_ONCE: usize = 8;
 /// Log bytes that are read at once.
 const WINDOW: u64 = 4 << 20;
 
@@ -90,9 +95,9 @@ pub async fn take(
         None => Blobs::look(source.farm.join("blobs")),
     };
     objects(&mut copy, &from, &needs, &*env).await?;
-    match tables {
-        Some(Tables::Postgres(mut conn)) => logs(&mut copy, &from, LogsThen(&mut conn)).await?,
-        Some(Tables::Sqlite(_)) | None => copy.logs()?,
+    match (tables, source.database) {
+        (Some(tables), Some(url)) => logs(&mut copy, &from, tables, url).await?,
+        (None, _) | (_, None) => copy.logs()?,
     }
     let taken = copy.finish(&needs, taken_at)?;
     for name in ["spool", "blobs/tmp", "blobs/partial"] {
@@ -113,24 +118,27 @@ async fn objects(copy: &mut Copy<'_>, from: &Blobs, needs: &Needs, env: &dyn Env
     }
     let to = Blobs::open(copy.part.join("blobs"), env.now().wall, Care::default()).await?;
     let sizes = sizes(from).await?;
-    for object in &needs.objects {
-        let name = format!("{OBJECTS}/{object}");
-        let found = BlobKey::parse(object).and_then(|key| sizes.get_key_value(&key));
-        // One that is not there is told in the end.
-        let Some((key, size)) = found else { continue };
+    // One that is not there is told in the end.
+    let found = needs.objects.iter().filter_map(|object| sizes.get_key_value(&BlobKey::parse(object)?));
+    let bring = async |(key, size): (&BlobKey, &u64)| {
         let brought = match from.read(key, 0..*size).await {
             Ok(body) => to.put(key, body, key.digest()).await.map(drop),
             Err(error) => Err(error),
         };
+        (key.clone(), brought)
+    };
+    let mut bringing = stream::iter(found).map(bring).buffer_unordered(AT_ONCE);
+    while let Some((key, brought)) = bringing.next().await {
         match brought {
             Ok(()) => {}
             Err(error @ (BlobError::Damaged(_) | BlobError::Digest { .. } | BlobError::Body(_))) => {
-                copy.missing.push(format!("{name} is damaged: {error}"));
+                copy.missing.push(format!("{OBJECTS}/{key} is damaged: {error}"));
             }
             Err(BlobError::Missing(_)) => {}
             Err(error) => return Err(error.into()),
         }
     }
+    drop(bringing);
     copy.add_dir(OBJECTS)
 }
 
@@ -149,28 +157,62 @@ pub(crate) async fn sizes(blobs: &Blobs) -> Result<HashMap<BlobKey, u64>, BlobEr
     }
 }
 
-async fn logs(copy: &mut Copy<'_>, blobs: &Blobs, mut from: LogsThen<'_>) -> Result<(), BackupError> {
-    for attempt in from.all().await? {
+/// Every log, over some connections that all see what the first one does.
+async fn logs(copy: &mut Copy<'_>, blobs: &Blobs, mut tables: Tables, url: &str) -> Result<(), BackupError> {
+    let mut first = tables.another(url).await?;
+    let all = LogsThen(&mut first).all().await?;
+    let mut shares = vec![Vec::new(); AT_ONCE.min(all.len())];
+    for (number, attempt) in all.into_iter().enumerate() {
+        let share = number % shares.len();
+        shares[share].push(attempt);
+    }
+    let mut writing = FuturesUnordered::new();
+    for share in shares {
+        let (conn, part) = (tables.another(url).await?, copy.part);
+        writing.push(some_logs(part, blobs, conn, share));
+    }
+    let (mut names, mut missing) = (Vec::new(), Vec::new());
+    while let Some((some_names, some_missing)) = writing.try_next().await? {
+        names.extend(some_names);
+        missing.extend(some_missing);
+    }
+    drop(writing);
+    names.sort();
+    missing.sort();
+    copy.missing.extend(missing);
+    names.into_iter().try_for_each(|name| copy.add(name))
+}
+
+/// Writes these logs. The answer is what was written, and what of it is missing.
+async fn some_logs(
+    part: &Path,
+    blobs: &Blobs,
+    mut conn: PgConnection,
+    attempts: Vec<AttemptRef>,
+) -> Result<(Vec<String>, Vec<String>), BackupError> {
+    let mut from = LogsThen(&mut conn);
+    let (mut names, mut missing) = (Vec::new(), Vec::new());
+    for attempt in attempts {
         let name = format!("{LOGS}/{}/{}", attempt.job, attempt.attempt);
-        let path = copy.part.join(format!("{name}.log"));
+        let path = part.join(format!("{name}.log"));
         make_dir(parent(&path)).map_err(at(&path))?;
         let new = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let mut log = Log { file: new.map_err(at(&path))?, sums: Sums::default() };
         if let Err(why) = log.write(&attempt, blobs, &mut from).await? {
-            copy.missing.push(format!("{name}.log lacks what is behind {} bytes: {why}", log.sums.so_far()));
+            missing.push(format!("{name}.log lacks what is behind {} bytes: {why}", log.sums.so_far()));
         }
-        copy.add(format!("{name}.log"))?;
+        names.push(format!("{name}.log"));
         let Some(told) = from.seal(&attempt).await? else { continue };
         let seal = log.sums.seal();
         if (seal.len, seal.sha256) == told {
-            let path = copy.part.join(format!("{name}.seal"));
+            let path = part.join(format!("{name}.seal"));
             fs::write(&path, seal.encode()).map_err(at(&path))?;
-            copy.add(format!("{name}.seal"))?;
+            names.push(format!("{name}.seal"));
         } else {
-            copy.missing.push(format!("{name}.log is not what its seal says"));
+            missing.push(format!("{name}.log is not what its seal says"));
         }
     }
-    Ok(())
+    Ok((names, missing))
 }
 
 struct Log {

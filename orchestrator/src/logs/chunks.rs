@@ -19,13 +19,13 @@ use crate::blobs::{BlobKey, Blobs};
 use crate::store::StoreError;
 use crate::store::sql::chunks::{ChunkTable, Part, ROW_MAX};
 
-/// Bytes of one statement: connections keep room for what went through them.
-const STATEMENT: u64 = 1 << 20;
+/// Bytes in rows of one statement: each connection keeps room for the most that went through it, each way.
+const STATEMENT: u64 = 256 << 10;
 /// What one object holds at most, but for the rest of its last row: its rows are in memory at once.
 const OBJECT: u64 = 4 << 20;
 /// Logs that are moved in one go.
 const MOVES: u32 = 16;
-/// What is read at once to hash a log.
+/// What is read of an object at once.
 const PIECE: u32 = 1 << 20;
 
 #[derive(Debug)]
@@ -164,7 +164,7 @@ impl Chunks {
     /// From the rows, or else from the object that has the byte at `from`.
     async fn stored(&self, at: &AttemptRef, from: u64, max: u32) -> Result<Vec<Bytes>, LogError> {
         let most = u64::from(max.min(PIECE));
-        let found = self.rows_from(at, from, most).await?;
+        let found = self.rows_from(at, from, most.min(STATEMENT)).await?;
         if !found.is_empty() {
             return Ok(found);
         }

@@ -26,11 +26,14 @@ pub(super) async fn of(setup: &Setup) -> Result<(Option<S3>, Vec<(String, String
     }
 }
 
-/// The same with nothing in it: a farm on files has lost its directory, one on a database has another database.
+/// The same with nothing in it: a farm on files has lost its directory, another one has a database and a bucket's prefix of its own.
 pub(super) async fn emptied(farm_dir: &Path, mut env: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
     std::fs::remove_dir_all(farm_dir)?;
     if let Some((_, url)) = env.iter_mut().find(|(name, _)| name == "DATABASE_URL") {
         *url = pg::database().await;
+    }
+    if let Some((_, url)) = env.iter_mut().find(|(name, _)| name == "ALLOY_S3_URL") {
+        url.push_str("/next");
     }
     Ok(env)
 }

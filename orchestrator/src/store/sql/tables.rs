@@ -7,7 +7,7 @@ use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode};
-use sqlx::{ConnectOptions as _, Connection as _};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 
 use super::blob::META;
 use super::conn::{Args, Conn, Row};
@@ -237,8 +237,19 @@ impl Tables {
 
     /// Everything that is read from here on is as it is now.
     pub async fn hold_still(&mut self) -> Result<(), OpenError> {
-        self.conn().run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", Args::new()).await?;
+        self.conn().run(HOLD_STILL, Args::new()).await?;
         Ok(())
+    }
+
+    /// Another connection to the same Postgres, which sees what this one does since it holds still.
+    pub async fn another(&mut self, url: &str) -> Result<PgConnection, OpenError> {
+        let row = self.conn().first("SELECT pg_export_snapshot()", Args::new()).await?;
+        let view = row.map(|row| row.text_at(0)).transpose()?.flatten().unwrap_or_default();
+        let mut other = plain_postgres(url).await?;
+        sqlx::query(HOLD_STILL).execute(&mut other).await?;
+        // It takes no parameter.
+        sqlx::raw_sql(AssertSqlSafe(format!("SET TRANSACTION SNAPSHOT '{view}'"))).execute(&mut other).await?;
+        Ok(other)
     }
 
     pub async fn commit(&mut self) -> Result<(), OpenError> {
@@ -304,6 +315,7 @@ impl Tables {
     }
 }
 
+const HOLD_STILL: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 /// What Postgres calls a table that is not there.
 const UNDEFINED_TABLE: &str = "42P01";
 
