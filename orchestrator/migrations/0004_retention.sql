@@ -27,7 +27,7 @@ CREATE TABLE trash (
     CONSTRAINT trash_is_taken_before_it_is_gone CHECK (gone = FALSE OR taken_at_ms IS NOT NULL)
 );
 CREATE INDEX trash_by_root ON trash (root);
-CREATE INDEX trash_by_time ON trash (gone, at_ms);
+CREATE INDEX trash_by_time ON trash (gone, at_ms, object);
 
 -- What an organisation wants to be kept otherwise than the farm keeps things. NULL: as the farm; 0: for ever.
 CREATE TABLE retention (

@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Ms};
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::App;
 use crate::blobs::{BlobKey, Listed, log_object, log_of};
 use crate::keep::Policy;
 use crate::ops::OpError;
 use crate::ops::upload::Depot;
-use crate::store::tidy::{BlobCursor, Tidy, TrashRow};
+use crate::store::tidy::{BlobCursor, Tidy, TrashCursor, TrashRow};
 use crate::store::{BlobKind, Group, Scope, Write};
 
 /// Rows of one step.
@@ -39,7 +39,7 @@ enum Stage {
     Jobs(Option<(Ms, JobId)>),
     Attempts(Option<(Ms, AttemptRef)>),
     Blobs(usize, Option<BlobCursor>),
-    Trash,
+    Trash(Option<TrashCursor>),
     /// Objects that nobody ever registered, or whose way to the trash was cut off.
     Objects(Option<BlobKey>),
 }
@@ -52,6 +52,8 @@ pub struct Gone {
     pub files: u64,
     pub blobs: u64,
     pub objects: u64,
+    /// Objects that should have gone.
+    pub stuck: u64,
 }
 
 /// One look at everything after the other.
@@ -104,7 +106,10 @@ impl Collector {
     }
 
     fn tell(&mut self) {
-        let Gone { jobs, logs, files, blobs, objects } = std::mem::take(&mut self.gone);
+        let Gone { jobs, logs, files, blobs, objects, stuck } = std::mem::take(&mut self.gone);
+        if stuck > 0 {
+            warn!("{stuck} objects that nobody needs could not be deleted");
+        }
         if jobs + logs + files + blobs + objects > 0 {
             info!("gone: {jobs} jobs, {logs} logs, artifacts of {files} attempts, {blobs} blobs, {objects} objects");
         }
@@ -124,7 +129,7 @@ impl Collector {
             Stage::Jobs(after) => self.jobs(app, &policy, after).await?,
             Stage::Attempts(after) => self.attempts(app, &policy, after).await?,
             Stage::Blobs(kind, after) => self.blobs(app, &policy, kind, after).await?,
-            Stage::Trash => self.trash(app, &policy).await?,
+            Stage::Trash(after) => self.trash(app, &policy, after).await?,
             Stage::Objects(after) => {
                 let next = self.objects(app, &policy, after).await?;
                 self.stage = next.map_or(Stage::Adopt, |last| Stage::Objects(Some(last)));
@@ -179,7 +184,7 @@ impl Collector {
         index: usize,
         after: Option<BlobCursor>,
     ) -> Result<Stage, OpError> {
-        let Some(kind) = KINDS.get(index).copied() else { return Ok(Stage::Trash) };
+        let Some(kind) = KINDS.get(index).copied() else { return Ok(Stage::Trash(None)) };
         let Some(before) = policy.blobs_before(kind) else { return Ok(Stage::Blobs(index + 1, None)) };
         let page = app.store.unused(kind, before, after, PAGE).await?;
         let last = page.last().map(|blob| (blob.used_at, blob.digest, blob.org));
@@ -195,32 +200,34 @@ impl Collector {
         Ok(last.map_or(Stage::Blobs(index + 1, None), |last| Stage::Blobs(index, Some(last))))
     }
 
-    /// An object is taken, deleted, and said to be gone. Whoever comes after a crash does it again.
-    async fn trash(&mut self, app: &App, policy: &Policy) -> Result<Stage, OpError> {
-        let page = app.store.trash(policy.trash_before(), OBJECTS).await?;
-        let began = self.noted.unwrap_or(policy.now());
-        // What was taken comes last: when this look has tried the first one, it has tried all.
-        if page.first().is_none_or(|row| row.taken_at.is_some_and(|taken| taken >= began)) {
+    /// An object is taken, deleted, and said to be gone. Whoever comes after a crash does it again. What cannot be deleted is left
+    /// to the next look.
+    async fn trash(&mut self, app: &App, policy: &Policy, after: Option<TrashCursor>) -> Result<Stage, OpError> {
+        let page = app.store.trash(policy.trash_before(), after, OBJECTS).await?;
+        let Some(last) = page.last().map(|row| (row.at, row.object.clone())) else {
             commit(app, vec![Tidy::Forget { before: policy.names_before() }]).await?;
             return Ok(Stage::Objects(None));
-        }
+        };
         for row in page {
             let (object, before, at) = (row.object.clone(), policy.trash_before(), policy.now());
             let taken = commit(app, vec![Tidy::TakeTrash { object, before, at }]).await?;
-            if taken.contains(&Some(1)) {
-                match burn(app, &row).await {
-                    // What lies behind it does not wait for it. The next look tries it again.
-                    Err(error @ OpError::Io { .. }) => {
-                        warn!(%error, object = %row.object, "an object that nobody needs cannot be deleted");
-                        continue;
-                    }
-                    burnt => burnt?,
-                }
-                commit(app, vec![Tidy::Burnt { object: row.object }]).await?;
-                self.gone.objects += 1;
+            if !taken.contains(&Some(1)) {
+                continue;
             }
+            match burn(app, &row).await {
+                Err(error @ OpError::Io { .. }) => {
+                    if self.gone.stuck == 0 {
+                        warn!(%error, object = %row.object, "an object that nobody needs cannot be deleted");
+                    }
+                    self.gone.stuck += 1;
+                    continue;
+                }
+                burnt => burnt?,
+            }
+            commit(app, vec![Tidy::Burnt { object: row.object }]).await?;
+            self.gone.objects += 1;
         }
-        Ok(Stage::Trash)
+        Ok(Stage::Trash(Some(last)))
     }
 
     /// A page of all objects: what nothing names, and is no longer on its way to be named, goes to the trash. Names that no farm
@@ -233,6 +240,12 @@ impl Collector {
     ) -> Result<Option<BlobKey>, OpError> {
         let now = app.env.now().mono;
         if after.is_none() && self.objects_due.is_some_and(|due| now < due) {
+            return Ok(None);
+        }
+        if after.is_none() && !app.blobs.still_claimed().await? {
+            error!(
+                "another farm keeps its objects in the same place: nothing is removed there; see `owner` in OPERATIONS.md"
+            );
             return Ok(None);
         }
         let page = app.blobs.list("", after.as_ref()).await?;

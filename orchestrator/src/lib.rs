@@ -210,7 +210,13 @@ async fn ground(
 ) -> Result<Ground, ServeError> {
     let dir = config.farm_dir();
     let care = Care { floor: config.limits.disk_floor, reserve: config.limits.disk_reserve(), broken };
+    let secret = farm_secret(&**sql).await?;
     let blobs = Arc::new(blobs(config, &dir, care.clone(), env.clone()).await?);
+    if let Some(bucket) = &config.s3 {
+        // Before anything is written down about the place.
+        own(&blobs, &bucket.url(), &secret).await?;
+        blobs::mark::set(&dir, &bucket.url()).map_err(|error| start_error("the farm's objects", error))?;
+    }
     let logs = match sql.shared() {
         Some(shared) => Logs::Chunks(Chunks::new(ChunkTable(shared.pool().clone()), blobs.clone())),
         None => Logs::open(dir.join("logs"), care).map_err(|error| start_error("the log directory", error))?,
@@ -218,10 +224,6 @@ async fn ground(
     if sql.shared().is_some() {
         let files = || format!("files in {} on {}", dir.join("blobs").display(), hostname());
         check_place(&**sql, config.s3.as_ref().map_or_else(files, config::S3::url)).await?;
-    }
-    let secret = farm_secret(&**sql).await?;
-    if let Some(bucket) = &config.s3 {
-        own(&blobs, &bucket.url(), &**sql).await?;
     }
     Ok(Ground {
         logs,
@@ -313,15 +315,18 @@ async fn blobs(config: &Config, dir: &Path, care: Care, env: Arc<dyn Env>) -> Re
     };
     let blobs = Blobs::open_s3(place, dir.join("spool"), care, env).await;
     let blobs = blobs.map_err(|error| start_error("the farm's objects", error))?;
-    blobs::mark::set(dir, &place.url()).map_err(elsewhere)?;
     tracing::info!("objects lie in {}", place.place());
     Ok(blobs)
 }
 
+/// Which farm it is, for those who may know that but not its secret, which is given as the store keeps it.
+pub(crate) fn farm_mark(secret: &str) -> Digest {
+    Digest::of(secret.as_bytes())
+}
+
 /// A bucket has the objects of one farm.
-async fn own(blobs: &Blobs, bucket: &str, store: &dyn Store) -> Result<(), ServeError> {
-    let secret = store.meta(FARM_SECRET).await?.unwrap_or_default();
-    match blobs.claim(&Digest::of(secret.as_bytes())).await {
+async fn own(blobs: &Blobs, bucket: &str, secret: &Secret<[u8; 32]>) -> Result<(), ServeError> {
+    match blobs.claim(&farm_mark(&BASE64.encode(secret.expose()))).await {
         Ok(true) => Ok(()),
         Ok(false) => Err(start_error(
             "the farm's objects",

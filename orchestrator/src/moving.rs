@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Ms};
-use alloy_shared::id::Digest;
 use alloy_shared::runtime::random_bytes;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -28,7 +27,7 @@ use crate::store::sql::tables::{Known, Tables, Tallies, bring};
 use crate::store::sql::target::MoveLock;
 use crate::store::sql::{DataLock, OpenError, SqlStore, shown_address};
 use crate::store::{Group, Store as _, StoreError, Write};
-use crate::{BYTES_PLACE, FARM_SECRET};
+use crate::{BYTES_PLACE, FARM_SECRET, farm_mark};
 
 mod journal;
 mod logs;
@@ -179,7 +178,7 @@ impl Mover {
         let sql = SqlStore::open_shared(&to.database, "alloy admin".to_owned()).await?;
         let Some(lock) = patient_lock(&to.database, &*env).await? else { return Err(MoveError::Busy(shown)) };
         let secret = meta_of(&farm.join(DATABASE), FARM_SECRET).await?.unwrap_or_default();
-        let owner = Digest::of(secret.as_bytes());
+        let owner = farm_mark(&secret);
         let id = claim(&sql, &owner.to_string(), &shown).await?;
         if sql.meta(VERIFIED).await?.is_some() {
             let _ = fs::remove_dir_all(work);

@@ -252,13 +252,18 @@ async fn reap(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
     }
 }
 
-/// What one orchestrator does for all: moves log rows into objects, and removes what is old.
+/// Moves log rows into objects: each orchestrator those of its own logs, and one of them now and then what others left. That one
+/// also removes what is old.
 async fn duties(app: Arc<App>, shared: Shared) {
     let Logs::Chunks(chunks) = &*app.logs else { return };
     let mut mine: Option<Duties> = None;
     let mut collector = Collector::default();
+    let mut look_due = app.env.now().mono;
     loop {
         app.env.sleep_until(app.env.now().mono + app.limits.heartbeat_ms).await;
+        if let Err(error) = chunks.compact_own().await {
+            warn!(%error, "log bytes stay in the database for now");
+        }
         let held = match &mut mine {
             Some(duties) => duties.still_held().await,
             None => false,
@@ -266,19 +271,17 @@ async fn duties(app: Arc<App>, shared: Shared) {
         if !held {
             mine = shared.duties().await.ok().flatten();
         }
-        while mine.is_some() {
+        if mine.is_none() {
+            continue;
+        }
+        if app.env.now().mono >= look_due {
             match chunks.compact().await {
-                Ok(0) => break,
+                Ok(0) => look_due = app.env.now().mono + app.keep.every_ms / 6,
                 Ok(_) => {}
-                Err(error) => {
-                    warn!(%error, "log bytes stay in the database for now");
-                    break;
-                }
+                Err(error) => warn!(%error, "log bytes of others stay in the database for now"),
             }
         }
-        if mine.is_some() {
-            collector.turn(&app).await;
-        }
+        collector.turn(&app).await;
     }
 }
 

@@ -43,7 +43,7 @@ CREATE TABLE trash (
     CONSTRAINT trash_is_taken_before_it_is_gone CHECK (gone = FALSE OR taken_at_ms IS NOT NULL)
 );
 CREATE INDEX trash_by_root ON trash (root);
-CREATE INDEX trash_by_time ON trash (gone, at_ms);
+CREATE INDEX trash_by_time ON trash (gone, at_ms, object);
 
 -- What an organisation wants to be kept otherwise than the farm keeps things. NULL: as the farm; 0: for ever.
 CREATE TABLE retention (
@@ -55,6 +55,6 @@ CREATE TABLE retention (
 );
 $migration$;
 INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
-    VALUES (4, 'retention', TRUE, '\x0c20895d52480f2b74af3017b219376275dd2a6c89a3d86cc5d69d9238c39ec84d616bfddd0b1ecc99c640dd3b0a1fa8', 0);
+    VALUES (4, 'retention', TRUE, '\x25bd45a3c5400c06ee82e046042c705c25b1eba7f7a96b953e0158ab933e9d5a590728ef1c6e7038589c8ae292c7c07c', 0);
 END
 $alloy$;

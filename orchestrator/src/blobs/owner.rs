@@ -13,7 +13,8 @@ const LEN: u32 = 64;
 impl Blobs {
     /// False: the bucket is another farm's. One that is nobody's is this one's from now on; a directory always is.
     pub async fn claim(&self, farm: &Digest) -> Result<bool, BlobError> {
-        let Self::S3(_) = self else { return Ok(true) };
+        let Self::S3(s3) = self else { return Ok(true) };
+        let _ = s3.owner().set(*farm);
         let (key, ours) = (BlobKey(KEY.to_owned()), farm.to_string());
         match self.read_piece(&key, 0, LEN).await {
             Err(BlobError::Missing(_)) => {}
@@ -21,7 +22,18 @@ impl Blobs {
         }
         let body = stream::iter([Ok(Bytes::from(ours.clone()))]).boxed();
         self.put(&key, body, None).await?;
-        // Another one may have come at the same time.
+        // Of two that come at the same time both may pass: see `still_claimed`.
         Ok(self.read_piece(&key, 0, LEN).await? == ours.as_bytes())
+    }
+
+    /// The same again, for whoever is about to remove what this farm does not know.
+    pub async fn still_claimed(&self) -> Result<bool, BlobError> {
+        match self {
+            Self::S3(s3) => match s3.owner().get() {
+                Some(farm) => self.claim(farm).await,
+                None => Ok(true),
+            },
+            Self::Fs(_) | Self::Mem(_) => Ok(true),
+        }
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use alloy_shared::env::{Env, Ms};
@@ -36,7 +36,7 @@ pub use ask::Patience;
 pub use probe::BadPlace;
 pub(super) use upload::Draft;
 
-use ask::{Failed, ask};
+use ask::{Failed, Kind, ask};
 
 /// A verified upload may fail to reach the bucket as a whole so often before its sender is told.
 const ROUNDS: u32 = 2;
@@ -104,6 +104,10 @@ impl Shop {
         let path = self.path(key);
         match self.ask("delete an object", || self.store.delete(&path)).await {
             Ok(()) => Ok(()),
+            // One object may be held there, by a lock or a rule, while all others may go.
+            Err(Failed { kind: Kind::Denied, why }) => {
+                Err(BlobError::Io { what: "delete an object", error: std::io::Error::other(why) })
+            }
             Err(failed) => match failed.of(key) {
                 BlobError::Missing(_) => Ok(()),
                 error => Err(error),
@@ -156,6 +160,8 @@ struct Inner {
     spool: Fs,
     presigns: bool,
     conditional: bool,
+    /// The farm that has claimed the bucket here.
+    owner: OnceLock<Digest>,
     uploads: Semaphore,
     /// Uploads that are on their way into the bucket. They go on when whoever waits for them is gone.
     finishing: Mutex<HashMap<BlobKey, Finishing>>,
@@ -178,6 +184,7 @@ impl S3 {
             spool,
             presigns: place.presign,
             conditional,
+            owner: OnceLock::new(),
             uploads: Semaphore::new(limits::S3_UPLOADS),
             finishing: Mutex::default(),
             done: Mutex::default(),
@@ -187,6 +194,10 @@ impl S3 {
     /// Whether the bucket refuses to overwrite when asked to. Nothing relies on it.
     pub fn refuses_overwrites(&self) -> bool {
         self.0.conditional
+    }
+
+    pub(super) fn owner(&self) -> &OnceLock<Digest> {
+        &self.0.owner
     }
 
     pub(super) fn storage(&self) -> Result<Storage, BlobError> {

@@ -19,6 +19,10 @@ impl Due {
         Self { term, at: now + term.ms }
     }
 
+    pub(super) fn is_of(&self, term: Term) -> bool {
+        self.term == term
+    }
+
     /// The deadline of the job's state; one that is set for the same term stays. A job that is leased, or was found at the
     /// start, is not overdue before `patient_until`; `patience_ms` is added to any term.
     pub(super) fn of(live: &Live, patient_until: Mono, patience_ms: u64, now: Now) -> Option<Self> {

@@ -129,8 +129,11 @@ impl Desk {
         // With nobody connected yet, each worker that comes may be the one that has not lost it.
         let rules = Rules { untried: self.offers.is_empty(), ..Rules::of(&job.spec, &self.limits) };
         let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
-        let begins = learned && matches!(job.state.step, Step::Queued { .. });
-        let due = due.or_else(|| job.state.term(&rules).filter(|_| begins).map(|term| Due::whole(term, now.mono)));
+        let term = job.state.term(&rules).filter(|_| learned && matches!(job.state.step, Step::Queued { .. }));
+        let due = match term {
+            Some(term) => due.filter(|due| due.is_of(term)).or(Some(Due::whole(term, now.mono))),
+            None => due,
+        };
         self.put(Live { job, attempt, rules, required, found: due.is_none(), due }, now);
     }
 

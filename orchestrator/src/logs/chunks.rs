@@ -35,6 +35,8 @@ pub struct Chunks {
     open: Mutex<HashMap<AttemptRef, Arc<Mutex<Log>>>>,
     /// One commit of rows at a time: each continues where the last one ended.
     committing: tokio::sync::Mutex<()>,
+    /// Logs of this orchestrator's with rows for an object; true: all of their rows, because they are finished.
+    ripe: Mutex<HashMap<AttemptRef, bool>>,
     clock: AtomicU64,
 }
 
@@ -49,6 +51,8 @@ struct Log {
     /// The newest committed bytes.
     ring: VecDeque<Bytes>,
     ring_len: u64,
+    /// What was committed since rows were last said to be enough for an object.
+    grown: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -62,6 +66,7 @@ impl Chunks {
             blobs,
             open: Mutex::default(),
             committing: tokio::sync::Mutex::default(),
+            ripe: Mutex::default(),
             clock: AtomicU64::new(0),
         }
     }
@@ -124,10 +129,12 @@ impl Chunks {
         loop {
             let rows = rows_of(&goals);
             if rows.is_empty() {
+                goals.iter().for_each(|(at, log, _)| self.note_growth(at, &mut lock(log)));
                 return Ok(goals.iter().map(|(at, log, _)| (*at, lock(log).durable)).collect());
             }
             let all = self.table.add(&rows).await?;
-            for (at, log, _) in &goals {
+            let written = |at: &AttemptRef| rows.iter().any(|(of, ..)| of == at);
+            for (at, log, _) in goals.iter().filter(|(at, ..)| written(at)) {
                 match all {
                     // Whoever measured the log meanwhile may have seen them before this one heard that they are there.
                     Some(()) => rows
@@ -145,6 +152,13 @@ impl Chunks {
                     }
                 }
             }
+        }
+    }
+
+    fn note_growth(&self, at: &AttemptRef, log: &mut Log) {
+        if log.grown >= limits::LOG_OBJECT_MIN {
+            log.grown = 0;
+            lock(&self.ripe).entry(*at).or_insert(false);
         }
     }
 
@@ -255,22 +269,40 @@ impl Chunks {
                 let done = self.table.add_seal(at, len, sha256).await;
                 lock(&self.open).remove(at);
                 done?;
+                lock(&self.ripe).insert(*at, true);
                 return Ok(sha256);
             }
         }
     }
 
-    /// Moves rows into objects: of logs that have grown, and of those that are finished. Returns how many logs it moved.
+    /// Moves rows of this orchestrator's own logs into objects: of those that have grown, and of those that are finished.
+    pub async fn compact_own(&self) -> Result<(), LogError> {
+        let ripe: Vec<(AttemptRef, bool)> = lock(&self.ripe).iter().map(|(at, finished)| (*at, *finished)).collect();
+        for (at, finished) in ripe {
+            let least = if finished { 0 } else { limits::LOG_OBJECT_MIN };
+            while self.move_rows(&at, least).await? {}
+            let mut ripe = lock(&self.ripe);
+            // It may have been finished since.
+            if ripe.get(&at) == Some(&finished) {
+                ripe.remove(&at);
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for all logs, also those of orchestrators that are gone. It looks at every row that there is. Returns how many logs
+    /// it moved.
     pub async fn compact(&self) -> Result<usize, LogError> {
         let mut moved = 0;
-        for (at, first, _) in self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await? {
-            moved += usize::from(self.move_rows(&at, first).await?);
+        for at in self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await? {
+            moved += usize::from(self.move_rows(&at, 0).await?);
         }
         Ok(moved)
     }
 
-    /// Moves the rows of a log, of which `first` is where the first one begins. False: there was nothing to move any more.
-    async fn move_rows(&self, at: &AttemptRef, first: u64) -> Result<bool, LogError> {
+    /// Moves the first rows of a log, if they hold at least so many bytes. False: nothing was moved.
+    async fn move_rows(&self, at: &AttemptRef, least: u64) -> Result<bool, LogError> {
+        let Some(first) = self.table.first(at).await? else { return Ok(false) };
         // A row that came late may repeat what objects have.
         let mut start = first;
         while let Some(part) = self.table.part(at, start).await? {
@@ -290,6 +322,9 @@ impl Chunks {
         }
         if end == start {
             return Ok(self.table.drop_moved(at, first, start).await?);
+        }
+        if end - start < least {
+            return Ok(false);
         }
         let key = BlobKey::log(at, start, end);
         let body = futures_util::stream::iter(pieces).boxed();
@@ -314,7 +349,8 @@ fn rows_of(goals: &[(AttemptRef, Arc<Mutex<Log>>, u64)]) -> Vec<(AttemptRef, u64
         let mut start = log.durable;
         let mut row = BytesMut::new();
         for bytes in &log.pending {
-            if start + row.len() as u64 >= *goal || room < bytes.len() as u64 {
+            let none = rows.is_empty() && row.is_empty();
+            if start + row.len() as u64 >= *goal || (room < bytes.len() as u64 && !none) {
                 break;
             }
             if row.len() as u64 + bytes.len() as u64 > ROW_MAX {
@@ -323,7 +359,7 @@ fn rows_of(goals: &[(AttemptRef, Arc<Mutex<Log>>, u64)]) -> Vec<(AttemptRef, u64
                 rows.push((*at, std::mem::replace(&mut start, end), full));
             }
             row.extend_from_slice(bytes);
-            room -= bytes.len() as u64;
+            room = room.saturating_sub(bytes.len() as u64);
         }
         if !row.is_empty() {
             rows.push((*at, start, row.freeze()));
@@ -342,6 +378,7 @@ impl Log {
             left -= bytes.len();
             self.pending_len -= bytes.len() as u64;
             self.durable += bytes.len() as u64;
+            self.grown += bytes.len() as u64;
             self.ring_len += bytes.len() as u64;
             self.ring.push_back(bytes);
             if !rest.is_empty() {

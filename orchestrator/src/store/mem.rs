@@ -9,7 +9,7 @@ use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, TokenId, UserId, Worker
 use alloy_shared::secret::TokenKind;
 use async_trait::async_trait;
 
-use super::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
+use super::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashCursor, TrashRow};
 use super::write::{Advance, CloseAttempt, Enrol, IdempotencyKey, InsertJob, OpenSession};
 use super::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, Guard, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Miss,
@@ -413,8 +413,8 @@ impl Store for MemStore {
         Ok(self.tables().unused(kind, before, after, limit))
     }
 
-    async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
-        Ok(self.tables().trash(before, limit))
+    async fn trash(&self, before: Ms, after: Option<TrashCursor>, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
+        Ok(self.tables().trash(before, after, limit))
     }
 
     async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError> {

@@ -20,7 +20,7 @@ pub mod write;
 
 pub use write::{Committed, Group, Guard, Miss, Write};
 
-use tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
+use tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashCursor, TrashRow};
 
 /// Whose rows a read may see. Routes get theirs from the credential; `farm` is for the orchestrator's own work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -292,8 +292,8 @@ pub trait Store: Send + Sync {
         after: Option<BlobCursor>,
         limit: u32,
     ) -> Result<Vec<Blob>, StoreError>;
-    /// What lies in the trash since before: first what nobody has taken for the longest time.
-    async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError>;
+    /// What lies in the trash since before, behind a cursor, the oldest first.
+    async fn trash(&self, before: Ms, after: Option<TrashCursor>, limit: u32) -> Result<Vec<TrashRow>, StoreError>;
     /// What was thrown away under this name, or under one that was made of it.
     async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError>;
     /// Those of these objects that blobs lie in or that wait in the trash.

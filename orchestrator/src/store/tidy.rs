@@ -114,3 +114,5 @@ pub struct RetentionRow {
 
 /// Behind which of the unused blobs a page begins.
 pub type BlobCursor = (Ms, Digest, OrgId);
+/// Where a page of the trash ended.
+pub type TrashCursor = (Ms, String);

@@ -472,10 +472,10 @@ async fn objects_that_nobody_registered_go_and_new_ones_are_spared() {
     let at = AttemptRef { job: JobId::from_raw(9), attempt: 1 };
     put(&format!("{}/0000_0001", log_object(&at))).await;
     world.collect().await;
-    assert_eq!(world.app.store.trash(Ms(i64::MAX), 9).await.unwrap(), [], "both may be on their way to be named");
+    assert_eq!(world.app.store.trash(Ms(i64::MAX), None, 9).await.unwrap(), [], "both may be on their way to be named");
     world.pass(2).await;
     put(&new).await;
-    assert_eq!(world.app.store.trash(Ms(i64::MAX), 9).await.unwrap().len(), 2);
+    assert_eq!(world.app.store.trash(Ms(i64::MAX), None, 9).await.unwrap().len(), 2);
     world.pass(2).await;
     assert_eq!(world.keys(), [others, new], "another farm's below this one's prefix is not touched");
 }
@@ -503,7 +503,7 @@ async fn an_object_that_cannot_be_deleted_holds_up_no_other() {
     clock.advance(2 * DAY_MS);
     let mut collector = Collector::default();
     while collector.step(&app).await.unwrap() {}
-    let left = app.store.trash(Ms(i64::MAX), 200).await.unwrap();
+    let left = app.store.trash(Ms(i64::MAX), None, 200).await.unwrap();
     let mut left: Vec<String> = left.into_iter().map(|row| row.object).collect();
     left.sort();
     assert_eq!(left, keys[..80].iter().map(|key| key.as_str().to_owned()).collect::<Vec<_>>());

@@ -62,6 +62,7 @@ async fn a_farm_on_a_bucket_runs_a_job_from_its_source_to_its_artifact() -> Resu
     let told = String::from_utf8_lossy(&out.stderr).into_owned();
     let says = format!("s3://{BUCKET}/farms/one holds the objects of another farm");
     ensure!(!out.status.success() && told.contains(&says) && told.contains("s3://BUCKET/PREFIX"), "{told}");
+    ensure!(!farm.dir().join("other/farm/blobs.place").exists(), "it is free to go elsewhere");
     farm.start_orchestrator().await?;
     farm.all_connected().await;
     Ok(())

@@ -45,7 +45,7 @@ async fn collect(app: &Arc<App>) -> Result<()> {
     for _ in 0..TRIES {
         match collector.step(app).await {
             Ok(true) => {}
-            Ok(false) if app.store.trash(Ms(i64::MAX), 1).await?.is_empty() => return Ok(()),
+            Ok(false) if app.store.trash(Ms(i64::MAX), None, 1).await?.is_empty() => return Ok(()),
             Ok(false) => {}
             // It begins anew, as after a crash.
             Err(_) => collector = Collector::default(),

@@ -275,7 +275,7 @@ async fn meet(world: World) -> Result<()> {
     ensure!(world.app.env.now().wall.0 > ahead);
     let left = world.app.blobs.list("", None).await?;
     ensure!(left.is_empty(), "in the end nothing is left: {left:?}");
-    ensure!(world.app.store.trash(Ms(i64::MAX), 9).await?.is_empty());
+    ensure!(world.app.store.trash(Ms(i64::MAX), None, 9).await?.is_empty());
     Ok(())
 }
 

@@ -206,3 +206,38 @@ async fn rows_become_objects_while_the_log_is_written_and_read() -> Result<()> {
     assert!(whole(&logs[0]).await? == all && whole(&logs[1]).await? == all);
     Ok(())
 }
+
+#[tokio::test]
+async fn whoever_wrote_a_log_moves_it_and_what_is_left_over_is_moved_by_another() -> Result<()> {
+    let (pool, logs) = orchestrators(2).await?;
+    let all = bytes(9_500_000, 21);
+    for start in (0..all.len()).step_by(500_000) {
+        logs[0].append(&AT, start as u64, all.slice(start..start + 500_000)).await?;
+        logs[0].sync().await?;
+        compact(&logs[1]).compact_own().await?;
+        assert_eq!(count(&pool, "log_parts").await?, start as i64 / 4_500_000, "it is not the other one's");
+        compact(&logs[0]).compact_own().await?;
+        assert_eq!(count(&pool, "log_parts").await?, (start as i64 + 500_000) / 4_500_000, "{start}");
+    }
+    assert_eq!(logs[0].seal(&AT).await?, Digest::of(&all));
+    compact(&logs[0]).compact_own().await?;
+    assert_eq!((count(&pool, "log_chunks").await?, count(&pool, "log_parts").await?), (0, 3));
+    assert!(whole(&logs[1]).await? == all);
+
+    // One that was killed before it could finish the log of an attempt that has ended.
+    let at = AttemptRef { job: JobId::from_raw(8), attempt: 1 };
+    logs[0].append(&at, 0, all.slice(..1_000)).await?;
+    logs[0].sync().await?;
+    assert_eq!(compact(&logs[1]).compact().await?, 0, "it may go on");
+    for text in [
+        "INSERT INTO jobs (id, id_tail, org_id, version, state, attempt, state_json, spec, created_at_ms, created_by, events) \
+         VALUES ($1, 1, 'org_1', 1, 'queued', 0, '{}', '{}', 1, 'me', 1)",
+        "INSERT INTO attempts (job_id, attempt, org_id, worker_id, assigned_at_ms, ended_at_ms, timings, seq) \
+         VALUES ($1, 1, 'org_1', 'wrk_1', 1, 2, '{}', 0)",
+    ] {
+        sqlx::query(text).bind(at.job.to_string()).execute(&pool).await?;
+    }
+    assert_eq!(compact(&logs[1]).compact().await?, 1);
+    assert_eq!(count(&pool, "log_chunks").await?, 0);
+    Ok(())
+}

@@ -65,7 +65,7 @@ async fn what_is_used_or_referred_to_is_not_dropped() {
             assert_eq!(there(store, blob).await, stays, "{blob:?}");
         }
         // Their objects are named like their numbers: 3 is the other organisation's source too, so it stays.
-        let thrown = store.trash(Ms(101), 9).await.unwrap();
+        let thrown = store.trash(Ms(101), None, 9).await.unwrap();
         assert_eq!(thrown.iter().map(|row| row.object.as_str()).collect::<Vec<_>>(), ["object/4"]);
         let fade = Fade { attempt: at, ended_before: Ms(50), open_before: Ms(0), at: Ms(100) };
         assert_eq!(put(store, tidy(Tidy::DropFiles(fade))).await, Ok(0));
@@ -109,7 +109,7 @@ async fn logs_files_and_jobs_go_when_they_may() {
         let kept = store.attempt(&Scope::farm(), &at).await.unwrap().unwrap();
         assert_eq!((kept.log_gone_at, kept.files_gone_at, kept.log_len), (Some(Ms(77)), Some(Ms(77)), Some(5)));
         assert_eq!(store.fading(Ms(i64::MAX), None, 9).await.unwrap(), []);
-        let logs: Vec<String> = store.trash(Ms(78), 9).await.unwrap().into_iter().map(|row| row.object).collect();
+        let logs: Vec<String> = store.trash(Ms(78), None, 9).await.unwrap().into_iter().map(|row| row.object).collect();
         assert_eq!(logs, [at, still_open].map(|at| format!("logs/{}/1", at.job)));
 
         let prune =
@@ -154,7 +154,7 @@ async fn an_object_leaves_the_trash_or_is_taken() {
         }
         let named = store.named(&["named", "a", "b", "c"].map(str::to_owned)).await.unwrap();
         assert_eq!(named, ["a", "b", "named"]);
-        assert_eq!(store.trash(Ms(11), 9).await.unwrap().len(), 2, "what is named is no trash");
+        assert_eq!(store.trash(Ms(11), None, 9).await.unwrap().len(), 2, "what is named is no trash");
         assert_eq!(put(store, take("a", 10)).await, Ok(0), "too early");
         assert_eq!(put(store, blob("a", 2)).await, Ok(0));
         assert_eq!(put(store, take("a", 50)).await, Ok(0), "it left the trash");
@@ -162,7 +162,7 @@ async fn an_object_leaves_the_trash_or_is_taken() {
         assert_eq!(put(store, blob("b", 3)).await, Err(Miss::Stale));
         let burnt = tidy(Tidy::Burnt { object: "b".to_owned() });
         put(store, burnt).await.unwrap();
-        assert_eq!(store.trash(Ms(99), 9).await.unwrap(), []);
+        assert_eq!(store.trash(Ms(99), None, 9).await.unwrap(), []);
         assert_eq!(put(store, blob("b", 3)).await, Err(Miss::Stale), "its name is not used again");
         assert_eq!(store.trashed("b").await.unwrap().len(), 1);
         put(store, throw("b")).await.unwrap();

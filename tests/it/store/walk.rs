@@ -370,7 +370,7 @@ async fn everything(store: &dyn Store) -> Vec<String> {
             show(&store.unused(kind, before, third, 2).await.unwrap());
             show(&unused);
         }
-        show(&store.trash(before, 1_000).await.unwrap());
+        show(&store.trash(before, None, 1_000).await.unwrap());
     }
     let objects: Vec<String> = (0..31).rev().map(|n| format!("o/{n}")).collect();
     show(&store.named(&objects).await.unwrap());

@@ -19,7 +19,7 @@ use orchestrator::ops::OpError;
 use orchestrator::ops::upload::Depot;
 use orchestrator::session::drive::drive;
 use orchestrator::store::mem::MemStore;
-use orchestrator::store::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
+use orchestrator::store::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashCursor, TrashRow};
 use orchestrator::store::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Scope,
     Store, StoreError, TokenRow, Worker,
@@ -116,7 +116,7 @@ reads! {
     ended(before: Ms, after: Option<(Ms, JobId)>, limit: u32) -> Vec<Ended>;
     fading(before: Ms, after: Option<(Ms, AttemptRef)>, limit: u32) -> Vec<Fading>;
     unused(kind: BlobKind, before: Ms, after: Option<BlobCursor>, limit: u32) -> Vec<Blob>;
-    trash(before: Ms, limit: u32) -> Vec<TrashRow>;
+    trash(before: Ms, after: Option<TrashCursor>, limit: u32) -> Vec<TrashRow>;
     trashed(root: &str) -> Vec<TrashRow>;
     named(objects: &[String]) -> Vec<String>;
     retention(scope: &Scope) -> Vec<RetentionRow>;

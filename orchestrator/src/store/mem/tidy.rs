@@ -8,7 +8,7 @@ use alloy_shared::id::{AttemptRef, Digest, JobId};
 use super::{Tables, attempts_of};
 use crate::blobs::{log_object, root_of};
 use crate::job::Step;
-use crate::store::tidy::{BlobCursor, Ended, Fade, Fading, Tidy, TrashRow};
+use crate::store::tidy::{BlobCursor, Ended, Fade, Fading, Tidy, TrashCursor, TrashRow};
 use crate::store::{Attempt, Blob, BlobKind, Job, Miss};
 
 /// When a job ended.
@@ -233,10 +233,11 @@ impl Tables {
         found
     }
 
-    pub(super) fn trash(&self, before: Ms, limit: u32) -> Vec<TrashRow> {
-        let mut found: Vec<TrashRow> =
-            self.trash.values().filter(|row| !row.gone && row.at < before).cloned().collect();
-        found.sort_by(|a, b| (a.taken_at.unwrap_or(a.at), &a.object).cmp(&(b.taken_at.unwrap_or(b.at), &b.object)));
+    pub(super) fn trash(&self, before: Ms, after: Option<TrashCursor>, limit: u32) -> Vec<TrashRow> {
+        let is_later = |row: &TrashRow| after.as_ref().is_none_or(|(at, object)| (row.at, &row.object) > (*at, object));
+        let waits = self.trash.values().filter(|row| !row.gone && row.at < before && is_later(row));
+        let mut found: Vec<TrashRow> = waits.cloned().collect();
+        found.sort_by(|a, b| (a.at, &a.object).cmp(&(b.at, &b.object)));
         found.truncate(limit as usize);
         found
     }

@@ -15,18 +15,19 @@ statements! {
     ADD_CHUNKS = "INSERT INTO log_chunks (job_id, attempt, start_at, bytes) SELECT new.job_id, new.attempt, new.start_at, new.bytes \
         FROM UNNEST($1::TEXT[], $2::BIGINT[], $3::BIGINT[], $4::BYTEA[]) AS new (job_id, attempt, start_at, bytes) WHERE NOT EXISTS \
         (SELECT 1 FROM log_seals AS s WHERE s.job_id = new.job_id AND s.attempt = new.attempt)";
-    // Whoever appends to a log while it is moved to an object must see either all of its rows or the object.
-    LOG_END = "SELECT GREATEST(\
-        COALESCE((SELECT start_at + length(bytes) FROM log_chunks WHERE job_id = $1 AND attempt = $2 ORDER BY start_at DESC LIMIT 1), 0), \
+    // Whoever appends to a log while it is moved to an object must see either all of its rows or the object. Of rows that came
+    // late the last one may end before another.
+    LOG_END = "SELECT GREATEST(COALESCE((SELECT MAX(end_at) FROM (SELECT start_at + length(bytes) AS end_at FROM log_chunks \
+        WHERE job_id = $1 AND attempt = $2 ORDER BY start_at DESC LIMIT 8) AS c), 0), \
         COALESCE((SELECT MAX(end_at) FROM log_parts WHERE job_id = $1 AND attempt = $2), 0)) AS len";
     LOG_ENDS = "SELECT jobs.id AS job_id, jobs.attempt, GREATEST(\
-        COALESCE((SELECT start_at + length(bytes) FROM log_chunks AS c WHERE c.job_id = jobs.id AND c.attempt = jobs.attempt \
-        ORDER BY start_at DESC LIMIT 1), 0), COALESCE((SELECT MAX(end_at) FROM log_parts AS p WHERE p.job_id = jobs.id \
+        COALESCE((SELECT MAX(end_at) FROM (SELECT start_at + length(bytes) AS end_at FROM log_chunks AS c WHERE c.job_id = jobs.id \
+        AND c.attempt = jobs.attempt ORDER BY start_at DESC LIMIT 8) AS ends), 0), COALESCE((SELECT MAX(end_at) FROM log_parts AS p WHERE p.job_id = jobs.id \
         AND p.attempt = jobs.attempt), 0)) AS len \
         FROM UNNEST($1::TEXT[]) AS asked (job_id) JOIN jobs ON jobs.id = asked.job_id WHERE jobs.attempt >= 1";
     // No row is longer than the fifth.
     READ_CHUNKS = "SELECT start_at, bytes FROM log_chunks WHERE job_id = $1 AND attempt = $2 \
-        AND start_at > $3::BIGINT - $5::BIGINT AND start_at < $4 ORDER BY start_at";
+        AND start_at > $3::BIGINT - $5::BIGINT AND start_at < $4 AND start_at + length(bytes) > $3 ORDER BY start_at";
     LOG_PART = "SELECT start_at, end_at, object FROM log_parts WHERE job_id = $1 AND attempt = $2 AND start_at <= $3 \
         AND end_at > $3 ORDER BY start_at DESC LIMIT 1";
     LOG_SEAL = "SELECT len, sha256 FROM log_seals WHERE job_id = $1 AND attempt = $2";
@@ -41,9 +42,11 @@ statements! {
     REMOVE_PARTS = "DELETE FROM log_parts WHERE job_id = $1 AND attempt = $2";
     REMOVE_SEAL = "DELETE FROM log_seals WHERE job_id = $1 AND attempt = $2";
     // Logs with much in rows, and finished ones with anything in them.
-    LOGS_TO_MOVE = "SELECT c.job_id, c.attempt, MIN(c.start_at) AS start_at, SUM(length(c.bytes))::BIGINT AS bytes FROM log_chunks AS c \
-        GROUP BY c.job_id, c.attempt HAVING SUM(length(c.bytes)) >= $1 OR EXISTS (SELECT 1 FROM log_seals AS s \
-        WHERE s.job_id = c.job_id AND s.attempt = c.attempt) LIMIT $2";
+    LOGS_TO_MOVE = "SELECT c.job_id, c.attempt FROM log_chunks AS c GROUP BY c.job_id, c.attempt \
+        HAVING SUM(length(c.bytes)) >= $1 OR EXISTS (SELECT 1 FROM log_seals AS s \
+        WHERE s.job_id = c.job_id AND s.attempt = c.attempt) OR EXISTS (SELECT 1 FROM attempts AS a \
+        WHERE a.job_id = c.job_id AND a.attempt = c.attempt AND a.ended_at_ms IS NOT NULL) LIMIT $2";
+    FIRST_ROW = "SELECT MIN(start_at) AS start_at FROM log_chunks WHERE job_id = $1 AND attempt = $2";
 }
 
 /// An object with a part of a log.
@@ -101,7 +104,7 @@ impl ChunkTable {
         let all = self.asked(READ_CHUNKS, at).bind(number(from)).bind(number(to)).bind(number(ROW_MAX));
         let rows = asked(all.fetch_all(&self.0)).await?;
         let read = rows.into_iter().map(|row| (size(row.get("start_at")), Bytes::from(row.get::<Vec<u8>, _>("bytes"))));
-        Ok(read.filter(|(start, bytes)| start + bytes.len() as u64 > from).collect())
+        Ok(read.collect())
     }
 
     /// The object with the byte at `from`, if one has it.
@@ -165,12 +168,16 @@ impl ChunkTable {
         Ok(asked(delete.execute(&self.0)).await?.rows_affected() > 0)
     }
 
-    /// Logs with at least so many bytes in rows, and finished ones: where their rows begin, and how many bytes they hold.
-    pub async fn to_move(&self, bytes: u64, limit: u32) -> Result<Vec<(AttemptRef, u64, u64)>, StoreError> {
+    /// Logs with at least so many bytes in rows, and those to which nothing more belongs.
+    pub async fn to_move(&self, bytes: u64, limit: u32) -> Result<Vec<AttemptRef>, StoreError> {
         let all = sqlx::query(LOGS_TO_MOVE).bind(number(bytes)).bind(i64::from(limit));
-        let rows = asked(all.fetch_all(&self.0)).await?;
-        let read = |row: &PgRow| Ok((attempt(row)?, size(row.get("start_at")), size(row.get("bytes"))));
-        rows.iter().map(read).collect()
+        asked(all.fetch_all(&self.0)).await?.iter().map(attempt).collect()
+    }
+
+    /// Where the first row of a log begins.
+    pub async fn first(&self, at: &AttemptRef) -> Result<Option<u64>, StoreError> {
+        let row = asked(self.asked(FIRST_ROW, at).fetch_one(&self.0)).await?;
+        Ok(row.get::<Option<i64>, _>("start_at").map(size))
     }
 
     fn asked<'q>(

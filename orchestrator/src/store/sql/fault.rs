@@ -118,6 +118,10 @@ pub(super) fn of_commit(error: sqlx::Error) -> StoreError {
 pub(super) fn of_whole(error: sqlx::Error) -> Result<(), StoreError> {
     match &error {
         sqlx::Error::Database(db) if is_refusal(db.as_ref()) => Ok(()),
+        // It was told to stop, before its end: whatever is said of a commit.
+        sqlx::Error::Database(db) if matches!(code(db.as_ref()), Code::Postgres(state) if state == "57014") => {
+            Err(of(error))
+        }
         _ => Err(of_commit(error)),
     }
 }

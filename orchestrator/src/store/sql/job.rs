@@ -148,9 +148,24 @@ fn keyed(row: &Row) -> Result<(JobId, Digest), StoreError> {
 }
 
 impl Rows {
+    /// In the same order whoever writes them: of two that lock the same rows one waits for the other, and not each for each.
     fn of(writes: &[&Write]) -> Self {
-        writes.iter().fold(Self::default(), |rows, write| match write {
-            Write::InsertJob(insert) => rows.key(insert).insert(insert),
+        let mut inserts: Vec<&InsertJob> = Vec::new();
+        inserts.extend(writes.iter().filter_map(|write| match write {
+            Write::InsertJob(insert) => Some(&**insert),
+            _ => None,
+        }));
+        inserts.sort_by_key(|insert| insert.key.as_ref().map(|key| (key.org, &key.caller, &key.key)));
+        let keys = inserts.into_iter().fold(Self::default(), Self::key);
+        let mut writes = writes.to_vec();
+        writes.sort_by_key(|write| match write {
+            Write::InsertJob(insert) => Some(insert.job.id),
+            Write::Advance(advance) => Some(advance.next.id),
+            Write::CloseAttempt(close) => Some(close.at.job),
+            _ => None,
+        });
+        writes.into_iter().fold(keys, |rows, write| match write {
+            Write::InsertJob(insert) => rows.insert(insert),
             Write::Advance(advance) => rows.advance(advance),
             Write::CloseAttempt(close) => rows.close(close),
             Write::Enrol(_)

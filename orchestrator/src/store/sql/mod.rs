@@ -27,7 +27,7 @@ use alloy_shared::limits;
 use async_trait::async_trait;
 use sqlx::Connection as _;
 
-use super::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashRow};
+use super::tidy::{BlobCursor, Ended, Fading, RetentionRow, TrashCursor, TrashRow};
 use super::{
     Artifact, Attempt, Blob, BlobKind, Committed, Group, ImageRow, Job, JobEventRow, JobFilter, MemberRow, Scope,
     Store, StoreError, TokenRow, Worker,
@@ -208,8 +208,8 @@ impl Store for SqlStore {
     ) -> Result<Vec<Blob>, StoreError> {
         self.read_unused(kind, before, after, limit).await
     }
-    async fn trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
-        self.read_trash(before, limit).await
+    async fn trash(&self, before: Ms, after: Option<TrashCursor>, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
+        self.read_trash(before, after, limit).await
     }
     async fn trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError> {
         self.read_trashed(root).await

@@ -66,8 +66,21 @@ const POSTGRES_ONLY: Migrations = &[
     (1003, "retention_security", include_str!("../../../migrations/postgres/1003_retention_security.sql")),
     (1010, "swift_jobs", include_str!("../../../migrations/postgres/1010_swift_jobs.sql")),
 ];
-/// Texts per connection that stay prepared: every one that there is, in all its widths.
+/// Texts per connection that stay prepared: every one that there is, and the chains that are common.
 const PREPARED: usize = 256;
+
+/// A connection that does not answer for so long is no longer one.
+const RELEASE: Duration = Duration::from_secs(1);
+/// What a migration waits for a table that somebody reads: whoever comes behind it waits too.
+const MIGRATION_LOCK: &str = "SET lock_timeout = '10s'";
+
+/// Brings the tables to this version. What it does may take longer than a statement may else.
+async fn migrate(options: &PgConnectOptions) -> Result<(), OpenError> {
+    let mut conn = options.connect().await?;
+    sqlx::query(MIGRATION_LOCK).execute(&mut conn).await?;
+    ours(postgres_migrations()).run(&mut conn).await?;
+    Ok(conn.close().await?)
+}
 
 impl SqlStore {
     /// Opens the file, or makes it. The caller holds the directory's `DataLock`.
@@ -152,9 +165,18 @@ impl SqlStore {
                     Ok(true)
                 })
             })
-            .connect_with(options)
+            // It asks whoever was let go of in the middle of an answer, and without this for as long as the kernel likes.
+            .after_release(|conn, _| {
+                Box::pin(async move {
+                    match tokio::time::timeout(RELEASE, conn.ping()).await {
+                        Ok(asked) => asked.map(|()| true),
+                        Err(_) => Err(sqlx::Error::PoolTimedOut),
+                    }
+                })
+            })
+            .connect_with(options.clone())
             .await?;
-        ours(postgres_migrations()).run(&pool).await?;
+        migrate(&options).await?;
         let shared = me.map(|me| Shared::new(pool.clone(), me));
         Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default(), shared })
     }

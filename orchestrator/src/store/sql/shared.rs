@@ -254,16 +254,19 @@ impl Shared {
 
     /// Hears what the others say.
     pub async fn listen(&self) -> Result<Ear, StoreError> {
-        let mut listener = PgListener::connect_with(&self.pool).await.map_err(failed)?;
-        listener.eager_reconnect(false);
-        listener.listen("alloy").await.map_err(failed)?;
-        Ok(Ear { listener, me: self.me.clone() })
+        let listening = async {
+            let mut listener = PgListener::connect_with(&self.pool).await?;
+            listener.eager_reconnect(false);
+            listener.listen("alloy").await?;
+            Ok(listener)
+        };
+        Ok(Ear { listener: asked(listening).await?, me: self.me.clone() })
     }
 
     /// The right to the duties that one orchestrator does for all. `None`: another one has it.
     pub async fn duties(&self) -> Result<Option<Duties>, StoreError> {
-        let mut conn = self.pool.acquire().await.map_err(failed)?.detach();
-        let row = sqlx::query(LOCK_DUTIES).fetch_one(&mut conn).await.map_err(failed)?;
+        let mut conn = asked(self.pool.acquire()).await?.detach();
+        let row = asked(sqlx::query(LOCK_DUTIES).fetch_one(&mut conn)).await?;
         Ok(row.get::<bool, _>("mine").then_some(Duties { conn }))
     }
 }

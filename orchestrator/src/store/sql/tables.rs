@@ -12,6 +12,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 use super::blob::META;
 use super::conn::{Args, Conn, Row};
 use super::open::{OpenError, plain_postgres, postgres_migrations, sqlite_migrations};
+use super::target::EXPORT_VIEW;
 use super::wide::{Kind, Wide};
 use super::{SqlStore, backup};
 
@@ -243,7 +244,7 @@ impl Tables {
 
     /// Another connection to the same Postgres, which sees what this one does since it holds still.
     pub async fn another(&mut self, url: &str) -> Result<PgConnection, OpenError> {
-        let row = self.conn().first("SELECT pg_export_snapshot()", Args::new()).await?;
+        let row = self.conn().first(EXPORT_VIEW, Args::new()).await?;
         let view = row.map(|row| row.text_at(0)).transpose()?.flatten().unwrap_or_default();
         let mut other = plain_postgres(url).await?;
         sqlx::query(HOLD_STILL).execute(&mut other).await?;

@@ -11,6 +11,7 @@ use super::statements;
 
 // Postgres alone runs them.
 statements! {
+    EXPORT_VIEW = "SELECT pg_export_snapshot()";
     LOCK_MOVE = "SELECT pg_try_advisory_lock(72617265, 2) AS mine";
     LOCK_LETTING_GO = "SELECT pg_advisory_lock(72617265, 3)";
     FORGET_RESTORED = "DELETE FROM meta WHERE name = 'restored'";
@@ -44,6 +45,8 @@ pub struct Turn {
 /// Waits for whoever has its turn.
 pub async fn one_after_another(pool: &PgPool) -> Result<Turn, OpenError> {
     let mut conn = pool.acquire().await?.detach();
+    // It may take long.
+    sqlx::query("SET statement_timeout = 0").execute(&mut conn).await?;
     sqlx::query(LOCK_LETTING_GO).execute(&mut conn).await?;
     Ok(Turn { _conn: conn })
 }

@@ -13,7 +13,7 @@ use super::fault::Fault;
 use super::wide::Kind::{Int as I, Text as T};
 use super::wide::Wide;
 use crate::blobs::root_of;
-use crate::store::tidy::{BlobCursor, Ended, Fade, Fading, RetentionRow, Tidy, TrashRow};
+use crate::store::tidy::{BlobCursor, Ended, Fade, Fading, RetentionRow, Tidy, TrashCursor, TrashRow};
 use crate::store::{Blob, BlobKind, Miss, Scope, StoreError};
 
 super::statements! {
@@ -68,7 +68,7 @@ super::statements! {
         used_at_ms FROM blobs WHERE kind = $1 AND used_at_ms < $2 AND (used_at_ms, digest, org_id) > ($3, $4, $5) \
         ORDER BY used_at_ms, digest, org_id LIMIT $6";
     TRASH = "SELECT object, root, at_ms, taken_at_ms, gone FROM trash WHERE gone = FALSE AND at_ms < $1 \
-        ORDER BY COALESCE(taken_at_ms, at_ms), object LIMIT $2";
+        AND (at_ms, object) > ($2, $3) ORDER BY at_ms, object LIMIT $4";
     TRASHED = "SELECT object, root, at_ms, taken_at_ms, gone FROM trash WHERE root = $1";
     NAMED = "WITH asked (object) AS (VALUES (CAST($1 AS TEXT))) SELECT asked.object FROM asked \
         WHERE EXISTS (SELECT 1 FROM blobs WHERE blobs.object = CAST(asked.object AS TEXT)) \
@@ -244,11 +244,15 @@ impl SqlStore {
         self.rows(UNUSED, args).await?.iter().map(|row| blob(row, kind)).collect()
     }
 
-    pub(super) async fn read_trash(&self, before: Ms, limit: u32) -> Result<Vec<TrashRow>, StoreError> {
-        let rows = self.rows(TRASH, Args::new().int(before.0).int(limit.into())).await?;
-        let mut found = sorted(&rows)?;
-        found.sort_by_key(|row| row.taken_at.unwrap_or(row.at));
-        Ok(found)
+    pub(super) async fn read_trash(
+        &self,
+        before: Ms,
+        after: Option<TrashCursor>,
+        limit: u32,
+    ) -> Result<Vec<TrashRow>, StoreError> {
+        let (at, object) = after.unwrap_or((Ms(-1), String::new()));
+        let args = Args::new().int(before.0).int(at.0).text(object).int(limit.into());
+        sorted(&self.rows(TRASH, args).await?)
     }
 
     pub(super) async fn read_trashed(&self, root: &str) -> Result<Vec<TrashRow>, StoreError> {
