@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use alloy_tests::pg;
-use orchestrator::store::sql::{CATALOGUE, CATALOGUE_OF_POSTGRES, OpenError, SqlStore};
+use orchestrator::store::sql::{CATALOGUE, CATALOGUE_OF_POSTGRES, OpenError, SqlStore, made_for_postgres};
 use orchestrator::store::{Scope, Store, StoreError};
 use sqlx::{
     AssertSqlSafe, Column, Connection, Either, Executor, PgConnection, Row, SqlSafeStr, SqliteConnection, Statement,
@@ -44,6 +44,10 @@ async fn every_statement_means_the_same_on_both_engines() {
     }
     for (name, text) in texts_of_postgres() {
         (&mut postgres).prepare(text.into_sql_str()).await.unwrap_or_else(|e| panic!("{name} on Postgres: {e}"));
+    }
+    for text in made_for_postgres() {
+        let said = AssertSqlSafe(text.clone()).into_sql_str();
+        (&mut postgres).prepare(said).await.unwrap_or_else(|e| panic!("{text}: {e}"));
     }
     let all = || texts().chain(texts_of_postgres());
     let names: BTreeSet<_> = all().map(|(name, _)| name).collect();

@@ -66,6 +66,13 @@ pub const CATALOGUE: &[&[(&str, &str)]] = &[
 /// The texts that only Postgres is sent.
 pub const CATALOGUE_OF_POSTGRES: &[&[(&str, &str)]] = &[shared::TEXTS, chunks::TEXTS, target::TEXTS];
 
+/// The texts that are made for Postgres of those in the catalogue, because they take many rows.
+pub fn made_for_postgres() -> impl Iterator<Item = String> {
+    let wides =
+        [&blob::WIDE[..], &tidy::WIDE[..]].concat().into_iter().chain(tables::TABLES.iter().map(|table| &table.copy));
+    wides.map(Wide::for_postgres).chain(job::CHAIN.for_postgres())
+}
+
 /// The store on SQLite or Postgres.
 #[derive(Debug)]
 pub struct SqlStore {

@@ -63,8 +63,13 @@ impl Wide {
         }
         let mut out = PgArguments::default();
         self.fill(rows, &mut out)?;
-        let text = self.postgres.get_or_init(|| unnested(self.text, self.columns, 0, "").leak());
+        let text = self.postgres.get_or_init(|| self.for_postgres().leak());
         Ok(Some((*text, out)))
+    }
+
+    /// What Postgres is sent.
+    pub(super) fn for_postgres(&self) -> String {
+        unnested(self.text, self.columns, 0, "")
     }
 
     fn fill(&self, rows: Args, out: &mut PgArguments) -> Result<(), sqlx::Error> {
@@ -132,6 +137,12 @@ impl Chain {
         let texts = if ending == Ending::Count { &self.counted } else { &self.checked };
         let text = || *texts[which].get_or_init(|| self.chained(which, ending).leak());
         Ok((which > 0).then(|| (text(), out)))
+    }
+
+    /// Every text that Postgres may be sent.
+    pub(super) fn for_postgres(&self) -> impl Iterator<Item = String> {
+        let endings = [Ending::Count, Ending::Check];
+        (1..1 << LINKS).flat_map(move |which| endings.map(|ending| self.chained(which, ending)))
     }
 
     /// The first parameter is how many rows the guarded texts must touch.
