@@ -20,6 +20,8 @@ use crate::store::{BlobKind, Group, Scope, Write};
 const PAGE: u32 = 256;
 /// Objects that are deleted in one step.
 const OBJECTS: u32 = 64;
+/// So many deletions that fail in a row are the store's fault, and not their objects'.
+const FAILING: u32 = 4;
 /// Between two steps others write.
 const PAUSE_MS: u64 = 20;
 /// Steps of one turn, where the one who does them has other duties.
@@ -52,8 +54,6 @@ pub struct Gone {
     pub files: u64,
     pub blobs: u64,
     pub objects: u64,
-    /// Objects that should have gone.
-    pub stuck: u64,
 }
 
 /// One look at everything after the other.
@@ -65,6 +65,8 @@ pub struct Collector {
     due: Option<Mono>,
     objects_due: Option<Mono>,
     gone: Gone,
+    /// Objects that could not be deleted, one after the other.
+    failing: u32,
 }
 
 /// Does it for a farm with one orchestrator.
@@ -98,7 +100,8 @@ impl Collector {
                 }
                 Err(error) => {
                     warn!(%error, "what is old stays for now");
-                    (self.stage, self.due) = (Stage::default(), Some(now + app.keep.every_ms / 6));
+                    (self.stage, self.failing) = (Stage::default(), 0);
+                    self.due = Some(now + app.keep.every_ms / 6);
                     return;
                 }
             }
@@ -106,10 +109,7 @@ impl Collector {
     }
 
     fn tell(&mut self) {
-        let Gone { jobs, logs, files, blobs, objects, stuck } = std::mem::take(&mut self.gone);
-        if stuck > 0 {
-            warn!("{stuck} objects that nobody needs could not be deleted");
-        }
+        let Gone { jobs, logs, files, blobs, objects } = std::mem::take(&mut self.gone);
         if jobs + logs + files + blobs + objects > 0 {
             info!("gone: {jobs} jobs, {logs} logs, artifacts of {files} attempts, {blobs} blobs, {objects} objects");
         }
@@ -117,6 +117,10 @@ impl Collector {
 
     /// One step. False: the look is over.
     pub async fn step(&mut self, app: &Arc<App>) -> Result<bool, OpError> {
+        if matches!(self.stage, Stage::Adopt) && !app.blobs.is_ours().await? {
+            error!("the mark of the bucket's owner is gone, or another farm's: nothing is removed there");
+            return Ok(false);
+        }
         let rows = app.store.retention(&Scope::farm()).await?;
         let now = app.books_time().await?;
         if matches!(self.stage, Stage::Live(None)) {
@@ -214,18 +218,16 @@ impl Collector {
             if !taken.contains(&Some(1)) {
                 continue;
             }
-            match burn(app, &row).await {
-                Err(error @ OpError::Io { .. }) => {
-                    if self.gone.stuck == 0 {
-                        warn!(%error, object = %row.object, "an object that nobody needs cannot be deleted");
-                    }
-                    self.gone.stuck += 1;
-                    continue;
+            if let Err(error) = burn(app, &row).await {
+                warn!(%error, object = %row.object, "an object that nobody needs cannot be deleted");
+                self.failing += 1;
+                if self.failing == FAILING {
+                    return Err(error);
                 }
-                burnt => burnt?,
+                continue;
             }
             commit(app, vec![Tidy::Burnt { object: row.object }]).await?;
-            self.gone.objects += 1;
+            (self.gone.objects, self.failing) = (self.gone.objects + 1, 0);
         }
         Ok(Stage::Trash(Some(last)))
     }
@@ -240,12 +242,6 @@ impl Collector {
     ) -> Result<Option<BlobKey>, OpError> {
         let now = app.env.now().mono;
         if after.is_none() && self.objects_due.is_some_and(|due| now < due) {
-            return Ok(None);
-        }
-        if after.is_none() && !app.blobs.still_claimed().await? {
-            error!(
-                "another farm keeps its objects in the same place: nothing is removed there; see `owner` in OPERATIONS.md"
-            );
             return Ok(None);
         }
         let page = app.blobs.list("", after.as_ref()).await?;

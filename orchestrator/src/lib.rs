@@ -121,7 +121,7 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     }
     let mark = |error| start_error("the mark of a restored farm", error);
     let here = backup::restore::wait(&dir, &config.limits, &*env, &life).await.map_err(mark)?;
-    let sql = Arc::new(open(&config).await?);
+    let sql = Arc::new(unless_stopped(&life, open(&config)).await??);
     let there = check_target(&sql, &config, &*env, &life).await?;
     if here == Past::Stopped || there == Past::Stopped {
         return Err(start_error("told to stop", "nothing was begun"));
@@ -140,7 +140,7 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
         backup::restore::forget(&dir).map_err(mark)?;
     }
     if there == Past::Restored {
-        forget_restored(&app).await?;
+        unless_stopped(&life, forget_restored(&app)).await??;
     }
     let admin_token_file = dir.join("admin.token");
     let made = ops::access::first_token(&app, async |token| write_private(&admin_token_file, token)).await;
@@ -160,6 +160,15 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     system.spawn("http", Box::pin(run(app.clone(), listener, stop)));
     tracing::info!("listening on http://{addr}, data in {}", dir.display());
     Ok(Served { addr, base_url: app.base_url.clone(), admin_token_file, app })
+}
+
+/// Some of a start waits for other orchestrators.
+async fn unless_stopped<T>(life: &Lifecycle, work: impl Future<Output = T>) -> Result<T, ServeError> {
+    tokio::select! {
+        biased;
+        () = life.soft.cancelled() => Err(start_error("told to stop", "nothing was begun")),
+        done = work => Ok(done),
+    }
 }
 
 /// What is let go of at the end, in this order.
@@ -211,6 +220,11 @@ async fn ground(
     let dir = config.farm_dir();
     let care = Care { floor: config.limits.disk_floor, reserve: config.limits.disk_reserve(), broken };
     let secret = farm_secret(&**sql).await?;
+    let files = || format!("files in {} on {}", dir.join("blobs").display(), hostname());
+    let place = config.s3.as_ref().map_or_else(files, config::S3::url);
+    if sql.shared().is_some() {
+        check_place(&**sql, &place).await?;
+    }
     let blobs = Arc::new(blobs(config, &dir, care.clone(), env.clone()).await?);
     if let Some(bucket) = &config.s3 {
         // Before anything is written down about the place.
@@ -222,8 +236,7 @@ async fn ground(
         None => Logs::open(dir.join("logs"), care).map_err(|error| start_error("the log directory", error))?,
     };
     if sql.shared().is_some() {
-        let files = || format!("files in {} on {}", dir.join("blobs").display(), hostname());
-        check_place(&**sql, config.s3.as_ref().map_or_else(files, config::S3::url)).await?;
+        set_place(&**sql, &place).await?;
     }
     Ok(Ground {
         logs,
@@ -290,14 +303,21 @@ fn hostname() -> String {
     nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// All orchestrators of a farm must find each other's bytes: the first one says where they lie.
-async fn check_place(store: &dyn Store, place: String) -> Result<(), ServeError> {
-    store.commit(&[Group(vec![Write::AddMeta { name: BYTES_PLACE, value: place.clone() }])]).await?;
-    let kept = store.meta(BYTES_PLACE).await?.unwrap_or_default();
-    if kept == place {
-        return Ok(());
+/// All orchestrators of a farm must find each other's bytes. The first one finds nothing said.
+async fn check_place(store: &dyn Store, place: &str) -> Result<(), ServeError> {
+    match store.meta(BYTES_PLACE).await?.filter(|kept| kept != place) {
+        Some(kept) => {
+            let why = format!("they are {kept}, and this orchestrator would look for {place}");
+            Err(start_error("the farm's bytes", why))
+        }
+        None => Ok(()),
     }
-    Err(start_error("the farm's bytes", format!("they are {kept}, and this orchestrator would look for {place}")))
+}
+
+/// Says where they lie, once it is known that they may lie there.
+async fn set_place(store: &dyn Store, place: &str) -> Result<(), ServeError> {
+    store.commit(&[Group(vec![Write::AddMeta { name: BYTES_PLACE, value: place.to_owned() }])]).await?;
+    check_place(store, place).await
 }
 
 /// Where the farm's objects lie.

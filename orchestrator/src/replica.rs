@@ -278,7 +278,10 @@ async fn duties(app: Arc<App>, shared: Shared) {
             match chunks.compact().await {
                 Ok(0) => look_due = app.env.now().mono + app.keep.every_ms / 6,
                 Ok(_) => {}
-                Err(error) => warn!(%error, "log bytes of others stay in the database for now"),
+                Err(error) => {
+                    warn!(%error, "log bytes of others stay in the database for now");
+                    look_due = app.env.now().mono + app.keep.every_ms / 60;
+                }
             }
         }
         collector.turn(&app).await;

@@ -22,18 +22,17 @@ impl Blobs {
         }
         let body = stream::iter([Ok(Bytes::from(ours.clone()))]).boxed();
         self.put(&key, body, None).await?;
-        // Of two that come at the same time both may pass: see `still_claimed`.
+        // Of two that come at the same time both may pass here, and one in `is_ours`.
         Ok(self.read_piece(&key, 0, LEN).await? == ours.as_bytes())
     }
 
-    /// The same again, for whoever is about to remove what this farm does not know.
-    pub async fn still_claimed(&self) -> Result<bool, BlobError> {
-        match self {
-            Self::S3(s3) => match s3.owner().get() {
-                Some(farm) => self.claim(farm).await,
-                None => Ok(true),
-            },
-            Self::Fs(_) | Self::Mem(_) => Ok(true),
+    /// Whether the mark is still the one that was claimed here, for whoever is about to remove things.
+    pub async fn is_ours(&self) -> Result<bool, BlobError> {
+        let Self::S3(s3) = self else { return Ok(true) };
+        let Some(farm) = s3.owner().get() else { return Ok(true) };
+        match self.read_piece(&BlobKey(KEY.to_owned()), 0, LEN).await {
+            Err(BlobError::Missing(_)) => Ok(false),
+            found => Ok(found? == farm.to_string().as_bytes()),
         }
     }
 }

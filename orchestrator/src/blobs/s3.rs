@@ -36,7 +36,7 @@ pub use ask::Patience;
 pub use probe::BadPlace;
 pub(super) use upload::Draft;
 
-use ask::{Failed, Kind, ask};
+use ask::{Failed, ask};
 
 /// A verified upload may fail to reach the bucket as a whole so often before its sender is told.
 const ROUNDS: u32 = 2;
@@ -104,10 +104,6 @@ impl Shop {
         let path = self.path(key);
         match self.ask("delete an object", || self.store.delete(&path)).await {
             Ok(()) => Ok(()),
-            // One object may be held there, by a lock or a rule, while all others may go.
-            Err(Failed { kind: Kind::Denied, why }) => {
-                Err(BlobError::Io { what: "delete an object", error: std::io::Error::other(why) })
-            }
             Err(failed) => match failed.of(key) {
                 BlobError::Missing(_) => Ok(()),
                 error => Err(error),

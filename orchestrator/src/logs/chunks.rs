@@ -25,6 +25,7 @@ const STATEMENT: u64 = 256 << 10;
 const OBJECT: u64 = 4 << 20;
 /// Logs that are moved in one go.
 const MOVES: u32 = 16;
+const FAILING: u32 = 3;
 /// What is read of an object at once.
 const PIECE: u32 = 1 << 20;
 
@@ -278,26 +279,39 @@ impl Chunks {
     /// Moves rows of this orchestrator's own logs into objects: of those that have grown, and of those that are finished.
     pub async fn compact_own(&self) -> Result<(), LogError> {
         let ripe: Vec<(AttemptRef, bool)> = lock(&self.ripe).iter().map(|(at, finished)| (*at, *finished)).collect();
+        let mut failing = Failing::default();
         for (at, finished) in ripe {
             let least = if finished { 0 } else { limits::LOG_OBJECT_MIN };
-            while self.move_rows(&at, least).await? {}
+            if let Err(error) = self.move_all(&at, least).await {
+                failing.add(error)?;
+                continue;
+            }
+            failing.in_a_row = 0;
             let mut ripe = lock(&self.ripe);
             // It may have been finished since.
             if ripe.get(&at) == Some(&finished) {
                 ripe.remove(&at);
             }
         }
+        failing.end()
+    }
+
+    async fn move_all(&self, at: &AttemptRef, least: u64) -> Result<(), LogError> {
+        while self.move_rows(at, least).await? {}
         Ok(())
     }
 
     /// The same for all logs, also those of orchestrators that are gone. It looks at every row that there is. Returns how many logs
     /// it moved.
     pub async fn compact(&self) -> Result<usize, LogError> {
-        let mut moved = 0;
+        let (mut moved, mut failing) = (0, Failing::default());
         for at in self.table.to_move(limits::LOG_OBJECT_MIN, MOVES).await? {
-            moved += usize::from(self.move_rows(&at, 0).await?);
+            match self.move_rows(&at, 0).await {
+                Ok(did) => (moved, failing.in_a_row) = (moved + usize::from(did), 0),
+                Err(error) => failing.add(error)?,
+            }
         }
-        Ok(moved)
+        failing.end().map(|()| moved)
     }
 
     /// Moves the first rows of a log, if they hold at least so many bytes. False: nothing was moved.
@@ -330,6 +344,28 @@ impl Chunks {
         let body = futures_util::stream::iter(pieces).boxed();
         self.blobs.put(&key, body, Some(Digest::from_hasher(sha))).await?;
         Ok(self.table.moved(at, first, &Part { start, end, object: key.as_str().to_owned() }).await?)
+    }
+}
+
+/// One log that cannot be moved holds up no other; some in a row are not their own fault.
+#[derive(Default)]
+struct Failing {
+    first: Option<LogError>,
+    in_a_row: u32,
+}
+
+impl Failing {
+    fn add(&mut self, error: LogError) -> Result<(), LogError> {
+        self.in_a_row += 1;
+        if self.in_a_row == FAILING {
+            return Err(error);
+        }
+        self.first.get_or_insert(error);
+        Ok(())
+    }
+
+    fn end(self) -> Result<(), LogError> {
+        self.first.map_or(Ok(()), Err)
     }
 }
 

@@ -73,10 +73,15 @@ const PREPARED: usize = 256;
 const RELEASE: Duration = Duration::from_secs(1);
 /// What a migration waits for a table that somebody reads: whoever comes behind it waits too.
 const MIGRATION_LOCK: &str = "SET lock_timeout = '10s'";
+/// Migrations take their time.
+const MIGRATION: &str = "SET statement_timeout = 0";
 
-/// Brings the tables to this version. What it does may take longer than a statement may else.
+/// Brings the tables to this version, after whoever does the same.
 async fn migrate(options: &PgConnectOptions) -> Result<(), OpenError> {
     let mut conn = options.connect().await?;
+    sqlx::query(MIGRATION).execute(&mut conn).await?;
+    // Freed with the connection.
+    sqlx::migrate::Migrate::lock(&mut conn).await?;
     sqlx::query(MIGRATION_LOCK).execute(&mut conn).await?;
     ours(postgres_migrations()).run(&mut conn).await?;
     Ok(conn.close().await?)
