@@ -21,7 +21,7 @@ use crate::logs::{Chunks, Logs};
 use crate::store::sql::backup::Needs;
 use crate::store::sql::chunks::{ChunkTable, Part, ROW_MAX};
 use crate::store::sql::tables::Tables;
-use crate::store::sql::target::{LogsThen, clear_log};
+use crate::store::sql::target::LogsThen;
 use crate::sums::{BLOCK, Seal};
 
 /// What one object holds at most.
@@ -66,8 +66,9 @@ impl Mover {
     /// Takes back the logs that were brought and that the farm has removed since.
     async fn forget_logs(&mut self, here: &HashSet<AttemptRef>) -> Result<(), MoveError> {
         let (Tables::Postgres(conn), Some(shared)) = (&mut self.tables, self.sql.shared()) else { return Ok(()) };
+        let table = ChunkTable(shared.pool().clone());
         for gone in LogsThen(conn).all().await?.iter().filter(|attempt| !here.contains(attempt)) {
-            clear_log(shared.pool(), gone).await?;
+            table.remove(gone).await?;
         }
         Ok(())
     }
@@ -104,7 +105,7 @@ impl Mover {
             Some(known) if known.len == have => have,
             _ if have == 0 => 0,
             Some(_) | None => {
-                clear_log(&table.0, &attempt).await?;
+                table.remove(&attempt).await?;
                 0
             }
         };

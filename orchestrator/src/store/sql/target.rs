@@ -15,9 +15,6 @@ statements! {
     LOCK_MOVE = "SELECT pg_try_advisory_lock(72617265, 2) AS mine";
     LOCK_LETTING_GO = "SELECT pg_advisory_lock(72617265, 3)";
     FORGET_RESTORED = "DELETE FROM meta WHERE name = 'restored'";
-    CLEAR_CHUNKS = "DELETE FROM log_chunks WHERE job_id = $1 AND attempt = $2";
-    CLEAR_PARTS = "DELETE FROM log_parts WHERE job_id = $1 AND attempt = $2";
-    CLEAR_SEAL = "DELETE FROM log_seals WHERE job_id = $1 AND attempt = $2";
     ALL_LOGS = "SELECT job_id, attempt FROM log_chunks UNION SELECT job_id, attempt FROM log_parts \
         UNION SELECT job_id, attempt FROM log_seals";
     PARTS_OF_LOG = "SELECT start_at, end_at, object FROM log_parts WHERE job_id = $1 AND attempt = $2 ORDER BY start_at";
@@ -55,15 +52,6 @@ pub async fn one_after_another(pool: &PgPool) -> Result<Turn, OpenError> {
 pub async fn forget_restored(pool: &PgPool) -> Result<(), OpenError> {
     sqlx::query(FORGET_RESTORED).execute(pool).await?;
     Ok(())
-}
-
-/// Takes back what was brought of a log.
-pub async fn clear_log(pool: &PgPool, at: &AttemptRef) -> Result<(), OpenError> {
-    let mut tx = pool.begin().await?;
-    for text in [CLEAR_CHUNKS, CLEAR_PARTS, CLEAR_SEAL] {
-        sqlx::query(text).bind(at.job.to_string()).bind(i64::from(at.attempt)).execute(&mut *tx).await?;
-    }
-    Ok(tx.commit().await?)
 }
 
 fn size(value: i64) -> u64 {
