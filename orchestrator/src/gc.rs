@@ -67,6 +67,8 @@ pub struct Collector {
     gone: Gone,
     /// Objects that could not be deleted, one after the other.
     failing: u32,
+    /// Where a look gave up because of them: the next one begins there.
+    gave_up: Option<TrashCursor>,
 }
 
 /// Does it for a farm with one orchestrator.
@@ -100,8 +102,7 @@ impl Collector {
                 }
                 Err(error) => {
                     warn!(%error, "what is old stays for now");
-                    (self.stage, self.failing) = (Stage::default(), 0);
-                    self.due = Some(now + app.keep.every_ms / 6);
+                    (self.stage, self.due) = (Stage::default(), Some(now + app.keep.every_ms / 6));
                     return;
                 }
             }
@@ -188,7 +189,7 @@ impl Collector {
         index: usize,
         after: Option<BlobCursor>,
     ) -> Result<Stage, OpError> {
-        let Some(kind) = KINDS.get(index).copied() else { return Ok(Stage::Trash(None)) };
+        let Some(kind) = KINDS.get(index).copied() else { return Ok(Stage::Trash(self.gave_up.take())) };
         let Some(before) = policy.blobs_before(kind) else { return Ok(Stage::Blobs(index + 1, None)) };
         let page = app.store.unused(kind, before, after, PAGE).await?;
         let last = page.last().map(|blob| (blob.used_at, blob.digest, blob.org));
@@ -205,10 +206,11 @@ impl Collector {
     }
 
     /// An object is taken, deleted, and said to be gone. Whoever comes after a crash does it again. What cannot be deleted is left
-    /// to the next look.
+    /// to another look.
     async fn trash(&mut self, app: &App, policy: &Policy, after: Option<TrashCursor>) -> Result<Stage, OpError> {
         let page = app.store.trash(policy.trash_before(), after, OBJECTS).await?;
         let Some(last) = page.last().map(|row| (row.at, row.object.clone())) else {
+            self.failing = 0;
             commit(app, vec![Tidy::Forget { before: policy.names_before() }]).await?;
             return Ok(Stage::Objects(None));
         };
@@ -222,6 +224,7 @@ impl Collector {
                 warn!(%error, object = %row.object, "an object that nobody needs cannot be deleted");
                 self.failing += 1;
                 if self.failing == FAILING {
+                    (self.failing, self.gave_up) = (0, Some((row.at, row.object)));
                     return Err(error);
                 }
                 continue;
