@@ -16,7 +16,7 @@ use worker::provider::VmName;
 
 use super::cover::{Cover, NEVER, legal_steps};
 use super::exec::Sim;
-use super::kept::KeptCheck;
+use super::kept::{KeptCheck, dated};
 use super::log_check::{LogCheck, check_log};
 use super::plan::{self, Plan};
 
@@ -160,9 +160,7 @@ impl Check {
         if job.state.word() != StateWord::Queued {
             self.cover.step((StateWord::Queued, job.state.word()));
         }
-        if job.state.is_done() {
-            self.kept.over(job.id, self.sim.now());
-        }
+        self.over(job);
         if self.state().jobs.insert(job.id, job.clone()).is_some() {
             self.fail("I4", format!("{} is inserted twice", job.id));
         }
@@ -182,11 +180,15 @@ impl Check {
         self.attempt_row(Some(&before), next, advance.attempt.as_ref());
         self.charges(&before, next, advance.attempt.as_ref());
         advance.artifacts.iter().for_each(|artifact| self.listed(artifact));
-        if next.state.is_done() {
-            self.kept.over(next.id, self.sim.now());
-        }
+        self.over(next);
         let moved = Job { version: next.version, state: next.state.clone(), events: next.events, ..before };
         self.state().jobs.insert(next.id, moved);
+    }
+
+    fn over(&self, job: &Job) {
+        if let Step::Done { at, .. } = &job.state.step {
+            self.kept.over(job.id, *at, self.sim.now());
+        }
     }
 
     /// I3, I14: what has ended stays so; no step that the table does not have; a worker's word counts for its attempt only.
@@ -321,6 +323,12 @@ impl Check {
         }
     }
 
+    fn ended_at(&self, at: &AttemptRef) -> Option<u64> {
+        let state = self.state();
+        let said = state.attempts.get(at)?.ended_at?;
+        Some(dated(said, *state.ended.get(at)?))
+    }
+
     /// I5, I7: what is old may go, and nothing else.
     fn tidied(&self, tidy: &Tidy, number: i64) {
         let (keep, now) = (self.kept.keep, self.sim.now());
@@ -328,7 +336,7 @@ impl Check {
             Tidy::DropLog(fade) | Tidy::DropFiles(fade) => {
                 let is_log = matches!(tidy, Tidy::DropLog(_));
                 let (what, span_ms) = if is_log { ("logs", keep.logs_ms) } else { ("artifacts", keep.artifacts_ms) };
-                let ended = self.state().ended.get(&fade.attempt).copied();
+                let ended = self.ended_at(&fade.attempt);
                 self.cover.gone(what);
                 self.no_longer(&fade.attempt, is_log, !is_log);
                 self.kept.may_go(&fade.attempt.job, ended, span_ms, now)

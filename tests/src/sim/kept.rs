@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId};
 use alloy_shared::wire::source::Manifest;
 use bytes::Bytes;
@@ -12,8 +13,17 @@ use orchestrator::keep::Keep;
 use orchestrator::store::mem::MemStore;
 use orchestrator::store::{Artifact, BlobKind, Job, Place, Scope, Store as _};
 
+use super::exec::BEGIN;
+
 /// By so much the orchestrator's clock may be wrong, twice: when something was noted and when it is looked at.
 const CLOCK_MS: u64 = 2 * 30_000;
+/// So long an orchestrator may stand still between the moment that it dates an end and its commit.
+const STILL_MS: u64 = 300_000;
+
+/// When something ended by the world's clock, of which the books say it ended at `at`, and which was committed at `now`.
+pub fn dated(at: Ms, now: u64) -> u64 {
+    at.since(BEGIN).clamp(now.saturating_sub(STILL_MS), now)
+}
 
 pub struct KeptCheck {
     pub keep: Keep,
@@ -39,8 +49,9 @@ impl KeptCheck {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn over(&self, job: JobId, now: u64) {
-        self.state().over.insert(job, now);
+    /// A job's end, of which the books say it was at `at`, is committed.
+    pub fn over(&self, job: JobId, at: Ms, now: u64) {
+        self.state().over.insert(job, dated(at, now));
     }
 
     pub fn listed(&self, artifact: &Artifact) {
@@ -110,5 +121,18 @@ impl KeptCheck {
         let jobs = self.store.jobs(&Scope::farm(), &Default::default(), u32::MAX).now_or_never();
         let jobs = jobs.and_then(Result::ok).unwrap_or_default().into_iter().map(|job| job.id.to_string());
         jobs.chain(self.blobs.keys().iter().map(ToString::to_string)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_dated_by_the_books_and_not_much_before_its_commit() {
+        let said = |ms: i64| Ms(BEGIN.0 + ms);
+        assert_eq!(dated(said(400_000), 480_000), 400_000, "whoever wrote it stood still in between");
+        assert_eq!(dated(said(500_000), 480_000), 480_000, "a clock is ahead");
+        assert_eq!(dated(said(-3_600_000), 480_000), 180_000, "a clock is behind");
     }
 }
