@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use alloy_shared::wire::job::JobSpec;
 use anyhow::{Context as _, Result, bail};
 use async_trait::async_trait;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use super::floors::{Floors, quantile};
@@ -30,7 +31,7 @@ use crate::pg::Lasting;
 /// So many submit at once, and so many workers claim.
 const CLIENTS: usize = 64;
 /// Submitted and not finished: clients wait beyond it.
-const OPEN_MAX: u64 = 2_000;
+const OPEN_MAX: usize = 2_000;
 /// Between two submits where latency is measured.
 const STEP: Duration = Duration::from_millis(20);
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -64,18 +65,29 @@ fn number_of(spec: &JobSpec) -> u64 {
 }
 
 /// What became of the jobs, as their workers saw it.
-#[derive(Default)]
 struct Books {
     since: Mutex<HashMap<u64, Instant>>,
     waited_ms: Mutex<Vec<f64>>,
-    submitted: AtomicU64,
-    finished: AtomicU64,
+    /// For jobs that are not finished.
+    room: Semaphore,
+    finished: watch::Sender<u64>,
     broken: Mutex<Option<String>>,
+}
+
+impl Default for Books {
+    fn default() -> Self {
+        Self {
+            since: Mutex::default(),
+            waited_ms: Mutex::default(),
+            room: Semaphore::new(OPEN_MAX),
+            finished: watch::Sender::new(0),
+            broken: Mutex::default(),
+        }
+    }
 }
 
 impl Books {
     fn submits(&self, number: u64) {
-        self.submitted.fetch_add(1, Ordering::Relaxed);
         self.since.lock().unwrap_or_else(PoisonError::into_inner).insert(number, now());
     }
 
@@ -87,25 +99,26 @@ impl Books {
     }
 
     fn finishes(&self) {
-        self.finished.fetch_add(1, Ordering::Relaxed);
+        self.finished.send_modify(|count| *count += 1);
+        self.room.add_permits(1);
     }
 
     fn breaks(&self, why: impl std::fmt::Display) {
         self.broken.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why.to_string());
+        self.finished.send_modify(|_| {});
+        self.room.close();
     }
 
-    fn open(&self) -> u64 {
-        self.submitted.load(Ordering::Relaxed).saturating_sub(self.finished.load(Ordering::Relaxed))
+    fn finished(&self) -> u64 {
+        *self.finished.borrow()
     }
 
     /// Until so many jobs are finished.
     async fn until(&self, count: u64) -> Result<()> {
-        let end = now() + PATIENCE;
-        while self.finished.load(Ordering::Relaxed) < count {
-            self.check()?;
-            anyhow::ensure!(now() < end, "{} of {count} jobs finished", self.finished.load(Ordering::Relaxed));
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let mut finished = self.finished.subscribe();
+        let done = finished.wait_for(|finished| *finished >= count || self.check().is_err());
+        let heard = tokio::time::timeout(PATIENCE, done).await.is_ok();
+        anyhow::ensure!(heard, "{} of {count} jobs finished", self.finished());
         self.check()
     }
 
@@ -184,10 +197,8 @@ async fn rate_of(server: &Lasting, name: Option<&str>, time: Duration) -> Result
         let (queue, books, numbers, over) = (queue.clone(), books.clone(), numbers.clone(), over.clone());
         clients.spawn(async move {
             while !over.load(Ordering::Relaxed) {
-                if books.open() >= OPEN_MAX {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                    continue;
-                }
+                let Ok(room) = books.room.acquire().await else { return books.check() };
+                room.forget();
                 let number = numbers.fetch_add(1, Ordering::Relaxed);
                 books.submits(number);
                 queue.submit(number).await?;
@@ -196,9 +207,9 @@ async fn rate_of(server: &Lasting, name: Option<&str>, time: Duration) -> Result
         });
     }
     tokio::time::sleep(WARM_UP).await;
-    let (from, before) = (now(), books.finished.load(Ordering::Relaxed));
+    let (from, before) = (now(), books.finished());
     tokio::time::sleep(time).await;
-    let done = books.finished.load(Ordering::Relaxed) - before;
+    let done = books.finished() - before;
     let rate = done as f64 / from.elapsed().as_secs_f64();
     over.store(true, Ordering::Relaxed);
     while let Some(client) = clients.join_next().await {
