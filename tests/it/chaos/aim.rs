@@ -86,10 +86,17 @@ pub(super) fn lift(stage: &Stage, breaks: bool) -> Result<()> {
         }
         proxy.heal();
     }
-    if stage.dir.join("hold").exists() {
-        fs::remove_file(stage.dir.join("hold"))?;
+    for file in [stage.dir.join("hold"), slow_vms(stage)] {
+        if file.exists() {
+            fs::remove_file(file)?;
+        }
     }
     Ok(())
+}
+
+/// As long as this file is there, a VM that is to be slow goes no further.
+fn slow_vms(stage: &Stage) -> std::path::PathBuf {
+    stage.dir.join("slow-vms")
 }
 
 pub(super) fn blockers_gate(stage: &Stage) -> std::path::PathBuf {
@@ -219,13 +226,15 @@ fn spools(stage: &Stage) -> Vec<std::path::PathBuf> {
 
 /// A VM that boots for the job, or one that goes after it.
 async fn vm(stage: &mut Stage, phase: Phase) -> Result<Aim> {
+    let held_by = slow_vms(stage);
+    fs::write(&held_by, "")?;
     let slow = match phase {
-        4 => json!({ "command": "run", "vm": "alloy-*", "times": 0, "fault": "agent_late", "seconds": 150 }),
-        _ => json!({ "command": "delete", "vm": "alloy-*", "times": 1, "fault": "delay", "seconds": 300 }),
+        4 => json!({ "command": "run", "vm": "alloy-*", "times": 0, "fault": "agent_late", "while": held_by }),
+        _ => json!({ "command": "delete", "vm": "alloy-*", "times": 1, "fault": "delay", "while": held_by }),
     };
     let doing = if phase == 4 { "tart run " } else { "tart delete " };
     if phase == 4 {
-        // The warm VM is used up; the next one boots slowly.
+        // The warm VM is used up; the next one does not come up.
         stage.farm.all_warm().await;
         stage.farm.mac(0).faults(std::slice::from_ref(&slow));
         let first = stage.api().shell("true").await?;

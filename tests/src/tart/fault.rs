@@ -11,8 +11,9 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -23,7 +24,7 @@ use super::{Failure, lock, say};
 /// Command, fault and what it is: the whole list.
 pub const NAMES: &[(&str, &str, &str)] = &[
     ("*", "fail", "F20: ends with `exit`, `stdout` and `stderr`"),
-    ("*", "delay", "F9, F13: waits `seconds` first"),
+    ("*", "delay", "F9, F13: waits `seconds` first, and as long as the file `while` is there"),
     ("*", "hang", "F13: never goes on"),
     ("*", "abort", "F22: ends by signal 6"),
     ("*", "kill", "F7: ends by signal 9"),
@@ -32,7 +33,7 @@ pub const NAMES: &[(&str, &str, &str)] = &[
     ("run", "no_lease", "F2: the guest never asks for an address"),
     ("run", "late_lease", "F2: `seconds` later"),
     ("run", "duplicate_lease", "F2: the address of the VM `of`"),
-    ("run", "agent_late", "F3: `seconds` later"),
+    ("run", "agent_late", "F3: `seconds` later, and not as long as the file `while` is there"),
     ("run", "agent_lost_by_reboot", "F3: does not come back after a reboot of the guest"),
     (
         "run",
@@ -106,6 +107,9 @@ pub(crate) struct Fault {
     details: Map<String, Value>,
 }
 
+/// How often a file is looked for that a fault names.
+pub(crate) const LOOK: Duration = Duration::from_millis(3);
+
 pub(crate) struct Faults;
 
 impl Faults {
@@ -169,10 +173,20 @@ impl Fault {
         self.number("seconds").unwrap_or(0.0)
     }
 
+    /// Its file `while` is there.
+    pub(crate) fn holds(&self) -> bool {
+        self.text("while").is_some_and(|file| Path::new(file).exists())
+    }
+
     /// What any command can suffer, before it does anything.
     pub(crate) fn strike_any(&self, sim: &Sim) -> Result<(), Failure> {
         match &*self.name {
-            "delay" => sim.pause(self.seconds()),
+            "delay" => {
+                sim.pause(self.seconds());
+                while self.holds() {
+                    std::thread::sleep(LOOK);
+                }
+            }
             "hang" => loop {
                 std::thread::park();
             },

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::context::{Sim, now};
-use super::fault::{Fault, find};
+use super::fault::{Fault, LOOK, find};
 use super::image::{Agent, Boot, Profile};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,6 +30,8 @@ impl Phase {
 #[derive(Debug)]
 pub(crate) struct Timeline {
     due: Vec<(Instant, Phase)>,
+    /// What keeps the agent from coming.
+    late: Option<Fault>,
     pub(crate) reached: Option<Phase>,
 }
 
@@ -52,15 +54,20 @@ impl Timeline {
             due.push((at(boot.agent + later("agent_late")), Phase::Agent));
         }
         due.sort_by_key(|(when, phase)| std::cmp::Reverse((*when, *phase)));
-        Timeline { due, reached: None }
+        Timeline { due, late: find(faults, "agent_late").cloned(), reached: None }
     }
 
     pub(crate) fn next(&self) -> Option<Instant> {
-        self.due.last().map(|(when, _)| *when)
+        let (when, phase) = *self.due.last()?;
+        Some(if Self::is_held(&self.late, phase) { when.max(now() + LOOK) } else { when })
+    }
+
+    fn is_held(late: &Option<Fault>, phase: Phase) -> bool {
+        phase == Phase::Agent && late.as_ref().is_some_and(Fault::holds)
     }
 
     pub(crate) fn reach(&mut self) -> Option<Phase> {
-        let (_, phase) = self.due.pop()?;
+        let (_, phase) = self.due.pop_if(|(_, phase)| !Self::is_held(&self.late, *phase))?;
         self.reached = self.reached.max(Some(phase));
         Some(phase)
     }
@@ -75,9 +82,6 @@ pub(crate) struct Trigger {
     file: Option<std::path::PathBuf>,
     reached: Option<Instant>,
 }
-
-/// How often a trigger's file is looked for.
-const LOOK: Duration = Duration::from_millis(3);
 
 impl Trigger {
     pub(crate) fn of(sim: &Sim, faults: &[Fault]) -> Option<Trigger> {
