@@ -206,8 +206,8 @@ impl Env for SystemEnv {
                 done = AssertUnwindSafe(task).catch_unwind() => done,
             };
             if let Err(panic) = done {
-                tracing::error!("task {name} panicked: {}; stopping", panic_text(&*panic));
                 life.fail();
+                tracing::error!("task {name} panicked: {}; stopping", panic_text(&*panic));
             }
         };
         start(self.life.tracker.track_future(guarded.instrument(tracing::info_span!("task", task.name = name))));
@@ -285,7 +285,12 @@ fn telemetry_to(format: LogFormat, default_level: &str, to: BoxMakeWriter, colou
     let wanted = std::env::var(LOG_VARIABLE).ok().filter(|text| !text.is_empty());
     let text = wanted.as_deref().unwrap_or(default_level);
     let filter = EnvFilter::try_new(text).map_err(|error| format!("{LOG_VARIABLE}: `{text}`: {error}"))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(to).with_ansi(colours);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(to)
+        .with_ansi(colours)
+        // A terminal that has gone, a full disk: what cannot be logged is lost, and nothing else is.
+        .log_internal_errors(false);
     let done = match format {
         LogFormat::Pretty => log.pretty().try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),

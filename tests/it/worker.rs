@@ -1,8 +1,10 @@
 //! Workers over real processes: what the farm says of each, joining twice, leaving, being refused.
 
 use alloy_tests::farm::{Farm, Setup, output};
-use alloy_tests::observe::Api;
+use alloy_tests::observe::{Api, PATIENCE};
+use alloy_tests::process::Daemon;
 use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 async fn worker(api: &Api, name: &str) -> Result<Value> {
@@ -22,6 +24,27 @@ async fn a_stopped_worker_is_offline_and_after_a_restart_of_the_farm_nobody_is_l
     let state = worker(&farm.api(), "mini-0").await?["state"].clone();
     assert!(state == "suspect" || state == "ready", "{state}");
     farm.all_connected().await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn daemons_whose_terminal_is_gone_work_on_and_end_when_they_are_told_to() -> Result<()> {
+    let mut farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }).await?;
+    farm.stop_worker(0)?;
+    farm.stop_orchestrator()?;
+    let mut orchestrator = Daemon::unheard("orchestrator", farm.orchestrator_command(farm.address()))?;
+    let mut worker = Daemon::unheard("worker", farm.worker_command(0)?)?;
+    farm.all_connected().await;
+    let api = farm.api();
+    let job = api.shell("echo heard").await?;
+    assert_eq!(api.end(&job).await["state"], "succeeded");
+    assert_eq!(api.log(&job).await?, b"heard\n");
+    for daemon in [&mut worker, &mut orchestrator] {
+        daemon.signal(Signal::SIGTERM);
+        assert!(daemon.wait(PATIENCE)?.success(), "{}", daemon.name);
+    }
+    farm.start_orchestrator().await?;
+    farm.start_worker(0)?;
     Ok(())
 }
 

@@ -336,6 +336,12 @@ impl Farm {
 
     pub fn start_worker(&mut self, number: usize) -> Result<()> {
         ensure!(self.workers[number].is_none(), "it runs");
+        let (run, name) = (self.worker_command(number)?, format!("worker-{number}"));
+        self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);
+        Ok(())
+    }
+
+    pub fn worker_command(&self, number: usize) -> Result<Command> {
         let mut run = self.command("worker");
         run.arg("run").arg("--state-dir").arg(self.worker_dir(number));
         if !self.worker_file(number).exists() {
@@ -350,9 +356,7 @@ impl Farm {
             run.env("ORCHESTRATOR_URL", route);
         }
         run.env("ALLOY_IMAGE_BUDGET_GIB", self.setup.image_budget_gib.to_string());
-        let name = format!("worker-{number}");
-        self.workers[number] = Some(Daemon::start(&name, run, &self.log(&name))?);
-        Ok(())
+        Ok(run)
     }
 
     fn worker_file(&self, number: usize) -> PathBuf {

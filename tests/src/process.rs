@@ -30,6 +30,13 @@ impl Daemon {
         Ok(Daemon { name: name.to_owned(), log: log.to_owned(), child })
     }
 
+    /// A child whose terminal is gone: nobody reads what it says, and saying it fails.
+    pub fn unheard(name: &str, mut command: Command) -> Result<Daemon> {
+        let (_, gone) = std::io::pipe()?;
+        let child = command.stdin(Stdio::null()).stdout(gone.try_clone()?).stderr(gone).spawn()?;
+        Ok(Daemon { name: name.to_owned(), log: PathBuf::new(), child })
+    }
+
     pub fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).expect("a pid is small")
     }
