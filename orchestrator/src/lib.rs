@@ -220,10 +220,9 @@ async fn ground(
     let dir = config.farm_dir();
     let care = Care { floor: config.limits.disk_floor, reserve: config.limits.disk_reserve(), broken };
     let secret = farm_secret(&**sql).await?;
-    let files = || format!("files in {} on {}", dir.join("blobs").display(), hostname());
-    let place = config.s3.as_ref().map_or_else(files, config::S3::url);
+    let bucket = config.s3.as_ref().map(config::S3::url);
     if sql.shared().is_some() {
-        check_place(&**sql, &place).await?;
+        check_place(&**sql, &dir, bucket.as_deref()).await?;
     }
     let blobs = Arc::new(blobs(config, &dir, care.clone(), env.clone()).await?);
     if let Some(bucket) = &config.s3 {
@@ -236,7 +235,7 @@ async fn ground(
         None => Logs::open(dir.join("logs"), care).map_err(|error| start_error("the log directory", error))?,
     };
     if sql.shared().is_some() {
-        set_place(&**sql, &place).await?;
+        set_place(&**sql, &dir, bucket.as_deref()).await?;
     }
     Ok(Ground {
         logs,
@@ -299,25 +298,25 @@ async fn forget_restored(app: &Arc<App>) -> Result<(), ServeError> {
     Ok(())
 }
 
-fn hostname() -> String {
-    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
 /// All orchestrators of a farm must find each other's bytes. The first one finds nothing said.
-async fn check_place(store: &dyn Store, place: &str) -> Result<(), ServeError> {
-    match store.meta(BYTES_PLACE).await?.filter(|kept| kept != place) {
-        Some(kept) => {
-            let why = format!("they are {kept}, and this orchestrator would look for {place}");
-            Err(start_error("the farm's bytes", why))
-        }
-        None => Ok(()),
-    }
+async fn check_place(store: &dyn Store, dir: &Path, bucket: Option<&str>) -> Result<(), ServeError> {
+    let Some(kept) = store.meta(BYTES_PLACE).await? else { return Ok(()) };
+    blobs::mark::compare_books(&kept, dir, bucket).map_err(|error| start_error("the farm's objects", error))
 }
 
 /// Says where they lie, once it is known that they may lie there.
-async fn set_place(store: &dyn Store, place: &str) -> Result<(), ServeError> {
-    store.commit(&[Group(vec![Write::AddMeta { name: BYTES_PLACE, value: place.to_owned() }])]).await?;
-    check_place(store, place).await
+async fn set_place(store: &dyn Store, dir: &Path, bucket: Option<&str>) -> Result<(), ServeError> {
+    let place = bytes_place(dir, bucket).map_err(|error| start_error("the farm's objects", error))?;
+    store.commit(&[Group(vec![Write::AddMeta { name: BYTES_PLACE, value: place }])]).await?;
+    check_place(store, dir, bucket).await
+}
+
+/// Where a farm's bytes lie, as a database says it that others share.
+fn bytes_place(dir: &Path, bucket: Option<&str>) -> Result<String, blobs::mark::Elsewhere> {
+    match bucket {
+        Some(bucket) => Ok(bucket.to_owned()),
+        None => blobs::mark::files_of(dir, || u128::from_le_bytes(random_bytes())),
+    }
 }
 
 /// Where the farm's objects lie.

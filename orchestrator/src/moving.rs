@@ -27,7 +27,7 @@ use crate::store::sql::tables::{Known, Tables, Tallies, bring};
 use crate::store::sql::target::MoveLock;
 use crate::store::sql::{DataLock, OpenError, SqlStore, shown_address};
 use crate::store::{Group, Store as _, StoreError, Write};
-use crate::{BYTES_PLACE, FARM_SECRET, farm_mark};
+use crate::{BYTES_PLACE, FARM_SECRET, bytes_place, farm_mark};
 
 mod journal;
 mod logs;
@@ -244,7 +244,8 @@ impl Mover {
         self.whole(&snapshot, &needs, leave).await?;
         let gone = Gone { to: self.shown.clone(), bucket: self.bucket.as_ref().map(S3::url) };
         mark::set(&self.farm, &gone).map_err(at(&self.farm))?;
-        self.say_whole(None).await
+        let farm = self.farm.clone();
+        self.say_whole(&farm, None).await
     }
 
     /// The database as it is now, in a file of its own, with the tables of this version.
@@ -286,12 +287,13 @@ impl Mover {
     }
 
     /// From here on an orchestrator starts on the target.
-    async fn say_whole(self, restored: Option<Ms>) -> Result<(Counts, Vec<String>), MoveError> {
+    async fn say_whole(self, farm: &Path, restored: Option<Ms>) -> Result<(Counts, Vec<String>), MoveError> {
         let Counts { rows, objects, logs, .. } = self.counts;
-        let mut writes = vec![Write::AddMeta { name: VERIFIED, value: format!("{rows} {objects} {logs}") }];
-        if let Some(place) = &self.bucket {
-            writes.push(Write::AddMeta { name: BYTES_PLACE, value: place.url() });
-        }
+        let place = bytes_place(farm, self.bucket.as_ref().map(S3::url).as_deref())?;
+        let mut writes = vec![
+            Write::AddMeta { name: VERIFIED, value: format!("{rows} {objects} {logs}") },
+            Write::AddMeta { name: BYTES_PLACE, value: place },
+        ];
         if let Some(at) = restored {
             writes.push(Write::AddMeta { name: RESTORED, value: at.0.to_string() });
         }
@@ -385,7 +387,7 @@ pub async fn restore(
     let needs = examine(&database).await?;
     // What the farm had lost by then its backup has not.
     mover.whole(&database, &needs, true).await?;
-    let (counts, _) = mover.say_whole(Some(now)).await?;
+    let (counts, _) = mover.say_whole(farm, Some(now)).await?;
     Ok((head, counts))
 }
 

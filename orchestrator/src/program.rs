@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use alloy_shared::config::{File, Setting};
+use alloy_shared::config::{File, Origin, Setting};
 use alloy_shared::limits;
 use alloy_shared::runtime::{Lifecycle, SystemEnv, telemetry};
 
@@ -29,17 +29,26 @@ pub async fn run(cli: Cli) -> ExitCode {
             print!("{}", shown(&settings, origin));
             ExitCode::SUCCESS
         }
-        None => serve(config).await,
+        None => serve(config, idle_address(&settings)).await,
     }
 }
 
-async fn serve(config: Config) -> ExitCode {
+/// Somebody set the address of a database and did not say that the farm is there.
+fn idle_address(settings: &[Setting]) -> bool {
+    let is_set = |name: &str| settings.iter().any(|set| set.name == name && set.origin != Origin::Default);
+    is_set("database_url") && !is_set("database_mode")
+}
+
+async fn serve(config: Config, idle_address: bool) -> ExitCode {
     let life = Lifecycle::new();
     let ready = telemetry(config.log_format, "info")
         .and_then(|()| life.install_signals().map_err(|error| format!("signals cannot be caught: {error}")));
     if let Err(why) = ready {
         eprintln!("orchestrator: {why}");
         return ExitCode::FAILURE;
+    }
+    if idle_address {
+        tracing::warn!("DATABASE_URL is set and not used: DATABASE_MODE=postgres puts the farm into that database");
     }
     raise_open_files();
     let stop_ms = config.limits.stop_ms;

@@ -376,13 +376,15 @@ fn move_failure(error: &MoveError) -> Failure {
 fn database_hint(failure: Failure, error: &OpenError) -> Failure {
     match error {
         OpenError::Url(_) => Failure::usage(failure.message).hint(ADDRESS),
-        OpenError::Db(_) => failure.hint("psql with the same address tells more"),
         OpenError::Migrate(_) => failure.hint("the database must hold nothing else, and its user may make tables"),
         OpenError::OldSqlite { .. }
         | OpenError::Damaged { .. }
         | OpenError::TransactionPooler
         | OpenError::PooledByTransaction
         | OpenError::Newer(_)
+        | OpenError::Postgres { .. }
+        | OpenError::File { .. }
+        | OpenError::Db(_)
         | OpenError::Io { .. } => failure,
     }
 }

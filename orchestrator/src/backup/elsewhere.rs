@@ -15,7 +15,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::postgres::PgConnection;
 
 use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, begin, beside, make_dir, parent, publish};
-use crate::blobs::mark::bucket_of;
+use crate::blobs::mark::{bucket_of, compare_books};
 use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
 use crate::broken::Care;
 use crate::config::S3;
@@ -59,6 +59,7 @@ pub async fn take(
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));
     }
+    let bucket = source.bucket.map(S3::url);
     let part = beside(target, ".partial");
     let lock = begin(&part)?;
     let database = part.join(DATABASE);
@@ -72,20 +73,21 @@ pub async fn take(
                 return Err(BackupError::NoFarmThere);
             }
             tables.refuse_newer().await?;
+            if let Some(kept) = tables.meta(BYTES_PLACE).await? {
+                compare_books(&kept, source.farm, bucket.as_deref())?;
+            }
             tables.hold_still().await?;
             copy_to_file(tables, &database).await?;
         }
-        None => copy_at_once(&source.farm.join(DATABASE), &database).await?,
+        None => {
+            if let Some(theirs) = bucket_of(source.farm)?.filter(|theirs| bucket.as_ref() != Some(theirs)) {
+                return Err(BackupError::Bucket(theirs));
+            }
+            copy_at_once(&source.farm.join(DATABASE), &database).await?;
+        }
     }
     if meta_of(&database, FARM_SECRET).await?.is_none() {
         return Err(BackupError::NoFarmThere);
-    }
-    let theirs = match source.database {
-        Some(_) => meta_of(&database, BYTES_PLACE).await?.filter(|place| place.starts_with("s3://")),
-        None => bucket_of(source.farm)?,
-    };
-    if let Some(theirs) = theirs.filter(|theirs| source.bucket.map(S3::url).as_ref() != Some(theirs)) {
-        return Err(BackupError::Bucket(theirs));
     }
     let needs = examine(&database).await?;
     let mut copy = Copy::new(source.farm, &part);

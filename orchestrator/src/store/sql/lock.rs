@@ -20,6 +20,8 @@ pub enum LockError {
     /// Another process has it; its number, if it has written it down already.
     #[error("{} is in use by another orchestrator{}; stop it first, or choose another data directory", dir.display(), by(*pid))]
     Taken { dir: PathBuf, pid: Option<u32> },
+    #[error("{} is no directory and cannot be made one: {error}", dir.display())]
+    NoDirectory { dir: PathBuf, error: io::Error },
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
 }
@@ -42,7 +44,8 @@ impl DataLock {
     fn acquire_after(dir: &Path, mut pause: impl FnMut()) -> Result<Self, LockError> {
         let path = dir.join("farm.lock");
         let failed = |error| LockError::Io { path: path.clone(), error };
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(|error| LockError::NoDirectory { dir: dir.to_owned(), error })?;
         let mut tries = 1;
         loop {
             let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);

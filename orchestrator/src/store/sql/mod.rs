@@ -15,6 +15,7 @@ mod job;
 mod lock;
 mod member;
 mod open;
+mod reach;
 pub mod shared;
 pub mod tables;
 pub mod target;
@@ -38,7 +39,8 @@ use fault::within;
 use wide::Wide;
 
 pub use lock::{DataLock, LockError};
-pub use open::{OpenError, postgres_migrations, shown_address, sqlite_migrations};
+pub use open::{OpenError, postgres_migrations, sqlite_migrations};
+pub use reach::shown_address;
 pub use shared::Shared;
 
 /// Names each text by a constant and lists them for the catalogue.

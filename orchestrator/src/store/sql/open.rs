@@ -1,18 +1,18 @@
 //! S: opening and closing a database: its settings, its version, its schema, its health.
 
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 use std::{fs, io};
 
 use alloy_shared::limits;
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use sqlx::{ConnectOptions, Connection as _, SqlSafeStr};
 
 use super::conn::Db;
-use super::shared::{BACKEND, SET};
+use super::reach::{address, connect, refuse_pooling, said, told};
+use super::shared::SET;
 use super::{Shared, SqlStore, fault};
 use crate::broken::Broken;
 
@@ -33,8 +33,14 @@ pub enum OpenError {
          notes: let the pooler work in session mode, or connect to the database itself"
     )]
     PooledByTransaction,
-    #[error("the database's address cannot be read: {0}")]
+    #[error(
+        "the database's address cannot be read: {0}; it is postgres://USER:PASSWORD@HOST:PORT/DATABASE, and a password is \
+         percent-encoded in it: %23 for #, %2F for /, %3F for ?, %40 for @"
+    )]
     Url(String),
+    /// A Postgres does not do what it is asked for, in its own words; the rest is what to do about it.
+    #[error("the database at {at}: {why}; {hint}")]
+    Postgres { at: String, why: String, hint: &'static str },
     /// It has been through a migration that this version does not know.
     #[error(
         "the database is of a newer version (migration {0}) and holds what this one does not know: use the `alloy` of the \
@@ -43,7 +49,9 @@ pub enum OpenError {
     Newer(i64),
     #[error("the database's schema cannot be brought up to date: {0}")]
     Migrate(#[from] MigrateError),
-    #[error("the database cannot be opened: {0}")]
+    #[error("{}: the database cannot be opened: {why}", path.display())]
+    File { path: PathBuf, why: String },
+    #[error("the database cannot be used: {0}")]
     Db(#[from] sqlx::Error),
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
@@ -67,7 +75,7 @@ const POSTGRES_ONLY: Migrations = &[
     (1010, "swift_jobs", include_str!("../../../migrations/postgres/1010_swift_jobs.sql")),
 ];
 /// Texts per connection that stay prepared: every one that there is, and the chains that are common.
-const PREPARED: usize = 256;
+pub(super) const PREPARED: usize = 256;
 
 /// A connection that does not answer for so long is no longer one.
 const RELEASE: Duration = Duration::from_secs(1);
@@ -78,21 +86,27 @@ const MIGRATION: &str = "SET statement_timeout = 0";
 
 /// Brings the tables to this version, after whoever does the same.
 async fn migrate(options: &PgConnectOptions) -> Result<(), OpenError> {
-    let mut conn = options.connect().await?;
+    let mut conn = connect(options).await?;
     sqlx::query(MIGRATION).execute(&mut conn).await?;
     // Freed with the connection.
     sqlx::migrate::Migrate::lock(&mut conn).await?;
     sqlx::query(MIGRATION_LOCK).execute(&mut conn).await?;
-    ours(postgres_migrations()).run(&mut conn).await?;
+    ours(postgres_migrations()).run(&mut conn).await.map_err(|error| match error {
+        MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _) => told(options, error),
+        error => error.into(),
+    })?;
     Ok(conn.close().await?)
 }
 
 impl SqlStore {
     /// Opens the file, or makes it. The caller holds the directory's `DataLock`.
     pub async fn open_sqlite(path: &Path) -> Result<Self, OpenError> {
-        Self::open_file(path).await.map_err(|error| match damage(&error) {
-            Some(found) => OpenError::Damaged { path: path.to_owned(), found },
-            None => error,
+        let at = || path.to_owned();
+        Self::open_file(path).await.map_err(|error| match (damage(&error), error) {
+            (Some(found), _) => OpenError::Damaged { path: at(), found },
+            (None, OpenError::Db(_)) if path.is_dir() => OpenError::File { path: at(), why: "it is a directory".into() },
+            (None, OpenError::Db(error)) => OpenError::File { path: at(), why: said(&error) },
+            (None, error) => error,
         })
     }
 
@@ -129,24 +143,17 @@ impl SqlStore {
 
     /// Opens a direct or session-mode connection.
     pub async fn open_postgres(url: &str) -> Result<Self, OpenError> {
-        let options = address(url)?;
-        Self::open_pool(options, None).await
+        Self::open_pool(address(url)?, None).await
     }
 
     /// The same as one of several orchestrators, under this name.
     pub async fn open_shared(url: &str, me: String) -> Result<Self, OpenError> {
         let options = address(url)?;
-        if options.get_port() == TRANSACTION_POOLER {
-            return Err(OpenError::TransactionPooler);
-        }
         refuse_pooling(&options).await?;
         Self::open_pool(options, Some(me)).await
     }
 
     async fn open_pool(options: PgConnectOptions, me: Option<String>) -> Result<Self, OpenError> {
-        if options.get_port() == TRANSACTION_POOLER {
-            return Err(OpenError::TransactionPooler);
-        }
         let options = options.application_name("alloy").statement_cache_capacity(PREPARED).disable_statement_logging();
         let (names, values) = settings(me.clone().unwrap_or_default());
         let pool = PgPoolOptions::new()
@@ -180,7 +187,8 @@ impl SqlStore {
                 })
             })
             .connect_with(options.clone())
-            .await?;
+            .await
+            .map_err(|error| told(&options, error))?;
         migrate(&options).await?;
         let shared = me.map(|me| Shared::new(pool.clone(), me));
         Ok(Self { db: Db::Postgres(pool), marker: None, broken: Broken::default(), shared })
@@ -222,9 +230,6 @@ fn settings(me: String) -> (Vec<&'static str>, Vec<String>) {
     let plans = ["enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit"].map(|name| (name, "off".to_owned()));
     patience.into_iter().chain(plans).unzip()
 }
-
-/// Supabase and PgBouncer put it there.
-const TRANSACTION_POOLER: u16 = 6543;
 
 fn sqlite(path: &Path) -> SqliteConnectOptions {
     let options = SqliteConnectOptions::new()
@@ -297,6 +302,8 @@ fn damage(error: &OpenError) -> Option<String> {
         | OpenError::TransactionPooler
         | OpenError::PooledByTransaction
         | OpenError::Url(_)
+        | OpenError::Postgres { .. }
+        | OpenError::File { .. }
         | OpenError::Newer(_)
         | OpenError::Io { .. } => return None,
     };
@@ -324,69 +331,11 @@ pub fn sqlite_migrations() -> Vec<Migration> {
     migrations(MIGRATIONS)
 }
 
-/// One connection without the limits of an orchestrator's, to a database that has its schema.
-pub(super) async fn plain_postgres(url: &str) -> Result<PgConnection, OpenError> {
-    let options = address(url)?;
-    if options.get_port() == TRANSACTION_POOLER {
-        return Err(OpenError::TransactionPooler);
-    }
-    Ok(options
-        .application_name("alloy")
-        .statement_cache_capacity(PREPARED)
-        .disable_statement_logging()
-        .connect()
-        .await?)
-}
-
-/// A database's address as people may see it.
-pub fn shown_address(url: &str) -> Result<String, OpenError> {
-    let options = address(url)?;
-    let database = options.get_database().unwrap_or_default();
-    Ok(format!("postgres://{}:{}/{database}", options.get_host(), options.get_port()))
-}
-
 fn migrations(list: Migrations) -> Vec<Migration> {
     let migration = |(version, name, text): &(i64, &'static str, &'static str)| {
         Migration::new(*version, (*name).into(), MigrationType::Simple, text.into_sql_str(), false)
     };
     list.iter().map(migration).collect()
-}
-
-/// A pooler in transaction mode gives a connection's next transaction to whichever server connection is free: two
-/// transactions that overlap and end in another order than they began show that.
-async fn refuse_pooling(options: &PgConnectOptions) -> Result<(), OpenError> {
-    let options = options.clone().statement_cache_capacity(0).disable_statement_logging();
-    let (mut one, mut other) = (options.connect().await?, options.connect().await?);
-    let wait = Duration::from_millis(limits::STORE_READ_MS);
-    for _ in 0..3 {
-        let mut first = one.begin().await?;
-        let before = backend(&mut first).await?;
-        // A pooler with one server connection lets this one wait.
-        let second = tokio::time::timeout(wait, other.begin()).await.map_err(|_| OpenError::PooledByTransaction)?;
-        let mut second = second?;
-        backend(&mut second).await?;
-        first.rollback().await?;
-        second.rollback().await?;
-        let mut again = one.begin().await?;
-        let after = backend(&mut again).await?;
-        again.rollback().await?;
-        if before != after {
-            return Err(OpenError::PooledByTransaction);
-        }
-    }
-    one.close().await?;
-    other.close().await?;
-    Ok(())
-}
-
-/// Says nothing at connecting that a pooler would refuse.
-fn address(url: &str) -> Result<PgConnectOptions, OpenError> {
-    let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(error.to_string()))?;
-    Ok(options.extra_float_digits(None))
-}
-
-async fn backend(conn: &mut PgConnection) -> Result<i32, sqlx::Error> {
-    sqlx::query_scalar(BACKEND).persistent(false).fetch_one(conn).await
 }
 
 #[cfg(test)]

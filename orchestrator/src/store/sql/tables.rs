@@ -11,7 +11,8 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 
 use super::blob::META;
 use super::conn::{Args, Conn, Row};
-use super::open::{OpenError, plain_postgres, postgres_migrations, sqlite_migrations};
+use super::open::{OpenError, postgres_migrations, sqlite_migrations};
+use super::reach::plain_postgres;
 use super::target::EXPORT_VIEW;
 use super::wide::{Kind, Wide};
 use super::{SqlStore, backup};

@@ -6,7 +6,8 @@ use sqlx::Row as _;
 use sqlx::postgres::{PgConnection, PgPool};
 
 use super::chunks::{LOG_SEAL, Part, READ_CHUNKS, ROW_MAX};
-use super::open::{OpenError, plain_postgres};
+use super::open::OpenError;
+use super::reach::plain_postgres;
 use super::statements;
 
 // Postgres alone runs them.
