@@ -94,6 +94,9 @@ pub enum ServeError {
     /// The farm of this data directory is elsewhere.
     #[error(transparent)]
     Moved(#[from] moving::mark::MovedAway),
+    /// Somebody restores a farm here.
+    #[error(transparent)]
+    Unfinished(#[from] backup::restore::Unfinished),
     #[error("{what}: {why}")]
     Start { what: String, why: String },
 }
@@ -118,6 +121,7 @@ pub async fn serve(config: Config, env: Arc<SystemEnv>, life: Lifecycle) -> Resu
     let lock = DataLock::acquire(&dir)?;
     if config.database == Database::Local {
         moving::mark::check(&dir)?;
+        backup::restore::check(&dir)?;
     }
     let mark = |error| start_error("the mark of a restored farm", error);
     let here = backup::restore::wait(&dir, &config.limits, &*env, &life).await.map_err(mark)?;

@@ -215,10 +215,10 @@ fn restore_failure(error: &RestoreError) -> Failure {
     let failure = Failure::error(error.to_string());
     match error {
         RestoreError::Live(_) => failure.hint("a farm that runs cannot be replaced: stop it first"),
-        RestoreError::List { .. }
-        | RestoreError::Damaged { .. }
-        | RestoreError::Occupied(_)
-        | RestoreError::Other(_) => failure,
+        RestoreError::Damaged { .. } => {
+            failure.hint("restore another backup: until one is whole here, no farm starts in this data directory")
+        }
+        RestoreError::List { .. } | RestoreError::Occupied(_) | RestoreError::Other(_) => failure,
     }
 }
 

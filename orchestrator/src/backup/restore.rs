@@ -20,6 +20,23 @@ use crate::store::sql::{DataLock, LockError};
 /// Tells a start that this farm was restored, and when.
 const MARK: &str = "restored";
 const FARM_LOCK: &str = "farm.lock";
+/// What a restore writes to until all of it is there.
+const PART: &str = ".restoring";
+
+/// Why no farm begins where a restore has not come to its end. The text is for people.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "a restore has not come to its end here: run `alloy admin restore` again, or remove {} to begin with an empty farm",
+    .0.display()
+)]
+pub struct Unfinished(PathBuf);
+
+/// Refuses to begin a farm that the next restore would find in its place.
+pub(crate) fn check(farm: &Path) -> Result<(), Unfinished> {
+    let part = beside(farm, PART);
+    let begins = !farm.join(DATABASE).exists();
+    if begins && part.exists() { Err(Unfinished(part)) } else { Ok(()) }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
@@ -48,7 +65,7 @@ pub async fn restore(backup: &Path, farm: &Path, now: Ms) -> Result<Restored, Re
     let listed = list::read(backup, schema());
     let (head, entries) = listed.map_err(|error| RestoreError::List { dir: backup.to_owned(), error })?;
     let lock = vacant(farm)?;
-    let part = beside(farm, ".restoring");
+    let part = beside(farm, PART);
     let (from, to, whole) = (backup.to_owned(), part.clone(), entries.clone());
     off_thread(move || {
         if to.exists() {

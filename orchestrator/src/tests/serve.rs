@@ -77,6 +77,22 @@ async fn a_farm_keeps_its_directory_its_token_and_its_jobs() {
 }
 
 #[tokio::test]
+async fn no_farm_begins_where_a_restore_was_cut_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let left = dir.path().join("farm.restoring");
+    std::fs::create_dir(&left).unwrap();
+    let Err(refused) = start(dir.path()).await else { panic!("it started") };
+    assert!(matches!(refused, ServeError::Unfinished(_)), "{refused}");
+    assert!(refused.to_string().contains(&left.display().to_string()), "{refused}");
+    assert!(!dir.path().join("farm/alloy.db").exists(), "the next restore finds no farm");
+    std::fs::remove_dir(&left).unwrap();
+    start(dir.path()).await.unwrap().stop().await;
+    // A farm that is there already is one.
+    std::fs::create_dir(&left).unwrap();
+    start(dir.path()).await.unwrap().stop().await;
+}
+
+#[tokio::test]
 async fn a_farm_that_takes_no_more_jobs_says_so_and_still_answers() {
     let dir = tempfile::tempdir().unwrap();
     let farm = start(dir.path()).await.unwrap();

@@ -1,0 +1,66 @@
+//! `alloy admin` on the machine of the farm: what it refuses, and what it leaves behind then.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use alloy_tests::farm::output;
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Alone, text, told};
+
+/// A machine with a farm that has had one job.
+async fn lived_in() -> Result<Alone> {
+    let alone = Alone::new()?;
+    let out = output(alone.alloy(&["run", "--local", "-c", "echo kept"])).await?;
+    ensure!(out.status.success(), told(&out));
+    Ok(alone)
+}
+
+/// A path on the machine, as a word of a command line.
+fn on(alone: &Alone, name: &str) -> String {
+    alone.0.path().join(name).display().to_string()
+}
+
+async fn admin(alone: &Alone, args: &[&str]) -> Result<Output> {
+    output(alone.alloy(&[&["admin"], args].concat())).await
+}
+
+/// The command fails with this exit code, and says these words.
+async fn refuses(command: Command, code: i32, words: &[&str]) -> Result<()> {
+    let out = output(command).await?;
+    ensure!(out.status.code() == Some(code), told(&out));
+    for word in words {
+        ensure!(text(&out.stderr).contains(word), "no `{word}` in: {}", told(&out));
+    }
+    Ok(())
+}
+
+/// The log of the only job of a backup.
+fn log_in(backup: &str) -> Result<PathBuf> {
+    let job = fs::read_dir(PathBuf::from(backup).join("logs"))?.next().context("a job")??;
+    Ok(job.path().join("1.log"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_that_failed_is_run_again_and_no_empty_farm_takes_its_place() -> Result<()> {
+    let (alone, new) = (lived_in().await?, Alone::new()?);
+    let backup = on(&alone, "backup");
+    let out = admin(&alone, &["backup", &backup]).await?;
+    ensure!(out.status.success(), told(&out));
+    let whole = fs::read(log_in(&backup)?)?;
+    fs::write(log_in(&backup)?, "lost")?;
+    refuses(new.alloy(&["admin", "restore", &backup]), 1, &["the backup is damaged", "hint: "]).await?;
+    let left = on(&new, "data/farm.restoring");
+    let words = ["a restore has not come to its end", "`alloy admin restore` again", &left];
+    refuses(new.alloy(&["run", "--local", "-c", "true"]), 125, &words).await?;
+    refuses(new.alloy(&["up", "--listen", "127.0.0.1:0"]), 1, &words).await?;
+
+    fs::write(log_in(&backup)?, whole)?;
+    let out = admin(&new, &["restore", &backup]).await?;
+    ensure!(out.status.success(), told(&out));
+    ensure!(!fs::exists(&left)?, "{left} is still there");
+    let out = fs::read_to_string(log_in(&on(&new, "data/farm"))?)?;
+    ensure!(out == "kept\n", "{out}");
+    Ok(())
+}
