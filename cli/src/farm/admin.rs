@@ -78,6 +78,32 @@ struct Data {
     /// The orchestrator's data directory [default: ~/.local/share/alloy]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    elsewhere: Elsewhere,
+}
+
+/// The options by which every other command finds its farm, here only to be refused.
+#[derive(Debug, clap::Args)]
+struct Elsewhere {
+    #[arg(long, hide = true)]
+    url: Option<String>,
+    #[arg(long, hide = true)]
+    context: Option<String>,
+    #[arg(long, hide = true)]
+    local: bool,
+}
+
+impl Elsewhere {
+    fn refuse(&self) -> Result<(), Failure> {
+        let given = [("--url", self.url.is_some()), ("--context", self.context.is_some()), ("--local", self.local)];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Failure::usage(format!(
+                "{flag} chooses a farm to talk to; this talks to none, it works on a farm's data on this machine"
+            ))
+            .hint(NO_FARM_HINT)),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -131,6 +157,12 @@ fn postgres(config: &Config) -> Option<&str> {
 }
 
 pub(crate) async fn admin(app: &App, verb: &DataVerb) -> Result<i32, Failure> {
+    let data = match verb {
+        DataVerb::Backup(args) => &args.place.data,
+        DataVerb::Restore(args) => &args.place.data,
+        DataVerb::MigrateDb(args) => &args.data,
+    };
+    data.elsewhere.refuse()?;
     match verb {
         DataVerb::Backup(args) => take(app, args).await,
         DataVerb::Restore(args) => bring_back(app, args).await,

@@ -64,3 +64,30 @@ async fn a_restore_that_failed_is_run_again_and_no_empty_farm_takes_its_place() 
     ensure!(out == "kept\n", "{out}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_farm_elsewhere_is_named_in_vain_to_what_works_on_the_data_here() -> Result<()> {
+    let alone = lived_in().await?;
+    let backup = on(&alone, "backup");
+    for flags in [&["--url", "http://127.0.0.1:9"][..], &["--context", "home"], &["--local"]] {
+        for verb in
+            [&["backup", &backup][..], &["restore", &backup], &["migrate-db", "--to-database", "postgres://a@b/c"]]
+        {
+            let words = [flags[0], "on this machine", "hint: ", "--data-dir"];
+            refuses(alone.alloy(&[&["admin"], verb, flags].concat()), 2, &words).await?;
+            refuses(alone.alloy(&[flags, &["admin"], verb].concat()), 2, &words).await?;
+        }
+    }
+    ensure!(!fs::exists(&backup)?, "a backup of another farm than the one that was named");
+    let help = admin(&alone, &["backup", "--help"]).await?;
+    ensure!(text(&help.stdout).contains("--data-dir") && !text(&help.stdout).contains("--url"), told(&help));
+    // A variable that chooses a farm for every other command is in nobody's way.
+    let mut command = alone.alloy(&["admin", "backup", &backup]);
+    let out = output({
+        command.env("ALLOY_URL", "http://127.0.0.1:9");
+        command
+    })
+    .await?;
+    ensure!(out.status.success(), told(&out));
+    Ok(())
+}
