@@ -40,6 +40,9 @@ pub enum BackupError {
     NoFarm(PathBuf),
     #[error("{} is there already; name a directory that is not", .0.display())]
     Exists(PathBuf),
+    /// Where a disk is not mounted, a backup would fill another one.
+    #[error("{} is not there: a backup makes its own directory, and none above it", .0.display())]
+    Nowhere(PathBuf),
     #[error("another backup is being written to {}", .0.display())]
     Busy(PathBuf),
     /// Its books alone would name what the backup does not hold.
@@ -114,7 +117,8 @@ fn publish(part: &Path, target: &Path, lock: Flock<File>) -> Result<(), BackupEr
 
 /// A sibling of a path.
 fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
+    // Behind a slash at the end it would be a child.
+    let mut name = path.components().as_path().as_os_str().to_owned();
     name.push(ending);
     name.into()
 }
@@ -125,7 +129,14 @@ fn parent(path: &Path) -> &Path {
 
 /// Makes the directory empty, whatever a backup left there that was cut off. Only one process writes it at a time.
 fn begin(part: &Path) -> Result<Flock<File>, BackupError> {
-    make_dir(part).map_err(at(part))?;
+    match DirBuilder::new().mode(0o700).create(part) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(BackupError::Nowhere(parent(part).to_owned()));
+        }
+        // What is left of one that was cut off.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        made => made.map_err(at(part))?,
+    }
     let path = part.join(LOCK);
     let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
     let lock = Flock::lock(open.map_err(at(&path))?, FlockArg::LockExclusiveNonblock);

@@ -207,6 +207,7 @@ fn backup_failure(error: &BackupError) -> Failure {
     match error {
         BackupError::NoFarm(_) => failure.hint(NO_FARM_HINT),
         BackupError::Exists(_) => failure.hint("a new directory for each backup; old ones can be deleted as a whole"),
+        BackupError::Nowhere(_) => failure.hint("mount the disk for backups, or make the directory first"),
         BackupError::NoFarmThere => {
             failure.hint("DATABASE_URL names the farm's database; a move into it may not be over")
         }

@@ -91,3 +91,18 @@ async fn a_farm_elsewhere_is_named_in_vain_to_what_works_on_the_data_here() -> R
     ensure!(out.status.success(), told(&out));
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_to_a_disk_that_is_not_mounted_makes_no_directory_in_its_place() -> Result<()> {
+    let alone = lived_in().await?;
+    let disk = on(&alone, "disk");
+    let words = [&format!("{disk}/backups is not there")[..], "hint: mount the disk"];
+    refuses(alone.alloy(&["admin", "backup", &format!("{disk}/backups/one")]), 1, &words).await?;
+    ensure!(!fs::exists(&disk)?, "{disk} was made");
+    fs::create_dir_all(format!("{disk}/backups"))?;
+    // As a shell completes a directory.
+    let out = admin(&alone, &["backup", &format!("{disk}/backups/one/")]).await?;
+    ensure!(out.status.success(), told(&out));
+    ensure!(fs::read_to_string(log_in(&format!("{disk}/backups/one"))?)? == "kept\n");
+    Ok(())
+}
