@@ -1,12 +1,17 @@
 //! T: several orchestrators of one farm: whichever is asked, whichever dies.
 
+use std::fs;
 use std::time::Duration;
 
 use alloy_tests::chaos::pause;
-use alloy_tests::farm::full;
+use alloy_tests::farm::{Farm, Setup, full, output};
 use alloy_tests::observe::{Api, PATIENCE, is_terminal, now, until};
+use alloy_tests::pg;
+use alloy_tests::process::Daemon;
+use alloy_tests::s3::S3;
 use alloy_tests::several::Several;
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -35,6 +40,42 @@ async fn a_job_is_the_same_whichever_orchestrator_is_asked() -> Result<()> {
     }
     assert_eq!(farm.api_of(1).end(&id).await["state"], "canceled");
     assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn alloy_up_on_a_second_machine_says_whose_token_it_lacks_and_goes_on_with_it() -> Result<()> {
+    let (s3, database) = (S3::start().await?, pg::empty_database().await);
+    let mut variables = s3.env("farm");
+    let postgres = [("DATABASE_MODE", "postgres"), ("DATABASE_URL", database.as_str())];
+    variables.extend(postgres.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    let first = Farm::orchestrator_only(Setup { orchestrator_env: variables.clone(), ..Setup::default() }).await?;
+    let data = first.scratch("second")?;
+    let up = || {
+        let mut command = first.alloy(&["up", "--listen", "127.0.0.1:0"]);
+        command.envs(variables.clone()).env("ALLOY_DATA_DIR", &data);
+        command
+    };
+    let out = output(up()).await?;
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    ensure!(out.status.code() == Some(4), "{:?}: {said}", out.status);
+    let token = data.join("farm/admin.token");
+    for word in [&token.display().to_string()[..], "hint: copy farm/admin.token", "alloy token create"] {
+        ensure!(said.contains(word), "no `{word}` in: {said}");
+    }
+    fs::copy(first.farm_dir().join("admin.token"), token)?;
+    let mut second = Daemon::start("up", up(), &first.dir().join("logs/up.log"))?;
+    until("it is ready", async || {
+        let text = second.log_text();
+        ensure!(second.has_ended().is_none(), "{text}");
+        Ok(text.contains("Ready in").then_some(()))
+    })
+    .await;
+    let id = first.api().shell("echo there").await?;
+    ensure!(first.api().end(&id).await["state"] == "succeeded");
+    second.signal(Signal::SIGTERM);
+    let status = second.wait(PATIENCE)?;
+    ensure!(status.success(), "{status}: {}", second.log_text());
     Ok(())
 }
 

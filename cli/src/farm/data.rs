@@ -10,7 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::context::check_token;
-use crate::output::Failure;
+use crate::output::{Failure, Fault};
 
 /// The orchestrator's own lock: it is held as long as the farm runs, and dies with the process.
 const LOCK: &str = "farm.lock";
@@ -118,9 +118,21 @@ impl DataDir {
     pub(crate) fn token(&self) -> Result<Secret<String>, Failure> {
         let path = self.token_file();
         let shown = path.display().to_string();
-        let text = fs::read_to_string(&path).map_err(|error| Failure::io(&shown, &error))?;
+        let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => no_token(&shown),
+            _ => Failure::io(&shown, &error),
+        })?;
         check_token(&text, &shown)
     }
+}
+
+/// A farm writes one administrator's token, where it first starts. One that orchestrators share may have started elsewhere.
+fn no_token(file: &str) -> Failure {
+    let why = format!("this farm has an administrator's token already, and it is not in {file}");
+    Failure::new(Fault::Unauthenticated, why).hint(
+        "copy farm/admin.token there from the data directory that the farm was first started with\n\
+         or write another into it: where an admin is signed in, alloy token create NAME --role admin   prints one",
+    )
 }
 
 impl Note {
