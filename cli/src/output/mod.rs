@@ -37,6 +37,8 @@ pub(crate) mod exit {
     pub(crate) const NO_JOB: i32 = 125;
     /// Interrupted from the keyboard.
     pub(crate) const INTERRUPTED: i32 = 130;
+    /// As a shell tells of a program that SIGPIPE ended: scripts know that one from an error.
+    pub(crate) const PIPE: i32 = 141;
 }
 
 /// Why a command did not succeed, as far as the exit code is concerned.
@@ -57,12 +59,13 @@ pub(crate) enum Fault {
 impl Fault {
     pub(crate) const fn exit_code(self) -> i32 {
         match self {
-            Self::Error | Self::Pipe => exit::ERROR,
+            Self::Error => exit::ERROR,
             Self::Usage => exit::USAGE,
             Self::Unauthenticated | Self::Forbidden => exit::FORBIDDEN,
             Self::NotFound => exit::NOT_FOUND,
             Self::Unreachable => exit::UNREACHABLE,
             Self::Interrupted => exit::INTERRUPTED,
+            Self::Pipe => exit::PIPE,
         }
     }
 
@@ -71,7 +74,7 @@ impl Fault {
         match self {
             Self::Usage => exit::USAGE,
             Self::Interrupted => exit::INTERRUPTED,
-            Self::Pipe => exit::ERROR,
+            Self::Pipe => exit::PIPE,
             Self::Error | Self::Unauthenticated | Self::Forbidden | Self::NotFound | Self::Unreachable => exit::NO_JOB,
         }
     }

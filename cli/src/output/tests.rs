@@ -10,7 +10,7 @@ fn the_exit_table_is_that_of_the_design() {
         (Fault::NotFound, 5, 125),
         (Fault::Unreachable, 7, 125),
         (Fault::Interrupted, 130, 130),
-        (Fault::Pipe, 1, 1),
+        (Fault::Pipe, 141, 141),
     ] {
         assert_eq!((fault.exit_code(), fault.exit_code_before_job()), (code, before_job), "{fault:?}");
     }

@@ -61,3 +61,22 @@ async fn a_job_whose_output_cannot_be_written_is_canceled() -> Result<()> {
     assert_eq!(jobs["jobs"][0]["state"], "canceled", "{}", told(&out));
     Ok(())
 }
+
+/// Whoever reads from a command and leaves early gets no word of it, and an exit code that is no error's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_leaves_ends_what_only_prints_without_a_word() -> Result<()> {
+    let farm = Farm::start(Setup::default()).await?;
+    let id = farm.api().shell("seq 1 300000").await?;
+    farm.api().end(&id).await;
+    for args in [&["logs", &id][..], &["list"], &["status", &id], &["--json", "list"], &["worker", "list"]] {
+        let mut command = farm.alloy(args);
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let child = command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped()).spawn()?;
+        drop(command);
+        let out = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;
+        assert_eq!(out.status.code(), Some(141), "{args:?}: {}", told(&out));
+        assert!(!super::text(&out.stderr).contains("error"), "{args:?}: {}", told(&out));
+    }
+    Ok(())
+}
