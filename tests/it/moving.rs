@@ -427,7 +427,8 @@ async fn what_cannot_be_moved_is_refused_with_a_hint() -> Result<()> {
     let mut farm = Farm::orchestrator_only(Setup::default()).await?;
     let database = pg::empty_database().await;
     let to = |url: &str| migrate(&farm, url, &s3, &["--copy-only"]);
-    refuses(admin(&farm, &[], &["migrate-db"]), 2, &["--to-database"]).await?;
+    let words = ["--to-database", "DATABASE_URL", "hint: alloy admin migrate-db --to-database postgres://"];
+    refuses(admin(&farm, &[], &["migrate-db"]), 2, &words).await?;
     let nowhere = farm.scratch("nowhere")?.display().to_string();
     refuses(migrate(&farm, &database, &s3, &["--data-dir", &nowhere]), 1, &["there is no farm in", "hint: "]).await?;
     refuses(

@@ -305,7 +305,10 @@ fn json(state: &str, to: &str, counts: &Counts, damaged: &[String]) -> serde_jso
 
 async fn migrate(app: &App, args: &MigrateArgs) -> Result<i32, Failure> {
     let given = args.to_database.clone().or_else(|| App::var("DATABASE_URL"));
-    let database = given.ok_or_else(|| Failure::usage("--to-database says where to"))?;
+    let database = given.ok_or_else(|| {
+        Failure::usage("no database is named that the farm shall move to: give --to-database, or set DATABASE_URL")
+            .hint(format!("alloy admin migrate-db --to-database {ADDRESS}"))
+    })?;
     let config = args.data.config(app, Some(&database), args.to_s3.as_deref())?;
     let mut signals = Signals::install()?;
     let to = To { database, bucket: config.s3.clone() };
