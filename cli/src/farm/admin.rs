@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use alloy_shared::config::{Origin, Problem};
 use orchestrator::backup::elsewhere::Source;
 use orchestrator::backup::restore::{RestoreError, restore};
 use orchestrator::backup::{self, BackupError};
@@ -139,7 +140,18 @@ impl Data {
         }
         let flags = Flags { data_dir: Some(self.root(app).display().to_string()), ..Flags::default() };
         let resolved = Config::resolve(&flags, &variables, None);
-        resolved.map(|(config, _)| config).map_err(|problems| problems_failure(&problems))
+        resolved.map(|(config, _)| config).map_err(|problems| {
+            let problems = problems.into_iter().map(|problem| if bucket.is_some() { blamed(problem) } else { problem });
+            problems_failure(&problems.collect::<Vec<_>>())
+        })
+    }
+}
+
+/// The orchestrator knows a bucket by its variable; here an option has named it.
+fn blamed(problem: Problem) -> Problem {
+    match problem.origin {
+        Origin::Variable("ALLOY_S3_URL") => Problem { origin: Origin::Flag("--to-s3"), ..problem },
+        _ => problem,
     }
 }
 
