@@ -23,6 +23,7 @@ use sanitize::Sanitizer;
 /// Chunks that wait for a slow reader of standard output before the follower waits too.
 const SINK_QUEUE: usize = 16;
 
+const AWAY_HINT: &str = "the farm is there and cannot work just now: try again in a moment";
 const DOCTOR_HINT: &str = "alloy doctor      compares the versions of both sides";
 
 /// What the process exits with. `alloy run` and `alloy attach` exit with the job's own number once there is one.
@@ -50,6 +51,7 @@ pub(crate) enum Fault {
     Unauthenticated,
     Forbidden,
     NotFound,
+    /// Nobody answers, or somebody who cannot work just now: the farm starts, stops, or its database is away.
     Unreachable,
     Interrupted,
     /// Nobody reads standard output any more: nothing is left to say.
@@ -97,6 +99,7 @@ impl Fault {
             ErrorCode::Unauthenticated => Self::Unauthenticated,
             ErrorCode::Forbidden => Self::Forbidden,
             ErrorCode::NotFound | ErrorCode::Gone => Self::NotFound,
+            ErrorCode::Unavailable => Self::Unreachable,
             ErrorCode::InvalidBody
             | ErrorCode::IncompleteBody
             | ErrorCode::InvalidSpec
@@ -115,7 +118,6 @@ impl Fault {
             | ErrorCode::UnsupportedProtocol
             | ErrorCode::Superseded
             | ErrorCode::Fenced
-            | ErrorCode::Unavailable
             | ErrorCode::StorageFull
             | ErrorCode::Internal => Self::Error,
         }
@@ -184,6 +186,7 @@ impl Failure {
         }
         let hint = match problem.code {
             ErrorCode::Unauthenticated => Some(format!("alloy login {url} --with-token      in CI: set ALLOY_TOKEN")),
+            ErrorCode::Unavailable => problem.hint.clone().or_else(|| Some(AWAY_HINT.to_owned())),
             _ => problem.hint.clone(),
         };
         let message = match problem.code {
@@ -193,9 +196,9 @@ impl Failure {
         Self { fault: Fault::of(problem.code), message, hint, problem: Some(Box::new(problem)) }
     }
 
-    /// True if nobody answered, or somebody who is about to leave.
+    /// True if nobody answered, or somebody who cannot work just now.
     pub(crate) fn farm_is_away(&self) -> bool {
-        self.fault == Fault::Unreachable || self.problem.as_ref().is_some_and(|p| p.code == ErrorCode::Unavailable)
+        self.fault == Fault::Unreachable
     }
 
     /// The lines of standard error, without colours.

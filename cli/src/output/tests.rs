@@ -18,11 +18,20 @@ fn the_exit_table_is_that_of_the_design() {
         let expected = match code.http_status() {
             401 | 403 => 4,
             404 | 410 => 5,
+            503 => 7,
             _ => 1,
         };
         let failure = Failure::of(ClientError::Problem(Problem::new(*code, "x")), "http://farm");
         assert_eq!(failure.fault.exit_code(), expected, "{code:?}");
     }
+}
+
+#[test]
+fn a_farm_whose_database_is_away_is_asked_again_later() {
+    let failure = |problem: Problem| Failure::of(ClientError::Problem(problem), "http://farm").hint.unwrap_or_default();
+    let away = Problem::new(ErrorCode::Unavailable, "the database is away");
+    assert!(failure(away.clone()).contains("try again"));
+    assert_eq!(failure(Problem { hint: Some("tea".into()), ..away }), "tea", "the farm knows better");
 }
 
 #[test]
