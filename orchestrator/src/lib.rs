@@ -61,7 +61,7 @@ use broken::{Broken, Care};
 use config::{Config, Database};
 use logs::{Chunks, Logs};
 use store::sql::chunks::ChunkTable;
-use store::sql::{DataLock, SqlStore};
+use store::sql::{DataLock, OpenError, SqlStore};
 use store::{Group, Store, StoreError, Write};
 
 /// The name under which the store keeps the farm's own secret.
@@ -88,7 +88,7 @@ pub enum ServeError {
     #[error(transparent)]
     Lock(#[from] store::sql::LockError),
     #[error(transparent)]
-    Open(#[from] store::sql::OpenError),
+    Open(#[from] OpenError),
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The farm of this data directory is elsewhere.
@@ -99,6 +99,13 @@ pub enum ServeError {
     Unfinished(#[from] backup::restore::Unfinished),
     #[error("{what}: {why}")]
     Start { what: String, why: String },
+}
+
+impl ServeError {
+    /// True if it was told something that makes no sense anywhere: a start with the same configuration ends the same.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Config(_) | Self::Open(OpenError::Url(_) | OpenError::TransactionPooler))
+    }
 }
 
 fn start_error(what: impl Into<String>, why: impl std::fmt::Display) -> ServeError {

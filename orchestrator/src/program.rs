@@ -57,7 +57,7 @@ async fn serve(config: Config, idle_address: bool) -> ExitCode {
         Ok(_served) => life.wait(stop_ms).await,
         Err(error) => {
             eprintln!("orchestrator: {error}");
-            ExitCode::FAILURE
+            if error.is_usage() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -438,7 +438,7 @@ async fn what_cannot_be_moved_is_refused_with_a_hint() -> Result<()> {
     )
     .await?;
     refuses(to("postgres://farm@127.0.0.1:1/farm"), 1, &["127.0.0.1:1/farm", "is it running"]).await?;
-    refuses(to("postgres://farm@127.0.0.1:6543/farm"), 1, &["port 6543 is a transaction pooler"]).await?;
+    refuses(to("postgres://farm@127.0.0.1:6543/farm"), 2, &["port 6543 is a transaction pooler"]).await?;
     let bucket = ["migrate-db", "--to-database", &database, "--to-s3", "https://farm-bytes"];
     refuses(admin(&farm, &s3.env("moved"), &bucket), 2, &["s3_url (--to-s3)", "s3://bucket/prefix"]).await?;
     let wrong = s3.env("moved").into_iter().filter(|(name, _)| name != "AWS_SECRET_ACCESS_KEY").collect::<Vec<_>>();

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use alloy_tests::farm::{Farm, Setup, isolated_orchestrator};
+use alloy_tests::farm::{Farm, Setup, bin_dir, isolated, isolated_orchestrator};
 use alloy_tests::observe::until;
 use alloy_tests::pg;
 use alloy_tests::process::Daemon;
@@ -26,10 +26,14 @@ fn said(mut command: Command) -> Result<(Option<i32>, String)> {
 
 /// What an orchestrator says that does not start.
 fn refusal(dir: &Path, url: &str) -> Result<String> {
-    let mut command = isolated_orchestrator(dir, &dir.join("other"));
+    Ok(refused(isolated_orchestrator(dir, &dir.join("other")), url)?.1)
+}
+
+/// With which exit code a program does not start on a database, and what it says.
+fn refused(mut command: Command, url: &str) -> Result<(Option<i32>, String)> {
     let out = command.env("DATABASE_MODE", "postgres").env("DATABASE_URL", url).output()?;
     ensure!(!out.status.success(), "it started");
-    Ok(String::from_utf8(out.stderr)?)
+    Ok((out.status.code(), String::from_utf8(out.stderr)?))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -52,8 +56,12 @@ async fn a_job_runs_and_its_log_is_read_again_after_a_restart() -> Result<()> {
 async fn a_pooler_that_mixes_connections_is_refused_and_one_that_keeps_them_apart_is_not() -> Result<()> {
     let url = pg::empty_database().await;
     let dir = tempfile::tempdir()?;
-    let known = refusal(dir.path(), "postgres://postgres@127.0.0.1:6543/farm")?;
-    ensure!(known.contains("port 6543 is a transaction pooler"), "{known}");
+    let mut up = isolated(&bin_dir().join("alloy"), dir.path());
+    up.args(["up", "--listen", "127.0.0.1:0"]);
+    for command in [isolated_orchestrator(dir.path(), &dir.path().join("other")), up] {
+        let (code, known) = refused(command, "postgres://postgres@127.0.0.1:6543/farm")?;
+        ensure!(code == Some(2) && known.contains("port 6543 is a transaction pooler"), "{code:?}: {known}");
+    }
 
     let (_mixing, pooled) = pooler(dir.path(), &url, "transaction", 11_543).await?;
     let mixed = refusal(dir.path(), &pooled)?;

@@ -423,11 +423,10 @@ fn move_failure(error: &MoveError) -> Failure {
 
 fn database_hint(failure: Failure, error: &OpenError) -> Failure {
     match error {
-        OpenError::Url(_) => Failure::usage(failure.message).hint(ADDRESS),
+        OpenError::Url(_) | OpenError::TransactionPooler => Failure::usage(failure.message),
         OpenError::Migrate(_) => failure.hint("the database must hold nothing else, and its user may make tables"),
         OpenError::OldSqlite { .. }
         | OpenError::Damaged { .. }
-        | OpenError::TransactionPooler
         | OpenError::PooledByTransaction
         | OpenError::Newer(_)
         | OpenError::Postgres { .. }

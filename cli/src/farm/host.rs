@@ -25,7 +25,7 @@ use super::data::{DataDir, Note};
 use super::here::own_binary;
 use super::lease::{Alive, Dead, Leases};
 use crate::context::{App, Farm};
-use crate::output::Failure;
+use crate::output::{Failure, Fault};
 
 /// The worker says hello after this time, or something is wrong with it.
 const READY_MS: u64 = 30_000;
@@ -91,7 +91,10 @@ pub(crate) async fn start(app: &App, data: &DataDir, wish: &Wish) -> Result<Star
     let served = match orchestrator::serve(config, env, life.clone()).await {
         Ok(served) => served,
         Err(ServeError::Lock(LockError::Taken { .. })) => return Ok(Start::Taken),
-        Err(error) => return Err(Failure::error(format!("the farm does not start: {error}"))),
+        Err(error) => {
+            let fault = if error.is_usage() { Fault::Usage } else { Fault::Error };
+            return Err(Failure::new(fault, format!("the farm does not start: {error}")));
+        }
     };
     let url = format!("http://{}", served.addr);
     let opened = data.token().and_then(|token| Ok((app.farm_at(url.clone(), Some(token.clone()))?, token)));
