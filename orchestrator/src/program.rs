@@ -14,6 +14,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::config::{Cli, Config, ConfigVerb, Flags, Verb, default_file};
 
 const USAGE: u8 = 2;
+/// A Postgres remarks on what is as it should be.
+const LEVEL: &str = "info,sqlx::postgres::notice=warn";
 
 /// Runs until a signal; the exit code of the process.
 pub async fn run(cli: Cli) -> ExitCode {
@@ -41,7 +43,7 @@ fn idle_address(settings: &[Setting]) -> bool {
 
 async fn serve(config: Config, idle_address: bool) -> ExitCode {
     let life = Lifecycle::new();
-    let ready = telemetry(config.log_format, "info")
+    let ready = telemetry(config.log_format, LEVEL)
         .and_then(|()| life.install_signals().map_err(|error| format!("signals cannot be caught: {error}")));
     if let Err(why) = ready {
         eprintln!("orchestrator: {why}");

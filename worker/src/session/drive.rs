@@ -294,7 +294,7 @@ impl Session {
         self.dialing = None;
         match result {
             Ok(link) => {
-                tracing::debug!("connected");
+                tracing::info!("connected to the farm");
                 self.link = Some(link);
                 self.feed(Input::Linked).await
             }
@@ -436,7 +436,7 @@ impl Session {
     }
 
     fn forget(&mut self, attempt: AttemptRef) {
-        tracing::debug!(%attempt, "done and forgotten");
+        tracing::info!(%attempt, "done");
         self.stops.remove(&attempt);
         self.records.waiting.remove(&attempt);
         let spool = self.seams.spool.clone();

@@ -104,7 +104,9 @@ impl SqlStore {
         let at = || path.to_owned();
         Self::open_file(path).await.map_err(|error| match (damage(&error), error) {
             (Some(found), _) => OpenError::Damaged { path: at(), found },
-            (None, OpenError::Db(_)) if path.is_dir() => OpenError::File { path: at(), why: "it is a directory".into() },
+            (None, OpenError::Db(_)) if path.is_dir() => {
+                OpenError::File { path: at(), why: "it is a directory".into() }
+            }
             (None, OpenError::Db(error)) => OpenError::File { path: at(), why: said(&error) },
             (None, error) => error,
         })

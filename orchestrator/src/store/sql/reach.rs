@@ -95,9 +95,13 @@ fn hint_of(code: &str) -> &'static str {
              %40 for @"
         }
         "3D000" => "make it first: CREATE DATABASE with the farm's user as its owner",
-        "42501" => "the farm's user must own the database, or: GRANT CREATE ON SCHEMA public TO that user",
+        "42501" => {
+            "the farm's user must own the database, or: GRANT CREATE ON DATABASE and GRANT CREATE ON SCHEMA public TO that user"
+        }
         "42P07" | "42710" => "it holds tables of something else; a farm needs a database of its own",
-        "53300" => "it has no room for more connections: raise max_connections, or let a pooler in session mode share them",
+        "53300" => {
+            "it has no room for more connections: raise max_connections, or let a pooler in session mode share them"
+        }
         _ => "psql with the same address tells more",
     }
 }
