@@ -59,7 +59,10 @@ pub fn shown_address(url: &str) -> Result<String, OpenError> {
 
 fn shown(options: &PgConnectOptions) -> String {
     let database = options.get_database().unwrap_or_default();
-    format!("postgres://{}:{}/{database}", options.get_host(), options.get_port())
+    match options.get_socket() {
+        Some(socket) => format!("postgres:///{database}?host={}", socket.display()),
+        None => format!("postgres://{}:{}/{database}", options.get_host(), options.get_port()),
+    }
 }
 
 /// What went wrong at this address, and what to do about it.
