@@ -189,7 +189,10 @@ impl Collector {
         index: usize,
         after: Option<BlobCursor>,
     ) -> Result<Stage, OpError> {
-        let Some(kind) = KINDS.get(index).copied() else { return Ok(Stage::Trash(self.gave_up.take())) };
+        let Some(kind) = KINDS.get(index).copied() else {
+            self.failing = 0;
+            return Ok(Stage::Trash(self.gave_up.take()));
+        };
         let Some(before) = policy.blobs_before(kind) else { return Ok(Stage::Blobs(index + 1, None)) };
         let page = app.store.unused(kind, before, after, PAGE).await?;
         let last = page.last().map(|blob| (blob.used_at, blob.digest, blob.org));

@@ -104,7 +104,11 @@ pub enum ServeError {
 impl ServeError {
     /// True if it was told something that makes no sense anywhere: a start with the same configuration ends the same.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Config(_) | Self::Open(OpenError::Url(_) | OpenError::TransactionPooler))
+        match self {
+            Self::Config(_) => true,
+            Self::Open(error) => error.is_usage(),
+            Self::Lock(_) | Self::Store(_) | Self::Moved(_) | Self::Unfinished(_) | Self::Start { .. } => false,
+        }
     }
 }
 

@@ -242,10 +242,12 @@ impl Mover {
         let snapshot = self.snapshot().await?;
         let needs = needs_of(&snapshot).await?;
         self.whole(&snapshot, &needs, leave).await?;
-        let gone = Gone { to: self.shown.clone(), bucket: self.bucket.as_ref().map(S3::url) };
+        let bucket = self.bucket.as_ref().map(S3::url);
+        let stays = bucket_of(&self.farm)?;
+        let place = bytes_place(&self.farm, bucket.as_deref().or(stays.as_deref()))?;
+        let gone = Gone { to: self.shown.clone(), bucket };
         mark::set(&self.farm, &gone).map_err(at(&self.farm))?;
-        let farm = self.farm.clone();
-        self.say_whole(&farm, None).await
+        self.say_whole(place, None).await
     }
 
     /// The database as it is now, in a file of its own, with the tables of this version.
@@ -287,9 +289,8 @@ impl Mover {
     }
 
     /// From here on an orchestrator starts on the target.
-    async fn say_whole(self, farm: &Path, restored: Option<Ms>) -> Result<(Counts, Vec<String>), MoveError> {
+    async fn say_whole(self, place: String, restored: Option<Ms>) -> Result<(Counts, Vec<String>), MoveError> {
         let Counts { rows, objects, logs, .. } = self.counts;
-        let place = bytes_place(farm, self.bucket.as_ref().map(S3::url).as_deref())?;
         let mut writes = vec![
             Write::AddMeta { name: VERIFIED, value: format!("{rows} {objects} {logs}") },
             Write::AddMeta { name: BYTES_PLACE, value: place },
@@ -387,7 +388,8 @@ pub async fn restore(
     let needs = examine(&database).await?;
     // What the farm had lost by then its backup has not.
     mover.whole(&database, &needs, true).await?;
-    let (counts, _) = mover.say_whole(farm, Some(now)).await?;
+    let place = bytes_place(farm, mover.bucket.as_ref().map(S3::url).as_deref())?;
+    let (counts, _) = mover.say_whole(place, Some(now)).await?;
     Ok((head, counts))
 }
 

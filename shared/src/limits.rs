@@ -335,7 +335,8 @@ pub const STORE_CONNECTIONS: u32 = 16;
 /// SQLite waits for another process's lock; a read waits for its answer; a commit of all its groups for its own.
 pub const STORE_BUSY_MS: u64 = 5_000;
 pub const STORE_READ_MS: u64 = 10_000;
-/// For a connection to a Postgres nobody waits longer: it is away, and must be noticed soon when it is back.
+/// A start waits so long for a Postgres to answer. Once it runs nobody does: it is away, and must be noticed soon when it is back.
+pub const STORE_OPEN_MS: u64 = 10_000;
 pub const STORE_CONNECT_MS: u64 = 2_000;
 pub const STORE_COMMIT_MS: u64 = 30_000;
 /// Fan-out: a follower's share of the sending window, and the window's cap.

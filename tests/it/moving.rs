@@ -329,6 +329,23 @@ async fn the_database_alone_is_moved_and_the_bytes_stay() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_database_alone_is_moved_and_the_bytes_stay_in_their_bucket() -> Result<()> {
+    let (s3, database) = (S3::start().await?, pg::empty_database().await);
+    let setup = Setup { time_scale: 10, orchestrator_env: s3.env("kept"), ..Setup::default() };
+    let mut farm = Farm::start(setup).await?;
+    let jobs = lived_in(&farm).await?.jobs;
+    let before = all_of(&farm.api(), &jobs).await?;
+    farm.stop_orchestrator()?;
+    let (fine, told) = said(admin(&farm, &[], &["migrate-db", "--to-database", &database])).await?;
+    ensure!(fine, "{told}");
+    ensure!(refusal(&farm, &only_database(&database)).await?.contains("say ALLOY_S3_URL=s3://"));
+    farm.set_orchestrator_env(there(&database, &s3, "kept"));
+    farm.start_orchestrator().await?;
+    farm.all_connected().await;
+    tells_the_same(&farm, &jobs, &before).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_of_either_kind_comes_back_in_either() -> Result<()> {
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
     let first = there(&database, &s3, "first");

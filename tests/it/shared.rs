@@ -45,7 +45,7 @@ async fn a_job_runs_and_its_log_is_read_again_after_a_restart() -> Result<()> {
     let expect: String = (1..=200_000).map(|n| format!("{n}\n")).collect();
     ensure!(code == Some(3) && out == expect, "{code:?}, {} bytes of {}", out.len(), expect.len());
     let elsewhere = refusal(farm.dir(), &url)?;
-    ensure!(elsewhere.contains("the farm's bytes: they are files in"), "{elsewhere}");
+    ensure!(elsewhere.contains("lie in files of another data directory"), "{elsewhere}");
     farm.stop_orchestrator()?;
     farm.start_orchestrator().await?;
     ensure!(said(farm.alloy(&["logs"]))?.1 == expect);

@@ -32,7 +32,7 @@ pub(crate) enum DataVerb {
 
 /// Copy the farm's data, whole or not at all; the farm may run meanwhile
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  alloy admin backup /mnt/backups/farm-$(date +%F)")]
+#[command(after_help = "Example:\n  alloy admin backup /mnt/backups/alloy/farm-$(date +%F)")]
 pub(crate) struct BackupArgs {
     /// Directory to make; it must not be there yet
     #[arg(value_name = "DIR")]
@@ -260,10 +260,12 @@ fn restore_failure(error: &RestoreError) -> Failure {
     let failure = Failure::error(error.to_string());
     match error {
         RestoreError::Live(_) => failure.hint("a farm that runs cannot be replaced: stop it first"),
-        RestoreError::Damaged { .. } => {
-            failure.hint("restore another backup: until one is whole here, no farm starts in this data directory")
+        RestoreError::Damaged { .. } => failure
+            .hint("restore another backup, or remove farm.restoring: until then no farm starts in this data directory"),
+        RestoreError::Other(_) => {
+            failure.hint("run it again: until it is whole, no farm starts in this data directory")
         }
-        RestoreError::List { .. } | RestoreError::Occupied(_) | RestoreError::Other(_) => failure,
+        RestoreError::List { .. } | RestoreError::Occupied(_) => failure,
     }
 }
 
@@ -424,7 +426,9 @@ fn move_failure(error: &MoveError) -> Failure {
 fn database_hint(failure: Failure, error: &OpenError) -> Failure {
     match error {
         OpenError::Url(_) | OpenError::TransactionPooler => Failure::usage(failure.message),
-        OpenError::Migrate(_) => failure.hint("the database must hold nothing else, and its user may make tables"),
+        OpenError::Migrate(_) => {
+            failure.hint("its tables are not those of any version of Alloy: give the farm a database of its own")
+        }
         OpenError::OldSqlite { .. }
         | OpenError::Damaged { .. }
         | OpenError::PooledByTransaction

@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn the_exit_table_is_that_of_the_design() {
+fn every_fault_and_every_code_of_the_farm_has_its_exit_code() {
     for (fault, code, before_job) in [
         (Fault::Error, 1, 125),
         (Fault::Usage, 2, 2),

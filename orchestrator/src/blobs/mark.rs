@@ -23,8 +23,8 @@ pub enum Elsewhere {
     )]
     Marked { marked: String, told: Option<String>, file: PathBuf },
     #[error(
-        "the objects of this farm lie in files, but ALLOY_S3_URL says {told}: start without it; a new farm with it needs a \
-         data directory of its own ({} is not empty)",
+        "the objects of this farm lie in files ({}), but ALLOY_S3_URL says {told}: start without it; a new farm with it needs a \
+         data directory of its own",
         .dir.display()
     )]
     Files { told: String, dir: PathBuf },
@@ -32,9 +32,10 @@ pub enum Elsewhere {
     Bucket { kept: String, told: Option<String> },
     #[error(
         "the objects of this farm lie in files of another data directory, the one whose farm/{ID} says {id}: say --data-dir and its \
-         path, and no ALLOY_S3_URL; orchestrators on several machines need a bucket"
+         path, and no ALLOY_S3_URL. Orchestrators on several machines need a bucket. If you have brought the files here yourself, \
+         write {id} into {}", .file.display()
     )]
-    OtherFiles { id: String },
+    OtherFiles { id: String, file: PathBuf },
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
 }
@@ -88,8 +89,13 @@ pub(crate) fn files_of(farm: &Path, fresh: impl FnOnce() -> u128) -> Result<Stri
 /// Compares what such a database says with what the configuration says.
 pub(crate) fn compare_books(kept: &str, farm: &Path, told: Option<&str>) -> Result<(), Elsewhere> {
     match kept.strip_prefix(FILES) {
-        Some(id) if told.is_none() && read(&farm.join(ID))?.as_deref() == Some(id) => Ok(()),
-        Some(id) => Err(Elsewhere::OtherFiles { id: id.to_owned() }),
+        Some(id) if read(&farm.join(ID))?.as_deref() != Some(id) => {
+            Err(Elsewhere::OtherFiles { id: id.to_owned(), file: farm.join(ID) })
+        }
+        Some(_) => match told {
+            Some(told) => Err(Elsewhere::Files { told: told.to_owned(), dir: farm.join(OBJECTS) }),
+            None => Ok(()),
+        },
         None if told == Some(kept) => Ok(()),
         None => Err(Elsewhere::Bucket { kept: kept.to_owned(), told: told.map(str::to_owned) }),
     }
@@ -157,10 +163,12 @@ mod tests {
         let (moved, bucket) = (dir.path().join("moved"), Some("s3://b/p"));
         fs::rename(&one, &moved).unwrap();
         compare_books(&kept, &moved, None).unwrap();
-        for (farm, told) in [(&other, None), (&moved, bucket)] {
-            let said = compare_books(&kept, farm, told).unwrap_err().to_string();
+        for told in [None, bucket] {
+            let said = compare_books(&kept, &other, told).unwrap_err().to_string();
             assert!(said.contains("another data directory") && said.contains("00000007"), "{said}");
         }
+        let said = compare_books(&kept, &moved, bucket).unwrap_err().to_string();
+        assert!(said.contains("ALLOY_S3_URL says s3://b/p: start without it"), "{said}");
         assert!(!other.join(ID).exists(), "a directory that is not the farm's is left as it is");
         compare_books("s3://b/p", &other, bucket).unwrap();
         for told in [None, Some("s3://c")] {

@@ -212,6 +212,8 @@ async fn rate_of(server: &Lasting, name: Option<&str>, time: Duration) -> Result
     let done = books.finished() - before;
     let rate = done as f64 / from.elapsed().as_secs_f64();
     over.store(true, Ordering::Relaxed);
+    // Nobody waits for room any more.
+    books.room.close();
     while let Some(client) = clients.join_next().await {
         client??;
     }

@@ -16,7 +16,7 @@ use worker::provider::VmName;
 
 use super::cover::{Cover, NEVER, legal_steps};
 use super::exec::Sim;
-use super::kept::{KeptCheck, dated};
+use super::kept::KeptCheck;
 use super::log_check::{LogCheck, check_log};
 use super::plan::{self, Plan};
 
@@ -39,8 +39,9 @@ struct State {
     /// As the commits have them.
     jobs: BTreeMap<JobId, Job>,
     attempts: BTreeMap<AttemptRef, Attempt>,
-    /// When each ended, by the world's clock.
+    /// When each ended, by the world's clock: by its commit, and by the orchestrator's word.
     ended: BTreeMap<AttemptRef, u64>,
+    dated: BTreeMap<AttemptRef, u64>,
     accepted: BTreeSet<JobId>,
     slots: BTreeMap<WorkerId, usize>,
     /// Keys that jobs were asked for with.
@@ -187,7 +188,7 @@ impl Check {
 
     fn over(&self, job: &Job) {
         if let Step::Done { at, .. } = &job.state.step {
-            self.kept.over(job.id, *at, self.sim.now());
+            self.kept.over(job.id, self.kept.dated(*at, self.sim.now()));
         }
     }
 
@@ -275,6 +276,10 @@ impl Check {
     fn ended(&self, row: &Attempt) {
         let now = self.sim.now();
         self.state().ended.insert(row.at, now);
+        if let Some(at) = row.ended_at {
+            let dated = self.kept.dated(at, now);
+            self.state().dated.insert(row.at, dated);
+        }
         let own = row
             .end
             .as_ref()
@@ -323,12 +328,6 @@ impl Check {
         }
     }
 
-    fn ended_at(&self, at: &AttemptRef) -> Option<u64> {
-        let state = self.state();
-        let said = state.attempts.get(at)?.ended_at?;
-        Some(dated(said, *state.ended.get(at)?))
-    }
-
     /// I5, I7: what is old may go, and nothing else.
     fn tidied(&self, tidy: &Tidy, number: i64) {
         let (keep, now) = (self.kept.keep, self.sim.now());
@@ -336,7 +335,7 @@ impl Check {
             Tidy::DropLog(fade) | Tidy::DropFiles(fade) => {
                 let is_log = matches!(tidy, Tidy::DropLog(_));
                 let (what, span_ms) = if is_log { ("logs", keep.logs_ms) } else { ("artifacts", keep.artifacts_ms) };
-                let ended = self.ended_at(&fade.attempt);
+                let ended = self.state().dated.get(&fade.attempt).copied();
                 self.cover.gone(what);
                 self.no_longer(&fade.attempt, is_log, !is_log);
                 self.kept.may_go(&fade.attempt.job, ended, span_ms, now)

@@ -17,14 +17,6 @@ use super::exec::BEGIN;
 
 /// By so much the orchestrator's clock may be wrong, twice: when something was noted and when it is looked at.
 const CLOCK_MS: u64 = 2 * 30_000;
-/// So long an orchestrator may stand still between the moment that it dates an end and its commit.
-const STILL_MS: u64 = 300_000;
-
-/// When something ended by the world's clock, of which the books say it ended at `at`, and which was committed at `now`.
-pub fn dated(at: Ms, now: u64) -> u64 {
-    at.since(BEGIN).clamp(now.saturating_sub(STILL_MS), now)
-}
-
 pub struct KeptCheck {
     pub keep: Keep,
     store: Arc<MemStore>,
@@ -36,6 +28,9 @@ pub struct KeptCheck {
 struct State {
     /// When each job ended, by the world's clock.
     over: BTreeMap<JobId, u64>,
+    /// Since when the orchestrator stood still last, and until when.
+    still: (u64, u64),
+    frozen: Option<u64>,
     /// Artifacts that an attempt lists.
     listed: BTreeMap<(AttemptRef, String), Artifact>,
 }
@@ -49,9 +44,29 @@ impl KeptCheck {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A job's end, of which the books say it was at `at`, is committed.
-    pub fn over(&self, job: JobId, at: Ms, now: u64) {
-        self.state().over.insert(job, dated(at, now));
+    /// The orchestrator stands still from now on.
+    pub fn freezes(&self, now: u64) {
+        self.state().frozen = Some(now);
+    }
+
+    /// It goes on, if it stood still. Times that follow soon upon each other are one.
+    pub fn thaws(&self, now: u64) {
+        let mut state = self.state();
+        let Some(from) = state.frozen.take() else { return };
+        let (first, last) = state.still;
+        state.still = (if from <= last + CLOCK_MS { first } else { from }, now);
+    }
+
+    /// When something ended, of which the books say it was at `at`, and which is committed now. An orchestrator that stands still
+    /// dates an end before and commits it after that.
+    pub fn dated(&self, at: Ms, now: u64) -> u64 {
+        let (from, to) = self.state().still;
+        let first = if now <= to + CLOCK_MS { from } else { now };
+        at.since(BEGIN).clamp(first, now)
+    }
+
+    pub fn over(&self, job: JobId, ended: u64) {
+        self.state().over.insert(job, ended);
     }
 
     pub fn listed(&self, artifact: &Artifact) {
@@ -126,13 +141,24 @@ impl KeptCheck {
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::mem_disk::MemDisk;
+
     use super::*;
 
     #[test]
-    fn an_end_is_dated_by_the_books_and_not_much_before_its_commit() {
+    fn an_end_is_dated_before_its_commit_only_if_the_orchestrator_stood_still_between() {
+        let disk = Arc::new(MemDisk::default());
+        let kept = KeptCheck::new(Keep::default(), Arc::default(), blobs::Mem::on(disk));
         let said = |ms: i64| Ms(BEGIN.0 + ms);
-        assert_eq!(dated(said(400_000), 480_000), 400_000, "whoever wrote it stood still in between");
-        assert_eq!(dated(said(500_000), 480_000), 480_000, "a clock is ahead");
-        assert_eq!(dated(said(-3_600_000), 480_000), 180_000, "a clock is behind");
+        assert_eq!(kept.dated(said(400_000), 480_000), 480_000, "nothing kept it from its commit");
+        for (from, to) in [(410_000, 450_000), (455_000, 470_000)] {
+            kept.freezes(from);
+            kept.thaws(to);
+        }
+        kept.thaws(475_000);
+        assert_eq!(kept.dated(said(420_000), 480_000), 420_000);
+        assert_eq!(kept.dated(said(100_000), 480_000), 410_000, "not before it stood still");
+        assert_eq!(kept.dated(said(500_000), 480_000), 480_000, "a clock is ahead");
+        assert_eq!(kept.dated(said(600_000), 630_000), 630_000, "that is long ago");
     }
 }

@@ -269,9 +269,15 @@ impl Nemesis {
         };
         if self.sim.is_alive(node) {
             self.check.cover.fault(fault);
+            if fault == Fault::OrchestratorFrozen {
+                self.check.kept.freezes(self.sim.now());
+            }
             self.sim.freeze(node, true);
             self.sim.sleep(span).await;
             self.sim.freeze(node, false);
+            if fault == Fault::OrchestratorFrozen {
+                self.check.kept.thaws(self.sim.now());
+            }
         }
     }
 
@@ -299,6 +305,7 @@ impl Nemesis {
         self.centre.disk.set_sync_ms(5);
         self.centre.unit.set_power(true);
         self.sim.freeze(self.centre.unit.node, false);
+        self.check.kept.thaws(self.sim.now());
         let mood = &self.centre.store.mood;
         [&mood.away, &mood.full, &mood.unknown].into_iter().for_each(|knob| knob.store(0, Ordering::Relaxed));
         mood.slow_ms.store(2, Ordering::Relaxed);

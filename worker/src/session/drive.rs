@@ -436,7 +436,7 @@ impl Session {
     }
 
     fn forget(&mut self, attempt: AttemptRef) {
-        tracing::info!(%attempt, "done");
+        tracing::info!(%attempt, "over; its VM is gone and the farm has heard of its end");
         self.stops.remove(&attempt);
         self.records.waiting.remove(&attempt);
         let spool = self.seams.spool.clone();

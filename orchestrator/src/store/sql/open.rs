@@ -11,7 +11,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 use sqlx::{ConnectOptions, Connection as _, SqlSafeStr};
 
 use super::conn::Db;
-use super::reach::{address, connect, refuse_pooling, said, told};
+use super::reach::{PREPARED, address, connect, refuse_pooling, said, told};
 use super::shared::SET;
 use super::{Shared, SqlStore, fault};
 use crate::broken::Broken;
@@ -57,6 +57,24 @@ pub enum OpenError {
     Io { path: PathBuf, error: io::Error },
 }
 
+impl OpenError {
+    /// The address makes no sense, whatever is there.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Url(_) | Self::TransactionPooler => true,
+            Self::OldSqlite { .. }
+            | Self::Damaged { .. }
+            | Self::Postgres { .. }
+            | Self::PooledByTransaction
+            | Self::Newer(_)
+            | Self::Migrate(_)
+            | Self::File { .. }
+            | Self::Db(_)
+            | Self::Io { .. } => false,
+        }
+    }
+}
+
 /// The first version without the WAL-reset bug.
 const SQLITE_MIN: (u32, u32, u32) = (3, 51, 3);
 type Migrations = &'static [(i64, &'static str, &'static str)];
@@ -74,9 +92,6 @@ const POSTGRES_ONLY: Migrations = &[
     (1003, "retention_security", include_str!("../../../migrations/postgres/1003_retention_security.sql")),
     (1010, "swift_jobs", include_str!("../../../migrations/postgres/1010_swift_jobs.sql")),
 ];
-/// Texts per connection that stay prepared: every one that there is, and the chains that are common.
-pub(super) const PREPARED: usize = 256;
-
 /// A connection that does not answer for so long is no longer one.
 const RELEASE: Duration = Duration::from_secs(1);
 /// What a migration waits for a table that somebody reads: whoever comes behind it waits too.

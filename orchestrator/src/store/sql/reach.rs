@@ -8,11 +8,14 @@ use alloy_shared::limits;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions as _, Connection as _};
 
-use super::open::{OpenError, PREPARED};
+use super::open::OpenError;
 use super::shared::BACKEND;
 
-/// Supabase and PgBouncer put it there.
+/// Where Supabase has one.
 const TRANSACTION_POOLER: u16 = 6543;
+
+/// Texts per connection that stay prepared: every one that there is, and the chains that are common.
+pub(super) const PREPARED: usize = 256;
 
 fn parse(url: &str) -> Result<PgConnectOptions, OpenError> {
     PgConnectOptions::from_str(url).map_err(|error| match error {
@@ -32,7 +35,7 @@ pub(super) fn address(url: &str) -> Result<PgConnectOptions, OpenError> {
 
 /// One connection. Who listens there and says nothing is not waited for without end.
 pub(super) async fn connect(options: &PgConnectOptions) -> Result<PgConnection, OpenError> {
-    connect_within(options, Duration::from_millis(limits::STORE_READ_MS)).await
+    connect_within(options, Duration::from_millis(limits::STORE_OPEN_MS)).await
 }
 
 async fn connect_within(options: &PgConnectOptions, wait: Duration) -> Result<PgConnection, OpenError> {
@@ -79,13 +82,17 @@ pub(super) fn said(error: &sqlx::Error) -> String {
     }
 }
 
+const TLS: &str =
+    "sslmode and sslrootcert at the end of its address say how it is encrypted, and whose certificate is trusted";
+
 fn hint(error: &sqlx::Error) -> &'static str {
     match error {
         sqlx::Error::Database(db) => hint_of(db.code().as_deref().unwrap_or_default()),
         sqlx::Error::Io(error) if error.kind() == ErrorKind::ConnectionRefused => {
             "is it running, and are the host and the port right?"
         }
-        sqlx::Error::Tls(_) => "sslmode and sslrootcert at the end of its address say how it is encrypted",
+        sqlx::Error::Io(error) if error.kind() == ErrorKind::InvalidData => TLS,
+        sqlx::Error::Tls(_) => TLS,
         _ => "psql with the same address tells more",
     }
 }
@@ -113,13 +120,21 @@ fn hint_of(code: &str) -> &'static str {
 /// transactions that overlap and end in another order than they began show that.
 pub(super) async fn refuse_pooling(options: &PgConnectOptions) -> Result<(), OpenError> {
     let options = options.clone().statement_cache_capacity(0).disable_statement_logging();
-    let (mut one, mut other) = (connect(&options).await?, connect(&options).await?);
+    let (one, other) = (connect(&options).await?, connect(&options).await?);
+    match is_pooled(one, other).await {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(OpenError::PooledByTransaction),
+        Err(error) => Err(told(&options, error)),
+    }
+}
+
+async fn is_pooled(mut one: PgConnection, mut other: PgConnection) -> Result<bool, sqlx::Error> {
     let wait = Duration::from_millis(limits::STORE_READ_MS);
     for _ in 0..3 {
         let mut first = one.begin().await?;
         let before = backend(&mut first).await?;
         // A pooler with one server connection lets this one wait.
-        let second = tokio::time::timeout(wait, other.begin()).await.map_err(|_| OpenError::PooledByTransaction)?;
+        let Ok(second) = tokio::time::timeout(wait, other.begin()).await else { return Ok(true) };
         let mut second = second?;
         backend(&mut second).await?;
         first.rollback().await?;
@@ -128,12 +143,12 @@ pub(super) async fn refuse_pooling(options: &PgConnectOptions) -> Result<(), Ope
         let after = backend(&mut again).await?;
         again.rollback().await?;
         if before != after {
-            return Err(OpenError::PooledByTransaction);
+            return Ok(true);
         }
     }
     one.close().await?;
     other.close().await?;
-    Ok(())
+    Ok(false)
 }
 
 async fn backend(conn: &mut PgConnection) -> Result<i32, sqlx::Error> {
