@@ -10,6 +10,8 @@ use alloy_tests::observe::{is_terminal, until};
 use alloy_tests::process::processes_in;
 use alloy_tests::proxy::{Sprung, Then, Way, Which};
 use anyhow::{Result, ensure};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -88,13 +90,15 @@ pub(super) fn lift(stage: &Stage, breaks: bool) -> Result<()> {
     }
     for file in [stage.dir.join("hold"), slow_vms(stage)] {
         if file.exists() {
+            // Whoever waits at a pipe is let through, and so is who comes to it before it is gone.
+            let _both_ends = fs::File::options().read(true).write(true).open(&file)?;
             fs::remove_file(file)?;
         }
     }
     Ok(())
 }
 
-/// As long as this file is there, a VM that is to be slow goes no further.
+/// As long as this pipe is there, a VM that is to be slow goes no further.
 fn slow_vms(stage: &Stage) -> std::path::PathBuf {
     stage.dir.join("slow-vms")
 }
@@ -227,7 +231,7 @@ fn spools(stage: &Stage) -> Vec<std::path::PathBuf> {
 /// A VM that boots for the job, or one that goes after it.
 async fn vm(stage: &mut Stage, phase: Phase) -> Result<Aim> {
     let held_by = slow_vms(stage);
-    fs::write(&held_by, "")?;
+    mkfifo(&held_by, Mode::S_IRWXU)?;
     let slow = match phase {
         4 => json!({ "command": "run", "vm": "alloy-*", "times": 0, "fault": "agent_late", "while": held_by }),
         _ => json!({ "command": "delete", "vm": "alloy-*", "times": 1, "fault": "delay", "while": held_by }),

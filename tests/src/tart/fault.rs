@@ -10,6 +10,7 @@
 //! there is stands in [`NAMES`], with the numbers of the contract's table.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +25,7 @@ use super::{Failure, lock, say};
 /// Command, fault and what it is: the whole list.
 pub const NAMES: &[(&str, &str, &str)] = &[
     ("*", "fail", "F20: ends with `exit`, `stdout` and `stderr`"),
-    ("*", "delay", "F9, F13: waits `seconds` first, and as long as the file `while` is there"),
+    ("*", "delay", "F9, F13: waits `seconds` first, and as long as the named pipe `while` is there"),
     ("*", "hang", "F13: never goes on"),
     ("*", "abort", "F22: ends by signal 6"),
     ("*", "kill", "F7: ends by signal 9"),
@@ -33,7 +34,7 @@ pub const NAMES: &[(&str, &str, &str)] = &[
     ("run", "no_lease", "F2: the guest never asks for an address"),
     ("run", "late_lease", "F2: `seconds` later"),
     ("run", "duplicate_lease", "F2: the address of the VM `of`"),
-    ("run", "agent_late", "F3: `seconds` later, and not as long as the file `while` is there"),
+    ("run", "agent_late", "F3: `seconds` later, and not as long as the named pipe `while` is there"),
     ("run", "agent_lost_by_reboot", "F3: does not come back after a reboot of the guest"),
     (
         "run",
@@ -173,7 +174,7 @@ impl Fault {
         self.number("seconds").unwrap_or(0.0)
     }
 
-    /// Its file `while` is there.
+    /// Its pipe `while` is there.
     pub(crate) fn holds(&self) -> bool {
         self.text("while").is_some_and(|file| Path::new(file).exists())
     }
@@ -183,8 +184,9 @@ impl Fault {
         match &*self.name {
             "delay" => {
                 sim.pause(self.seconds());
-                while self.holds() {
-                    std::thread::sleep(LOOK);
+                if let Some(pipe) = self.text("while") {
+                    // Opened by whoever opens the other end; one that is gone holds nobody.
+                    let _ = File::open(pipe);
                 }
             }
             "hang" => loop {
