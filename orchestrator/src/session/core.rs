@@ -32,7 +32,16 @@ struct Track {
     /// Its result is durable.
     finished: bool,
     continued: bool,
+    fenced: bool,
     taking: Taking,
+}
+
+impl Track {
+    /// True the first time: a second fence means that its log is not taken either. Once heard as lost, the rest is asked for.
+    fn fence(&mut self) -> bool {
+        self.continued = false;
+        !std::mem::replace(&mut self.fenced, true)
+    }
 }
 
 /// Whether a log's bytes can be stored.
@@ -310,6 +319,7 @@ impl Core {
                 assigned_after: None,
                 finished: false,
                 continued: false,
+                fenced: false,
                 taking: Taking::All,
             }
         })
@@ -429,7 +439,7 @@ impl Core {
             }
             // The answer to the report that is being decided says what becomes of the attempt.
             Want::Fence if track.settling.is_some() => None,
-            Want::Fence => Some(Order::Fence { attempt }),
+            Want::Fence => track.fence().then_some(Order::Fence { attempt }),
             Want::SettleLost => {
                 let lost = self.tracks[&attempt].say == Say::Lost;
                 let message = if lost {
@@ -523,7 +533,7 @@ impl Core {
             }
             Settled::Fenced => {
                 track.waiting.clear();
-                out.push(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } }));
+                out.extend(track.fence().then_some(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } })));
             }
             Settled::Gap { have } => {
                 track.waiting.clear();

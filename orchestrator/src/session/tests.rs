@@ -234,6 +234,23 @@ fn what_cannot_be_settled_is_answered_with_what_to_do() {
 }
 
 #[test]
+fn what_is_fenced_is_told_so_once_and_the_rest_of_its_log_is_asked_for() {
+    let pending = || vec![held(10, HeldState::ResultPending)];
+    let (mut core, effects) = open(pending(), vec![job(10, 1, running())]);
+    assert!(effects.contains(&Effect::Measure { attempt: attempt(10) }), "{effects:?}");
+    assert_eq!(orders(&core.handle(Input::Job(job(10, 2, done())), at(1))), ["fence"]);
+    // These were sent before the worker heard it.
+    core.handle(report(10, 5, result()), at(2));
+    let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 5, result: Settled::Fenced }, at(3));
+    assert_eq!(orders(&effects), Vec::<String>::new());
+    assert_eq!(orders(&core.handle(beat(1, 0, pending()), at(4))), Vec::<String>::new());
+    let effects = core.handle(beat(2, 0, vec![held(10, HeldState::Lost)]), at(5));
+    assert!(effects.contains(&Effect::Measure { attempt: attempt(10) }), "{effects:?}");
+    let never = Input::Appended { attempt: attempt(10), result: Err(NotStored::Never) };
+    assert_eq!(orders(&core.handle(never, at(6))), ["fence"], "nor is its log taken");
+}
+
+#[test]
 fn a_gap_in_the_log_is_answered_with_the_place_to_go_on_from() {
     let (mut core, _) = open(vec![], vec![]);
     let effects = core.handle(Input::Job(job(10, 1, assigned())), at(0));
