@@ -14,7 +14,7 @@ use alloy_shared::id::Digest;
 use nix::fcntl::{Flock, FlockArg};
 use sha2::Digest as _;
 
-use crate::blobs::mark::{Elsewhere, bucket_of};
+use crate::blobs::mark::{Elsewhere, compare};
 use crate::blobs::{BlobError, OpenS3, off_thread, sync_dir};
 use crate::moving::mark::{self, MovedAway};
 use crate::store::sql::OpenError;
@@ -45,11 +45,6 @@ pub enum BackupError {
     Nowhere(PathBuf),
     #[error("another backup is being written to {}", .0.display())]
     Busy(PathBuf),
-    /// Its books alone would name what the backup does not hold.
-    #[error(
-        "the objects of this farm lie in {0}, which this backup would not hold: set ALLOY_S3_URL and its keys as the orchestrator has them"
-    )]
-    Bucket(String),
     #[error(transparent)]
     Moved(#[from] MovedAway),
     #[error(transparent)]
@@ -85,9 +80,8 @@ pub async fn take(farm: &Path, target: &Path, taken_at: String) -> Result<Taken,
         return Err(BackupError::NoFarm(farm.to_owned()));
     }
     mark::check(farm)?;
-    if let Some(bucket) = bucket_of(farm)? {
-        return Err(BackupError::Bucket(bucket));
-    }
+    // Its books alone would name what the backup does not hold.
+    compare(farm, None)?;
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));
     }

@@ -226,7 +226,6 @@ fn backup_failure(error: &BackupError) -> Failure {
         BackupError::Database(error) => database_hint(failure, error),
         BackupError::Busy(_)
         | BackupError::Moved(_)
-        | BackupError::Bucket(_)
         | BackupError::Objects(_)
         | BackupError::Blob(_)
         | BackupError::Place(_)

@@ -15,7 +15,7 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::postgres::PgConnection;
 
 use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, begin, beside, make_dir, parent, publish};
-use crate::blobs::mark::{bucket_of, compare_books};
+use crate::blobs::mark::{compare, compare_books};
 use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
 use crate::broken::Care;
 use crate::config::S3;
@@ -50,16 +50,17 @@ pub async fn take(
     taken_at: String,
     env: Arc<dyn Env>,
 ) -> Result<Taken, BackupError> {
+    let bucket = source.bucket.map(S3::url);
     if source.database.is_none() {
         if !source.farm.join(DATABASE).is_file() {
             return Err(BackupError::NoFarm(source.farm.to_owned()));
         }
         mark::check(source.farm)?;
+        compare(source.farm, bucket.as_deref())?;
     }
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));
     }
-    let bucket = source.bucket.map(S3::url);
     let part = beside(target, ".partial");
     let lock = begin(&part)?;
     let database = part.join(DATABASE);
@@ -79,12 +80,7 @@ pub async fn take(
             tables.hold_still().await?;
             copy_to_file(tables, &database).await?;
         }
-        None => {
-            if let Some(theirs) = bucket_of(source.farm)?.filter(|theirs| bucket.as_ref() != Some(theirs)) {
-                return Err(BackupError::Bucket(theirs));
-            }
-            copy_at_once(&source.farm.join(DATABASE), &database).await?;
-        }
+        None => copy_at_once(&source.farm.join(DATABASE), &database).await?,
     }
     if meta_of(&database, FARM_SECRET).await?.is_none() {
         return Err(BackupError::NoFarmThere);

@@ -1,7 +1,10 @@
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId};
+use alloy_shared::runtime::{Lifecycle, SystemEnv};
+use alloy_shared::secret::Secret;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 
@@ -9,6 +12,7 @@ use super::list::{LIST, ListError};
 use super::restore::{RestoreError, restore};
 use super::*;
 use crate::blobs::{BlobKey, Blobs, Fs};
+use crate::config::S3;
 use crate::logs::{Files, Logs};
 use crate::store::sql::{DataLock, SqlStore};
 use crate::store::{Blob, BlobKind, Group, Place, Store as _, Write};
@@ -136,6 +140,29 @@ async fn a_restore_harms_no_farm() {
     fs::write(other.join("notes"), "mine").unwrap();
     assert!(matches!(restore(&target, &other, NOW).await.unwrap_err(), RestoreError::Occupied(_)));
     assert_eq!(fs::read(farm.join(DATABASE)).unwrap(), before);
+}
+
+#[tokio::test]
+async fn objects_are_looked_for_where_the_farm_keeps_them_and_nowhere_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (farm, target) = (farm(dir.path()).await, dir.path().join("backup"));
+    let bucket = S3 {
+        bucket: "b".into(),
+        prefix: String::new(),
+        endpoint: Some("http://127.0.0.1:9".into()),
+        region: "us-east-1".into(),
+        key_id: "k".into(),
+        secret: Secret::new("s".into()),
+        presign: false,
+    };
+    let source = elsewhere::Source { farm: &farm, database: None, bucket: Some(&bucket) };
+    let env = Arc::new(SystemEnv::new(Lifecycle::new()));
+    let told = elsewhere::take(source, &target, String::new(), env).await.unwrap_err().to_string();
+    assert!(told.contains("ALLOY_S3_URL says s3://b: start without it"), "{told}");
+    crate::blobs::mark::set(&farm, "s3://other").unwrap();
+    let told = take(&farm, &target, String::new()).await.unwrap_err().to_string();
+    assert!(told.contains("ALLOY_S3_URL is not set: say ALLOY_S3_URL=s3://other"), "{told}");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was begun");
 }
 
 #[tokio::test]

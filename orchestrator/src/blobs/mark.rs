@@ -15,21 +15,19 @@ const FILES: &str = "files:";
 /// Why objects are not looked for where the configuration says. The text is for people.
 #[derive(Debug, thiserror::Error)]
 pub enum Elsewhere {
+    /// The file is what says so, unless it is the books.
     #[error(
-        "the objects of this farm lie in {marked}, but {}: say ALLOY_S3_URL={marked}; if you have moved them yourself, \
-         remove {}",
-        unlike(.told.as_deref()),
-        .file.display()
+        "the objects of this farm lie in {kept}, but {}: say ALLOY_S3_URL={kept}{}",
+        unlike(told.as_deref()),
+        file.as_deref().map(moved).unwrap_or_default()
     )]
-    Marked { marked: String, told: Option<String>, file: PathBuf },
+    Bucket { kept: String, told: Option<String>, file: Option<PathBuf> },
     #[error(
         "the objects of this farm lie in files ({}), but ALLOY_S3_URL says {told}: start without it; a new farm with it needs a \
          data directory of its own",
         .dir.display()
     )]
     Files { told: String, dir: PathBuf },
-    #[error("the objects of this farm lie in {kept}, but {}: say ALLOY_S3_URL={kept}", unlike(told.as_deref()))]
-    Bucket { kept: String, told: Option<String> },
     #[error(
         "the objects of this farm lie in files of another data directory, the one whose farm/{ID} says {id}: say --data-dir and its \
          path, and no ALLOY_S3_URL. Orchestrators on several machines need a bucket. If you have brought the files here yourself, \
@@ -42,6 +40,10 @@ pub enum Elsewhere {
 
 fn unlike(told: Option<&str>) -> String {
     told.map_or_else(|| "ALLOY_S3_URL is not set".to_owned(), |told| format!("ALLOY_S3_URL says {told}"))
+}
+
+fn moved(file: &Path) -> String {
+    format!("; if you have moved them yourself, remove {}", file.display())
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> Elsewhere + '_ {
@@ -97,16 +99,15 @@ pub(crate) fn compare_books(kept: &str, farm: &Path, told: Option<&str>) -> Resu
             None => Ok(()),
         },
         None if told == Some(kept) => Ok(()),
-        None => Err(Elsewhere::Bucket { kept: kept.to_owned(), told: told.map(str::to_owned) }),
+        None => Err(Elsewhere::Bucket { kept: kept.to_owned(), told: told.map(str::to_owned), file: None }),
     }
 }
 
 /// Compares what the configuration says with where the objects are.
 pub(crate) fn compare(farm: &Path, told: Option<&str>) -> Result<(), Elsewhere> {
-    let file = farm.join(MARK);
     match (bucket_of(farm)?, told) {
-        (Some(marked), told) if told != Some(&marked) => {
-            Err(Elsewhere::Marked { marked, told: told.map(str::to_owned), file })
+        (Some(kept), told) if told != Some(&kept) => {
+            Err(Elsewhere::Bucket { kept, told: told.map(str::to_owned), file: Some(farm.join(MARK)) })
         }
         (None, Some(told)) => {
             let dir = farm.join(OBJECTS);
