@@ -1,6 +1,5 @@
 //! P: a worker's parts put together, from what an earlier run left to the last VM of this one.
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::ctx::Ctx;
 use crate::executor::run_attempt;
 use crate::hooks::Hooks;
+use crate::host::FreeBytes;
 use crate::image_book::BookFile;
 use crate::images::{ImageSetup, ImageStore};
 use crate::provider::VmProvider;
@@ -28,9 +28,6 @@ use crate::vm_pool::{PoolSetup, VmPool};
 
 /// Between two looks at the free disk.
 const DISK_LOOK_MS: u64 = 2_000;
-
-/// Asks how many bytes are free on the disk of the state directory.
-pub type FreeBytes = Box<dyn Fn() -> io::Result<u64> + Send + Sync>;
 
 /// What a worker is made of.
 pub struct Parts {
@@ -53,6 +50,7 @@ pub struct Parts {
     /// What a person wants of the pool, for as long as the worker runs.
     pub wishes: watch::Receiver<Wish>,
     pub image_budget: Option<u64>,
+    /// On the disk of the state directory.
     pub free: FreeBytes,
 }
 
@@ -87,8 +85,9 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         () = life.hard.cancelled() => return Over::Stopped,
         pool = pool => pool,
     };
-    let floor = limits.disk_floor;
-    env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), parts.free, floor, door.clone(), life.clone())));
+    let sources = Arc::new(parts.sources);
+    let disk = Disk { free: parts.free, floor: limits.disk_floor, sources: Arc::clone(&sources) };
+    env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), disk, door.clone(), life.soft.clone())));
     env.spawn("reload", Box::pin(follow(wishes, Arc::clone(&pool), life.soft.clone())));
     let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
     let core = Core::restore(left, boot, limits.clone());
@@ -98,7 +97,7 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         limits: limits.clone(),
         pool: Arc::clone(&pool),
         spool: Arc::clone(&spool),
-        sources: Arc::new(parts.sources),
+        sources,
         upstream: Arc::clone(&parts.upstream),
         inputs: door.clone(),
         hooks: Arc::new(parts.hooks),
@@ -150,11 +149,32 @@ async fn follow(mut wishes: watch::Receiver<Wish>, pool: Arc<VmPool>, over: Canc
     }
 }
 
-/// Tells the session when the disk is too full for new work, and when it no longer is.
-async fn watch_disk(env: Arc<dyn Env>, free_bytes: FreeBytes, floor: u64, inputs: Inputs, life: Lifecycle) {
+/// The disk that jobs are done on, and what on it can be given up for them.
+struct Disk {
+    free: FreeBytes,
+    floor: u64,
+    sources: Arc<Sources>,
+}
+
+/// Tells the session when the disk is too full for new work, and when it no longer is. A disk that the cache of sources
+/// can make room on is not full.
+async fn watch_disk(env: Arc<dyn Env>, disk: Disk, inputs: Inputs, over: CancellationToken) {
+    let Disk { free: free_bytes, floor, sources } = disk;
     let mut full = false;
     loop {
-        match free_bytes() {
+        let mut look = free_bytes();
+        if look.as_ref().is_ok_and(|free| *free < floor) {
+            let evicted = tokio::select! {
+                biased;
+                () = over.cancelled() => return,
+                evicted = sources.evict() => evicted,
+            };
+            if evicted > 0 {
+                tracing::info!(evicted, "free disk was below its floor of {floor} bytes: cached sources were given up");
+                look = free_bytes();
+            }
+        }
+        match look {
             Ok(free) if full != (free < floor) => {
                 full = !full;
                 tracing::warn!(free, full, "free disk crossed its floor of {floor} bytes");
@@ -167,8 +187,11 @@ async fn watch_disk(env: Arc<dyn Env>, free_bytes: FreeBytes, floor: u64, inputs
         }
         tokio::select! {
             biased;
-            () = life.soft.cancelled() => return,
+            () = over.cancelled() => return,
             () = env.sleep_until(env.now().mono + DISK_LOOK_MS) => {}
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -433,9 +433,10 @@ async fn staged(
     now: Ms,
     broke_off: &mut Option<TransferError>,
 ) -> Result<&'static str, SourceError> {
+    let hold = ctx.sources.hold(source);
     let mut tries = 0;
-    loop {
-        match ctx.sources.stage(source, inbox, ctx.upstream.as_ref(), grant, now).await {
+    let staged = loop {
+        match ctx.sources.stage(&hold, inbox, ctx.upstream.as_ref(), grant, now).await {
             Err(SourceError::Transfer(error @ TransferError::Broken(_))) => {
                 let pause_ms = backoff(tries, STAGE_PAUSE_MS, STAGE_PAUSE_CAP_MS, ctx.env.dice());
                 tracing::warn!(attempt = %grant.attempt, %error, "sources did not come; trying again");
@@ -443,9 +444,11 @@ async fn staged(
                 *broke_off = Some(error);
                 ctx.env.sleep_until(ctx.env.now().mono + pause_ms).await;
             }
-            done => return done,
+            done => break done,
         }
-    }
+    };
+    ctx.sources.let_go(hold).await;
+    staged
 }
 
 struct Late;

@@ -225,6 +225,9 @@ fn plain(text: &str) -> String {
     if text.is_empty() { "unknown".to_owned() } else { text }
 }
 
+/// Asks how many bytes are free on a disk.
+pub type FreeBytes = Box<dyn Fn() -> io::Result<u64> + Send + Sync>;
+
 /// Bytes that this process may still write below `path`.
 #[allow(clippy::useless_conversion, reason = "on macOS the count of blocks has 32 bits")]
 pub fn disk_free(path: &Path) -> io::Result<u64> {

@@ -60,7 +60,7 @@ use crate::spool::Spool;
 use crate::upstream::{Https, Upstream};
 use crate::vm_demand::Wish;
 
-/// Source blobs kept between jobs.
+/// Source blobs kept between jobs, on a disk that has room for so many.
 const CACHE_BYTES: u64 = 20 << 30;
 
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +159,12 @@ impl Daemon {
         };
         let (spool, held) =
             Spool::open_keeping(&dir.join("spool"), self.config.limits.disk_reserve()).map_err(at("spool"))?;
-        let sources = Sources::open(&dir.join("cache"), CACHE_BYTES).map_err(at("cache"))?;
+        let cache = dir.join("cache");
+        let free = Box::new({
+            let cache = cache.clone();
+            move || host::disk_free(&cache)
+        });
+        let sources = Sources::open_keeping(&cache, CACHE_BYTES, &self.config.limits, free).map_err(at("cache"))?;
         tracing::info!(worker.id = %self.identity.worker, name = %self.identity.name, url = self.url(), "starting");
         let Self { config, state, identity, key, facts, fence, wishes } = self;
         let labels = facts.labels(&identity.name, &config.labels, provider.restricts());

@@ -1,5 +1,8 @@
 //! S: a job's sources: a cache of blobs with a byte budget, what is missing from the orchestrator, one archive for the guest.
 //!
+//! The cache is the first to go where the disk has little room: jobs need what it takes. Only what an attempt is being
+//! given stays.
+//!
 //! Every file in the archive carries the time of its staging. One time for all is what build tools need: nothing is older
 //! than what it was made of, and nothing looks as if it had been edited since.
 
@@ -7,14 +10,15 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::Digest;
-use alloy_shared::limits;
+use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
 use bytes::Bytes;
 
+use crate::host::FreeBytes;
 use crate::upstream::{Grant, TransferError, Upstream};
 
 /// The archive's name in the inbox.
@@ -23,7 +27,7 @@ pub const SOURCE_TAR: &str = "source.tar";
 const LONG_LINK: &str = "@LongLink";
 /// Digests in one request.
 const BATCH: usize = 4_096;
-/// One for the manifest, one for its blobs, and some for blobs that neighbours evict between the look and the use.
+/// One for the manifest, one for its blobs, and some for blobs that turn out to be damaged when they are read.
 const ROUNDS: usize = 5;
 
 #[derive(Debug, thiserror::Error)]
@@ -45,25 +49,78 @@ pub enum Sources {
     Mem(Mem),
 }
 
+/// A source that an attempt is being given. None of its blobs leaves the cache before this is dropped.
+#[derive(Debug, Clone)]
+pub struct Hold(Arc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    source: Digest,
+    /// Known as soon as the manifest is here.
+    blobs: OnceLock<HashSet<Digest>>,
+}
+
+impl Held {
+    fn has(&self, digest: &Digest) -> bool {
+        self.source == *digest || self.blobs.get().is_some_and(|blobs| blobs.contains(digest))
+    }
+}
+
 impl Sources {
     /// Opens a cache directory, which may hold blobs of earlier runs.
     pub fn open(root: &Path, budget_bytes: u64) -> std::io::Result<Self> {
-        Disk::open(root, budget_bytes).map(|disk| Self::Disk(Arc::new(disk)))
+        let limits = Limits { disk_floor: 0, ..Limits::default() };
+        Self::open_keeping(root, budget_bytes, &limits, Box::new(|| Ok(u64::MAX)))
+    }
+
+    /// The same on a disk of which some stays free, whatever the budget says.
+    pub fn open_keeping(root: &Path, budget_bytes: u64, limits: &Limits, free: FreeBytes) -> std::io::Result<Self> {
+        Disk::open(root, budget_bytes, limits, free).map(|disk| Self::Disk(Arc::new(disk)))
     }
 
     pub fn memory() -> Self {
         Self::Mem(Mem::default())
     }
 
-    /// Puts the tree with this manifest digest into the inbox, as one archive. Returns the archive's name.
+    /// Announces that the tree with this manifest digest is about to be staged.
+    pub fn hold(&self, source: Digest) -> Hold {
+        let held = Arc::new(Held { source, blobs: OnceLock::new() });
+        if let Self::Disk(disk) = self {
+            let mut index = disk.index();
+            index.held.retain(|held| held.strong_count() > 0);
+            index.held.push(Arc::downgrade(&held));
+        }
+        Hold(held)
+    }
+
+    /// Lets go of a source, however its staging ended, and of what the cache has too much then.
+    pub async fn let_go(&self, hold: Hold) {
+        drop(hold);
+        self.evict().await;
+    }
+
+    /// Gives up what no attempt is being given, oldest first, down to the budget and to what leaves the disk its room.
+    /// Returns how many bytes that were.
+    pub async fn evict(&self) -> u64 {
+        match self {
+            Self::Disk(disk) => {
+                let disk = Arc::clone(disk);
+                tokio::task::spawn_blocking(move || disk.evict(disk.keep)).await.unwrap_or(0)
+            }
+            Self::Mem(_) => 0,
+        }
+    }
+
+    /// Puts the tree that is held into the inbox, as one archive. Returns the archive's name.
     pub async fn stage(
         &self,
-        source: Digest,
+        hold: &Hold,
         inbox: &Path,
         upstream: &dyn Upstream,
         grant: &Grant,
         now: Ms,
     ) -> Result<&'static str, SourceError> {
+        let source = hold.0.source;
         let mut wanted = vec![source];
         for _ in 0..ROUNDS {
             if wanted == [source] {
@@ -73,8 +130,8 @@ impl Sources {
             }
             wanted = match self {
                 Self::Disk(disk) => {
-                    let (disk, inbox) = (Arc::clone(disk), inbox.to_owned());
-                    let staged = tokio::task::spawn_blocking(move || disk.stage(source, &inbox, now)).await;
+                    let (disk, hold, inbox) = (Arc::clone(disk), hold.clone(), inbox.to_owned());
+                    let staged = tokio::task::spawn_blocking(move || disk.stage(&hold.0, &inbox, now)).await;
                     staged.unwrap_or_else(|_| Err(SourceError::Disk(std::io::Error::other("staging ended early"))))?
                 }
                 Self::Mem(mem) => mem.missing(source)?,
@@ -83,7 +140,7 @@ impl Sources {
                 return Ok(SOURCE_TAR);
             }
         }
-        Err(SourceError::Disk(std::io::Error::other("the source cache is too small for its jobs")))
+        Err(SourceError::Disk(std::io::Error::other("the source cache loses what it is given")))
     }
 
     /// A manifest may be larger than any blob, so it comes by itself; here it is kept like one.
@@ -172,6 +229,11 @@ impl Mem {
 pub struct Disk {
     root: PathBuf,
     budget_bytes: u64,
+    /// Bytes that stay free whatever is fetched: for reports, and for what a log that was cut off ends in.
+    reserve: u64,
+    /// Bytes that are free after an eviction, if the cache has so many to give: somewhat more than jobs are refused for.
+    keep: u64,
+    free: FreeBytes,
     index: Mutex<Index>,
 }
 
@@ -179,8 +241,14 @@ pub struct Disk {
 struct Index {
     /// Size and the turn of the last use.
     blobs: HashMap<Digest, (u64, u64)>,
+    held: Vec<Weak<Held>>,
     bytes: u64,
     turn: u64,
+}
+
+/// How many bytes the cache may have: its budget, and no more than leave `keep` bytes of the disk free.
+fn allowance(budget_bytes: u64, bytes: u64, free: u64, keep: u64) -> u64 {
+    budget_bytes.min(bytes.saturating_add(free).saturating_sub(keep))
 }
 
 impl Index {
@@ -195,23 +263,29 @@ impl Index {
         self.bytes = self.bytes + size - old.map_or(0, |(size, _)| size);
     }
 
-    fn forget(&mut self, digest: &Digest) {
-        if let Some((size, _)) = self.blobs.remove(digest) {
-            self.bytes -= size;
-        }
+    /// Returns the size of what was there.
+    fn forget(&mut self, digest: &Digest) -> u64 {
+        let size = self.blobs.remove(digest).map_or(0, |(size, _)| size);
+        self.bytes -= size;
+        size
     }
 
-    /// What has to go, oldest first.
-    fn surplus(&self, budget_bytes: u64) -> Vec<Digest> {
-        if self.bytes <= budget_bytes {
+    fn is_held(&self, digest: &Digest) -> bool {
+        self.held.iter().filter_map(Weak::upgrade).any(|held| held.has(digest))
+    }
+
+    /// What has to go, oldest first. What is held stays, also if the rest is not enough.
+    fn surplus(&self, allowance: u64) -> Vec<Digest> {
+        if self.bytes <= allowance {
             return Vec::new();
         }
-        let mut oldest: Vec<(u64, u64, Digest)> =
-            self.blobs.iter().map(|(digest, (size, turn))| (*turn, *size, *digest)).collect();
+        let held: Vec<Arc<Held>> = self.held.iter().filter_map(Weak::upgrade).collect();
+        let idle = self.blobs.iter().filter(|(digest, _)| !held.iter().any(|held| held.has(digest)));
+        let mut oldest: Vec<(u64, u64, Digest)> = idle.map(|(digest, (size, turn))| (*turn, *size, *digest)).collect();
         oldest.sort_unstable();
         let mut left = self.bytes;
         let enough = oldest.into_iter().take_while(|(_, size, _)| {
-            let more = left > budget_bytes;
+            let more = left > allowance;
             left = left.saturating_sub(*size);
             more
         });
@@ -220,7 +294,7 @@ impl Index {
 }
 
 impl Disk {
-    fn open(root: &Path, budget_bytes: u64) -> std::io::Result<Self> {
+    fn open(root: &Path, budget_bytes: u64, limits: &Limits, free: FreeBytes) -> std::io::Result<Self> {
         std::fs::create_dir_all(root)?;
         let mut found = Vec::new();
         for shard in std::fs::read_dir(root)?.flatten() {
@@ -242,7 +316,15 @@ impl Disk {
         found.sort();
         let mut index = Index::default();
         found.into_iter().for_each(|(_, size, digest)| index.touch(digest, size));
-        Ok(Self { root: root.to_owned(), budget_bytes, index: Mutex::new(index) })
+        let reserve = limits.disk_reserve();
+        let keep = limits.disk_floor.saturating_add(reserve);
+        let disk = Self { root: root.to_owned(), budget_bytes, reserve, keep, free, index: Mutex::new(index) };
+        disk.evict(keep);
+        Ok(disk)
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
@@ -251,13 +333,31 @@ impl Disk {
     }
 
     fn has(&self, digest: &Digest) -> bool {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner).blobs.contains_key(digest)
+        self.index().blobs.contains_key(digest)
+    }
+
+    /// A disk that cannot be asked shows by its next write how full it is.
+    fn has_room(&self, len: u64) -> bool {
+        self.reserve == 0 || (self.free)().map_or(true, |free| free >= self.reserve.saturating_add(len))
+    }
+
+    /// Sees to it that so many bytes can be written and the reserve stays free.
+    fn make_room(&self, len: u64) -> std::io::Result<()> {
+        if self.has_room(len) {
+            return Ok(());
+        }
+        self.evict(self.keep.max(self.reserve.saturating_add(len)));
+        match self.has_room(len) {
+            true => Ok(()),
+            false => Err(std::io::ErrorKind::StorageFull.into()),
+        }
     }
 
     fn put(&self, digest: Digest, bytes: &[u8]) -> std::io::Result<()> {
+        self.make_room(bytes.len() as u64)?;
         let path = self.path(&digest);
         // Two jobs may fetch the same blob at once.
-        let turn = self.index.lock().unwrap_or_else(PoisonError::into_inner).next_turn();
+        let turn = self.index().next_turn();
         let temp = path.with_extension(format!("{turn}.part"));
         if let Some(shard) = path.parent() {
             std::fs::create_dir_all(shard)?;
@@ -268,35 +368,38 @@ impl Disk {
             let _already_failing = std::fs::remove_file(&temp);
             return Err(error);
         }
-        self.index.lock().unwrap_or_else(PoisonError::into_inner).touch(digest, bytes.len() as u64);
+        self.index().touch(digest, bytes.len() as u64);
         Ok(())
     }
 
     /// Reads a blob and checks it. A damaged or vanished one is forgotten.
     fn get(&self, digest: &Digest) -> Option<Vec<u8>> {
         let bytes = std::fs::read(self.path(digest)).ok().filter(|bytes| Digest::of(bytes) == *digest);
-        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut index = self.index();
         match &bytes {
             Some(bytes) => index.touch(*digest, bytes.len() as u64),
-            None => index.forget(digest),
+            None => _ = index.forget(digest),
         }
         bytes
     }
 
     /// Writes the archive if everything is here, else returns what is not.
-    fn stage(&self, source: Digest, inbox: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
-        let Some(manifest) = self.get(&source) else { return Ok(vec![source]) };
+    fn stage(&self, held: &Held, inbox: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
+        let Some(manifest) = self.get(&held.source) else { return Ok(vec![held.source]) };
         let manifest = Manifest::decode(&manifest).map_err(|error| SourceError::NoTree(error.to_string()))?;
-        let missing: Vec<Digest> = manifest.blobs().into_iter().filter(|digest| !self.has(digest)).collect();
+        let blobs = manifest.blobs();
+        // Before the look: what is here then stays here.
+        held.blobs.get_or_init(|| blobs.iter().copied().collect());
+        let missing: Vec<Digest> = blobs.into_iter().filter(|digest| !self.has(digest)).collect();
         if !missing.is_empty() {
             return Ok(missing);
         }
+        self.make_room(manifest.total_bytes())?;
         std::fs::create_dir_all(inbox)?;
         let temp = inbox.join("source.part");
         let missing = self.assemble(&manifest, &temp, now)?;
         if missing.is_empty() {
             std::fs::rename(&temp, inbox.join(SOURCE_TAR))?;
-            self.evict();
         }
         Ok(missing)
     }
@@ -339,13 +442,24 @@ impl Disk {
         Ok(lost)
     }
 
-    fn evict(&self) {
-        let surplus = self.index.lock().unwrap_or_else(PoisonError::into_inner).surplus(self.budget_bytes);
+    /// Returns how many bytes were given up.
+    fn evict(&self, keep: u64) -> u64 {
+        let free = (self.free)().unwrap_or(u64::MAX);
+        let surplus = {
+            let index = self.index();
+            index.surplus(allowance(self.budget_bytes, index.bytes, free, keep))
+        };
+        let mut evicted = 0;
         for digest in surplus {
-            // One that cannot be removed is found again at the next start.
-            let _found_again = std::fs::remove_file(self.path(&digest));
-            self.index.lock().unwrap_or_else(PoisonError::into_inner).forget(&digest);
+            let mut index = self.index();
+            // Since then an attempt may have come that is given this one.
+            if !index.is_held(&digest) {
+                // One that cannot be removed is found again at the next start.
+                let _found_again = std::fs::remove_file(self.path(&digest));
+                evicted += index.forget(&digest);
+            }
         }
+        evicted
     }
 }
 
@@ -420,4 +534,4 @@ impl Read for Chunks<'_> {
 const _: () = assert!(BATCH * 67 < limits::JSON_BODY_MAX as usize);
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

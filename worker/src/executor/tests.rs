@@ -22,6 +22,7 @@ use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
 use crate::provider::{ArtifactRule, Guest, ImageRef, Listing};
 use crate::sources::Sources;
+use crate::sources::tests::{small_disk, small_limits};
 use crate::spool::{Spool, SpoolFile};
 use crate::upstream::{Blobs, DialError, Upstream};
 use crate::vm_demand::Wish;
@@ -92,7 +93,7 @@ async fn no_hooks(fixture: &Fixture) -> Hooks {
 }
 
 struct Rig {
-    _fixture: Fixture,
+    fixture: Fixture,
     ctx: Arc<Ctx>,
     farm: Arc<Farm>,
     inputs: mpsc::Receiver<Input>,
@@ -148,7 +149,7 @@ impl Rig {
             hooks: Arc::new(no_hooks(&fixture).await),
             worker_name: "mini".into(),
         });
-        Self { _fixture: fixture, ctx, farm, inputs }
+        Self { fixture, ctx, farm, inputs }
     }
 
     /// Runs one attempt; `stop_at` is sent when the log holds the word.
@@ -256,6 +257,30 @@ async fn a_job_goes_through_all_its_stages() {
     assert!([times.vm_ms, times.source_ms, times.exec_ms, times.collect_ms].iter().all(Option::is_some), "{times:?}");
     assert_eq!(times.vm, None, "a host has no VM to be warm or cold");
     assert_eq!(rig.farm.taken.lock().unwrap()[&Digest::of(b"built\n")], b"built\n");
+}
+
+#[tokio::test]
+async fn a_source_larger_than_the_disk_leaves_the_room_that_the_next_job_needs() {
+    let pieces: Vec<Bytes> = (0..8u8).map(|n| vec![n; 10_000].into()).collect();
+    let file = |(n, piece): (usize, &Bytes)| Entry {
+        path: format!("{n}"),
+        kind: EntryKind::File,
+        mode: 0o644,
+        size: piece.len() as u64,
+        chunks: vec![Digest::of(piece)],
+        target: None,
+    };
+    let manifest = Manifest::new(pieces.iter().enumerate().map(file).collect()).unwrap();
+    let mut blobs: HashMap<Digest, Bytes> = pieces.into_iter().map(|piece| (Digest::of(&piece), piece)).collect();
+    blobs.insert(manifest.digest(), manifest.encode().into());
+    let mut rig = Rig::new(Farm { blobs, ..Farm::default() }).await;
+    let cache = rig.fixture.dir.path().join("small");
+    let free = || small_disk(&cache, 60_000, &Arc::default());
+    let sources = Sources::open_keeping(&cache, 1 << 30, &small_limits(), free()).unwrap();
+    Arc::get_mut(&mut rig.ctx).expect("nothing runs yet").sources = Arc::new(sources);
+    let story = rig.run(Assignment { source: Some(manifest.digest()), ..assignment("true") }, None).await;
+    assert_eq!(end(&story).0, Some(Reason::OutOfDisk));
+    assert!(free()().unwrap() >= small_limits().disk_floor);
 }
 
 #[tokio::test]

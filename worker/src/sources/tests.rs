@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use alloy_shared::id::{AttemptRef, JobId};
 use alloy_shared::secret::Secret;
@@ -84,7 +85,39 @@ fn tree() -> (Farm, Digest) {
 }
 
 async fn stage(sources: &Sources, source: Digest, inbox: &Path, farm: &Farm) -> Result<&'static str, SourceError> {
-    sources.stage(source, inbox, farm, &grant(), Ms(1_700_000_000_999)).await
+    let hold = sources.hold(source);
+    let staged = stage_held(sources, &hold, inbox, farm).await;
+    sources.let_go(hold).await;
+    staged
+}
+
+async fn stage_held(sources: &Sources, hold: &Hold, inbox: &Path, farm: &Farm) -> Result<&'static str, SourceError> {
+    sources.stage(hold, inbox, farm, &grant(), Ms(1_700_000_000_999)).await
+}
+
+/// What a disk of this size has free when nothing but the cache and so many bytes of others are on it.
+pub(crate) fn small_disk(cache: &Path, bytes: u64, others: &Arc<AtomicU64>) -> FreeBytes {
+    let (cache, others) = (cache.to_owned(), Arc::clone(others));
+    Box::new(move || Ok(bytes.saturating_sub(others.load(Ordering::Relaxed) + cached(&cache))))
+}
+
+/// The bytes of all blobs in a cache's directory.
+pub(crate) fn cached(cache: &Path) -> u64 {
+    let shards = std::fs::read_dir(cache).into_iter().flatten().flatten();
+    let blobs = shards.flat_map(|shard| std::fs::read_dir(shard.path()).unwrap());
+    blobs.map(|blob| blob.unwrap().metadata().unwrap().len()).sum()
+}
+
+/// A reserve of 10 000 bytes, and 30 000 that are free after an eviction.
+pub(crate) fn small_limits() -> Limits {
+    Limits { disk_floor: 20_000, ..Limits::default() }
+}
+
+/// A source of so many files of 10 000 bytes, which nobody else has.
+fn files(seed: u8, count: u8) -> (Farm, Digest) {
+    let pieces: Vec<Vec<u8>> = (0..count).map(|n| [&[seed, n][..], &[0; 9_998]].concat()).collect();
+    let entries = pieces.iter().enumerate().map(|(n, piece)| entry(&format!("{n}"), EntryKind::File, &[piece], None));
+    farm(entries.collect(), &pieces.iter().map(Vec::as_slice).collect::<Vec<_>>())
 }
 
 fn read(tar: &Path) -> BTreeMap<String, String> {
@@ -191,6 +224,92 @@ async fn the_cache_keeps_to_its_budget() {
     assert!(disk.index.lock().unwrap().bytes <= 35_000);
     let kept: Vec<bool> = pieces.iter().map(|piece| disk.path(&Digest::of(piece)).exists()).collect();
     assert_eq!(kept, [false, false, false, false, false, false, false, true, true, true]);
+}
+
+#[test]
+fn the_oldest_goes_first_and_nothing_that_is_held() {
+    for (budget, bytes, free, keep, expected) in
+        [(100, 50, 1_000, 10, 100), (100, 50, 20, 30, 40), (100, 50, 0, 90, 0), (100, 50, u64::MAX, 30, 100)]
+    {
+        assert_eq!(allowance(budget, bytes, free, keep), expected);
+    }
+    let [a, b, c] = [b"a", b"b", b"c"].map(|name| Digest::of(name));
+    let mut index = Index::default();
+    for digest in [a, b, c] {
+        index.touch(digest, 10);
+    }
+    assert_eq!(index.surplus(30), []);
+    assert_eq!(index.surplus(29), [a]);
+    index.touch(a, 10);
+    assert_eq!(index.surplus(10), [b, c]);
+    let held = Arc::new(Held { source: b, blobs: OnceLock::new() });
+    index.held.push(Arc::downgrade(&held));
+    assert_eq!(index.surplus(10), [c, a]);
+    held.blobs.set([c].into()).unwrap();
+    assert_eq!(index.surplus(0), [a]);
+    drop(held);
+    assert_eq!(index.surplus(0), [b, c, a]);
+}
+
+#[tokio::test]
+async fn a_cache_gives_up_what_the_disk_has_no_room_for_when_it_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = dir.path().join("cache");
+    let sources = Sources::open(&cache, 1 << 20).unwrap();
+    for seed in 0..8 {
+        let (farm, source) = files(seed, 1);
+        stage(&sources, source, &dir.path().join("inbox"), &farm).await.unwrap();
+    }
+    let free = || small_disk(&cache, 100_000, &Arc::default());
+    assert!(free()().unwrap() < 20_000);
+    Sources::open_keeping(&cache, 1 << 20, &small_limits(), free()).unwrap();
+    assert!((30_000..45_000).contains(&free()().unwrap()), "no more than has to go");
+}
+
+#[tokio::test]
+async fn a_fetch_keeps_the_reserve_free_and_what_nobody_needs_goes_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, inbox, others) = (dir.path().join("cache"), dir.path().join("inbox"), Arc::new(AtomicU64::new(0)));
+    let free = || small_disk(&cache, 100_000, &others);
+    let sources = Sources::open_keeping(&cache, 1 << 20, &small_limits(), free()).unwrap();
+    let (idle_farm, idle) = files(1, 3);
+    stage(&sources, idle, &inbox, &idle_farm).await.unwrap();
+    let (neighbour_farm, neighbour) = files(2, 2);
+    let hold = sources.hold(neighbour);
+    stage_held(&sources, &hold, &inbox, &neighbour_farm).await.unwrap();
+
+    // What others write leaves less than the reserve.
+    others.store(45_000, Ordering::Relaxed);
+    let (farm, source) = files(3, 1);
+    stage(&sources, source, &inbox, &farm).await.unwrap();
+    assert!(idle_farm.blobs.keys().all(|blob| !sources.has(blob)));
+
+    let (large_farm, large) = files(4, 8);
+    let (hold_large, free_before) = (sources.hold(large), free()().unwrap());
+    let error = stage_held(&sources, &hold_large, &inbox, &large_farm).await.unwrap_err();
+    let SourceError::Disk(error) = error else { panic!("{error}") };
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    assert!((10_000..free_before).contains(&free()().unwrap()), "some came, and the reserve is free");
+    sources.let_go(hold_large).await;
+    assert!(free()().unwrap() >= 30_000);
+    assert!(neighbour_farm.blobs.keys().all(|blob| sources.has(blob)), "an attempt is being given it");
+
+    others.store(99_000, Ordering::Relaxed);
+    sources.let_go(hold).await;
+    assert_eq!(cached(&cache), 0);
+}
+
+#[tokio::test]
+async fn an_archive_without_room_is_not_begun() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cache, inbox) = (dir.path().join("cache"), dir.path().join("inbox"));
+    let free = small_disk(&cache, 60_000, &Arc::default());
+    let sources = Sources::open_keeping(&cache, 1 << 20, &small_limits(), free).unwrap();
+    let piece = vec![7; 10_000];
+    let (farm, source) = farm(vec![entry("f", EntryKind::File, &[&piece[..]; 8], None)], &[&piece]);
+    let error = stage(&sources, source, &inbox, &farm).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Disk(error) if error.kind() == std::io::ErrorKind::StorageFull), "{error}");
+    assert!(!inbox.exists());
 }
 
 #[tokio::test]
