@@ -65,6 +65,12 @@ impl Host {
             let why = format!("{:?} is no absolute path in UTF-8", setup.state_dir);
             return Err(VmError::policy(VmFault::Start, why));
         }
+        let vms = setup.state_dir.join("vms");
+        // A large tree takes long: neither the daemon's start nor its end waits for this thread.
+        let trying = std::thread::Builder::new().name("gone".into()).spawn(move || files::remove_gone(&vms));
+        if let Err(error) = trying {
+            tracing::debug!(%error, "what was set aside is not tried again");
+        }
         Ok(Self { setup: Arc::new(setup), live: Mutex::default(), making: Arc::default() })
     }
 
@@ -172,7 +178,7 @@ impl VmProvider for Host {
         }
         let dir = vm_dir(&self.setup.state_dir, vm);
         let mark = self.dir(vm);
-        let (name, making) = (vm.clone(), Arc::clone(&self.making));
+        let (name, making, unique) = (vm.clone(), Arc::clone(&self.making), self.setup.env.dice());
         blocking(move || {
             lock(&making).remove(&name);
             let records = files::records(&dir);
@@ -180,7 +186,18 @@ impl VmProvider for Host {
             if !records.is_empty() && !guard::sweep(&records, &mark, KILL_BUDGET) {
                 return Err(VmError::farm(VmFault::Destroy, format!("processes of {name} do not die")));
             }
-            files::remove(&dir).map_err(|error| VmError::io(VmFault::Destroy, "remove the VM's directory", &error))
+            let Err(obstacle) = files::remove(&dir) else { return Ok(()) };
+            // Nothing runs in it any more, so it takes no slot.
+            let aside = files::set_aside(&dir, unique)
+                .map_err(|_| VmError::io(VmFault::Destroy, "remove the VM's directory", &obstacle))?;
+            tracing::warn!(
+                vm.id = %name,
+                "{} cannot be deleted and stays on the disk: {obstacle}. A job has left it, none of whose processes lives. \
+                 Delete it as whoever owns what is in it, after unmounting what is mounted there; each start of this \
+                 worker tries it again",
+                aside.display()
+            );
+            Ok(())
         })
         .await
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{DirBuilder, File, FileTimes, Metadata, OpenOptions, Permissions};
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,8 @@ use crate::provider::{GuestFile, Listing, Misfit, VmError, VmFault};
 
 /// Names of the guards' records in a VM's directory start with this.
 pub(super) const RECORD: &str = "guard-";
+/// Names of directories beside the VMs that could not be removed with theirs start with this.
+pub(super) const GONE: &str = ".gone-";
 
 pub(super) fn records(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
@@ -285,26 +287,80 @@ pub(super) fn stream(file: File, limit: u64, tx: &mpsc::Sender<Bytes>) {
     }
 }
 
-/// Removes a tree that its owner may have made unreadable. One that is gone already is a success.
-pub(super) fn remove(dir: &Path) -> std::io::Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => unlock(dir),
-        done => return done,
+/// Removes a tree that its owner may have made unreadable. One that is gone already is a success. The error names the
+/// first thing that stays; what else can be removed is, for it takes room.
+pub(super) fn remove(dir: &Path) -> io::Result<()> {
+    if remove_all(dir).is_ok() {
+        return Ok(());
     }
+    let obstacle = remove_each(dir);
+    remove_all(dir).map_err(|error| obstacle.unwrap_or(error))
+}
+
+fn remove_all(dir: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         done => done,
     }
 }
 
-/// Gives the owner every right on every directory, so that what is in it can be removed. Best effort: the removal tells.
-fn unlock(dir: &Path) {
-    let mut todo = vec![dir.to_owned()];
-    while let Some(at) = todo.pop() {
-        if std::fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_dir()) {
-            let _tells_later = std::fs::set_permissions(&at, Permissions::from_mode(0o700));
-            todo.extend(std::fs::read_dir(&at).into_iter().flatten().flatten().map(|entry| entry.path()));
+/// Removes all below `dir` that can be, having given the owner every right on every directory. Returns what came first in
+/// its way.
+fn remove_each(dir: &Path) -> Option<io::Error> {
+    let mut obstacle = None;
+    let mut note = |path: &Path, done: io::Result<()>| match done {
+        Err(error) if obstacle.is_none() && error.kind() != io::ErrorKind::NotFound => {
+            let path = path.strip_prefix(dir).unwrap_or(path);
+            obstacle = Some(io::Error::new(
+                error.kind(),
+                format!("{}: {error}", printable_bytes(path.as_os_str().as_bytes())),
+            ));
+        }
+        Err(_) | Ok(()) => {}
+    };
+    let device = std::fs::symlink_metadata(dir).ok().filter(Metadata::is_dir)?.dev();
+    let (mut dirs, mut next) = (vec![dir.to_owned()], 0);
+    while let Some(at) = dirs.get(next).cloned() {
+        next += 1;
+        let _tells_later = std::fs::set_permissions(&at, Permissions::from_mode(0o700));
+        let entries = match std::fs::read_dir(&at) {
+            Ok(entries) => entries.flatten(),
+            Err(error) => {
+                note(&at, Err(error));
+                continue;
+            }
+        };
+        for entry in entries {
+            let path = entry.path();
+            match entry.metadata() {
+                Ok(meta) if meta.is_dir() && meta.dev() == device => dirs.push(path),
+                Ok(meta) if meta.is_dir() => note(&path, Err(io::Error::other("something is mounted there"))),
+                Ok(_) => note(&path, std::fs::remove_file(&path)),
+                Err(error) => note(&path, Err(error)),
+            }
+        }
+    }
+    for at in dirs.iter().skip(1).rev() {
+        note(at, std::fs::remove_dir(at));
+    }
+    obstacle
+}
+
+/// Gives a directory that cannot be removed a name that no VM has, and returns its path.
+pub(super) fn set_aside(dir: &Path, unique: u64) -> io::Result<PathBuf> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let aside = dir.with_file_name(format!("{GONE}{name}-{unique:016x}"));
+    std::fs::rename(dir, &aside)?;
+    Ok(aside)
+}
+
+/// Tries again to remove what was set aside. What stays was told about when that happened.
+pub(super) fn remove_gone(vms: &Path) {
+    for entry in std::fs::read_dir(vms).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(GONE)
+            && let Err(error) = remove(&entry.path())
+        {
+            tracing::debug!(path = %entry.path().display(), %error, "it still cannot be removed");
         }
     }
 }

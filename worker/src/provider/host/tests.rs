@@ -4,7 +4,10 @@ use std::process::Stdio;
 
 use alloy_shared::env::Now;
 use alloy_shared::runtime::SystemEnv;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal as Number, kill};
+use nix::sys::stat::Mode;
 use nix::unistd::Pid;
 
 use super::*;
@@ -306,6 +309,75 @@ async fn nothing_outlives_a_killed_daemon_and_the_next_one_cleans_up() {
     assert_eq!(left, [VmName::mint(7, 1)]);
     fixture.host.destroy(&left[0]).await.unwrap();
     assert_eq!(fixture.host.list().await.unwrap(), []);
+}
+
+const CRAMPED_DIR: &str = "ALLOY_TEST_CRAMPED_DIR";
+/// Beyond any path's length, and deeper than a cramped process may have files open.
+const DEEP: usize = 60;
+
+/// Not a test by itself: a daemon that cannot delete what its job left, whoever runs it. Another one can.
+#[tokio::test]
+async fn cramped_process() {
+    let Some(dir) = std::env::var_os(CRAMPED_DIR) else { return };
+    let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
+    let host = host_in(Path::new(&dir), env, watch::Sender::new(Mono(u64::MAX)).subscribe());
+    let vm = VmName::mint(7, 1);
+    host.create(&vm, &Digest::of(b""), &Shape::default()).await.unwrap();
+    let work = vm_dir(Path::new(&dir), &vm).join("work");
+    for n in 0..50 {
+        std::fs::create_dir(work.join(format!("d{n}"))).unwrap();
+        std::fs::write(work.join(format!("d{n}/plain")), "x").unwrap();
+    }
+    let name = "deep".repeat(60);
+    let mut at = std::os::fd::OwnedFd::from(std::fs::File::open(&work).unwrap());
+    for _ in 0..DEEP {
+        nix::sys::stat::mkdirat(&at, name.as_str(), Mode::S_IRWXU).unwrap();
+        at = openat(&at, name.as_str(), OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+    }
+    drop(at);
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, 40, most).unwrap();
+    let error = files::remove(&vm_dir(Path::new(&dir), &vm)).unwrap_err().to_string();
+    assert!(error.starts_with("work/deep"), "{error}");
+    host.destroy(&vm).await.unwrap();
+    host.destroy(&vm).await.unwrap();
+    assert_eq!(host.list().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn what_cannot_be_deleted_is_set_aside_and_tried_again_at_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let cramped = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "provider::host::tests::cramped_process"])
+        .env(CRAMPED_DIR, dir.path())
+        .output()
+        .unwrap();
+    assert!(cramped.status.success(), "{cramped:?}");
+    let vms = dir.path().join("vms");
+    let left = || -> Vec<PathBuf> { std::fs::read_dir(&vms).unwrap().map(|entry| entry.unwrap().path()).collect() };
+    let [aside] = &left()[..] else { panic!("{:?}", left()) };
+    let name = aside.file_name().unwrap().to_str().unwrap();
+    assert!(name.starts_with(&format!(".gone-{}-", VmName::mint(7, 1))), "{name}");
+    assert_eq!(std::fs::read_dir(aside.join("work")).unwrap().count(), 1, "the rest is gone");
+    let fixture = Fixture::at(dir);
+    assert_eq!(fixture.host.list().await.unwrap(), []);
+    eventually("its removal", || left().is_empty().then_some(()));
+}
+
+#[test]
+fn what_is_set_aside_takes_nobodys_name_and_goes_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let vms = dir.path().join("vms");
+    let vm = vms.join(VmName::mint(7, 1).as_str());
+    let put = |unique| {
+        std::fs::create_dir_all(vm.join("work")).unwrap();
+        files::set_aside(&vm, unique).unwrap()
+    };
+    assert_ne!(put(1), put(2));
+    assert!(files::set_aside(&vm, 3).is_err(), "there is nothing");
+    std::fs::write(vms.join("file"), "x").unwrap();
+    files::remove_gone(&vms);
+    assert_eq!(std::fs::read_dir(&vms).unwrap().count(), 1);
 }
 
 #[tokio::test]
