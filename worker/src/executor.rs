@@ -229,15 +229,18 @@ impl Attempt {
         let (ctx, start) = (Arc::clone(&self.ctx), self.mono());
         let Some(claimed) = &self.claimed else { return Ok(()) };
         let deadline = start + ctx.limits.collect_ms;
-        let rules =
-            artifacts::parse(&self.assignment.spec.artifacts).map_err(|error| user(Reason::ArtifactMissing, &error))?;
-        let work = artifacts::collect(&ctx, &claimed.guest, &rules, &self.grant, &self.artifacts);
         let canceled = self.end.as_ref().is_some_and(|end| end.reason == Some(Reason::UserCanceled));
+        let work = async {
+            let rules = artifacts::parse(&self.assignment.spec.artifacts);
+            let rules = rules.map_err(|error| user(Reason::ArtifactMissing, &error))?;
+            let collected = artifacts::collect(&ctx, &claimed.guest, &rules, &self.grant, &self.artifacts).await;
+            collected.map_err(collect_ended)
+        };
         let collected = or_stop_again(&mut self.stop, canceled, by(&ctx.env, deadline, work)).await;
         self.timings.collect_ms = Some(self.mono().since(start));
-        let late = || internal("artifacts were not delivered in time");
-        let verdict = match collected?.map_err(|_late| late()) {
-            Ok(Ok(Missed { must, warnings })) => {
+        let late = |_late| Err(internal("artifacts were not delivered in time"));
+        let verdict = match collected?.unwrap_or_else(late) {
+            Ok(Missed { must, warnings }) => {
                 if let Some(end) = &mut self.end {
                     end.warnings = warnings;
                 }
@@ -246,8 +249,7 @@ impl Attempt {
                     false => Err(user(Reason::ArtifactMissing, &format!("no file matches {}", must.join(", ")))),
                 }
             }
-            Ok(Err(error)) => Err(collect_ended(error)),
-            Err(late) => Err(late),
+            Err(ended) => Err(ended),
         };
         match (verdict, &mut self.end) {
             (Err(Ended::End(worse)), Some(end)) if end.reason.is_none() => {
@@ -287,8 +289,8 @@ impl Attempt {
             Err(error) => tracing::warn!(attempt = %self.at, %error, "whether the log was cut is not known"),
         }
         let facts = self.facts();
-        if end.blame() == Some(Blame::Farm) {
-            // It may begin anew elsewhere as soon as this is told: nothing of it runs here by then.
+        if may_begin_anew(&end, self.assignment.spec.retries) {
+            // As soon as this is told: nothing of it runs here by then.
             self.release().await;
         }
         let report = Report::Result(Box::new(ResultReport {
@@ -458,6 +460,17 @@ async fn by<T>(env: &Arc<dyn Env>, deadline: Mono, work: impl Future<Output = T>
         biased;
         done = work => Ok(done),
         () = env.sleep_until(deadline) => Err(Late),
+    }
+}
+
+/// Whether the farm may begin the job anew when it hears this end.
+fn may_begin_anew(end: &End, retries: u32) -> bool {
+    match end.blame() {
+        Some(Blame::Farm) => true,
+        Some(Blame::User) => retries > 0,
+        // A worker that accepted too late is told to cancel as well.
+        Some(Blame::Policy) => end.reason == Some(Reason::UserCanceled),
+        None => false,
     }
 }
 

@@ -1,4 +1,6 @@
 use std::collections::HashMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -82,7 +84,7 @@ impl Upstream for Farm {
 }
 
 /// Hooks of a directory that is not there until a test makes it.
-async fn no_hooks(fixture: &Fixture) -> Hooks {
+async fn hooks_in(fixture: &Fixture) -> Hooks {
     let setup = crate::hooks::Setup {
         dir: fixture.dir.path().join("hooks"),
         state_dir: fixture.dir.path().to_owned(),
@@ -118,6 +120,7 @@ impl Rig {
 
     async fn within(farm: Farm, limits: Limits) -> Self {
         let fixture = Fixture::new();
+        std::fs::create_dir(fixture.dir.path().join("hooks")).unwrap();
         let (tx, inputs) = mpsc::channel(10_000);
         let farm = Arc::new(farm);
         let images = ImageStore::start(ImageSetup {
@@ -146,14 +149,25 @@ impl Rig {
             sources: Arc::new(Sources::open(&fixture.dir.path().join("cache"), 1 << 30).unwrap()),
             upstream: Arc::clone(&farm) as _,
             inputs: tx,
-            hooks: Arc::new(no_hooks(&fixture).await),
+            hooks: Arc::new(hooks_in(&fixture).await),
             worker_name: "mini".into(),
         });
         Self { fixture, ctx, farm, inputs }
     }
 
+    fn hooks(&self) -> PathBuf {
+        self.fixture.dir.path().join("hooks")
+    }
+
+    fn post_job(&self, line: &str) {
+        let hook = self.hooks().join("post-job");
+        std::fs::write(&hook, format!("#!/bin/sh\n{line}\n")).unwrap();
+        std::fs::set_permissions(hook, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
     /// Runs one attempt; `stop_at` is sent when the log holds the word.
     async fn run(&mut self, assignment: Assignment, stop_at: Option<(&str, Stop)>) -> Story {
+        let _ = std::fs::remove_file(self.hooks().join("told"));
         let (stop, stops) = mpsc::channel(4);
         self.ctx.spool.begin(&assignment).await.unwrap();
         let ctx = Arc::clone(&self.ctx);
@@ -186,6 +200,7 @@ impl Rig {
                 story.log = String::from_utf8(read.to_vec()).unwrap();
                 story.still_there = story.log.lines().any(|line| std::path::Path::new(line).is_dir());
                 assert!(story.result.replace(*result).is_none());
+                std::fs::write(self.hooks().join("told"), "").unwrap();
             }
             Input::Spooled { len, .. } => {
                 let read = self.ctx.spool.read(AT, 0, 4 << 20, 0).await.unwrap();
@@ -395,8 +410,29 @@ async fn when_the_farm_may_begin_a_job_anew_nothing_of_it_is_left_here() {
     let story = rig.run(assignment("pwd; echo up; sleep 600"), Some(("up", stop))).await;
     assert_eq!((end(&story).0, story.still_there), (Some(Reason::WorkerDrained), false));
     rig.ctx.spool.remove(AT).await.unwrap();
-    let story = rig.run(assignment("pwd; exit 3"), None).await;
-    assert_eq!((end(&story).1, story.still_there), (Some(3), true), "who waits for the end does not wait for the rest");
+    // The hook before the VM goes waits until the end was told: nobody who waits for the end waits for the rest.
+    rig.post_job("while [ ! -e told ]; do sleep 0.01; done");
+    let cancel = Stop::Cancel { grace_ms: 50 };
+    let story = rig.run(assignment("pwd; echo up; sleep 600"), Some(("up", cancel))).await;
+    assert_eq!((end(&story).0, story.still_there), (Some(Reason::UserCanceled), false));
+    for (retries, still_there) in [(1, false), (0, true)] {
+        rig.ctx.spool.remove(AT).await.unwrap();
+        let mut tried = assignment("pwd; exit 3");
+        tried.spec.retries = retries;
+        let story = rig.run(tried, None).await;
+        assert_eq!((end(&story).1, story.still_there), (Some(3), still_there), "{retries} retries");
+    }
+}
+
+#[tokio::test]
+async fn a_rule_that_cannot_be_used_does_not_hide_how_the_command_ended() {
+    let mut rig = Rig::new(Farm::default()).await;
+    let story = rig.run(with_artifacts("exit 7", &["../a"]), None).await;
+    assert_eq!(end(&story), (Some(Reason::ScriptFailure), Some(7)));
+    assert!(story.result.unwrap().end.message.contains("../a"));
+    rig.ctx.spool.remove(AT).await.unwrap();
+    let story = rig.run(with_artifacts("true", &["../a"]), None).await;
+    assert_eq!(end(&story), (Some(Reason::ArtifactMissing), Some(0)));
 }
 
 #[tokio::test]
