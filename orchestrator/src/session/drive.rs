@@ -213,20 +213,20 @@ impl Session {
         }
     }
 
-    /// True if the books say that this attempt is or was this worker's.
-    async fn owns(&mut self, attempt: AttemptRef) -> bool {
+    /// Whether the books say that this attempt is or was this worker's. `None`: they cannot be read.
+    async fn owns(&mut self, attempt: AttemptRef) -> Option<bool> {
         if self.own.contains(&attempt) {
-            return true;
+            return Some(true);
         }
         match self.app.store.attempt(&Scope::farm(), &attempt).await {
             Ok(Some(row)) if row.worker == self.worker => {
                 self.own.insert(attempt);
-                true
+                Some(true)
             }
-            Ok(_) => false,
+            Ok(_) => Some(false),
             Err(error) => {
                 warn!(%attempt, %error, "whose attempt it is cannot be read");
-                false
+                None
             }
         }
     }
@@ -261,7 +261,7 @@ impl Session {
     }
 
     async fn append(&mut self, attempt: AttemptRef, offset: u64, bytes: Bytes) {
-        if !self.owns(attempt).await {
+        if self.owns(attempt).await != Some(true) {
             warn!(%attempt, worker.id = %self.worker, "worker {} sent log bytes of an attempt that is not its own", self.worker);
             self.over = true;
             return;
@@ -286,7 +286,13 @@ impl Session {
 
     /// Finds out how long a log is. A database that is away comes back; until then the session goes on.
     async fn measure(&mut self, attempt: AttemptRef) {
-        if !self.owns(attempt).await || !self.measuring.insert(attempt) {
+        match self.owns(attempt).await {
+            Some(true) => {}
+            // Books that came back from a backup may not know it: then nothing of it is wanted.
+            Some(false) => return self.send(ToWorker::Order { order: Order::ResultAck { attempt } }.encode()).await,
+            None => return,
+        }
+        if !self.measuring.insert(attempt) {
             return;
         }
         let app = self.app.clone();

@@ -1,16 +1,18 @@
-use alloy_shared::id::{BootId, DEFAULT_ORG, Labels, OrgId, WorkerId};
+use alloy_shared::id::{AttemptRef, BootId, DEFAULT_ORG, JobId, Labels, OrgId, WorkerId};
 use alloy_shared::secret::{Secret, Token, TokenKind};
 use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::farm::{DrainRequest, EnrolRequest, InviteRequest, Role, TokenRequest, TokenView};
-use alloy_shared::wire::session::{Hello, signed_text};
+use alloy_shared::wire::session::{Frame, Held, HeldState, Hello, Link, Order, ToOrchestrator, ToWorker, signed_text};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ring::signature::{Ed25519KeyPair, KeyPair as _};
+use tokio::sync::mpsc;
 
 use super::{app, token_of};
 use crate::App;
 use crate::auth::Principal;
 use crate::ops::{OpError, access, workers};
+use crate::session::drive;
 
 fn admin(org: OrgId) -> Principal {
     Principal { org, caller: "tok_test".into(), name: "admin".into(), role: Role::Admin }
@@ -147,6 +149,40 @@ async fn a_session_opens_for_the_key_that_signed_this_nonce() {
     }
     let third = access::open_session(&app, &hello(&key, id, "n4"), "n4").await.unwrap().epoch;
     assert_eq!(third, first + 2, "a refused hello opens no session");
+}
+
+#[tokio::test]
+async fn a_worker_may_forget_an_attempt_that_the_books_do_not_know() {
+    let (app, _) = app().await;
+    let key = Ed25519KeyPair::from_seed_unchecked(&[5; 32]).unwrap();
+    let id = super::worker(&app, DEFAULT_ORG, key.public_key().as_ref().try_into().unwrap()).await.id;
+    let (tx, mut said) = mpsc::channel(64);
+    let (says, rx) = mpsc::channel(64);
+    let attempt = AttemptRef { job: JobId::from_raw(7), attempt: 1 };
+    let story = async {
+        let ToWorker::Challenge { nonce } = heard(&mut said).await else { panic!("no challenge") };
+        let held = vec![Held { attempt, state: HeldState::Lost, log_len: 9, seq: 0 }];
+        let hello = Hello { held, ..hello(&key, id, &nonce) };
+        says.send(ToOrchestrator::Hello(Box::new(hello)).encode()).await.unwrap();
+        let order = loop {
+            match heard(&mut said).await {
+                ToWorker::Order { order } => break order,
+                ToWorker::Reject { message, .. } => panic!("{message}"),
+                _ => {}
+            }
+        };
+        drop((says, said));
+        order
+    };
+    let (order, ()) = tokio::join!(story, drive::drive(app, id, Link { tx, rx }));
+    assert_eq!(order, Order::ResultAck { attempt });
+}
+
+async fn heard(said: &mut mpsc::Receiver<Frame>) -> ToWorker {
+    match said.recv().await.unwrap() {
+        Frame::Text(text) => ToWorker::decode(&text).unwrap(),
+        Frame::Binary(_) => panic!("a worker is sent no bytes"),
+    }
 }
 
 #[tokio::test]
