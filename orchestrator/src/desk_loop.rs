@@ -87,7 +87,8 @@ pub async fn spawn(
     Ok(door)
 }
 
-async fn with_attempt(store: &dyn Store, job: Job) -> Result<(Job, Option<Attempt>), StoreError> {
+/// A job as a desk has it.
+pub(crate) async fn with_attempt(store: &dyn Store, job: Job) -> Result<(Job, Option<Attempt>), StoreError> {
     let attempt = match job.state.tries.made {
         0 => None,
         _ => store.attempt(&Scope::farm(), &job.attempt()).await?,

@@ -44,6 +44,31 @@ async fn a_job_is_the_same_whichever_orchestrator_is_asked() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_goes_on_although_its_orchestrator_died_before_the_others_heard_of_it() -> Result<()> {
+    // At their own pace: what one of them gives to its own worker the other one reads within two seconds.
+    let mut farm = Several::start(2, 1, 4, 1).await?;
+    let mut owner = usize::from(!farm.said(0).contains(" connected"));
+    for _ in 0..4 {
+        let (has_it, other) = (farm.api_of(owner), farm.api_of(1 - owner));
+        let goes_on = has_it.shell("sleep 0.7; echo on").await?;
+        let canceled = has_it.shell("sleep 600").await?;
+        for id in [&goes_on, &canceled] {
+            until("it runs", async || Ok((has_it.job(id).await?["state"] == "running").then_some(()))).await;
+        }
+        farm.kill_orchestrator(owner);
+        other.post(&format!("/v1/jobs/{canceled}/cancel"), &json!({})).await?;
+        for (id, state) in [(&goes_on, "succeeded"), (&canceled, "canceled")] {
+            let job = other.end(id).await;
+            ensure!(job["state"] == state && job["attempt"] == 1, "{job}");
+        }
+        farm.start_orchestrator(owner).await?;
+        farm.all_connected().await;
+        owner = 1 - owner;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn alloy_up_on_a_second_machine_says_whose_token_it_lacks_and_goes_on_with_it() -> Result<()> {
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
     let mut variables = s3.env("farm");

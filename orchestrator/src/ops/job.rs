@@ -20,11 +20,12 @@ use super::upload::Depot;
 use crate::App;
 use crate::auth::Principal;
 use crate::desk::{Answer, By, From, News, Request};
+use crate::desk_loop::with_attempt;
 use crate::job::{Event, Refused};
 use crate::pick::wish;
 use crate::session::io::Settled;
 use crate::store::write::{CloseAttempt, IdempotencyKey};
-use crate::store::{Artifact, Attempt, Job, Scope};
+use crate::store::{Artifact, Attempt, Job, Scope, StoreError};
 
 pub struct Submitted {
     pub job: Job,
@@ -203,11 +204,22 @@ pub async fn cancel_for(app: &App, who: &Principal, id: JobId, reason: Reason) -
         match app.desk.ask(|ticket| Request::Cancel { ticket, job: id, reason }).await {
             Answer::Job(job) => return Ok(*job),
             Answer::Refused(Refused::Already) => return Ok(job),
-            Answer::Refused(_) | Answer::NotLive | Answer::Stale => {}
+            Answer::NotLive => tell_the_desk(app, id).await?,
+            Answer::Refused(_) | Answer::Stale => {}
             other => return Err(unavailable(&other)),
         }
     }
     Err(OpError::refused(ErrorCode::Unavailable, "the job kept changing; try again"))
+}
+
+/// Tells the desk of a job that another orchestrator has: by itself it learns of it at its next look.
+async fn tell_the_desk(app: &App, id: JobId) -> Result<(), StoreError> {
+    if app.shared.is_some()
+        && let Some(job) = app.store.job(&Scope::farm(), &id).await?
+    {
+        app.desk.tell(Request::Loaded(vec![with_attempt(&*app.store, job).await?])).await;
+    }
+    Ok(())
 }
 
 fn already_done(job: Job) -> Result<Job, OpError> {
@@ -234,13 +246,19 @@ pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled 
         Ok(checked) => checked,
         Err(settled) => return settled,
     };
-    for _ in 0..2 {
+    for _ in 0..3 {
         let (event, news) = (event.clone(), Box::new(news.clone()));
         match app.desk.ask(|ticket| Request::Report { ticket, from, seq, event, news }).await {
             Answer::Job(_) | Answer::Applied => return Settled::Applied,
             Answer::Gap { have } => return Settled::Gap { have },
-            // The job moved on. A report that the books already hold is acknowledged again, any other is fenced.
-            Answer::Refused(_) | Answer::NotLive => return in_the_books(app, from, seq).await,
+            Answer::Refused(_) | Answer::NotLive => match in_the_books(app, from, seq).await {
+                Ok(Some(settled)) => return settled,
+                Ok(None) => {}
+                Err(error) => {
+                    warn!(attempt = %from.at, %error, "cannot read the attempt");
+                    return Settled::Failed;
+                }
+            },
             // The picture was not true and has been loaded again: decide once more.
             Answer::Stale => {}
             Answer::Failed(error) => {
@@ -258,14 +276,16 @@ pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled 
     Settled::Failed
 }
 
-async fn in_the_books(app: &App, from: From, seq: u64) -> Settled {
-    match app.store.attempt(&Scope::farm(), &from.at).await {
-        Ok(Some(attempt)) if attempt.worker == from.worker && attempt.seq >= seq => Settled::Applied,
-        Ok(_) => Settled::Fenced,
-        Err(error) => {
-            warn!(attempt = %from.at, %error, "cannot read the attempt");
-            Settled::Failed
+/// The job moved on. A report that the books already hold is acknowledged again, any other is fenced. `None`: another orchestrator
+/// gave it out, and the desk is told now.
+async fn in_the_books(app: &App, from: From, seq: u64) -> Result<Option<Settled>, StoreError> {
+    match app.store.attempt(&Scope::farm(), &from.at).await? {
+        Some(attempt) if attempt.worker == from.worker && attempt.seq >= seq => Ok(Some(Settled::Applied)),
+        Some(attempt) if attempt.worker == from.worker && attempt.ended_at.is_none() && app.shared.is_some() => {
+            tell_the_desk(app, from.at.job).await?;
+            Ok(None)
         }
+        Some(_) | None => Ok(Some(Settled::Fenced)),
     }
 }
 
