@@ -9,7 +9,7 @@ use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::session::SlotView;
 use serde::{Deserialize, Serialize};
 
-use super::{Hub, LiveWorker, Mail};
+use super::{Entry, Hub, LiveWorker, Mail};
 use crate::store::sql::shared::{Heard, Own};
 
 /// What a worker has to offer, as orchestrators tell each other.
@@ -26,11 +26,13 @@ pub struct Told {
 }
 
 impl Hub {
-    /// The workers with a session here, and of their offers those that the books do not have.
+    /// The workers with a session here, and of their offers those that the books do not have. Also those whose session is over
+    /// and of which the books do not know how lately they were heard: what they were answered last may have kept them going.
     pub fn heard(&self, now: Mono) -> Vec<Heard> {
         let state = self.state();
         let mut heard = Vec::new();
-        for (worker, entry) in state.workers.iter().filter(|(_, entry)| entry.session.is_some()) {
+        let owed = |entry: &Entry| entry.written.is_some_and(|written| written < entry.seen);
+        for (worker, entry) in state.workers.iter().filter(|(_, entry)| entry.session.is_some() || owed(entry)) {
             let told = Told {
                 slots: entry.slots.clone(),
                 images: Arc::clone(&entry.images),
@@ -42,7 +44,7 @@ impl Hub {
                 worker: *worker,
                 epoch: entry.epoch,
                 age_ms: now.since(entry.seen),
-                offer: (offer != entry.told).then_some(offer),
+                offer: (offer != entry.told && entry.session.is_some()).then_some(offer),
             });
         }
         heard
@@ -149,6 +151,18 @@ mod tests {
         assert!(!hub.may_answer(WORKER, Mono(expiry_ms + 50)), "its newest session is elsewhere");
         hub.wrote(heard, &BTreeSet::from([WORKER]), Mono(expiry_ms + 50));
         assert!(hub.may_answer(WORKER, Mono(2 * expiry_ms)) && !hub.may_answer(WORKER, Mono(2 * expiry_ms + 1)));
+    }
+
+    #[test]
+    fn how_lately_a_worker_was_heard_is_written_also_when_its_session_is_over() {
+        let (hub, _letters, _) = hub();
+        hub.opened_at(WORKER, 5, Mono(0));
+        hub.seen(WORKER, Mono(40));
+        hub.close(WORKER, 5, false);
+        let heard = hub.heard(Mono(60));
+        assert_eq!(heard, [Heard { worker: WORKER, epoch: 5, age_ms: 20, offer: None }]);
+        hub.wrote(heard, &BTreeSet::from([WORKER]), Mono(60));
+        assert_eq!(hub.heard(Mono(70)), []);
     }
 
     #[test]

@@ -39,11 +39,11 @@ statements! {
         FROM sessions JOIN workers ON workers.id = sessions.worker_id AND workers.epoch = sessions.epoch \
         LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
         WHERE sessions.orchestrator_id <> $1 AND workers.revoked = FALSE";
-    // A worker whose orchestrator lives was not heard by it. Of one whose orchestrator is away nobody knows: that one may have
-    // answered it for as long as it may without writing.
+    // A worker whose orchestrator lives was not heard by it. Of one whose orchestrator is away, or has not yet said that it has
+    // the newest session, nobody knows: that one may have answered it for as long as it may without writing.
     SILENT = "WITH clock AS (SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now) \
         SELECT workers.id, clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END) AS unseen_since \
-        FROM clock CROSS JOIN workers LEFT JOIN sessions ON sessions.worker_id = workers.id \
+        FROM clock CROSS JOIN workers LEFT JOIN sessions ON sessions.worker_id = workers.id AND sessions.epoch = workers.epoch \
         LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
         WHERE workers.id IN (SELECT jobs.worker_id FROM jobs WHERE jobs.worker_id IS NOT NULL) AND (workers.seen_at_ms IS NULL \
         OR workers.seen_at_ms < clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END))";
