@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::Poll;
 
 use alloy_shared::id::{BadName, Digest, printable};
 use alloy_shared::limits;
@@ -19,6 +20,8 @@ use crate::upstream::{Grant, TransferError};
 
 /// Artifacts of one attempt that are on their way at once.
 const PUTS: usize = 4;
+/// Files that are compared with a rule before others may run.
+const LOOKS: usize = 64;
 
 #[derive(Debug)]
 pub enum CollectError {
@@ -53,7 +56,7 @@ pub async fn collect(
     }
     let attempt = grant.attempt;
     let listing = guest.list(rules).await.map_err(CollectError::Vm)?;
-    let missed = missed(rules, &listing);
+    let missed = missed(rules, &listing).await;
     stream::iter(listing.files.into_iter().map(|file| deliver(ctx, guest, file, grant)))
         .buffered(PUTS)
         .try_for_each(|report| async {
@@ -159,6 +162,13 @@ impl Matcher {
         self.any(path, |kind| kind == RuleKind::Exclude)
     }
 
+    /// True if a rule may take what lies deep below this directory. No deep path has to be looked at for that.
+    pub fn may_take_below(&self, dir: &str) -> bool {
+        let deeper = |glob: &str| glob.contains("**") || glob.matches('/').count() > dir.matches('/').count();
+        let leads = |rule: &ArtifactRule| rule.kind != RuleKind::Exclude && deeper(&rule.glob);
+        self.takes(dir) || self.rules.iter().any(|(rule, _)| leads(rule)) && !self.excludes(dir)
+    }
+
     fn any(&self, path: &str, kinds: impl Fn(RuleKind) -> bool) -> bool {
         self.rules.iter().any(|(rule, glob)| kinds(rule.kind) && covers(glob, path))
     }
@@ -196,14 +206,14 @@ fn base(glob: &str) -> String {
     glob.split('/').take_while(plain).collect::<Vec<_>>().join("/")
 }
 
-fn missed(rules: &[ArtifactRule], listing: &Listing) -> Missed {
+async fn missed(rules: &[ArtifactRule], listing: &Listing) -> Missed {
     let mut missed = Missed::default();
     for rule in rules.iter().filter(|rule| rule.kind != RuleKind::Exclude) {
         let Ok(matcher) = Matcher::new(std::slice::from_ref(rule)) else { continue };
-        if listing.files.iter().any(|file| matcher.takes(&file.path)) {
+        if find(&listing.files, |file| matcher.takes(&file.path)).await.is_some() {
             continue;
         }
-        let unfit = listing.unfit.iter().find(|unfit| matcher.takes(&unfit.text()));
+        let unfit = find(&listing.unfit, |unfit| matcher.takes(&unfit.text())).await;
         match (rule.kind, unfit) {
             (RuleKind::Must, None) => missed.must.push(format!("={}", rule.glob)),
             (RuleKind::Must, Some(unfit)) => missed.must.push(format!("={} ({})", rule.glob, describe(unfit))),
@@ -218,9 +228,34 @@ fn missed(rules: &[ArtifactRule], listing: &Listing) -> Missed {
     missed.warnings.extend(named.map(|unfit| format!("not collected: {}", describe(unfit))));
     let more = listing.unfit.len().saturating_sub(limits::UNFIT_NAMED_MAX) as u64 + listing.unfit_more;
     if more > 0 {
-        missed.warnings.push(format!("not collected: {more} more that are no files or have names that are not UTF-8"));
+        missed.warnings.push(format!("not collected: {more} more that cannot be artifacts"));
     }
     missed
+}
+
+/// Finds the first that fits, and lets others run again and again meanwhile: a deadline, or whoever stops the job.
+async fn find<T>(all: &[T], fits: impl Fn(&T) -> bool) -> Option<&T> {
+    for some in all.chunks(LOOKS) {
+        if let Some(found) = some.iter().find(|one| fits(one)) {
+            return Some(found);
+        }
+        if some.len() == LOOKS {
+            give_way().await;
+        }
+    }
+    None
+}
+
+async fn give_way() {
+    let mut given = false;
+    std::future::poll_fn(|context| {
+        if std::mem::replace(&mut given, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 fn describe(unfit: &Unfit) -> String {
@@ -283,28 +318,28 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_rule_that_matches_nothing_is_missed_by_name() {
+    #[tokio::test]
+    async fn a_rule_that_matches_nothing_is_missed_by_name() {
         let file = |path: &str| GuestFile { path: path.into(), size: 1, mode: 0o644, link: None };
         let with =
             |files: &[&str]| Listing { files: files.iter().map(|path| file(path)).collect(), ..Listing::default() };
         let rules = rules(&["=bin/*", "=missing/*", "optional", "b*/x", "!bin/y"]);
         let warning = |glob: &str| format!("no file matches the artifact rule `{glob}`");
         let some = Missed { must: vec!["=missing/*".into()], warnings: vec![warning("optional")] };
-        assert_eq!(missed(&rules, &with(&["bin/x"])), some);
+        assert_eq!(missed(&rules, &with(&["bin/x"])).await, some);
         let none = Missed {
             must: vec!["=bin/*".into(), "=missing/*".into()],
             warnings: vec![warning("optional"), warning("b*/x")],
         };
-        assert_eq!(missed(&rules, &with(&[])), none);
+        assert_eq!(missed(&rules, &with(&[])).await, none);
     }
 
-    #[test]
-    fn what_is_no_artifact_is_named_and_is_why_a_rule_is_not_met() {
+    #[tokio::test]
+    async fn what_is_no_artifact_is_named_and_is_why_a_rule_is_not_met() {
         let mut listing = Listing::default();
         listing.refuse(b"out/b\xffd".to_vec(), Misfit::Name);
         listing.refuse(b"pipe".to_vec(), Misfit::Pipe);
-        let told = missed(&rules(&["=out/*", "=nothing", "pipe"]), &listing);
+        let told = missed(&rules(&["=out/*", "=nothing", "pipe"]), &listing).await;
         assert_eq!(told.must, [r"=out/* (`out/b\xffd`, because its name is not UTF-8)", "=nothing"]);
         let named = [
             r"not collected: `out/b\xffd`, because its name is not UTF-8",
@@ -314,8 +349,32 @@ mod tests {
 
         let mut many = Listing { unfit_more: 5, ..Listing::default() };
         (0..limits::UNFIT_NAMED_MAX + 2).for_each(|n| many.refuse(n.to_string().into_bytes(), Misfit::Socket));
-        let told = missed(&rules(&["*"]), &many).warnings;
+        let told = missed(&rules(&["*"]), &many).await.warnings;
         assert_eq!(told.len(), limits::UNFIT_NAMED_MAX + 1);
         assert!(told.last().unwrap().contains(": 7 more"), "{told:?}");
+    }
+
+    #[tokio::test]
+    async fn a_long_look_for_what_is_missed_lets_a_deadline_pass() {
+        let mut listing = Listing::default();
+        (0..limits::ARTIFACTS_MAX).for_each(|n| listing.refuse(n.to_string().into_bytes(), Misfit::Pipe));
+        let rules = rules(&["=nothing"]);
+        let mut look = std::pin::pin!(missed(&rules, &listing));
+        assert!(futures_util::poll!(&mut look).is_pending(), "it gives way");
+        assert_eq!(look.await.must, ["=nothing"]);
+    }
+
+    #[test]
+    fn what_is_too_deep_concerns_the_rules_that_may_lead_there() {
+        for (texts, dir, may) in [
+            (&["out"][..], "out/deep", true),
+            (&["**/*.o"], "out/deep", true),
+            (&["out/*.o"], "out/deep", false),
+            (&["*/*/*.o"], "out/deep", true),
+            (&["**", "!out"], "out/deep", false),
+            (&["other", "!**/*.o"], "out/deep", false),
+        ] {
+            assert_eq!(Matcher::new(&rules(texts)).unwrap().may_take_below(dir), may, "{texts:?}");
+        }
     }
 }

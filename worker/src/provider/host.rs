@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::blocking::blocking;
 use super::{
     ArtifactRule, Command, Exec, Guest, Image, ImageRef, Listing, NetworkPolicy, Run, Shape, VmError, VmFault, VmName,
     VmProvider, vm_dir,
@@ -319,14 +320,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn make_private(dir: &Path) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
-}
-
-/// Does file work away from the runtime's threads.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, VmError> + Send + 'static) -> Result<T, VmError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(_panicked) => Err(VmError::farm(VmFault::Lost, "a file task ended early")),
-    }
 }
 
 const _: () = assert!(READ_MAX * CHUNKS == 1 << 20);

@@ -38,12 +38,27 @@ pub enum Misfit {
     Socket,
     #[error("it is a device")]
     Device,
-    /// Longer or deeper than paths may be.
+    /// No path that we would write.
     #[error("{0}")]
     Path(String),
+    /// Of a directory: what lies below it is longer or deeper than paths may be.
+    #[error("paths below it have more than {} bytes or {} directories", limits::PATH_MAX, limits::PATH_DEPTH_MAX)]
+    Deep,
 }
 
 impl Misfit {
+    /// The last directory that may be spoken of on the way to a path that is longer or deeper than paths may be. No rule
+    /// is asked about a path before this: what that costs grows with the path, and a stranger decides how long it is.
+    pub fn too_deep(path: &[u8]) -> Option<&[u8]> {
+        let (mut above, mut depth) = (0, 1);
+        let start = path.iter().take(limits::PATH_MAX + 1).enumerate();
+        for (at, _) in start.filter(|(_, byte)| **byte == b'/').take(limits::PATH_DEPTH_MAX) {
+            above = at;
+            depth += 1;
+        }
+        (path.len() > limits::PATH_MAX || depth > limits::PATH_DEPTH_MAX).then(|| &path[..above])
+    }
+
     /// The path as a text, if an artifact can be called so.
     pub fn check_path(path: &[u8]) -> Result<&str, Misfit> {
         let path = std::str::from_utf8(path).map_err(|_| Misfit::Name)?;
@@ -85,6 +100,10 @@ impl Unfit {
 
 impl Listing {
     pub fn refuse(&mut self, path: Vec<u8>, why: Misfit) {
+        // All that lies too deep below one directory is told by it.
+        if self.unfit.last().is_some_and(|last| last.path == path) {
+            return;
+        }
         match self.unfit.len() < limits::ARTIFACTS_MAX {
             true => self.unfit.push(Unfit { path, why }),
             false => self.unfit_more += 1,
@@ -124,6 +143,32 @@ mod tests {
             listing.refuse(format!("{n}").into_bytes(), Misfit::Pipe);
         }
         assert_eq!((listing.unfit.len(), listing.unfit_more), (limits::ARTIFACTS_MAX, 3));
+    }
+
+    #[test]
+    fn the_way_to_a_path_that_is_too_deep_ends_at_a_directory_that_is_not() {
+        let deepest = ["d"; limits::PATH_DEPTH_MAX].join("/");
+        let longest = "n".repeat(limits::PATH_MAX - 2);
+        for (path, above) in [
+            (String::new(), None),
+            (deepest.clone(), None),
+            (format!("{deepest}/f"), Some(&deepest[..])),
+            (format!("{deepest}/{}", "d/".repeat(1 << 20)), Some(&deepest)),
+            (format!("a/{longest}"), None),
+            (format!("a/{longest}/f"), Some(&format!("a/{longest}"))),
+            (format!("a/{longest}n"), Some("a")),
+            ("n".repeat(limits::PATH_MAX + 1), Some("")),
+        ] {
+            assert_eq!(Misfit::too_deep(path.as_bytes()), above.map(str::as_bytes), "{:.80}", path);
+            assert!(above.is_none_or(|above| Misfit::too_deep(above.as_bytes()).is_none()));
+        }
+    }
+
+    #[test]
+    fn what_is_refused_twice_in_a_row_counts_once() {
+        let mut listing = Listing::default();
+        (0..limits::ARTIFACTS_MAX + 3).for_each(|_| listing.refuse(b"deep".to_vec(), Misfit::Deep));
+        assert_eq!((listing.unfit.len(), listing.unfit_more), (1, 0));
     }
 
     #[test]

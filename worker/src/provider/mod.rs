@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 mod agent;
+mod blocking;
 pub mod host;
 mod listing;
 pub mod tart;

@@ -185,6 +185,12 @@ fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result
 
 /// Takes one entry if the rules do. Returns the path of a directory, which is to be looked into.
 fn look(root: &Path, path: PathBuf, rules: &Matcher, found: &mut Found) -> Result<Option<PathBuf>, VmError> {
+    if let Some(above) = Misfit::too_deep(path.as_os_str().as_bytes()) {
+        if rules.may_take_below(&String::from_utf8_lossy(above)) {
+            found.listing.refuse(above.to_vec(), Misfit::Deep);
+        }
+        return Ok(None);
+    }
     let full = root.join(&path);
     let Ok(meta) = std::fs::symlink_metadata(&full) else { return Ok(None) };
     let text = path.to_string_lossy();

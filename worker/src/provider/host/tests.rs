@@ -3,6 +3,7 @@ use std::io::Write as _;
 use std::process::Stdio;
 
 use alloy_shared::env::Now;
+use alloy_shared::limits;
 use alloy_shared::runtime::SystemEnv;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -542,6 +543,30 @@ async fn a_read_stays_inside_and_within_its_limit() {
     for outside in ["l/f", "lf", "p", "q", "d", "../home", "/etc/passwd", "nothing", "d/f/x"] {
         assert!(read(outside, 100).await.is_err(), "{outside}");
     }
+}
+
+#[test]
+fn what_lies_too_deep_is_named_by_a_directory_and_not_looked_into() {
+    let dir = tempfile::tempdir().unwrap();
+    let deepest = ["d"; limits::PATH_DEPTH_MAX].join("/");
+    let below = dir.path().join(&deepest).join("e/e/e");
+    std::fs::create_dir_all(&below).unwrap();
+    for place in [dir.path(), &dir.path().join(&deepest), &below] {
+        std::fs::write(place.join("f"), "x").unwrap();
+    }
+    let list = |texts: &[&str]| {
+        // The directories of the way, and what lies in the first and the last of them.
+        let most = limits::PATH_DEPTH_MAX + 3;
+        let matcher = crate::artifacts::Matcher::new(&rules(texts)).unwrap();
+        let Listing { files, unfit, .. } = files::list_up_to(dir.path(), &matcher, most).unwrap();
+        let unfit: Vec<_> =
+            unfit.into_iter().map(|unfit| (String::from_utf8(unfit.path).unwrap(), unfit.why)).collect();
+        (files.into_iter().map(|file| file.path).collect::<Vec<_>>(), unfit)
+    };
+    let deep = vec![(deepest, Misfit::Deep)];
+    assert_eq!(list(&["**/f"]), (vec!["f".to_owned()], deep.clone()));
+    assert_eq!(list(&["d"]), (vec![], deep));
+    assert_eq!(list(&["f*"]), (vec!["f".to_owned()], vec![]), "what no rule leads to is no loss");
 }
 
 #[test]

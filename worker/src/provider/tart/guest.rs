@@ -22,6 +22,7 @@ use super::script::{self, Job, Mark, Part, READER, Unmark, quote};
 use super::ssh::Ssh;
 use crate::artifacts::Matcher;
 use crate::provider::agent::{self, Said};
+use crate::provider::blocking::blocking;
 use crate::provider::{
     ArtifactRule, BootTimes, Command, Exec, ExecInput, ExecOutput, Exit, Guest, Listing, Run, Signal, VmError, VmFault,
 };
@@ -266,8 +267,16 @@ impl Guest for TartGuest {
             Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
         let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
         let said = self.must("list the workspace", &listing::script(&self.workspace, &bases)).await?;
-        listing::parse(&said, &matcher)
+        read_listing(said, matcher).await
     }
+}
+
+/// Reads a list on a thread of its own, which leaves it soon after nobody waits for it any more.
+async fn read_listing(said: Vec<u8>, matcher: Matcher) -> Result<Listing, VmError> {
+    let stop = CancellationToken::new();
+    let stopped = stop.clone();
+    let _while_waited_for = stop.drop_guard();
+    blocking(move || listing::parse(&said, &matcher, || stopped.is_cancelled())).await
 }
 
 /// A path of the workspace, as the guest sees it.
@@ -380,5 +389,28 @@ async fn pulse(env: Arc<dyn Env>, way: Way) -> VmError {
         if let Err(error) = way.ask(&env, ":", ANSWER_MAX, SILENCE).await {
             return VmError::farm(VmFault::Lost, format!("the guest is silent: {error}"));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_read_away_from_the_runtime_and_left_when_nobody_waits() {
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+        runtime.block_on(async {
+            let matcher = || Matcher::new(&crate::artifacts::parse(&["**".to_owned()]).unwrap()).unwrap();
+            let listing = read_listing(b"f 1 644 ./x\0".to_vec(), matcher()).await.unwrap();
+            assert_eq!(listing.files[0].path, "x");
+            // The one thread for such work is busy.
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || wait.recv());
+            let mut read = Box::pin(read_listing(b"f 1 644 ./x\0".to_vec(), matcher()));
+            assert!(futures_util::poll!(&mut read).is_pending());
+            drop(read);
+            go.send(()).unwrap();
+            busy.await.unwrap().unwrap();
+        });
     }
 }

@@ -74,7 +74,8 @@ fn record(bytes: &[u8]) -> Option<Record<'_>> {
     })
 }
 
-pub(super) fn parse(said: &[u8], matcher: &Matcher) -> Result<Listing, VmError> {
+/// Reads what the guest said, until somebody has `stopped` it: much can be said, and each record is held against all rules.
+pub(super) fn parse(said: &[u8], matcher: &Matcher, stopped: impl Fn() -> bool) -> Result<Listing, VmError> {
     let user = |why: String| VmError::user(VmFault::File, why);
     let broken = |bytes: &[u8]| {
         let line = printable(&String::from_utf8_lossy(bytes));
@@ -87,6 +88,9 @@ pub(super) fn parse(said: &[u8], matcher: &Matcher) -> Result<Listing, VmError> 
         None => Ok(None),
     };
     while let Some(bytes) = next()? {
+        if stopped() {
+            return Err(VmError::farm(VmFault::Lost, "nobody waits for the guest's list of files"));
+        }
         let Record { kind, size, mode, path } = record(bytes).ok_or_else(|| broken(bytes))?;
         let (odd, target) = match kind {
             b'f' => (None, None),
@@ -96,6 +100,12 @@ pub(super) fn parse(said: &[u8], matcher: &Matcher) -> Result<Listing, VmError> 
             b'd' => (Some(Misfit::Device), None),
             _ => return Err(broken(bytes)),
         };
+        if let Some(above) = Misfit::too_deep(path) {
+            if matcher.may_take_below(&String::from_utf8_lossy(above)) {
+                listing.refuse(above.to_vec(), Misfit::Deep);
+            }
+            continue;
+        }
         if !matcher.takes(&String::from_utf8_lossy(path)) {
             continue;
         }
@@ -131,10 +141,15 @@ mod tests {
 
     use super::*;
     use crate::artifacts::parse as parse_rules;
+    use crate::provider::Unfit;
 
     fn rules(texts: &[&str]) -> Matcher {
         let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
         Matcher::new(&parse_rules(&texts).unwrap()).unwrap()
+    }
+
+    fn parsed(said: &[u8], matcher: &Matcher) -> Result<Listing, VmError> {
+        parse(said, matcher, || false)
     }
 
     /// What a shell makes of it, with these tools before the system's own.
@@ -145,7 +160,7 @@ mod tests {
         let mut shell = std::process::Command::new("/bin/sh");
         let out = shell.arg("-c").arg(script(dir.to_str().unwrap(), &bases)).env("PATH", path).output().unwrap();
         assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
-        parse(&out.stdout, &matcher).unwrap()
+        parsed(&out.stdout, &matcher).unwrap()
     }
 
     /// A directory with a `stat` that takes what the one of macOS takes.
@@ -223,12 +238,39 @@ exec /usr/bin/stat -c "$form" "$@"
             "find: ./y: Permission denied\nf 5 644 ./x\0",
             "\0",
         ] {
-            assert!(parse(lie.as_bytes(), &matcher).is_err(), "{lie}");
+            assert!(parsed(lie.as_bytes(), &matcher).is_err(), "{lie}");
         }
-        let outside = parse(b"f 5 644 ./../x\0f 5 644 ./ok\0l 0 777 .//y\0z\0", &matcher).unwrap();
+        let outside = parsed(b"f 5 644 ./../x\0f 5 644 ./ok\0l 0 777 .//y\0z\0", &matcher).unwrap();
         let paths: Vec<_> = outside.files.iter().map(|file| file.path.as_str()).collect();
         assert_eq!((paths, outside.unfit.len()), (vec!["ok"], 2), "nothing that leaves the workspace is asked for");
-        let others = parse(b"f 5 644 ./\xff\0p 0 0 ./pipe\0f 5 644 ./mine\0", &rules(&["mine"])).unwrap();
+        let others = parsed(b"f 5 644 ./\xff\0p 0 0 ./pipe\0f 5 644 ./mine\0", &rules(&["mine"])).unwrap();
         assert_eq!((others.files.len(), others.unfit.len()), (1, 0), "nobody wants it");
+    }
+
+    #[test]
+    fn a_path_without_end_is_named_by_a_directory_and_no_rule_is_asked_about_it() {
+        let deepest = ["a"; limits::PATH_DEPTH_MAX].join("/");
+        for (texts, named) in [
+            (&["**/zz"][..], true),
+            (&["a"], true),
+            (&["*.txt"], false),
+            (&["**/zz", "!a"], false),
+            (&["**/zz", "!**/a"], false),
+        ] {
+            // A rule would be at the second one for hours.
+            for levels in [limits::PATH_DEPTH_MAX, 1 << 20] {
+                let said = format!("f 1 644 ./{}f\0f 1 644 ./b/zz\0", "a/".repeat(levels));
+                let Listing { unfit, .. } = parsed(said.as_bytes(), &rules(texts)).unwrap();
+                let deep = Unfit { path: deepest.clone().into_bytes(), why: Misfit::Deep };
+                assert_eq!(unfit, if named { vec![deep] } else { vec![] }, "{texts:?} {levels}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_list_that_nobody_waits_for_is_not_read_to_its_end() {
+        let left = std::cell::Cell::new(3);
+        let stopped = || left.replace(left.get() - 1) == 0;
+        assert!(parse(&b"f 1 644 ./x\0".repeat(1000), &rules(&["**"]), stopped).is_err());
     }
 }
