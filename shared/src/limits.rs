@@ -266,6 +266,8 @@ pub const NETWORK_RANGES_MAX: usize = 64;
 pub const ENV_COUNT_MAX: usize = 256;
 pub const ENV_BYTES_MAX: usize = 128 << 10;
 pub const ARTIFACT_RULES_MAX: usize = 64;
+/// `{` in one such rule. They may stand in each other, each as three levels of an expression of 250.
+pub const RULE_BRACES_MAX: usize = 64;
 /// Things that are named because a rule takes them and they are no artifacts. Of the others there is a number.
 pub const UNFIT_NAMED_MAX: usize = 100;
 /// Warnings at one job's end: one for each rule and for each thing that is named, how many things are not, and a cut log.

@@ -8,9 +8,8 @@ use std::task::Poll;
 use alloy_shared::id::{BadName, Digest, printable};
 use alloy_shared::limits;
 use alloy_shared::wire::session::{ArtifactReport, Report};
-use alloy_shared::wire::source::check_path;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use globset::{GlobBuilder, GlobMatcher};
+use globset::GlobSet;
 
 use crate::ctx::Ctx;
 use crate::provider::{ArtifactRule, Guest, GuestFile, Listing, RuleKind, Unfit, VmError};
@@ -115,41 +114,23 @@ pub fn parse(rules: &[String]) -> Result<Vec<ArtifactRule>, BadName> {
         let why = format!("are at most {}", limits::ARTIFACT_RULES_MAX);
         return Err(BadName { what: "artifact rules", why });
     }
-    let rules = rules.iter().map(|text| parse_rule(text)).collect::<Result<Vec<_>, _>>()?;
-    Matcher::new(&rules)?;
-    Ok(rules)
-}
-
-fn parse_rule(text: &str) -> Result<ArtifactRule, BadName> {
-    let (kind, glob) = match text.as_bytes().first() {
-        Some(b'=') => (RuleKind::Must, &text[1..]),
-        Some(b'!') => (RuleKind::Exclude, &text[1..]),
-        Some(_) | None => (RuleKind::Take, text),
-    };
-    let glob = glob.strip_prefix("./").unwrap_or(glob);
-    let glob = match glob.trim_end_matches('/') {
-        "." => "**",
-        glob => glob,
-    };
-    check_path(glob).map_err(|error| bad(text, &error.to_string()))?;
-    Ok(ArtifactRule { kind, glob: glob.to_owned() })
+    rules.iter().map(|text| ArtifactRule::parse(text).map_err(|why| bad(text, &why))).collect()
 }
 
 fn bad(rule: &str, why: &str) -> BadName {
-    BadName { what: "artifact rule", why: format!("`{}`: {why}", printable(rule)) }
+    BadName { what: "artifact rule", why: format!("`{}` {why}", printable(rule)) }
 }
 
 /// The rules of one job, ready to judge paths. A rule that matches a directory takes or leaves all below it.
 pub struct Matcher {
-    rules: Vec<(ArtifactRule, GlobMatcher)>,
+    rules: Vec<(ArtifactRule, GlobSet)>,
 }
 
 impl Matcher {
     pub fn new(rules: &[ArtifactRule]) -> Result<Self, BadName> {
         let compile = |rule: &ArtifactRule| {
-            let glob = GlobBuilder::new(&rule.glob).literal_separator(true).backslash_escape(true).build();
-            let glob = glob.map_err(|error| bad(&rule.glob, &error.kind().to_string()))?;
-            Ok((rule.clone(), glob.compile_matcher()))
+            let globs = rule.compile().map_err(|why| bad(&rule.glob, &why))?;
+            Ok((rule.clone(), globs))
         };
         Ok(Self { rules: rules.iter().map(compile).collect::<Result<_, _>>()? })
     }
@@ -170,7 +151,7 @@ impl Matcher {
     }
 
     fn any(&self, path: &str, kinds: impl Fn(RuleKind) -> bool) -> bool {
-        self.rules.iter().any(|(rule, glob)| kinds(rule.kind) && covers(glob, path))
+        self.rules.iter().any(|(rule, globs)| kinds(rule.kind) && globs.is_match(path))
     }
 
     /// Where to start looking: the plain parts that rules start with, none of them inside another. `""` is the root.
@@ -184,20 +165,6 @@ impl Matcher {
         let all = bases.clone();
         bases.retain(|path| !all.iter().any(|up| up != path && inside(path, up)));
         bases
-    }
-}
-
-/// True when the glob matches the path or a directory above it.
-fn covers(glob: &GlobMatcher, path: &str) -> bool {
-    let mut at = path;
-    loop {
-        if glob.is_match(at) {
-            return true;
-        }
-        match at.rsplit_once('/') {
-            Some((up, _)) => at = up,
-            None => return false,
-        }
     }
 }
 
@@ -277,6 +244,7 @@ mod tests {
             (&["out"][..], "out/a/b.txt", true),
             (&["out/"], "out/a/b.txt", true),
             (&["./out/"], "out/x", true),
+            (&["out//a/./*.ipa"], "out/a/x.ipa", true),
             (&["out"], "output", false),
             (&["*.log"], "a.log", true),
             (&["*.log"], "sub/a.log", false),
@@ -299,9 +267,13 @@ mod tests {
 
     #[test]
     fn wrong_rules_are_refused_by_name() {
-        for wrong in ["", "=", "!", "/etc", "../x", "a/../b", "a//b", "[", "{a"] {
+        let nested = "{{{{{{{{{{a/".repeat(30) + "a" + &"}}}}}}}}}}/".repeat(30);
+        for wrong in ["", "=", "!", "/etc", "../x", "a/../b", "[", "{a", &nested] {
             assert!(parse(&[wrong.to_owned()]).is_err(), "{wrong:?}");
         }
+        let unread = ArtifactRule { kind: RuleKind::Take, glob: nested };
+        let error = Matcher::new(&[unread]).map(drop).unwrap_err().to_string();
+        assert!(error.starts_with("artifact rule `{{{") && error.contains("is no glob"), "{error}");
         assert!(parse(&vec!["a".to_owned(); limits::ARTIFACT_RULES_MAX + 1]).is_err());
     }
 

@@ -7,6 +7,7 @@ mod golden;
 pub mod image;
 pub mod job;
 pub mod network;
+pub mod rule;
 pub mod session;
 pub mod source;
 pub mod spec;

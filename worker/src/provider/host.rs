@@ -306,8 +306,8 @@ impl Guest for HostGuest {
     }
 
     async fn list(&self, rules: &[ArtifactRule]) -> Result<Listing, VmError> {
-        let rules = crate::artifacts::Matcher::new(rules)
-            .map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
+        let rules =
+            crate::artifacts::Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
         let root = PathBuf::from(&self.workspace);
         blocking(move || files::list(&root, &rules)).await
     }

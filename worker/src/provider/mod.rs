@@ -24,6 +24,7 @@ pub mod host;
 mod listing;
 pub mod tart;
 
+pub use alloy_shared::wire::rule::{ArtifactRule, RuleKind};
 pub use listing::{Listing, Misfit, Unfit};
 
 #[async_trait]
@@ -187,24 +188,6 @@ impl From<&Network> for NetworkPolicy {
             Network::Allow(ranges) => Self::Only(ranges.clone()),
         }
     }
-}
-
-/// One rule of a job's artifacts, checked by [`crate::artifacts::parse`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ArtifactRule {
-    pub kind: RuleKind,
-    /// Relative to the workspace; `*` stops at `/`; a directory stands for all below it.
-    pub glob: String,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RuleKind {
-    /// Taken if it is there.
-    Take,
-    /// Taken, and missed if it is not there.
-    Must,
-    /// Left out, whatever else takes it.
-    Exclude,
 }
 
 /// A file or a link that a guest offers.

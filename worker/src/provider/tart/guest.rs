@@ -263,8 +263,7 @@ impl Guest for TartGuest {
     }
 
     async fn list(&self, rules: &[ArtifactRule]) -> Result<Listing, VmError> {
-        let matcher =
-            Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, format!("artifact rule {error}")))?;
+        let matcher = Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
         let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
         let said = self.must("list the workspace", &listing::script(&self.workspace, &bases)).await?;
         read_listing(said, matcher).await
