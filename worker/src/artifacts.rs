@@ -5,16 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::Poll;
 
-use alloy_shared::id::{BadName, Digest, printable};
+use alloy_shared::id::{AttemptRef, BadName, Digest, printable};
 use alloy_shared::limits;
 use alloy_shared::wire::session::{ArtifactReport, Report};
+use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use globset::GlobSet;
+use tokio::sync::mpsc;
 
 use crate::ctx::Ctx;
 use crate::provider::{ArtifactRule, Guest, GuestFile, Listing, RuleKind, Unfit, VmError};
 use crate::session::Input;
-use crate::spool::SpoolFile;
+use crate::spool::{Spool, SpoolFile};
 use crate::upstream::{Grant, TransferError};
 
 /// Artifacts of one attempt that are on their way at once.
@@ -79,17 +81,35 @@ async fn deliver(
         return Ok(ArtifactReport { path, size: 0, sha256: Digest::of(b""), mode, link });
     }
     // One byte more than was listed, so that a file that grew is told from one that did not.
-    let mut bytes = guest.read(&path, size.saturating_add(1)).await.map_err(CollectError::Vm)?;
-    let mut stash = ctx.spool.stash(grant.attempt).await.map_err(CollectError::Spool)?;
-    while let Some(chunk) = bytes.recv().await {
-        stash.write(chunk).await.map_err(CollectError::Spool)?;
-    }
-    let (sha256, len) = stash.finish().await.map_err(CollectError::Spool)?;
-    if len != size {
-        return Err(CollectError::Changed(path));
-    }
+    let bytes = guest.read(&path, size.saturating_add(1)).await.map_err(CollectError::Vm)?;
+    let stashed = stash(&ctx.spool, grant.attempt, bytes, size).await.map_err(CollectError::Spool)?;
+    let Some(sha256) = stashed else { return Err(CollectError::Changed(path)) };
     put(ctx, grant, &ctx.spool.stashed(grant.attempt, &sha256)).await?;
     Ok(ArtifactReport { path, size, sha256, mode, link: None })
+}
+
+/// Takes a file's bytes into the spool, unless there are fewer or more than were listed. A guest may send without end: the
+/// first byte too many is the last that is waited for.
+async fn stash(
+    spool: &Spool,
+    at: AttemptRef,
+    mut bytes: mpsc::Receiver<Bytes>,
+    size: u64,
+) -> std::io::Result<Option<Digest>> {
+    let mut stash = spool.stash(at).await?;
+    let mut left = size;
+    while let Some(chunk) = bytes.recv().await {
+        match left.checked_sub(chunk.len() as u64) {
+            Some(less) => left = less,
+            None => return Ok(None),
+        }
+        stash.write(chunk).await?;
+    }
+    if left > 0 {
+        return Ok(None);
+    }
+    let (sha256, _size) = stash.finish().await?;
+    Ok(Some(sha256))
 }
 
 /// A farm that is away is waited for, as long as collecting may take: the build itself is done.
@@ -334,6 +354,34 @@ mod tests {
         let mut look = std::pin::pin!(missed(&rules, &listing));
         assert!(futures_util::poll!(&mut look).is_pending(), "it gives way");
         assert_eq!(look.await.must, ["=nothing"]);
+    }
+
+    #[tokio::test]
+    async fn a_file_is_kept_if_it_has_the_listed_bytes_and_its_guest_is_left_at_the_first_too_many() {
+        let assignment = crate::spool::tests::assignment();
+        let (spool, at) = (Spool::memory(), assignment.attempt);
+        spool.begin(&assignment).await.unwrap();
+        for (sent, ends, kept) in [
+            (&["abc", "de"][..], true, Some(Digest::of(b"abcde"))),
+            (&["abc", "d"], true, None),
+            (&["abc", "def"], true, None),
+            (&["abc", "def"], false, None),
+            (&["abc", "de", "f"], false, None),
+        ] {
+            let (tx, rx) = mpsc::channel(8);
+            sent.iter().for_each(|piece| tx.try_send(Bytes::from_static(piece.as_bytes())).unwrap());
+            let more = (!ends).then_some(tx);
+            let mut stashed = Box::pin(stash(&spool, at, rx, 5));
+            match futures_util::poll!(&mut stashed) {
+                Poll::Ready(found) => assert_eq!(found.unwrap(), kept, "{sent:?}"),
+                Poll::Pending => panic!("more is waited for: {sent:?}"),
+            }
+            drop(stashed);
+            assert!(more.is_none_or(|tx| tx.is_closed()));
+        }
+        let (tx, rx) = mpsc::channel(1);
+        drop(tx);
+        assert_eq!(stash(&spool, at, rx, 0).await.unwrap(), Some(Digest::of(b"")), "an empty file is a file");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! T: what the artifact rules of a job lead to in a guest: files that can be taken out, and what cannot.
 
+use alloy_shared::id::printable;
 use alloy_shared::limits;
 use alloy_shared::wire::source::{BadSource, check_path};
 
-use super::GuestFile;
+use super::{GuestFile, VmError, VmFault};
 
 /// How much of a path is shown.
 const SHOWN_MAX: usize = 200;
@@ -98,6 +99,30 @@ impl Unfit {
     }
 }
 
+/// How many bytes a listing has so far, and whether one more file may be among them.
+#[derive(Debug, Default)]
+pub(super) struct Room {
+    bytes: u64,
+}
+
+impl Room {
+    /// Adds a file to what is taken, or says which limit of a job's artifacts that would break.
+    pub(super) fn take(&mut self, listing: &mut Listing, file: GuestFile) -> Result<(), VmError> {
+        let refuse = |why: String| Err(VmError::user(VmFault::File, format!("{}: {why}", printable(&file.path))));
+        if listing.files.len() >= limits::ARTIFACTS_MAX {
+            return refuse(format!("there are more than {} artifacts", limits::ARTIFACTS_MAX));
+        }
+        match self.bytes.checked_add(file.size) {
+            Some(bytes) if bytes <= limits::ARTIFACT_BYTES_MAX => self.bytes = bytes,
+            Some(_) | None => {
+                return refuse(format!("the artifacts have more than {} bytes", limits::ARTIFACT_BYTES_MAX));
+            }
+        }
+        listing.files.push(file);
+        Ok(())
+    }
+}
+
 impl Listing {
     pub fn refuse(&mut self, path: Vec<u8>, why: Misfit) {
         // All that lies too deep below one directory is told by it.
@@ -169,6 +194,26 @@ mod tests {
         let mut listing = Listing::default();
         (0..limits::ARTIFACTS_MAX + 3).for_each(|_| listing.refuse(b"deep".to_vec(), Misfit::Deep));
         assert_eq!((listing.unfit.len(), listing.unfit_more), (1, 0));
+    }
+
+    #[test]
+    fn artifacts_have_room_up_to_their_limits_and_what_is_beyond_is_the_users() {
+        let file = |size| GuestFile { path: "big".into(), size, mode: 0o644, link: None };
+        let take = |sizes: &[u64]| {
+            let (mut room, mut listing) = (Room::default(), Listing::default());
+            sizes.iter().try_for_each(|size| room.take(&mut listing, file(*size)))
+        };
+        assert_eq!(take(&[limits::ARTIFACT_BYTES_MAX, 0]), Ok(()));
+        assert_eq!(take(&[0; limits::ARTIFACTS_MAX]), Ok(()));
+        let bytes = "big: the artifacts have more than 17179869184 bytes";
+        for (sizes, why) in [
+            (&[limits::ARTIFACT_BYTES_MAX + 1][..], bytes),
+            (&[limits::ARTIFACT_BYTES_MAX, 1], bytes),
+            (&[1, u64::MAX], bytes),
+            (&[0; limits::ARTIFACTS_MAX + 1], "big: there are more than 10000 artifacts"),
+        ] {
+            assert_eq!(take(sizes), Err(VmError::user(VmFault::File, why)));
+        }
     }
 
     #[test]

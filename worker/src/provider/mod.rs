@@ -25,6 +25,7 @@ mod listing;
 pub mod tart;
 
 pub use alloy_shared::wire::rule::{ArtifactRule, RuleKind};
+use listing::Room;
 pub use listing::{Listing, Misfit, Unfit};
 
 #[async_trait]

@@ -17,7 +17,7 @@ use nix::sys::stat::Mode;
 use tokio::sync::mpsc;
 
 use crate::artifacts::Matcher;
-use crate::provider::{GuestFile, Listing, Misfit, VmError, VmFault};
+use crate::provider::{GuestFile, Listing, Misfit, Room, VmError, VmFault};
 
 /// Names of the guards' records in a VM's directory start with this.
 pub(super) const RECORD: &str = "guard-";
@@ -148,7 +148,7 @@ pub(super) fn list_up_to(root: &Path, rules: &Matcher, most: usize) -> Result<Li
 #[derive(Default)]
 struct Found {
     listing: Listing,
-    bytes: u64,
+    room: Room,
     /// Entries that were looked at, and how many may be.
     seen: usize,
     most: usize,
@@ -208,26 +208,19 @@ fn look(root: &Path, path: PathBuf, rules: &Matcher, found: &mut Found) -> Resul
 }
 
 fn take(full: &Path, path: &[u8], meta: &Metadata, found: &mut Found) -> Result<(), VmError> {
-    let refuse = |why: &str| Err(VmError::user(VmFault::File, format!("{}: {why}", printable_bytes(path))));
     let (path, link) = match fit(full, path, meta) {
         Ok(fits) => fits,
         Err(Unreadable::Misfit(why)) => {
             found.listing.refuse(path.to_vec(), why);
             return Ok(());
         }
-        Err(Unreadable::Disk(error)) => return refuse(&error.to_string()),
+        Err(Unreadable::Disk(error)) => {
+            return Err(VmError::user(VmFault::File, format!("{}: {error}", printable_bytes(path))));
+        }
     };
-    if found.listing.files.len() >= limits::ARTIFACTS_MAX {
-        return refuse(&format!("there are more than {} artifacts", limits::ARTIFACTS_MAX));
-    }
     let size = if link.is_some() { 0 } else { meta.size() };
-    found.bytes = found.bytes.saturating_add(size);
-    if found.bytes > limits::ARTIFACT_BYTES_MAX {
-        return refuse(&format!("the artifacts have more than {} bytes", limits::ARTIFACT_BYTES_MAX));
-    }
     let mode = if link.is_none() && meta.mode() & 0o111 != 0 { 0o755 } else { 0o644 };
-    found.listing.files.push(GuestFile { path: path.to_owned(), size, mode, link });
-    Ok(())
+    found.room.take(&mut found.listing, GuestFile { path: path.to_owned(), size, mode, link })
 }
 
 enum Unreadable {

@@ -4,11 +4,10 @@
 //! record with its target. Everything in it is a stranger's word.
 
 use alloy_shared::id::printable;
-use alloy_shared::limits;
 
 use super::script::quote;
 use crate::artifacts::Matcher;
-use crate::provider::{GuestFile, Listing, Misfit, VmError, VmFault};
+use crate::provider::{GuestFile, Listing, Misfit, Room, VmError, VmFault};
 
 /// A step that succeeds for a path `./…` without a link above its last part.
 pub(super) const INSIDE: &str = r#"inside() {
@@ -76,12 +75,11 @@ fn record(bytes: &[u8]) -> Option<Record<'_>> {
 
 /// Reads what the guest said, until somebody has `stopped` it: much can be said, and each record is held against all rules.
 pub(super) fn parse(said: &[u8], matcher: &Matcher, stopped: impl Fn() -> bool) -> Result<Listing, VmError> {
-    let user = |why: String| VmError::user(VmFault::File, why);
     let broken = |bytes: &[u8]| {
         let line = printable(&String::from_utf8_lossy(bytes));
-        user(format!("the guest's list of files cannot be read: {line}"))
+        VmError::user(VmFault::File, format!("the guest's list of files cannot be read: {line}"))
     };
-    let mut listing = Listing::default();
+    let (mut listing, mut room) = (Listing::default(), Room::default());
     let mut records = said.split_inclusive(|byte| *byte == 0);
     let mut next = || match records.next() {
         Some(bytes) => bytes.strip_suffix(b"\0").map(Some).ok_or_else(|| broken(bytes)),
@@ -112,12 +110,10 @@ pub(super) fn parse(said: &[u8], matcher: &Matcher, stopped: impl Fn() -> bool) 
         match fit(odd, path, target) {
             Ok((path, link)) => {
                 let mode = if mode & 0o111 == 0 { 0o644 } else { 0o755 };
-                listing.files.push(GuestFile { path: path.to_owned(), size, mode, link });
+                let size = if link.is_some() { 0 } else { size };
+                room.take(&mut listing, GuestFile { path: path.to_owned(), size, mode, link })?;
             }
             Err(why) => listing.refuse(path.to_vec(), why),
-        }
-        if listing.files.len() > limits::ARTIFACTS_MAX {
-            return Err(user(format!("the rules take more than {} files", limits::ARTIFACTS_MAX)));
         }
     }
     Ok(listing.sorted())
@@ -138,6 +134,9 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
+
+    use alloy_shared::limits;
+    use alloy_shared::wire::job::Blame;
 
     use super::*;
     use crate::artifacts::parse as parse_rules;
@@ -264,6 +263,19 @@ exec /usr/bin/stat -c "$form" "$@"
                 let deep = Unfit { path: deepest.clone().into_bytes(), why: Misfit::Deep };
                 assert_eq!(unfit, if named { vec![deep] } else { vec![] }, "{texts:?} {levels}");
             }
+        }
+    }
+
+    #[test]
+    fn more_bytes_than_a_job_may_leave_are_refused_as_the_users_own() {
+        let most = limits::ARTIFACT_BYTES_MAX;
+        let fits = format!("f {most} 644 ./a\0f 9 644 ./other\0l {most} 777 ./l\0a\0");
+        let files = parsed(fits.as_bytes(), &rules(&["a", "l"])).unwrap().files;
+        assert_eq!(files.iter().map(|file| file.size).collect::<Vec<_>>(), [most, 0], "a link has no bytes");
+        for said in [format!("f {} 644 ./a\0", most + 1), format!("f {most} 644 ./a\0f {} 644 ./b\0", u64::MAX)] {
+            let error = parsed(said.as_bytes(), &rules(&["*"])).unwrap_err();
+            assert_eq!((error.what, error.blame, error.retry), (VmFault::File, Blame::User, false));
+            assert!(error.tail.contains("more than 17179869184 bytes"), "{error}");
         }
     }
 
