@@ -239,6 +239,7 @@ pub const MANIFEST_ENTRIES_MAX: usize = 500_000;
 /// Half a million files with paths of 100 characters take 120 MB.
 pub const MANIFEST_BYTES_MAX: usize = 128 << 20;
 pub const SOURCE_BYTES_MAX: u64 = 64 << 30;
+/// Bytes of a path, and of what a link leads to.
 pub const PATH_MAX: usize = 1024;
 pub const PATH_DEPTH_MAX: usize = 64;
 /// Expanded bytes per stored byte, above which an archive counts as a bomb. Checked past the first MiB.

@@ -33,6 +33,8 @@ pub enum Misfit {
     Name,
     #[error("it is a link to a name that is not UTF-8")]
     Target,
+    #[error("it is a link to a name of more than {} bytes", limits::PATH_MAX)]
+    LongTarget,
     #[error("it is a pipe")]
     Pipe,
     #[error("it is a socket")]
@@ -70,6 +72,14 @@ impl Misfit {
             })
         })?;
         Ok(path)
+    }
+
+    /// What a link leads to as a text, if the farm takes it.
+    pub fn check_target(target: Vec<u8>) -> Result<String, Misfit> {
+        match target.len() > limits::PATH_MAX {
+            true => Err(Misfit::LongTarget),
+            false => String::from_utf8(target).map_err(|_| Misfit::Target),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs::{DirBuilder, File, FileTimes, Metadata, OpenOptions, Permissions};
 use std::io::{self, BufReader, Read};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
@@ -245,7 +245,7 @@ fn fit<'a>(full: &Path, path: &'a [u8], meta: &Metadata) -> Result<(&'a str, Opt
         return Ok((path, None));
     }
     let target = std::fs::read_link(full).map_err(Unreadable::Disk)?;
-    let target = target.into_os_string().into_string().map_err(|_| Unreadable::Misfit(Misfit::Target))?;
+    let target = Misfit::check_target(target.into_os_string().into_vec()).map_err(Unreadable::Misfit)?;
     Ok((path, Some(target)))
 }
 
@@ -363,3 +363,6 @@ pub(super) fn remove_gone(vms: &Path) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -472,7 +472,7 @@ async fn hostile_archives_are_refused_and_write_nothing_outside() {
     }
 }
 
-fn rules(texts: &[&str]) -> Vec<ArtifactRule> {
+pub(super) fn rules(texts: &[&str]) -> Vec<ArtifactRule> {
     crate::artifacts::parse(&texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>()).unwrap()
 }
 
@@ -546,42 +546,14 @@ async fn a_read_stays_inside_and_within_its_limit() {
 }
 
 #[test]
-fn what_lies_too_deep_is_named_by_a_directory_and_not_looked_into() {
+fn a_link_leads_no_further_than_the_farm_takes() {
     let dir = tempfile::tempdir().unwrap();
-    let deepest = ["d"; limits::PATH_DEPTH_MAX].join("/");
-    let below = dir.path().join(&deepest).join("e/e/e");
-    std::fs::create_dir_all(&below).unwrap();
-    for place in [dir.path(), &dir.path().join(&deepest), &below] {
-        std::fs::write(place.join("f"), "x").unwrap();
-    }
-    let list = |texts: &[&str]| {
-        // The directories of the way, and what lies in the first and the last of them.
-        let most = limits::PATH_DEPTH_MAX + 3;
-        let matcher = crate::artifacts::Matcher::new(&rules(texts)).unwrap();
-        let Listing { files, unfit, .. } = files::list_up_to(dir.path(), &matcher, most).unwrap();
-        let unfit: Vec<_> =
-            unfit.into_iter().map(|unfit| (String::from_utf8(unfit.path).unwrap(), unfit.why)).collect();
-        (files.into_iter().map(|file| file.path).collect::<Vec<_>>(), unfit)
-    };
-    let deep = vec![(deepest, Misfit::Deep)];
-    assert_eq!(list(&["**/f"]), (vec!["f".to_owned()], deep.clone()));
-    assert_eq!(list(&["d"]), (vec![], deep));
-    assert_eq!(list(&["f*"]), (vec!["f".to_owned()], vec![]), "what no rule leads to is no loss");
-}
-
-#[test]
-fn a_workspace_with_too_many_entries_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    for name in ["a/1", "a/2", "b/3"] {
-        let path = dir.path().join(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, "x").unwrap();
-    }
-    let list = |texts: &[&str], most| {
-        files::list_up_to(dir.path(), &crate::artifacts::Matcher::new(&rules(texts)).unwrap(), most)
-    };
-    assert_eq!(list(&["**/*"], 5).unwrap().files.len(), 3);
-    let error = list(&["**/*"], 4).unwrap_err();
-    assert!(error.tail.contains("more than 4 entries"), "{error}");
-    assert_eq!(list(&["**/*", "!a"], 4).unwrap().files.len(), 1, "what is excluded is not looked into");
+    let to = "t/".repeat(limits::PATH_MAX / 2);
+    std::os::unix::fs::symlink(&to, dir.path().join("near")).unwrap();
+    std::os::unix::fs::symlink(format!("{to}t"), dir.path().join("far")).unwrap();
+    let matcher = crate::artifacts::Matcher::new(&rules(&["*"])).unwrap();
+    let Listing { files, unfit, .. } = files::list(dir.path(), &matcher).unwrap();
+    assert_eq!(files.into_iter().map(|file| (file.path, file.link)).collect::<Vec<_>>(), [("near".into(), Some(to))]);
+    let unfit: Vec<_> = unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why.to_string())).collect();
+    assert_eq!(unfit, [("far".to_owned(), "it is a link to a name of more than 1024 bytes".to_owned())]);
 }

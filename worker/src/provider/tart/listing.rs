@@ -125,7 +125,7 @@ fn fit<'a>(odd: Option<Misfit>, path: &'a [u8], target: Option<&[u8]>) -> Result
         return Err(odd);
     }
     let path = Misfit::check_path(path)?;
-    let target = target.map(|to| String::from_utf8(to.to_vec())).transpose().map_err(|_| Misfit::Target)?;
+    let target = target.map(|to| Misfit::check_target(to.to_vec())).transpose()?;
     Ok((path, target))
 }
 
@@ -277,6 +277,18 @@ exec /usr/bin/stat -c "$form" "$@"
             assert_eq!((error.what, error.blame, error.retry), (VmFault::File, Blame::User, false));
             assert!(error.tail.contains("more than 17179869184 bytes"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_link_leads_no_further_than_the_farm_takes() {
+        let to = "t".repeat(limits::PATH_MAX);
+        let said = format!("l 0 777 ./far\0{to}t\0l 0 777 ./near\0{to}\0");
+        let Listing { files, unfit, .. } = parsed(said.as_bytes(), &rules(&["*"])).unwrap();
+        assert_eq!(
+            files.iter().map(|file| (&file.path[..], file.link.as_ref())).collect::<Vec<_>>(),
+            [("near", Some(&to))]
+        );
+        assert_eq!(unfit, [Unfit { path: b"far".to_vec(), why: Misfit::LongTarget }]);
     }
 
     #[test]
