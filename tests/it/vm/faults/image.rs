@@ -52,6 +52,16 @@ async fn f13_a_pull_that_fails_is_tried_again_and_no_job_is_lost_by_it() -> Resu
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn f13_an_image_that_was_pulled_is_here_although_the_question_fails() -> Result<()> {
+    // The first one is whether it has to be pulled.
+    let farm = one(&[with(rule("fqn", "fail", 0, 3), json!({ "exit": 1, "stderr": "Error: ?" }))]).await?;
+    let ended = job(&farm, json!({ "shell": "true" })).await?;
+    assert_eq!((&ended["state"], losses(&farm, &ended).await?), (&json!("succeeded"), vec![]), "{ended}");
+    assert_eq!(calls(farm.mac(0), "pull").len(), 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f13_a_pull_that_stalls_is_ended() -> Result<()> {
     for fault in ["stall", "hang"] {
         let faults = vec![vec![rule("pull", fault, 0, 1)]];

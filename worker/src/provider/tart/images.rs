@@ -18,6 +18,9 @@ use crate::provider::{Image, ImageRef, VmError, VmFault, VmName};
 /// The registry answers within this, or unfinished downloads of other images are left to the collector.
 const BEGIN: Duration = Duration::from_secs(30);
 
+/// For an image that was pulled.
+const LOOKS: u32 = 3;
+
 impl TartHost {
     /// The image's digest, if it is on this host.
     pub(super) async fn cached(&self, image: &ImageRef) -> Result<Option<Digest>, VmError> {
@@ -32,7 +35,11 @@ impl TartHost {
                 let digest = digest_of(&fqn).ok_or_else(|| host(&format!("tart fqn: `{}`", fqn.trim())))?;
                 Ok(Some(self.remember(digest, fqn.trim().to_owned())))
             }
-            Err(_not_cached) => Ok(None),
+            Err(Failed { trouble: Trouble::Missing, .. }) => Ok(None),
+            Err(failed) => {
+                tracing::warn!(%image, says = failed.says, "whether an image is here is not known");
+                Ok(None)
+            }
         }
     }
 
@@ -100,8 +107,13 @@ impl TartHost {
                 _ => vm_error(VmFault::Pull, "pull", &failed),
             });
         }
-        let there = self.cached(image).await?;
-        there.ok_or_else(|| VmError::farm(VmFault::Pull, format!("{image} was pulled and is not there")))
+        // One answer proves nothing: the question may fail for a reason of its own, or cross a tag that somebody moves.
+        for _ in 0..LOOKS {
+            if let Some(digest) = self.cached(image).await? {
+                return Ok(digest);
+            }
+        }
+        Err(VmError::farm(VmFault::Pull, format!("{image} was pulled and is not there")))
     }
 
     /// Runs the pull. While it begins and there are unfinished downloads, nothing else of `tart` runs: one of them may be
