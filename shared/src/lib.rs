@@ -10,6 +10,7 @@ pub mod env;
 pub mod id;
 pub mod limits;
 pub mod mem_disk;
+pub mod room;
 pub mod runtime;
 pub mod secret;
 pub mod wire;

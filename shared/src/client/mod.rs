@@ -200,7 +200,8 @@ impl Client {
         let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
         let date = date.and_then(Ms::parse_http_date);
         let body = self.collect(&mut response, limits::PROBLEM_MAX).await.map_err(failed)?;
-        if body.trim_ascii() != b"ready" {
+        // A farm whose disk is full says so in a second line.
+        if body.split(|byte| *byte == b'\n').next().map(<[u8]>::trim_ascii) != Some(b"ready") {
             return Err(ClientError::protocol(format!("what answers at {} is no farm", self.base)));
         }
         Ok(date)

@@ -295,7 +295,7 @@ async fn only_a_farm_is_ready_and_it_tells_the_time() {
     let date = ("date", "Tue, 14 Nov 2023 22:13:20 GMT");
     let answers = vec![
         reply(200, &[date], b"ready\n"),
-        reply(200, &[], b"ready\n"),
+        reply(200, &[], b"ready\nstorage_full: 1 MiB is free\n"),
         reply(200, &[date], b"<html>please log in</html>"),
         problem(ErrorCode::Unavailable),
     ];
