@@ -160,7 +160,9 @@ impl Attempt {
         let mut pressure = Pressure::default();
         loop {
             let (now, limits) = (self.mono(), &self.ctx.limits);
-            let held = pressure.holds(now, limits.log_pressure_ms, || self.ctx.spool.is_tight());
+            let tight = || self.ctx.spool.is_tight();
+            // Once it is to go, what it prints is taken, for its end comes behind that.
+            let held = stopping.is_none() && pressure.holds(now, limits.log_pressure_ms, tight);
             tokio::select! {
                 biased;
                 stop = next_stop(&mut self.stop) => match (stop, &stopping) {
@@ -290,7 +292,7 @@ impl Attempt {
         }
         let facts = self.facts();
         if may_begin_anew(&end, self.assignment.spec.retries) {
-            // As soon as this is told: nothing of it runs here by then.
+            // Elsewhere, as soon as this is told: nothing of it runs here by then.
             self.release().await;
         }
         let report = Report::Result(Box::new(ResultReport {
@@ -504,6 +506,7 @@ fn vm_ended(error: &VmError) -> Ended {
         (VmFault::Host | VmFault::Full | VmFault::Taken, _) => Reason::WorkerDrained,
         (VmFault::Start | VmFault::Network | VmFault::Destroy, _) => Reason::VmStartFailure,
         (VmFault::Lost, _) => Reason::VmLost,
+        (VmFault::Fenced, _) => Reason::WorkerLost,
         (VmFault::File, Blame::Farm | Blame::Policy) => Reason::InternalError,
     };
     Ended::End(End::because(reason, error.to_string()))

@@ -80,8 +80,12 @@ enum Order {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Word {
-    Started { pid: i32 },
+    Started {
+        pid: i32,
+    },
     Exited(Exit),
+    /// It was killed at the fence: how it ended says nothing about it.
+    Fenced,
 }
 
 /// Runs the guard: `ALLOY __guard RECORD`. The record names the guard's and the command's process, so that a later daemon
@@ -175,6 +179,7 @@ impl Tree<'_> {
 /// Waits until the command and all its descendants are gone, and sees to it that they go when they must.
 fn guard(tree: &Tree<'_>, mut fence: Option<Duration>, rx: &mpsc::Receiver<Event>, out: &mut impl Write) {
     let (mut killing, mut stopping, mut childless, mut rounds) = (false, false, false, 0u32);
+    let mut fenced = false;
     loop {
         let wait = match (killing || childless, fence) {
             (true, _) if rounds < KILL_ROUNDS_FAST => KILL_ROUND,
@@ -192,7 +197,7 @@ fn guard(tree: &Tree<'_>, mut fence: Option<Duration>, rx: &mpsc::Receiver<Event
             Ok(Event::Order(Order::Run(_))) => {}
             Ok(Event::Ended { exit, alone }) => {
                 // A daemon that is gone cannot hear it; the rest must still be killed.
-                let _deaf = say(out, &Word::Exited(exit));
+                let _deaf = say(out, &if fenced { Word::Fenced } else { Word::Exited(exit) });
                 if alone && tree.is_over() {
                     return;
                 }
@@ -206,7 +211,8 @@ fn guard(tree: &Tree<'_>, mut fence: Option<Duration>, rx: &mpsc::Receiver<Event
         if childless && tree.is_over() {
             return;
         }
-        killing |= fence.is_some_and(|at| uptime() >= at);
+        fenced |= !killing && fence.is_some_and(|at| uptime() >= at);
+        killing |= fenced;
         if killing || childless {
             rounds = rounds.saturating_add(1);
         }

@@ -40,13 +40,20 @@ impl LogFile {
         name.into()
     }
 
+    /// Opens the new part before it moves the others: without room for open files none is pushed out.
     fn begin_new(&mut self) -> io::Result<()> {
+        let mut new = self.path.clone().into_os_string();
+        new.push(".new");
+        let file = append_to(Path::new(&new))?;
         for number in (1..DAEMON_LOGS).rev() {
             ignore_missing(std::fs::rename(self.part(number), self.part(number + 1)))?;
         }
         ignore_missing(std::fs::rename(&self.path, self.part(1)))?;
-        self.file = append_to(&self.path)?;
-        self.len = 0;
+        std::fs::rename(&new, &self.path).inspect_err(|_| {
+            // It is still written to, and the next try moves it once more.
+            std::fs::rename(self.part(1), &self.path).ok();
+        })?;
+        (self.file, self.len) = (file, 0);
         Ok(())
     }
 }
@@ -55,7 +62,8 @@ impl Write for LogFile {
     /// Takes the line whole: a line is never in two parts.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         if self.len > 0 && self.len.saturating_add(line.len() as u64) > self.cap {
-            self.begin_new()?;
+            // Where none can be begun the part that there is grows on.
+            let _ = self.begin_new();
         }
         self.file.write_all(line)?;
         self.len += line.len() as u64;
@@ -106,6 +114,24 @@ mod tests {
         assert_eq!(numbers, (60 - numbers.len() as u32..60).collect::<Vec<_>>());
         assert_eq!(lines.last(), Some(&"after a restart"));
         assert_eq!(std::fs::read_dir(dir.path().join("logs")).unwrap().count(), 1 + DAEMON_LOGS as usize);
+    }
+
+    #[test]
+    fn a_part_that_cannot_be_begun_pushes_none_out_and_no_line_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = LogFile::open_with(&dir.path().join("w.log"), 4).unwrap();
+        for line in ["one\n", "two\n"] {
+            log.write_all(line.as_bytes()).unwrap();
+        }
+        let in_the_way = dir.path().join("w.log.new");
+        std::fs::create_dir(&in_the_way).unwrap();
+        for line in ["3\n", "4\n", "5\n", "6\n", "7\n"] {
+            log.write_all(line.as_bytes()).unwrap();
+        }
+        assert_eq!((read(&log.part(1)), read(&log.path)), ("one\n".into(), "two\n3\n4\n5\n6\n7\n".into()));
+        std::fs::remove_dir(&in_the_way).unwrap();
+        log.write_all(b"8\n").unwrap();
+        assert_eq!((read(&log.part(2)), read(&log.path)), ("one\n".into(), "8\n".into()));
     }
 
     #[test]

@@ -17,6 +17,7 @@ use alloy_shared::id::Digest;
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::source::{Entry, EntryKind, Manifest};
 use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
 
 use crate::host::FreeBytes;
 use crate::upstream::{Grant, TransferError, Upstream};
@@ -67,13 +68,14 @@ impl Held {
 }
 
 impl Sources {
-    /// Opens a cache directory, which may hold blobs of earlier runs.
+    /// A cache on a disk without end.
+    #[cfg(test)]
     pub fn open(root: &Path, budget_bytes: u64) -> std::io::Result<Self> {
         let limits = Limits { disk_floor: 0, ..Limits::default() };
         Self::open_keeping(root, budget_bytes, &limits, Box::new(|| Ok(u64::MAX)))
     }
 
-    /// The same on a disk of which some stays free, whatever the budget says.
+    /// Opens a cache directory, which may hold blobs of earlier runs. Some of its disk stays free, whatever the budget says.
     pub fn open_keeping(root: &Path, budget_bytes: u64, limits: &Limits, free: FreeBytes) -> std::io::Result<Self> {
         Disk::open(root, budget_bytes, limits, free).map(|disk| Self::Disk(Arc::new(disk)))
     }
@@ -131,8 +133,12 @@ impl Sources {
             wanted = match self {
                 Self::Disk(disk) => {
                     let (disk, hold, inbox) = (Arc::clone(disk), hold.clone(), inbox.to_owned());
-                    let staged = tokio::task::spawn_blocking(move || disk.stage(&hold.0, &inbox, now)).await;
-                    staged.unwrap_or_else(|_| Err(SourceError::Disk(std::io::Error::other("staging ended early"))))?
+                    let stop = CancellationToken::new();
+                    let _while_waited_for = stop.clone().drop_guard();
+                    let stage = move || disk.stage(&hold.0, &inbox, now, &stop);
+                    tokio::task::spawn_blocking(stage)
+                        .await
+                        .unwrap_or_else(|_| Err(SourceError::Disk(std::io::Error::other("staging ended early"))))?
                 }
                 Self::Mem(mem) => mem.missing(source)?,
             };
@@ -384,7 +390,7 @@ impl Disk {
     }
 
     /// Writes the archive if everything is here, else returns what is not.
-    fn stage(&self, held: &Held, inbox: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
+    fn stage(&self, held: &Held, inbox: &Path, now: Ms, stop: &CancellationToken) -> Result<Vec<Digest>, SourceError> {
         let Some(manifest) = self.get(&held.source) else { return Ok(vec![held.source]) };
         let manifest = Manifest::decode(&manifest).map_err(|error| SourceError::NoTree(error.to_string()))?;
         let blobs = manifest.blobs();
@@ -395,20 +401,28 @@ impl Disk {
             return Ok(missing);
         }
         self.make_room(manifest.total_bytes())?;
-        std::fs::create_dir_all(inbox)?;
+        waited_for(stop)?;
+        // The inbox is there as long as its VM is. It is not made here: nothing is staged for a VM that is gone.
         let temp = inbox.join("source.part");
-        let missing = self.assemble(&manifest, &temp, now)?;
+        let missing = self.assemble(&manifest, &temp, now, stop)?;
         if missing.is_empty() {
             std::fs::rename(&temp, inbox.join(SOURCE_TAR))?;
         }
         Ok(missing)
     }
 
-    fn assemble(&self, manifest: &Manifest, tar: &Path, now: Ms) -> Result<Vec<Digest>, SourceError> {
+    fn assemble(
+        &self,
+        manifest: &Manifest,
+        tar: &Path,
+        now: Ms,
+        stop: &CancellationToken,
+    ) -> Result<Vec<Digest>, SourceError> {
         let mtime = u64::try_from(now.0 / 1000).unwrap_or(0);
         let mut archive = tar::Builder::new(BufWriter::with_capacity(1 << 20, File::create(tar)?));
         let mut lost = Vec::new();
         for entry in manifest.entries() {
+            waited_for(stop)?;
             let mut header = tar::Header::new_gnu();
             header.set_mtime(mtime);
             header.set_mode(entry.mode);
@@ -416,7 +430,7 @@ impl Disk {
             match entry.kind {
                 EntryKind::File => {
                     header.set_entry_type(tar::EntryType::Regular);
-                    let mut content = Chunks::new(self, entry);
+                    let mut content = Chunks::new(self, entry, stop);
                     let wrote = archive.append_data(&mut header, &entry.path, &mut content);
                     if let Some(digest) = content.lost {
                         lost.push(digest);
@@ -463,6 +477,14 @@ impl Disk {
     }
 }
 
+/// An error once nobody waits for the archive any more: the VM that it is for may be gone, and the disk's room is not.
+fn waited_for(stop: &CancellationToken) -> std::io::Result<()> {
+    match stop.is_cancelled() {
+        true => Err(std::io::Error::other("nobody waits for the archive any more")),
+        false => Ok(()),
+    }
+}
+
 /// Appends a link with exactly this target. The library's own way would clean it up like a path.
 fn append_link(
     archive: &mut tar::Builder<impl Write>,
@@ -488,6 +510,7 @@ fn append_link(
 /// The bytes of one file, blob after blob, never more than its size.
 struct Chunks<'a> {
     disk: &'a Disk,
+    stop: &'a CancellationToken,
     chunks: std::slice::Iter<'a, Digest>,
     current: std::io::Cursor<Vec<u8>>,
     left: u64,
@@ -496,9 +519,9 @@ struct Chunks<'a> {
 }
 
 impl<'a> Chunks<'a> {
-    fn new(disk: &'a Disk, entry: &'a Entry) -> Self {
+    fn new(disk: &'a Disk, entry: &'a Entry, stop: &'a CancellationToken) -> Self {
         let current = std::io::Cursor::new(Vec::new());
-        Self { disk, chunks: entry.chunks.iter(), current, left: entry.size, overlong: false, lost: None }
+        Self { disk, stop, chunks: entry.chunks.iter(), current, left: entry.size, overlong: false, lost: None }
     }
 
     fn is_exact(&self) -> bool {
@@ -519,6 +542,7 @@ impl Read for Chunks<'_> {
                 self.overlong = !out.is_empty();
                 return Ok(0);
             }
+            waited_for(self.stop)?;
             let Some(digest) = self.chunks.next() else { return Ok(0) };
             match self.disk.get(digest) {
                 Some(bytes) => self.current = std::io::Cursor::new(bytes),

@@ -129,7 +129,8 @@ impl Spool {
         }
     }
 
-    /// Puts reports on disk, in order, with one sync for all. A result's log is synced with it.
+    /// Puts reports on disk, in order, with one sync for all. A result's log is synced with it. After an error
+    /// of [`alloy_shared::room`] none of it counts: the same may be asked again.
     pub async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
         match self {
             Self::Disk(disk) => disk.record(at, reports).await,
@@ -248,10 +249,17 @@ fn judge(reports: &[(u64, Report)], log_len: u64, has: impl Fn(&Digest) -> bool)
         Report::Result(result) => log_len >= result.log_len,
         Report::Accepted | Report::Refused { .. } | Report::Phase { .. } => true,
     });
-    match reports.last() {
-        Some((_, Report::Result(_))) if whole => HeldState::ResultPending,
-        Some(_) | None => HeldState::Lost,
-    }
+    if has_result(reports) && whole { HeldState::ResultPending } else { HeldState::Lost }
+}
+
+/// Whether the attempt came to its end: before its result is written down, all of its log is on the disk.
+fn has_result(reports: &[(u64, Report)]) -> bool {
+    matches!(reports.last(), Some((_, Report::Result(_))))
+}
+
+/// The length without the zeros at the end.
+fn written(bytes: &[u8]) -> usize {
+    bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
 }
 
 /// Bytes of a log that nobody will see.

@@ -97,6 +97,7 @@ impl Care {
             | VmFault::Pull
             | VmFault::Start
             | VmFault::Lost
+            | VmFault::Fenced
             | VmFault::Network
             | VmFault::Disk
             | VmFault::Destroy

@@ -30,6 +30,8 @@ use crate::upstream::{Blobs, DialError, Upstream};
 use crate::vm_demand::Wish;
 use crate::vm_pool::{PoolSetup, VmPool};
 
+mod flood;
+
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(5), attempt: 2 };
 
 /// A farm that has sources, takes artifacts, or does neither.
@@ -471,6 +473,14 @@ async fn a_fenced_attempt_says_nothing_and_a_drained_one_says_so() {
 }
 
 #[tokio::test]
+async fn a_command_that_its_guard_killed_at_the_fence_did_not_fail_by_itself() {
+    let mut rig = Rig::new(Farm::default()).await;
+    rig.fixture.fence.send_replace(rig.fixture.env.now().mono);
+    let story = rig.run(assignment("sleep 600"), None).await;
+    assert_eq!((end(&story), story.still_there), ((Some(Reason::WorkerLost), None), false));
+}
+
+#[tokio::test]
 async fn a_cancel_before_the_command_starts_nothing() {
     let mut rig = Rig::new(Farm::default()).await;
     let (stop, stops) = mpsc::channel(1);
@@ -484,100 +494,4 @@ async fn a_cancel_before_the_command_starts_nothing() {
     }
     assert_eq!((end(&story), story.log.as_str()), ((Some(Reason::UserCanceled), None), ""));
     assert_eq!(story.phases, [Phase::Preparing]);
-}
-
-/// A clock that goes on whenever somebody looks.
-struct Looked(AtomicU64);
-
-#[async_trait]
-impl Env for Looked {
-    fn now(&self) -> Now {
-        Now { wall: Ms(0), mono: Mono(self.0.fetch_add(1, Ordering::Relaxed)) }
-    }
-    async fn sleep_until(&self, at: Mono) {
-        if self.0.load(Ordering::Relaxed) < at.0 {
-            std::future::pending::<()>().await;
-        }
-    }
-    fn spawn(&self, _: &'static str, _: BoxFuture<'static, ()>) {}
-    fn dice(&self) -> u64 {
-        0
-    }
-}
-
-/// A guest whose only command has its whole output ready.
-struct Chatty;
-
-#[async_trait]
-impl Guest for Chatty {
-    fn workspace(&self) -> &str {
-        "/work"
-    }
-    async fn unpack(&self, _: &str, _: &str) -> Result<(), VmError> {
-        Ok(())
-    }
-    async fn exec(&self, _: &Command) -> Result<Exec, VmError> {
-        let (input, mut orders) = mpsc::channel(4);
-        let (bytes, output) = mpsc::channel(65);
-        for _ in 0..64 {
-            bytes.try_send(ExecOutput::Bytes(Bytes::from_static(b"more"))).unwrap();
-        }
-        bytes.try_send(ExecOutput::Exit(Exit::Code(0))).unwrap();
-        tokio::task::spawn_blocking(move || while orders.blocking_recv().is_some() {});
-        Ok(Exec { input, output })
-    }
-    async fn read(&self, _: &str, _: u64) -> Result<mpsc::Receiver<Bytes>, VmError> {
-        Ok(mpsc::channel(1).1)
-    }
-    async fn list(&self, _: &[ArtifactRule]) -> Result<Listing, VmError> {
-        Ok(Listing::default())
-    }
-}
-
-#[tokio::test]
-async fn a_command_that_never_pauses_meets_its_time_out() {
-    let rig = Rig::new(Farm::default()).await;
-    let mut claimed = rig.ctx.pool.claim(AT, None, NetworkPolicy::Default).await.unwrap();
-    claimed.guest = Arc::new(Chatty);
-    let assignment = Assignment { timeout_ms: 1, ..assignment("") };
-    rig.ctx.spool.begin(&assignment).await.unwrap();
-    let ctx = Ctx {
-        env: Arc::new(Looked(AtomicU64::new(0))),
-        limits: rig.ctx.limits.clone(),
-        pool: Arc::clone(&rig.ctx.pool),
-        spool: Arc::clone(&rig.ctx.spool),
-        sources: Arc::clone(&rig.ctx.sources),
-        upstream: Arc::clone(&rig.ctx.upstream),
-        inputs: rig.ctx.inputs.clone(),
-        hooks: Arc::clone(&rig.ctx.hooks),
-        worker_name: "mini".into(),
-    };
-    let mut attempt = Attempt {
-        ctx: Arc::new(ctx),
-        at: AT,
-        grant: Grant { attempt: AT, token: assignment.grant.clone() },
-        assignment,
-        stop: mpsc::channel(1).1,
-        timings: Timings::default(),
-        claimed: Some(claimed),
-        left: None,
-        end: None,
-        told: None,
-        artifacts: AtomicU32::new(0),
-    };
-    attempt.exec().await.unwrap();
-    let end = attempt.end.take().unwrap();
-    assert_eq!(end.reason, Some(Reason::RunTimeout), "its output did not outrun the clock");
-    assert!(end.message.starts_with("the command ran longer than ") && end.message.ends_with('s'), "{}", end.message);
-    attempt.teardown().await;
-}
-
-#[test]
-fn a_command_without_room_for_its_log_waits_once_and_not_for_ever() {
-    let mut pressure = Pressure::default();
-    assert!(!pressure.holds(Mono(0), 100, || false));
-    assert!(pressure.holds(Mono(10), 100, || true) && pressure.holds(Mono(109), 100, || true));
-    assert!(!pressure.holds(Mono(109), 100, || false), "there is room again");
-    assert!(pressure.holds(Mono(120), 100, || true), "and a new wait begins");
-    assert!(!pressure.holds(Mono(220), 100, || true) && !pressure.holds(Mono(221), 100, || true));
 }

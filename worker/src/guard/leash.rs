@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{Launch, Order, SUBCOMMAND, Word};
-use crate::provider::{ExecInput, ExecOutput, Exit, Signal, VmError, VmFault};
+use crate::provider::{ExecInput, ExecOutput, Signal, VmError, VmFault};
 
 #[cfg(test)]
 mod tests;
@@ -96,16 +96,14 @@ impl Leash {
         }
         let Self { mut child, stdin, log, record, words } = self;
         drop((stdin, words));
-        let clean = end_of(&mut child, &record).await && told.exit.is_some();
+        let clean = end_of(&mut child, &record).await && told.end.is_some();
         if let (false, Some(pid)) = (clean, told.pid) {
             // The guard was killed: what it guarded is ours to kill. Its orphans are found when the VM is destroyed.
             let _gone = killpg(Pid::from_raw(pid), Number::SIGKILL);
         }
         drain(log, &wires.output).await;
-        let last = match told.exit {
-            Some(exit) => ExecOutput::Exit(exit),
-            None => ExecOutput::Lost(VmError::farm(VmFault::Lost, "the command's guard ended without a word")),
-        };
+        let silent = || ExecOutput::Lost(VmError::farm(VmFault::Lost, "the command's guard ended without a word"));
+        let last = told.end.unwrap_or_else(silent);
         let _nobody_asks = wires.output.send(last).await;
     }
 
@@ -131,8 +129,7 @@ impl Leash {
                     }
                 }
                 word = self.words.next_line() => match word.ok().flatten().and_then(|line| serde_json::from_str(&line).ok()) {
-                    Some(Word::Started { pid }) => { told.pid = Some(pid); continue }
-                    Some(Word::Exited(exit)) => { told.exit = Some(exit); continue }
+                    Some(word) => { told.hear(word); continue }
                     None => return,
                 },
                 more = pass_on(&mut self.log, &mut buffer, &wires.output), if reading => {
@@ -155,8 +152,7 @@ impl Leash {
         let words = async {
             while let Ok(Some(line)) = self.words.next_line().await {
                 match serde_json::from_str(&line) {
-                    Ok(Word::Started { pid }) => told.pid = Some(pid),
-                    Ok(Word::Exited(exit)) => told.exit = Some(exit),
+                    Ok(word) => told.hear(word),
                     Err(_) => return,
                 }
             }
@@ -169,7 +165,17 @@ impl Leash {
 #[derive(Default)]
 struct Told {
     pid: Option<i32>,
-    exit: Option<Exit>,
+    end: Option<ExecOutput>,
+}
+
+impl Told {
+    fn hear(&mut self, word: Word) {
+        match word {
+            Word::Started { pid } => self.pid = Some(pid),
+            Word::Exited(exit) => self.end = Some(ExecOutput::Exit(exit)),
+            Word::Fenced => self.end = Some(ExecOutput::Lost(VmError::fenced())),
+        }
+    }
 }
 
 enum Passed {

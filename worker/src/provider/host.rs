@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::blocking::blocking;
+use super::blocking::{blocking, joined};
 use super::{
     ArtifactRule, Command, Exec, Guest, Image, ImageRef, Listing, NetworkPolicy, Run, Shape, VmError, VmFault, VmName,
     VmProvider, vm_dir,
@@ -240,6 +240,17 @@ impl HostGuest {
         self.running.wait().await;
     }
 
+    /// Does work in the VM's directory, which is not removed before that has ended. It ends soon after it was told to stop,
+    /// because the VM is to go or because nobody waits for it any more.
+    async fn within_dir<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&CancellationToken) -> Result<T, VmError> + Send + 'static,
+    ) -> Result<T, VmError> {
+        let stop = self.doom.child_token();
+        let _while_waited_for = stop.clone().drop_guard();
+        joined(self.running.spawn_blocking(move || work(&stop))).await
+    }
+
     fn launch(&self, command: &Command) -> Launch {
         let argv = match &command.run {
             Run::Argv(argv) => argv.clone(),
@@ -278,7 +289,7 @@ impl Guest for HostGuest {
             check_path(into).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
         }
         let (tar, into) = (self.inbox.join(tar), Path::new(&self.workspace).join(into));
-        blocking(move || files::unpack(&tar, &into)).await
+        self.within_dir(move |stop| files::unpack(&tar, &into, stop)).await
     }
 
     async fn exec(&self, command: &Command) -> Result<Exec, VmError> {
@@ -309,7 +320,7 @@ impl Guest for HostGuest {
         let rules =
             crate::artifacts::Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
         let root = PathBuf::from(&self.workspace);
-        blocking(move || files::list(&root, &rules)).await
+        self.within_dir(move |stop| files::list(&root, &rules, stop)).await
     }
 }
 

@@ -286,6 +286,8 @@ pub enum VmFault {
     Taken,
     #[error("the VM is lost")]
     Lost,
+    #[error("the worker's lease on the job ended")]
+    Fenced,
     #[error("the network policy is not in force")]
     Network,
     #[error("the disk is full")]
@@ -298,6 +300,11 @@ pub enum VmFault {
 }
 
 impl VmError {
+    /// What runs without a lease is killed, whoever notices first.
+    pub fn fenced() -> Self {
+        Self::farm(VmFault::Fenced, "it did not reach the farm for too long, and killed the command")
+    }
+
     /// Makes an error that the host or the VM is to blame for.
     pub fn farm(what: VmFault, tail: impl Into<String>) -> Self {
         Self { what, blame: Blame::Farm, retry: true, tail: tail.into() }

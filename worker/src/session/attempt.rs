@@ -1,13 +1,15 @@
 //! D: one held attempt: its numbered reports, its log window, and what is left to do before it may be forgotten.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use alloy_shared::env::Mono;
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
-use alloy_shared::wire::session::{Held, HeldState, Report, ToOrchestrator};
+use alloy_shared::wire::job::{End, Reason, Timings};
+use alloy_shared::wire::session::{Held, HeldState, Report, ResultReport, ToOrchestrator};
 
 use super::{Effect, KillReason, Stop};
+use crate::provider::VmError;
 
 /// The smallest log window. On a line of 64 kbit/s it delays a heartbeat by 4 s, a tenth of the lease.
 const WINDOW_MIN: u64 = 32 << 10;
@@ -59,11 +61,6 @@ struct Ended {
     seq: u64,
     log_len: u64,
     acked: bool,
-    /// Artifacts that the orchestrator missed are on their way again.
-    uploading: bool,
-    /// How often the orchestrator answered that something is missing.
-    missing: u32,
-    not_before: Mono,
 }
 
 /// What the orchestrator has, where that is not enough.
@@ -81,6 +78,11 @@ struct Reports {
     recorded: u64,
     sent: u64,
     acked: u64,
+    /// Artifacts that the orchestrator missed are on their way again.
+    uploading: bool,
+    /// How often the orchestrator answered that something is missing.
+    missing: u32,
+    not_before: Mono,
 }
 
 #[derive(Debug, Clone)]
@@ -169,12 +171,20 @@ impl Attempt {
         self.result.is_some()
     }
 
-    pub(super) fn lost_its_lease(&self) -> bool {
-        self.lost_its_lease
-    }
-
-    pub(super) fn log_len(&self) -> u64 {
-        self.log.spooled
+    /// The result of an executor that ended without one.
+    pub(super) fn vanished(&self) -> Report {
+        let end = if self.lost_its_lease {
+            End::because(Reason::WorkerLost, VmError::fenced().to_string())
+        } else {
+            End::because(Reason::InternalError, "the worker's executor ended without a result")
+        };
+        Report::Result(Box::new(ResultReport {
+            end,
+            timings: Timings::default(),
+            log_len: self.log.spooled,
+            artifacts: 0,
+            facts: BTreeMap::new(),
+        }))
     }
 
     /// The link is gone: the next session names the attempt anew.
@@ -294,27 +304,27 @@ impl Attempt {
         let before = self.result.as_ref().map_or(self.reports.newest, |result| result.seq - 1);
         self.reports.ack(what.seq.min(before), now, &mut self.log.moved_at);
         self.reports.sent = self.reports.acked;
-        let result = self.result.as_mut()?;
-        self.log.rewind(what.log_len, now);
+        if self.result.is_some() {
+            self.log.rewind(what.log_len, now);
+        }
         // The first answer is followed at once: the bytes were merely under way. Then ever more slowly.
-        let wait = match result.missing {
+        let reports = &mut self.reports;
+        let wait = match reports.missing {
             0 => 0,
             n => wait_ms.min(20u64 << n.min(16)),
         };
-        result.missing = result.missing.saturating_add(1);
-        result.not_before = now + wait;
-        if what.artifacts.is_empty() || result.uploading {
+        reports.missing = reports.missing.saturating_add(1);
+        reports.not_before = now + wait;
+        if what.artifacts.is_empty() || reports.uploading {
             return None;
         }
-        result.uploading = true;
+        reports.uploading = true;
         Some(Effect::Upload { attempt: self.at, artifacts: what.artifacts })
     }
 
     pub(super) fn uploaded(&mut self, retry_at: Mono) {
-        if let Some(result) = &mut self.result {
-            result.uploading = false;
-            result.not_before = result.not_before.max(retry_at);
-        }
+        self.reports.uploading = false;
+        self.reports.not_before = self.reports.not_before.max(retry_at);
     }
 
     pub(super) fn result_acked(&mut self, now: Mono) {
@@ -334,16 +344,14 @@ impl Attempt {
 
     /// The next moment at which something may be sent that may not be sent earlier.
     pub(super) fn wake(&self) -> Option<Mono> {
-        let result = self.result.as_ref()?;
-        (result.not_before > Mono(0)).then_some(result.not_before)
+        let held_back = !self.reports.queue.is_empty() && self.reports.not_before > Mono(0);
+        held_back.then_some(self.reports.not_before)
     }
 
     /// Sends every report that is on disk and whose turn it is. True when the attempt is over and to be forgotten.
     pub(super) fn flush(&mut self, up: bool, now: Mono, out: &mut Vec<Effect>) -> bool {
-        if let Some(end) = &mut self.result
-            && end.not_before <= now
-        {
-            end.not_before = Mono(0);
+        if self.reports.not_before <= now {
+            self.reports.not_before = Mono(0);
         }
         if self.dropped {
             return !self.is_running();
@@ -351,17 +359,16 @@ impl Attempt {
         if !up || !self.talking {
             return false;
         }
+        let held_back = self.reports.uploading || self.reports.not_before > now;
         for (seq, report) in &self.reports.queue {
             if *seq <= self.reports.sent {
                 continue;
             }
             let waits = match &self.result {
-                Some(end) if end.seq == *seq => {
-                    end.acked || end.uploading || end.not_before > now || self.log.sent < self.log.spooled
-                }
+                Some(end) if end.seq == *seq => end.acked || self.log.sent < self.log.spooled,
                 Some(_) | None => false,
             };
-            if *seq > self.reports.recorded || waits {
+            if *seq > self.reports.recorded || held_back || waits {
                 break;
             }
             self.reports.sent = *seq;
@@ -411,7 +418,7 @@ impl Attempt {
 
 impl Ended {
     fn new(seq: u64, log_len: u64) -> Self {
-        Self { seq, log_len, acked: false, uploading: false, missing: 0, not_before: Mono(0) }
+        Self { seq, log_len, acked: false }
     }
 }
 

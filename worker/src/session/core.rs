@@ -9,9 +9,8 @@ use alloy_shared::env::{Mono, Now, backoff};
 use alloy_shared::id::{AttemptRef, BootId};
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::image::Inventory;
-use alloy_shared::wire::job::{End, Reason as EndReason};
 use alloy_shared::wire::session::{
-    Assignment, Heartbeat, Held, Order, Report, ResultReport, SlotView, ToOrchestrator, ToWorker, Welcome,
+    Assignment, Heartbeat, Held, Order, Report, SlotView, ToOrchestrator, ToWorker, Welcome,
 };
 use alloy_shared::wire::{self, ErrorCode};
 
@@ -65,8 +64,8 @@ pub struct Core {
     /// The operator wants no new work here.
     told_to_drain: bool,
     attempts: BTreeMap<AttemptRef, Attempt>,
-    /// Attempts that ended here. A late assignment of one of them must not start it again.
-    gone: VecDeque<AttemptRef>,
+    /// Attempts that ended here or were refused, and why. A late assignment of one of them must not start it.
+    gone: VecDeque<(AttemptRef, Option<String>)>,
     /// The attempt whose log was sent last: the next one is served first.
     turn: Option<AttemptRef>,
 }
@@ -171,7 +170,7 @@ impl Core {
             }
             Input::NotStarted { attempt, message } => {
                 self.attempts.remove(&attempt);
-                out.push(refuse(attempt, message));
+                self.refuse(attempt, message, &mut out);
             }
             Input::Room => self.room(now, &mut out),
             Input::Drain => {
@@ -207,7 +206,7 @@ impl Core {
             Input::Spooled { len, .. } => attempt.spooled(len),
             Input::Closed { teardown_ms, .. } => {
                 if attempt.is_running() && !attempt.has_result() {
-                    out.extend(attempt.report(vanished(attempt)));
+                    out.extend(attempt.report(attempt.vanished()));
                 }
                 attempt.closed(teardown_ms);
                 self.news |= attempt.is_lost();
@@ -425,7 +424,12 @@ impl Core {
     /// A new attempt. It starts at once; only the word about it waits for the disk.
     fn assigned(&mut self, assignment: Box<Assignment>, now: Mono, out: &mut Vec<Effect>) {
         let at = assignment.attempt;
-        let refusal = if self.lease.is_none() {
+        if let Some((_, refused)) = self.gone.iter().find(|(gone, _)| *gone == at) {
+            // Of one that ended the next heartbeat shows that it is not held. A refusal stands: it may be decided by now.
+            out.extend(refused.clone().map(|message| refusal(at, message)));
+            return;
+        }
+        let why = if self.lease.is_none() {
             "this worker holds no lease"
         } else if self.draining || self.told_to_drain {
             "this worker is draining"
@@ -433,9 +437,6 @@ impl Core {
             "this worker's disk is full"
         } else if self.attempts.len() >= limits::HELD_MAX {
             "this worker still holds too many ended attempts"
-        } else if self.gone.contains(&at) {
-            // Whoever sends it has not read the newest state yet; the next heartbeat shows that it is not held.
-            return;
         } else {
             let mut attempt = Attempt::assigned(at, assignment.handle, now);
             out.push(Effect::Start(assignment));
@@ -443,7 +444,19 @@ impl Core {
             self.attempts.insert(at, attempt);
             return;
         };
-        out.push(refuse(at, refusal.to_owned()));
+        self.refuse(at, why.to_owned(), out);
+    }
+
+    fn refuse(&mut self, at: AttemptRef, why: String, out: &mut Vec<Effect>) {
+        out.push(refusal(at, why.clone()));
+        self.is_gone(at, Some(why));
+    }
+
+    fn is_gone(&mut self, at: AttemptRef, refused: Option<String>) {
+        if self.gone.len() >= limits::HELD_MAX {
+            self.gone.pop_front();
+        }
+        self.gone.push_back((at, refused));
     }
 
     fn room(&mut self, now: Mono, out: &mut Vec<Effect>) {
@@ -467,10 +480,7 @@ impl Core {
         let up = self.is_up();
         if self.attempts.get_mut(&at).is_some_and(|attempt| attempt.flush(up, now, out)) {
             self.attempts.remove(&at);
-            if self.gone.len() >= limits::HELD_MAX {
-                self.gone.pop_front();
-            }
-            self.gone.push_back(at);
+            self.is_gone(at, None);
             out.push(Effect::Forget { attempt: at });
         }
     }
@@ -567,27 +577,8 @@ fn jittered(ms: u64, dice: u64) -> u64 {
 }
 
 /// Level-triggered like the assignment that it answers: it is said again as often as that comes, so no disk is needed.
-fn refuse(attempt: AttemptRef, message: String) -> Effect {
+fn refusal(attempt: AttemptRef, message: String) -> Effect {
     Effect::Send(ToOrchestrator::Report { attempt, seq: 1, report: Report::Refused { message } })
-}
-
-/// The result of an executor that ended without one.
-fn vanished(attempt: &Attempt) -> Report {
-    let end = if attempt.lost_its_lease() {
-        End::because(
-            EndReason::WorkerLost,
-            "the worker's lease on the job ended: it did not reach the farm for too long, and killed the command",
-        )
-    } else {
-        End::because(EndReason::InternalError, "the worker's executor ended without a result")
-    };
-    Report::Result(Box::new(ResultReport {
-        end,
-        timings: Default::default(),
-        log_len: attempt.log_len(),
-        artifacts: 0,
-        facts: BTreeMap::new(),
-    }))
 }
 
 #[cfg(test)]

@@ -1,27 +1,30 @@
 //! P: runs the core over a link: dials, performs effects, sends control frames before log frames, ends when told.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono};
 use alloy_shared::id::{AttemptRef, Digest, Labels, WorkerId};
 use alloy_shared::limits::Limits;
+use alloy_shared::room::{is_full, is_short};
 use alloy_shared::wire::image::ImageWish;
 use alloy_shared::wire::session::{
-    Assignment, BadFrame, Frame, Hello, Link, LogChunk, Report, ToOrchestrator, ToWorker, signed_text,
+    Assignment, BadFrame, Frame, Hello, Link, LogChunk, ToOrchestrator, ToWorker, signed_text,
 };
 use alloy_shared::wire::{self, ErrorCode};
 use futures_util::StreamExt as _;
 use futures_util::future::{BoxFuture, OptionFuture};
-use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use self::records::{Recorded, Records};
 use super::core::Core;
 use super::{Effect, Fence, Input, Inputs, KillReason, Reason, Stop};
 use crate::spool::Spool;
 use crate::upstream::{DialError, Grant, Upstream};
+
+mod records;
 
 /// Frames sent between two looks at what came in.
 const FRAMES_PER_TURN: usize = 4;
@@ -106,11 +109,21 @@ struct Session {
     out: VecDeque<Frame>,
     stops: BTreeMap<AttemptRef, mpsc::Sender<Stop>>,
     records: Records,
+    unread: Option<Unread>,
     stage: Stage,
     /// While it stops, acknowledgements of what is on disk anyway are awaited until then.
     linger: Option<Mono>,
     /// Cancelled when the session is over: uploads for it end.
     over: CancellationToken,
+}
+
+/// A slice of a log that the core counts as sent and that could not be read. Until it is, no other follows it.
+struct Unread {
+    attempt: AttemptRef,
+    handle: u32,
+    offset: u64,
+    len: u32,
+    again_at: Mono,
 }
 
 enum Event {
@@ -135,6 +148,7 @@ pub async fn drive(core: Core, seams: Seams, door: Inputs, mut inputs: mpsc::Rec
         out: VecDeque::new(),
         stops: BTreeMap::new(),
         records: Records::default(),
+        unread: None,
         stage: Stage::Serving,
         linger: None,
         over: CancellationToken::new(),
@@ -202,8 +216,10 @@ impl Session {
                 (false, false)
             }
         };
-        let wake = self.core.next_wake().min(until).min(linger);
-        let wants_room = !self.out.is_empty() || self.core.has_log();
+        let log_is_due = self.log_is_due();
+        let unread = self.unread.as_ref().filter(|_| !log_is_due).map_or(Mono(u64::MAX), |unread| unread.again_at);
+        let wake = self.core.next_wake().min(until).min(linger).min(unread);
+        let wants_room = !self.out.is_empty() || log_is_due;
         let room = self.link.as_ref().filter(|_| wants_room).map(|link| link.tx.clone());
         tokio::select! {
             biased;
@@ -276,6 +292,8 @@ impl Session {
     fn dial(&mut self, after_ms: u64) {
         self.link = None;
         self.out.clear();
+        // In the next session the farm says where its log goes on.
+        self.unread = None;
         let (env, upstream) = (self.seams.env.clone(), self.seams.upstream.clone());
         let timeout_ms = self.seams.limits.connect_timeout_ms;
         self.dialing = Some(Box::pin(async move {
@@ -311,6 +329,7 @@ impl Session {
     fn hang_up(&mut self, why: Reason) {
         self.link = None;
         self.out.clear();
+        self.unread = None;
         match why {
             Reason::Silent => tracing::warn!("the farm is silent; connecting anew"),
             Reason::Asked => tracing::info!("the farm is restarting; connecting again soon"),
@@ -360,17 +379,37 @@ impl Session {
             if let Some(frame) = self.out.pop_front() {
                 // A link that is closed says so at its other channel.
                 link.tx.try_send(frame).ok();
-            } else if self.core.has_log() {
-                self.feed(Input::Room).await?;
-            } else {
+            } else if !self.log_is_due() {
                 break;
+            } else if let Some(Unread { attempt, handle, offset, len, .. }) = self.unread.take() {
+                self.send_log(attempt, handle, offset, len).await?;
+            } else {
+                self.feed(Input::Room).await?;
             }
         }
         Ok(())
     }
 
+    fn log_is_due(&self) -> bool {
+        match &self.unread {
+            Some(unread) => unread.again_at <= self.seams.env.now().mono,
+            None => self.core.has_log(),
+        }
+    }
+
     async fn send_log(&mut self, attempt: AttemptRef, handle: u32, offset: u64, len: u32) -> Result<(), Over> {
-        let frame = self.seams.spool.read(attempt, offset, len, LogChunk::HEADER).await.map_err(broken)?;
+        if !self.core.holds(attempt) {
+            return Ok(());
+        }
+        let frame = match self.seams.spool.read(attempt, offset, len, LogChunk::HEADER).await {
+            Err(error) if is_short(&error) => {
+                tracing::warn!(%attempt, %error, "a log cannot be read now; trying again");
+                let again_at = self.seams.env.now().mono + self.seams.limits.heartbeat_ms;
+                self.unread = Some(Unread { attempt, handle, offset, len, again_at });
+                return Ok(());
+            }
+            frame => frame.map_err(broken)?,
+        };
         if let Some(link) = &self.link {
             // Only `pump` asks for log, and it has seen room; nobody else sends on this link.
             link.tx.try_send(LogChunk::finish(frame, handle, offset)).ok();
@@ -452,9 +491,9 @@ impl Session {
         let Recorded { attempt, reports, result } = done;
         let wanted = self.core.holds(attempt);
         match result {
-            Err(error) if wanted && !is_full(&error) => Err(broken(error)),
+            Err(error) if wanted && !is_full(&error) && !is_short(&error) => Err(broken(error)),
             Err(error) if wanted => {
-                tracing::warn!(%attempt, %error, "no room for a report; trying again");
+                tracing::warn!(%attempt, %error, "a report cannot be written down now; trying again");
                 let (env, pause_ms) = (self.seams.env.clone(), self.seams.limits.heartbeat_ms);
                 self.records.repeat(attempt, reports, env, pause_ms, &self.seams.spool);
                 Ok(())
@@ -522,61 +561,6 @@ async fn upload(spool: &Spool, upstream: &dyn Upstream, at: AttemptRef, artifact
         upstream.put(&grant, &spool.stashed(at, digest)).await.map_err(|error| format!("{digest}: {error}"))?;
     }
     Ok(())
-}
-
-struct Recorded {
-    attempt: AttemptRef,
-    reports: Vec<(u64, Report)>,
-    result: io::Result<()>,
-}
-
-/// Reports on their way to the disk: in order for one attempt, at the same time for several, one sync for what piled up.
-#[derive(Default)]
-struct Records {
-    running: FuturesUnordered<BoxFuture<'static, Recorded>>,
-    busy: BTreeSet<AttemptRef>,
-    waiting: BTreeMap<AttemptRef, Vec<(u64, Report)>>,
-}
-
-impl Records {
-    fn push(&mut self, attempt: AttemptRef, seq: u64, report: Report, spool: &Arc<Spool>) {
-        self.waiting.entry(attempt).or_default().push((seq, report));
-        if !self.busy.contains(&attempt) {
-            self.next(attempt, spool);
-        }
-    }
-
-    fn next(&mut self, attempt: AttemptRef, spool: &Arc<Spool>) {
-        self.busy.remove(&attempt);
-        if let Some(reports) = self.waiting.remove(&attempt) {
-            self.busy.insert(attempt);
-            self.running.push(Box::pin(record(attempt, reports, spool.clone())));
-        }
-    }
-
-    fn repeat(
-        &mut self,
-        attempt: AttemptRef,
-        reports: Vec<(u64, Report)>,
-        env: Arc<dyn Env>,
-        pause_ms: u64,
-        spool: &Arc<Spool>,
-    ) {
-        let spool = spool.clone();
-        self.running.push(Box::pin(async move {
-            env.sleep_until(env.now().mono + pause_ms).await;
-            record(attempt, reports, spool).await
-        }));
-    }
-}
-
-async fn record(attempt: AttemptRef, reports: Vec<(u64, Report)>, spool: Arc<Spool>) -> Recorded {
-    let result = spool.record(attempt, &reports).await;
-    Recorded { attempt, reports, result }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn broken(error: io::Error) -> Over {

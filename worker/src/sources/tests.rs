@@ -92,6 +92,8 @@ async fn stage(sources: &Sources, source: Digest, inbox: &Path, farm: &Farm) -> 
 }
 
 async fn stage_held(sources: &Sources, hold: &Hold, inbox: &Path, farm: &Farm) -> Result<&'static str, SourceError> {
+    // As a provider does with its VM.
+    std::fs::create_dir_all(inbox).unwrap();
     sources.stage(hold, inbox, farm, &grant(), Ms(1_700_000_000_999)).await
 }
 
@@ -309,7 +311,54 @@ async fn an_archive_without_room_is_not_begun() {
     let (farm, source) = farm(vec![entry("f", EntryKind::File, &[&piece[..]; 8], None)], &[&piece]);
     let error = stage(&sources, source, &inbox, &farm).await.unwrap_err();
     assert!(matches!(&error, SourceError::Disk(error) if error.kind() == std::io::ErrorKind::StorageFull), "{error}");
-    assert!(!inbox.exists());
+    assert_eq!(std::fs::read_dir(&inbox).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn nothing_is_staged_for_a_vm_that_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let sources = Sources::open(&dir.path().join("cache"), 1 << 20).unwrap();
+    let (farm, source) = tree();
+    let inbox = dir.path().join("vms").join("inbox");
+    let hold = sources.hold(source);
+    let error = sources.stage(&hold, &inbox, &farm, &grant(), Ms(0)).await.unwrap_err();
+    assert!(matches!(&error, SourceError::Disk(error) if error.kind() == std::io::ErrorKind::NotFound), "{error}");
+    assert!(!dir.path().join("vms").exists());
+}
+
+#[test]
+fn an_archive_that_nobody_waits_for_is_not_written() {
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+    runtime.block_on(async {
+        let dir = tempfile::tempdir().unwrap();
+        let sources = Sources::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let (farm, source) = tree();
+        stage(&sources, source, &dir.path().join("other"), &farm).await.unwrap();
+        // The one thread for files is busy.
+        let (go, wait) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || wait.recv());
+        let inbox = dir.path().join("inbox");
+        let mut staged = Box::pin(stage(&sources, source, &inbox, &farm));
+        assert!(futures_util::poll!(&mut staged).is_pending());
+        drop(staged);
+        go.send(()).unwrap();
+        busy.await.unwrap().unwrap();
+        // Behind all work before it.
+        tokio::task::spawn_blocking(|| ()).await.unwrap();
+        assert_eq!(std::fs::read_dir(&inbox).unwrap().count(), 0);
+    });
+}
+
+#[test]
+fn a_file_that_nobody_waits_for_ends_within_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let Ok(Sources::Disk(disk)) = Sources::open(dir.path(), 1 << 20) else { panic!("a disk") };
+    disk.put(Digest::of(b"one"), b"one").unwrap();
+    let (entry, stop) = (entry("f", EntryKind::File, &[b"one", b"one"], None), CancellationToken::new());
+    let mut chunks = Chunks::new(&disk, &entry, &stop);
+    assert_eq!(chunks.read(&mut [0; 8]).unwrap(), 3);
+    stop.cancel();
+    assert!(chunks.read(&mut [0; 8]).is_err());
 }
 
 #[tokio::test]

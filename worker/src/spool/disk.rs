@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
+use alloy_shared::room::is_full;
 use alloy_shared::wire::session::{Assignment, Held, HeldState, Report};
 use bytes::{Bytes, BytesMut};
 use sha2::{Digest as _, Sha256};
@@ -173,7 +174,7 @@ impl Disk {
 
     pub(super) async fn sync(&self, at: AttemptRef) -> io::Result<u64> {
         let entry = self.entry(at)?;
-        blocking(move || entry.durable(|| entry.log.sync())).await
+        blocking(move || entry.sync_log()).await
     }
 
     pub(super) fn read(&self, at: AttemptRef, from: u64, max: u32, head: usize) -> io::Result<BytesMut> {
@@ -212,25 +213,15 @@ impl Disk {
             lines.extend(journal::report_line(*seq, report));
             is_end |= matches!(report, Report::Result(_));
         }
-        {
-            let mut len = lock(&entry.journal_len);
-            extend(&entry.journal, *len, &lines)?;
-            *len += lines.len() as u64;
-        }
         let root = self.root.clone();
         blocking(move || {
-            entry.durable(|| {
-                if is_end {
-                    entry.log.sync()?;
-                }
-                entry.journal.sync_data()?;
-                // Raised first: a directory that is made meanwhile lowers it for the next report.
-                if !entry.rooted.swap(true, Ordering::AcqRel) {
-                    sync_dir(&entry.dir)?;
-                    sync_dir(&root)?;
-                }
-                Ok(())
-            })
+            // Raised first: a directory that is made meanwhile lowers it for the next report.
+            let rooted = entry.rooted.swap(true, Ordering::AcqRel);
+            let done = entry.record(&lines, is_end, (!rooted).then_some(&root));
+            if done.is_err() && !rooted {
+                entry.rooted.store(false, Ordering::Release);
+            }
+            done
         })
         .await
     }
@@ -296,16 +287,46 @@ impl Entry {
         Ok(())
     }
 
+    /// Puts lines into the journal, behind the log if they are `its_end`, and makes them durable, with the names of the
+    /// attempt's files and of itself in `root` if those are not yet. All is opened before anything is written: what fails
+    /// for want of descriptors has left nothing behind and can be done again.
+    fn record(&self, lines: &[u8], its_end: bool, root: Option<&PathBuf>) -> io::Result<()> {
+        let dirs = root.map_or(Vec::new(), |root| vec![&self.dir, root]);
+        let dirs = dirs.into_iter().map(File::open).collect::<io::Result<Vec<File>>>()?;
+        if its_end {
+            self.sync_log()?;
+        }
+        {
+            let mut len = lock(&self.journal_len);
+            extend(&self.journal, *len, lines)?;
+            *len += lines.len() as u64;
+        }
+        self.durable(|| {
+            self.journal.sync_data()?;
+            dirs.iter().try_for_each(File::sync_all)
+        })
+    }
+
+    fn sync_log(&self) -> io::Result<u64> {
+        self.believed()?;
+        self.log.sync(|file| self.durable(|| file.sync_data()))
+    }
+
     /// Runs a sync. One that failed may have dropped the very pages that it was for, and the next would succeed without
     /// them: no later one is believed, and its error is never one that asks for another try.
     fn durable<T>(&self, sync: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        if self.suspect.load(Ordering::Acquire) {
-            return Err(io::Error::other("an earlier sync failed"));
-        }
+        self.believed()?;
         sync().map_err(|error| {
             self.suspect.store(true, Ordering::Release);
             unsynced(error)
         })
+    }
+
+    fn believed(&self) -> io::Result<()> {
+        match self.suspect.load(Ordering::Acquire) {
+            true => Err(io::Error::other("an earlier sync failed")),
+            false => Ok(()),
+        }
     }
 }
 
@@ -406,6 +427,9 @@ fn reopen(at: AttemptRef, dir: PathBuf) -> io::Result<(Entry, Held)> {
     let journal = open_rw(&path)?;
     journal.set_len(read.good as u64)?;
     let log = Segments::reopen(&dir)?;
+    if !super::has_result(&read.reports) {
+        log.forget_zeros()?;
+    }
     let log_len = log.len();
     let stash = dir.join(STASH);
     let state = if read.damaged || read.assignment.is_none() {
@@ -469,10 +493,6 @@ fn unsynced(error: io::Error) -> io::Error {
     io::Error::other(error)
 }
 
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -483,16 +503,51 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::{Short, alone, assignment};
     use super::*;
+    use alloy_shared::room::is_short;
 
     #[test]
     fn a_sync_that_failed_is_final() {
         let dir = tempfile::tempdir().unwrap();
         let entry = reopen(AttemptRef { job: alloy_shared::id::JobId::from_raw(1), attempt: 1 }, dir.path().into());
         let (entry, _) = entry.unwrap();
-        entry.durable(|| entry.log.sync()).unwrap();
+        entry.sync_log().unwrap();
         let error = entry.durable(|| Err::<(), _>(io::ErrorKind::StorageFull.into())).unwrap_err();
         assert!(!is_full(&error), "nobody may try it again: {error}");
-        assert!(entry.durable(|| entry.log.sync()).is_err(), "the next one says nothing about the lost pages");
+        assert!(entry.sync_log().is_err(), "the next one says nothing about the lost pages");
+    }
+
+    #[tokio::test]
+    async fn a_want_of_descriptors_is_no_sync_that_failed() {
+        if !alone("spool::disk::tests::a_want_of_descriptors_is_no_sync_that_failed") {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, _) = Disk::open(dir.path(), 0).unwrap();
+        let (at, reports) = (assignment().attempt, [(1, Report::Accepted)]);
+        let short = Short::begin();
+        assert!(is_short(&disk.begin(&assignment()).unwrap_err()));
+        drop(short);
+        disk.begin(&assignment()).unwrap();
+        let rooted = |disk: &Disk| disk.entry(at).unwrap().rooted.load(Ordering::Acquire);
+        for _ in 0..2 {
+            let short = Short::begin();
+            let error = disk.record(at, &reports).await.unwrap_err();
+            assert!(is_short(&error), "{error}");
+            drop(short);
+            assert!(!rooted(&disk), "a power cut would take the names");
+        }
+        disk.record(at, &reports).await.unwrap();
+        assert!(rooted(&disk));
+        disk.append(at, b"log").unwrap();
+        // In a new daemon its log is not open.
+        let (disk, _) = Disk::open(dir.path(), 0).unwrap();
+        let short = Short::begin();
+        assert!(is_short(&disk.sync(at).await.unwrap_err()));
+        assert!(is_short(&disk.read(at, 0, 3, 0).unwrap_err()));
+        drop(short);
+        assert_eq!((disk.sync(at).await.unwrap(), disk.read(at, 0, 3, 0).unwrap().as_ref()), (3, &b"log"[..]));
+        assert_eq!(disk.reports(at, 0).unwrap(), reports, "each once");
     }
 }

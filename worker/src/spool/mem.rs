@@ -12,7 +12,7 @@ use alloy_shared::wire::session::{Assignment, Held, Report};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
-use super::{Cap, Cut, PIECE, gone, judge};
+use super::{Cap, Cut, PIECE, gone, has_result, judge, written};
 
 #[derive(Debug, Clone, Default)]
 pub struct Mem {
@@ -33,12 +33,20 @@ struct Entry {
     suspect: bool,
 }
 
+impl Entry {
+    /// As much of the log as a daemon finds that starts.
+    fn found(&self) -> usize {
+        if has_result(&self.reports) { self.log.len() } else { written(&self.log) }
+    }
+}
+
 impl Mem {
     pub fn on(disk: Arc<MemDisk>) -> Self {
         Self { entries: Arc::default(), disk }
     }
 
-    /// What a power cut leaves of what was not synced: as many bytes of each log, and as many reports, as `keep` says.
+    /// What a power cut leaves of what was not synced: as many bytes of each log, and as many reports, as `keep` says. The
+    /// second half of those bytes was never written and reads as zeros.
     pub fn cut_power(&self, mut keep: impl FnMut(u64) -> u64) {
         let mut kept = |synced: usize, len: usize| match len - synced {
             0 => len,
@@ -47,6 +55,9 @@ impl Mem {
         let mut entries = self.entries();
         for entry in entries.values_mut() {
             entry.log.truncate(kept(entry.synced.0, entry.log.len()));
+            let unwritten = entry.log.len().saturating_sub(entry.synced.0) / 2;
+            let end = entry.log.len() - unwritten;
+            entry.log[end..].fill(0);
             entry.reports.truncate(kept(entry.synced.1, entry.reports.len()));
         }
         // Its directory is durable with its first report.
@@ -55,7 +66,7 @@ impl Mem {
 
     /// The attempts that it holds, and how long their logs are.
     pub fn held(&self) -> BTreeMap<AttemptRef, u64> {
-        self.entries().iter().map(|(at, entry)| (*at, entry.log.len() as u64)).collect()
+        self.entries().iter().map(|(at, entry)| (*at, entry.found() as u64)).collect()
     }
 
     fn entries(&self) -> MutexGuard<'_, BTreeMap<AttemptRef, Entry>> {
@@ -69,6 +80,7 @@ impl Mem {
     /// What a daemon finds that starts on this memory.
     pub(super) fn reopen(&self) -> Vec<Held> {
         let view = |(at, entry): (&AttemptRef, &mut Entry)| {
+            entry.log.truncate(entry.found());
             let log_len = entry.log.len() as u64;
             entry.cap = Cap::sealed(log_len);
             entry.suspect = false;
@@ -169,13 +181,15 @@ impl Mem {
     }
 
     pub(super) async fn record(&self, at: AttemptRef, reports: &[(u64, Report)]) -> io::Result<()> {
-        let is_end = reports.iter().any(|(_, report)| matches!(report, Report::Result(_)));
-        let upto = self.with(at, |entry| {
+        if reports.iter().any(|(_, report)| matches!(report, Report::Result(_))) {
+            self.sync(at).await?;
+        }
+        let count = self.with(at, |entry| {
             self.disk.room()?;
             entry.reports.extend_from_slice(reports);
-            Ok((if is_end { entry.log.len() } else { 0 }, entry.reports.len()))
+            Ok(entry.reports.len())
         })?;
-        self.synced(at, upto).await
+        self.synced(at, (0, count)).await
     }
 
     pub(super) fn reports(&self, at: AttemptRef, after: u64) -> io::Result<Vec<(u64, Report)>> {

@@ -78,6 +78,24 @@ impl Segments {
         Ok(Self::new(dir, first, len))
     }
 
+    /// After a power cut a file system may give files a length whose end it never wrote: that reads as zeros, and counts no
+    /// more. Files are left closed: there may be many of them.
+    pub(super) fn forget_zeros(&self) -> io::Result<()> {
+        let first = self.files().first;
+        while let Some(last) = self.len().checked_sub(1).map(|last| last / SPOOL_SEGMENT).filter(|last| *last >= first)
+        {
+            let start = last * SPOOL_SEGMENT;
+            let mut bytes = vec![0; (self.len() - start) as usize];
+            File::open(self.path(last))?.read_exact_at(&mut bytes, 0)?;
+            let written = super::written(&bytes) as u64;
+            self.len.store(start + written, Ordering::Release);
+            if written > 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     fn files(&self) -> MutexGuard<'_, Files> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -162,13 +180,14 @@ impl Segments {
         Ok(Some(file))
     }
 
-    /// Makes durable what was appended before the call; returns how much that is.
-    pub(super) fn sync(&self) -> io::Result<u64> {
+    /// Makes durable what was appended before the call, file by file with `sync`; returns how much that is. A file that
+    /// cannot be opened is no sync that failed.
+    pub(super) fn sync(&self, sync: impl Fn(&File) -> io::Result<()>) -> io::Result<u64> {
         let len = self.len();
         let mut at = self.synced.load(Ordering::Acquire);
         while at < len {
             if let Some(file) = self.file_to_read(at / SPOOL_SEGMENT)? {
-                file.sync_data()?;
+                sync(&file)?;
             }
             at = (at / SPOOL_SEGMENT + 1) * SPOOL_SEGMENT;
         }

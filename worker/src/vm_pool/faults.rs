@@ -38,6 +38,7 @@ impl Runner {
                     | VmFault::Full
                     | VmFault::Taken
                     | VmFault::Lost
+                    | VmFault::Fenced
                     | VmFault::Network
                     | VmFault::Disk
                     | VmFault::Destroy

@@ -6,6 +6,7 @@ use nix::sys::signal::kill;
 
 use super::super::tests::{eventually, guard_program};
 use super::*;
+use crate::provider::Exit;
 
 /// Orders go out without a pause while the command ends: one of them meets a guard that is gone already.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

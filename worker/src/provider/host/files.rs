@@ -15,10 +15,13 @@ use bytes::Bytes;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::artifacts::Matcher;
 use crate::provider::{GuestFile, Listing, Misfit, Room, VmError, VmFault};
 
+/// How much of an archive is read at once.
+const PIECE: usize = 1 << 20;
 /// Names of the guards' records in a VM's directory start with this.
 pub(super) const RECORD: &str = "guard-";
 /// Names of directories beside the VMs that could not be removed with theirs start with this.
@@ -31,10 +34,10 @@ pub(super) fn records(dir: &Path) -> Vec<PathBuf> {
 
 /// Unpacks an archive of files, directories and links into a directory that nobody else writes to. Links are data: they
 /// are made as they are, and nothing is ever written through one, whether this archive made it or not.
-pub(super) fn unpack(tar: &Path, into: &Path) -> Result<(), VmError> {
+pub(super) fn unpack(tar: &Path, into: &Path, stop: &CancellationToken) -> Result<(), VmError> {
     let broken = |error: &std::io::Error| VmError::io(VmFault::File, "read the source archive", error);
     let file = File::open(tar).map_err(|error| broken(&error))?;
-    let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, file));
+    let mut archive = tar::Archive::new(BufReader::with_capacity(PIECE, Wanted { file, stop }));
     let mut made = Made { root: into.to_owned(), dirs: HashSet::new() };
     make_dir(into).map_err(|error| VmError::io(VmFault::File, "make the workspace", &error))?;
     let (mut count, mut total) = (0usize, 0u64);
@@ -48,6 +51,22 @@ pub(super) fn unpack(tar: &Path, into: &Path) -> Result<(), VmError> {
         unpack_entry(&mut entry, &mut made)?;
     }
     Ok(())
+}
+
+/// A file that cannot be read any more once its reader was told to stop.
+struct Wanted<'a> {
+    file: File,
+    stop: &'a CancellationToken,
+}
+
+impl Read for Wanted<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let len = self.file.read(out)?;
+        match self.stop.is_cancelled() {
+            true => Err(io::Error::other("nobody waits for it any more")),
+            false => Ok(len),
+        }
+    }
 }
 
 /// Directories known to be real ones below the root.
@@ -129,13 +148,18 @@ fn make_dir(dir: &Path) -> std::io::Result<()> {
 }
 
 /// Lists what the rules take, without following a link anywhere.
-pub(super) fn list(root: &Path, rules: &Matcher) -> Result<Listing, VmError> {
-    list_up_to(root, rules, limits::WORKSPACE_ENTRIES_MAX)
+pub(super) fn list(root: &Path, rules: &Matcher, stop: &CancellationToken) -> Result<Listing, VmError> {
+    list_up_to(root, rules, limits::WORKSPACE_ENTRIES_MAX, stop)
 }
 
 /// Like [`list`], looking at `most` entries at most.
-pub(super) fn list_up_to(root: &Path, rules: &Matcher, most: usize) -> Result<Listing, VmError> {
-    let mut found = Found { most, ..Found::default() };
+pub(super) fn list_up_to(
+    root: &Path,
+    rules: &Matcher,
+    most: usize,
+    stop: &CancellationToken,
+) -> Result<Listing, VmError> {
+    let mut found = Found { most, stop: stop.clone(), ..Found::default() };
     for base in rules.bases() {
         // A base is plain text; on the way there a link is no directory either.
         if real_dirs(root, &base) {
@@ -152,6 +176,7 @@ struct Found {
     /// Entries that were looked at, and how many may be.
     seen: usize,
     most: usize,
+    stop: CancellationToken,
 }
 
 /// True when all above `path` are directories.
@@ -173,6 +198,9 @@ fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result
         for entry in std::fs::read_dir(root.join(&path)).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             found.seen += 1;
+            if found.stop.is_cancelled() {
+                return Err(VmError::farm(VmFault::Lost, "nobody waits for the list any more"));
+            }
             if found.seen > found.most {
                 let why = format!("the artifact rules lead to more than {} entries; name narrower ones", found.most);
                 return Err(VmError::user(VmFault::File, why));

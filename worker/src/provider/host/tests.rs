@@ -214,7 +214,7 @@ async fn a_guard_kills_at_the_fence_without_being_told() {
     let exec = guest.exec(&shell("sleep 600")).await.unwrap();
     fixture.fence.send_replace(mono + 60_000);
     fixture.fence.send_replace(mono);
-    assert_eq!(finish(exec).await.1, ExecOutput::Exit(Exit::Signal(9)));
+    assert_eq!(finish(exec).await.1, ExecOutput::Lost(VmError::fenced()), "and does not say that it ended by itself");
 }
 
 #[test]
@@ -472,6 +472,33 @@ async fn hostile_archives_are_refused_and_write_nothing_outside() {
     }
 }
 
+#[tokio::test]
+async fn a_vm_goes_after_the_unpacking_that_nobody_waits_for_any_more() {
+    let fixture = Fixture::new();
+    let (vm, guest) = fixture.guest().await;
+    // An archive that goes on when this test says so.
+    let (inbox, first, rest) =
+        (inbox_of(fixture.dir.path(), &vm), fixture.dir.path().join("1"), fixture.dir.path().join("2"));
+    archive(&first, &[Item::File("first", 0o644, b"x")]);
+    archive(&rest, &[Item::File("rest", 0o644, b"x")]);
+    nix::unistd::mkfifo(&inbox.join("s.tar"), Mode::S_IRWXU).unwrap();
+    let mut pipe = std::fs::File::options().read(true).write(true).open(inbox.join("s.tar")).unwrap();
+    pipe.write_all(&std::fs::read(first).unwrap()[..1024]).unwrap();
+    let mut unpack = guest.unpack("s.tar", "");
+    assert!(futures_util::poll!(&mut unpack).is_pending());
+    let made = fixture.work().join("first");
+    let made = tokio::task::spawn_blocking(move || eventually("the first file", || made.exists().then_some(())));
+    made.await.unwrap();
+    drop(unpack);
+    let live = lock(&fixture.host.live)[&vm].clone();
+    assert_eq!(live.running.len(), 1, "it goes on, and the VM's end waits for it");
+    pipe.write_all(&std::fs::read(rest).unwrap()).unwrap();
+    live.end().await;
+    assert!(!fixture.work().join("rest").exists(), "it was told to stop");
+    fixture.host.destroy(&vm).await.unwrap();
+    assert_eq!(std::fs::read_dir(fixture.dir.path().join("vms")).unwrap().count(), 0, "nothing is set aside");
+}
+
 pub(super) fn rules(texts: &[&str]) -> Vec<ArtifactRule> {
     crate::artifacts::parse(&texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>()).unwrap()
 }
@@ -552,7 +579,7 @@ fn a_link_leads_no_further_than_the_farm_takes() {
     std::os::unix::fs::symlink(&to, dir.path().join("near")).unwrap();
     std::os::unix::fs::symlink(format!("{to}t"), dir.path().join("far")).unwrap();
     let matcher = crate::artifacts::Matcher::new(&rules(&["*"])).unwrap();
-    let Listing { files, unfit, .. } = files::list(dir.path(), &matcher).unwrap();
+    let Listing { files, unfit, .. } = files::list(dir.path(), &matcher, &CancellationToken::new()).unwrap();
     assert_eq!(files.into_iter().map(|file| (file.path, file.link)).collect::<Vec<_>>(), [("near".into(), Some(to))]);
     let unfit: Vec<_> = unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why.to_string())).collect();
     assert_eq!(unfit, [("far".to_owned(), "it is a link to a name of more than 1024 bytes".to_owned())]);

@@ -27,6 +27,9 @@ use crate::provider::{
     ArtifactRule, BootTimes, Command, Exec, ExecInput, ExecOutput, Exit, Guest, Listing, Run, Signal, VmError, VmFault,
 };
 
+#[cfg(test)]
+mod following;
+
 /// Chunks between the guest and the spool.
 const CHUNKS: usize = 64;
 /// What one of our own acts may answer.
@@ -74,6 +77,8 @@ pub(super) struct TartGuest {
 struct Running {
     said: mpsc::Receiver<Said>,
     unmark: Unmark,
+    /// To be told once the last bytes were.
+    lost: Option<VmError>,
     _stop: DropGuard,
 }
 
@@ -86,19 +91,26 @@ enum Next {
 
 impl Running {
     async fn next(&mut self) -> Next {
-        match self.said.recv().await {
+        if let Some(error) = self.lost.take() {
+            return Next::Lost(error);
+        }
+        let error = match self.said.recv().await {
             Some(Said::Bytes(chunk)) => match self.unmark.push(chunk) {
-                Part::Bytes(bytes) => Next::Bytes(bytes),
-                Part::End(bytes, status) => Next::End(bytes, status),
-                Part::Torn => Next::Lost(lost("the guest's output is torn")),
+                Part::Bytes(bytes) => return Next::Bytes(bytes),
+                Part::End(bytes, status) => return Next::End(bytes, status),
+                Part::Torn => lost("the guest's output is torn"),
             },
             // A stream that ends before its mark has not run to its end, whatever status it gives.
-            Some(Said::Exit(code)) => {
-                Next::Lost(lost(&format!("the guest's shell ended with {code} before its command")))
-            }
-            Some(Said::Lost(error)) => Next::Lost(error),
-            None => Next::Lost(lost("the way to the guest closed")),
+            Some(Said::Exit(code)) => lost(&format!("the guest's shell ended with {code} before its command")),
+            Some(Said::Lost(error)) => error,
+            None => lost("the way to the guest closed"),
+        };
+        let rest = self.unmark.rest();
+        if rest.is_empty() {
+            return Next::Lost(error);
         }
+        self.lost = Some(error);
+        Next::Bytes(rest)
     }
 }
 
@@ -116,7 +128,7 @@ impl Way {
                 }
             }),
         );
-        Running { said: hears, unmark: Unmark::new(mark), _stop: stop.drop_guard() }
+        Running { said: hears, unmark: Unmark::new(mark), lost: None, _stop: stop.drop_guard() }
     }
 
     /// Runs our own steps and returns their status and what they wrote.
@@ -311,34 +323,43 @@ struct Follower {
 
 impl Follower {
     async fn follow(mut self) {
-        let last = self.run().await;
-        let _nobody_asks = self.output.send(last).await;
+        let (rest, last) = self.run().await;
+        if rest.is_empty() || self.output.send(ExecOutput::Bytes(rest)).await.is_ok() {
+            let _nobody_asks = self.output.send(last).await;
+        }
     }
 
-    async fn run(&mut self) -> ExecOutput {
+    /// Returns the last that it wrote, and how it ended.
+    async fn run(&mut self) -> (Bytes, ExecOutput) {
         let pulse = pulse(Arc::clone(&self.env), self.way.clone());
         tokio::pin!(pulse);
+        // One chunk waits for its room in here, not behind a send: whoever holds the output back still gives orders. The
+        // news that the VM is gone needs room as well, and comes after all that was printed.
+        let mut waiting = Bytes::new();
         loop {
-            let (bytes, status) = tokio::select! {
+            tokio::select! {
                 biased;
                 order = self.orders.recv() => match order {
-                    Some(ExecInput::Signal(signal)) => { self.signal(signal); continue }
-                    None => return self.left("nobody follows the command"),
+                    Some(ExecInput::Signal(signal)) => self.signal(signal),
+                    None => return (Bytes::new(), self.left("nobody follows the command")),
                 },
-                next = self.running.next() => match next {
-                    Next::Bytes(bytes) => (bytes, None),
-                    Next::End(bytes, status) => (bytes, Some(status)),
+                room = self.output.reserve(), if !waiting.is_empty() => match room {
+                    Ok(room) => room.send(ExecOutput::Bytes(std::mem::take(&mut waiting))),
+                    Err(_closed) => return (Bytes::new(), self.left("nobody reads the command's output")),
+                },
+                next = self.running.next(), if waiting.is_empty() => match next {
+                    Next::Bytes(bytes) => waiting = bytes,
+                    Next::End(bytes, status) => return (bytes, ExecOutput::Exit(Exit::Code(status))),
                     // The VM's own end says more than a stream that broke off.
-                    Next::Lost(error) => return ExecOutput::Lost(under_a_command(why_lost(&mut self.ended, error).await)),
+                    Next::Lost(error) => {
+                        let error = why_lost(&mut self.ended, error).await;
+                        return (Bytes::new(), ExecOutput::Lost(under_a_command(error)));
+                    }
                 },
-                error = gone(&mut self.ended) => return ExecOutput::Lost(under_a_command(error)),
-                error = &mut pulse => return ExecOutput::Lost(error),
-            };
-            if !bytes.is_empty() && self.output.send(ExecOutput::Bytes(bytes)).await.is_err() {
-                return self.left("nobody reads the command's output");
-            }
-            if let Some(status) = status {
-                return ExecOutput::Exit(Exit::Code(status));
+                error = gone(&mut self.ended), if waiting.is_empty() => {
+                    return (Bytes::new(), ExecOutput::Lost(under_a_command(error)));
+                }
+                error = &mut pulse, if waiting.is_empty() => return (Bytes::new(), ExecOutput::Lost(error)),
             }
         }
     }
@@ -395,8 +416,26 @@ async fn pulse(env: Arc<dyn Env>, way: Way) -> VmError {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn what_was_kept_back_for_the_end_comes_before_the_news_that_there_is_none() {
+        let (says, said) = mpsc::channel(2);
+        let unmark = Unmark::new(Mark::new(7));
+        let mut running = Running { said, unmark, lost: None, _stop: CancellationToken::new().drop_guard() };
+        says.send(Said::Bytes(Bytes::from_static(b"so far\x1ealloy-end-"))).await.unwrap();
+        says.send(Said::Lost(lost("gone"))).await.unwrap();
+        let mut bytes = Vec::new();
+        let error = loop {
+            match running.next().await {
+                Next::Bytes(part) => bytes.extend_from_slice(&part),
+                Next::End(..) => panic!("it has no end"),
+                Next::Lost(error) => break error,
+            }
+        };
+        assert_eq!((&*bytes, error), (&b"so far\x1ealloy-end-"[..], lost("gone")));
+    }
+
     #[test]
-    fn a_list_is_read_away_from_the_runtime_and_left_when_nobody_waits() {
+    fn a_list_is_read_away_from_the_runtime() {
         let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
         runtime.block_on(async {
             let matcher = || Matcher::new(&crate::artifacts::parse(&["**".to_owned()]).unwrap()).unwrap();

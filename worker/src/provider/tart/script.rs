@@ -15,18 +15,20 @@ pub(super) const READER: [&str; 5] = ["/usr/bin/env", "-i", "/bin/sh", "-c", r#"
 /// Where the system's own tools are, on macOS and on Linux.
 const TOOLS: &str = "PATH=/usr/bin:/bin:/usr/sbin:/sbin; export PATH\n";
 
-/// What ends a script's output. Nobody knows it before the script runs, and the command it runs never sees it.
+/// What ends a script's output. Nobody knows it before the script runs, and the command it runs never sees it. What may
+/// be its beginning is kept back until more is said: it begins with a byte that no text has, so that is never the end
+/// of a line that somebody waits for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mark(String);
 
 impl Mark {
     pub(super) fn new(secret: u64) -> Self {
-        Self(format!("alloy-end-{secret:016x}:"))
+        Self(format!("\u{1e}alloy-end-{secret:016x}:"))
     }
 
     /// The step that writes the mark and a status.
     fn step(&self, status: &str, to: &str) -> String {
-        format!("printf '%s%s\\n' '{}' \"{status}\" {to}\n", self.0)
+        format!("printf '\\036%s%s\\n' '{}' \"{status}\" {to}\n", self.0.trim_start_matches('\u{1e}'))
     }
 }
 
@@ -105,7 +107,7 @@ pub(super) enum Part {
     Bytes(Bytes),
     /// These are the last bytes, and this is the script's status.
     End(Bytes, i32),
-    /// The mark has no status behind it: somebody played with it.
+    /// The mark has no status behind it: somebody played with it. All of that is in [`Unmark::rest`].
     Torn,
 }
 
@@ -129,17 +131,24 @@ impl Unmark {
             return Part::Bytes(data.slice(..keep_from));
         };
         let tail = &data[at + mark.len()..];
-        match tail.iter().position(|byte| *byte == b'\n') {
-            Some(end) => match std::str::from_utf8(&tail[..end]).ok().and_then(|text| text.parse().ok()) {
-                Some(status) => Part::End(data.slice(..at), status),
-                None => Part::Torn,
-            },
-            None if tail.len() > STATUS_MAX => Part::Torn,
-            None => {
+        let end = tail.iter().position(|byte| *byte == b'\n');
+        let status = end.map(|end| std::str::from_utf8(&tail[..end]).ok().and_then(|text| text.parse().ok()));
+        match status {
+            Some(Some(status)) => Part::End(data.slice(..at), status),
+            None if tail.len() <= STATUS_MAX => {
                 self.held.extend_from_slice(&data[at..]);
                 Part::Bytes(data.slice(..at))
             }
+            Some(None) | None => {
+                self.held.extend_from_slice(&data);
+                Part::Torn
+            }
         }
+    }
+
+    /// What was kept back, of a stream that is over without its end.
+    pub(super) fn rest(&mut self) -> Bytes {
+        self.held.split().freeze()
     }
 }
 
@@ -183,10 +192,10 @@ mod tests {
                     bytes.extend_from_slice(&part);
                     return (bytes, Some(status));
                 }
-                Part::Torn => return (bytes, None),
+                Part::Torn => break,
             }
         }
-        bytes.extend_from_slice(&unmark.held);
+        bytes.extend_from_slice(&unmark.rest());
         (bytes, None)
     }
 
@@ -202,7 +211,7 @@ mod tests {
     #[test]
     fn the_end_is_found_however_the_output_is_cut() {
         let mark = Mark::new(0xabc);
-        let mut output = b"alloy-end-alloy-end-000\xff\0".to_vec();
+        let mut output = b"\x1ealloy-end-\x1ealloy-end-000\xff\0".to_vec();
         let told = output.clone();
         output.extend_from_slice(mark.0.as_bytes());
         output.extend_from_slice(b"130\nwhat a survivor wrote later");
@@ -211,7 +220,19 @@ mod tests {
         }
         assert_eq!(parted(&told, &mark, 3), (told.clone(), None));
         let torn = [told.as_slice(), mark.0.as_bytes(), b"x\n"].concat();
-        assert_eq!(parted(&torn, &mark, 3).1, None);
+        assert_eq!(parted(&torn, &mark, 3), (torn.clone(), None));
+        assert_eq!(parted(&torn, &mark, 999), (torn.clone(), None));
+    }
+
+    #[test]
+    fn a_line_that_is_not_ended_yet_is_shown_to_its_last_letter() {
+        let whole: Vec<u8> = (b' '..=b'~').collect();
+        for end in 1..=whole.len() {
+            let line = Bytes::copy_from_slice(&whole[..end]);
+            assert_eq!(Unmark::new(Mark::new(7)).push(line.clone()), Part::Bytes(line));
+        }
+        let name = Bytes::from_static(b"alloy-end-");
+        assert_eq!(Unmark::new(Mark::new(7)).push(name.clone()), Part::Bytes(name));
     }
 
     #[test]

@@ -2,8 +2,8 @@ use alloy_shared::env::Ms;
 use alloy_shared::id::{DEFAULT_ORG, Digest, JobId};
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::ErrorCode;
-use alloy_shared::wire::job::{JobSpec, Phase, Timings};
-use alloy_shared::wire::session::{HeldState, SlotState};
+use alloy_shared::wire::job::{End, JobSpec, Phase, Reason as EndReason, Timings};
+use alloy_shared::wire::session::{HeldState, ResultReport, SlotState};
 
 use super::*;
 
@@ -189,8 +189,10 @@ fn no_start_without_a_lease_while_draining_or_beyond_the_bound() {
     bench.give(Input::Heard(ToWorker::Drain { on: true }));
     assert!(refused(&bench.give(assign(AT, 1))));
     bench.give(Input::Heard(ToWorker::Drain { on: false }));
-    bench.give(assign(AT, 1));
-    assert!(bench.core.runs(AT), "resumed");
+    assert!(refused(&bench.give(assign(AT, 1))), "another worker may have the job by now");
+    let next = AttemptRef { attempt: AT.attempt + 1, ..AT };
+    bench.give(assign(next, 1));
+    assert!(bench.core.runs(next), "resumed");
 
     let mut bench = Bench::up();
     let effects = bench.give(Input::Full(true));
@@ -199,8 +201,8 @@ fn no_start_without_a_lease_while_draining_or_beyond_the_bound() {
     assert!(beat.trouble.as_ref().is_some_and(|why| why.contains("disk is full")), "{beat:?}");
     assert!(refused(&bench.give(assign(AT, 1))));
     bench.give(Input::Full(false));
-    bench.give(assign(AT, 1));
-    assert!(bench.core.runs(AT));
+    bench.give(assign(next, 1));
+    assert!(bench.core.runs(next));
 
     // The process slept: the order was in the socket all the while.
     let mut bench = Bench::up();
@@ -468,6 +470,24 @@ fn a_new_session_goes_on_from_what_is_durable() {
 }
 
 #[test]
+fn an_artifact_that_is_missing_goes_before_its_report_comes_again_ever_more_slowly() {
+    let mut bench = Bench::running();
+    bench.give(report(phase()));
+    bench.give(report(phase()));
+    bench.give(recorded(2));
+    assert_eq!(sent(&bench.give(recorded(3))), [3]);
+    let digest = Digest::of(b"artifact");
+    let missing = || Input::Heard(ToWorker::Missing { attempt: AT, seq: 1, log_len: 0, artifacts: vec![digest] });
+    let uploaded = || Input::Uploaded { attempt: AT, complete: true };
+    assert_eq!(bench.give(missing()), [Effect::Upload { attempt: AT, artifacts: vec![digest] }]);
+    assert_eq!(sent(&bench.give(uploaded())), [2, 3]);
+    bench.give(missing());
+    assert_eq!(sent(&bench.give(uploaded())), [0u64; 0]);
+    bench.ms = bench.core.next_wake().0;
+    assert_eq!(sent(&bench.wait(0)), [2, 3]);
+}
+
+#[test]
 fn what_a_result_misses_is_sent_again() {
     let mut bench = Bench::running();
     bench.give(Input::Spooled { attempt: AT, len: 1_000 });
@@ -562,5 +582,6 @@ fn an_executor_without_a_last_word_ends_as_a_fault_of_the_farm() {
     let effects = bench.give(Input::NotStarted { attempt: AT, message: "full".into() });
     let refused = Report::Refused { message: "full".into() };
     assert_eq!(effects, [Effect::Send(ToOrchestrator::Report { attempt: AT, seq: 1, report: refused })]);
+    assert_eq!(bench.give(assign(AT, 1)), effects, "the same, as often as it is asked");
     assert!(bench.core.is_empty());
 }

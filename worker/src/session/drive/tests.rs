@@ -4,12 +4,13 @@ use alloy_shared::id::{BootId, DEFAULT_ORG, JobId};
 use alloy_shared::runtime::{Lifecycle, SystemEnv};
 use alloy_shared::secret::Secret;
 use alloy_shared::wire::job::{End, JobSpec, Phase, Reason as EndReason, Timings};
-use alloy_shared::wire::session::{HeldState, Order, ResultReport, SlotState, SlotView, Welcome};
+use alloy_shared::wire::session::{HeldState, Order, Report, ResultReport, SlotState, SlotView, Welcome};
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::*;
 use crate::spool::SpoolFile;
+use crate::spool::tests::{Short, alone};
 use crate::upstream::{Blobs, TransferError};
 
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(3), attempt: 1 };
@@ -155,18 +156,7 @@ impl Far {
     }
 
     async fn assign(&mut self) {
-        let assignment = Assignment {
-            attempt: AT,
-            handle: 5,
-            org: DEFAULT_ORG,
-            spec: JobSpec::default(),
-            source: None,
-            grant: Secret::new("the grant".into()),
-            timeout_ms: 1,
-            cancel_grace_ms: 1,
-            job_url: String::new(),
-        };
-        self.order(Order::Assign(Box::new(assignment))).await;
+        self.order(Order::Assign(Box::new(assignment(5)))).await;
     }
 
     async fn order(&mut self, order: Order) {
@@ -195,6 +185,16 @@ impl Far {
         self.say(ToWorker::LogAck { attempt: AT, durable: self.log.len() as u64 }).await;
     }
 
+    /// Goes on until so many heartbeats have come.
+    async fn hear_beats(&mut self, mut beats: u32) {
+        while beats > 0 {
+            let Some(Frame::Text(text)) = self.link.rx.recv().await else { panic!("no heartbeat") };
+            let ToOrchestrator::Heartbeat(beat) = ToOrchestrator::decode(&text).unwrap() else { panic!("{text}") };
+            self.say(ToWorker::HeartbeatAck { n: beat.n, orders: vec![] }).await;
+            beats -= 1;
+        }
+    }
+
     async fn hear_report(&mut self) -> (u64, Report) {
         match self.hear().await {
             Some(ToOrchestrator::Report { attempt: AT, seq, report }) => {
@@ -203,6 +203,20 @@ impl Far {
             }
             other => panic!("{other:?}"),
         }
+    }
+}
+
+fn assignment(handle: u32) -> Assignment {
+    Assignment {
+        attempt: AT,
+        handle,
+        org: DEFAULT_ORG,
+        spec: JobSpec::default(),
+        source: None,
+        grant: Secret::new("the grant".into()),
+        timeout_ms: 1,
+        cancel_grace_ms: 1,
+        job_url: String::new(),
     }
 }
 
@@ -388,18 +402,7 @@ async fn an_executor_that_vanishes_is_a_fault_of_the_farm() {
 async fn an_earlier_daemons_result_is_finished_with_its_artifacts() {
     let spool = Spool::memory();
     let hands = Hands { spool: Arc::new(spool), inputs: mpsc::channel(9).0 };
-    let assignment = Assignment {
-        attempt: AT,
-        handle: 1,
-        org: DEFAULT_ORG,
-        spec: JobSpec::default(),
-        source: None,
-        grant: Secret::new("the grant".into()),
-        timeout_ms: 1,
-        cancel_grace_ms: 1,
-        job_url: String::new(),
-    };
-    hands.spool.begin(&assignment).await.unwrap();
+    hands.spool.begin(&assignment(1)).await.unwrap();
     hands.spool.append(AT, Bytes::from_static(b"log")).await.unwrap();
     let mut file = hands.spool.stash(AT).await.unwrap();
     file.write(Bytes::from_static(b"artifact")).await.unwrap();
@@ -421,6 +424,72 @@ async fn an_earlier_daemons_result_is_finished_with_its_artifacts() {
     assert_eq!(farm.puts.recv().await, Some(digest));
     far.order(Order::ResultAck { attempt: AT }).await;
     assert!(matches!(far.hear().await, Some(ToOrchestrator::Closed { .. })));
+    farm.life.soft.cancel();
+    assert_eq!(farm.stopped().await, Over::Stopped);
+}
+
+#[tokio::test]
+async fn a_want_of_descriptors_costs_at_most_the_job_that_would_begin() {
+    if !alone("session::drive::tests::a_want_of_descriptors_costs_at_most_the_job_that_would_begin") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (ready, mut is_ready) = mpsc::channel(1);
+    let go = Arc::new(tokio::sync::Notify::new());
+    let told = go.clone();
+    let mut farm = farm(Spool::open(dir.path()).unwrap().0, vec![], move |hands, mut stop| {
+        let (ready, go) = (ready.clone(), told.clone());
+        async move {
+            go.notified().await;
+            // Its directory is new: it is to be durable with the next report.
+            let stash = hands.spool.stash(AT).await.unwrap();
+            ready.send(Short::begin()).await.ok().unwrap();
+            hands.report(phase()).await;
+            drop(stash);
+            assert_eq!(stop.recv().await, Some(Stop::Cancel { grace_ms: 7 }));
+            hands.end(End::because(EndReason::UserCanceled, "")).await;
+        }
+    });
+    let (mut far, _) = farm.open().await;
+    let short = Short::begin();
+    let earlier = AttemptRef { attempt: AT.attempt - 1, ..AT };
+    far.order(Order::Assign(Box::new(Assignment { attempt: earlier, ..assignment(4) }))).await;
+    assert!(matches!(far.hear().await, Some(ToOrchestrator::Report { seq: 1, report: Report::Refused { .. }, .. })));
+    drop(short);
+    far.assign().await;
+    assert_eq!(far.hear_report().await, (1, Report::Accepted));
+    go.notify_one();
+    let short = is_ready.recv().await.unwrap();
+    far.hear_beats(4).await;
+    drop(short);
+    assert_eq!(far.hear_report().await, (2, phase()));
+    far.order(Order::Cancel { attempt: AT, grace_ms: 7 }).await;
+    assert!(matches!(far.hear_report().await, (3, Report::Result(_))));
+    farm.life.hard.cancel();
+    assert_eq!(farm.stopped().await, Over::Stopped);
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_read_for_want_of_descriptors_is_read_later() {
+    if !alone("session::drive::tests::a_log_that_cannot_be_read_for_want_of_descriptors_is_read_later") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (spool, _) = Spool::open(dir.path()).unwrap();
+    spool.begin(&assignment(1)).await.unwrap();
+    spool.append(AT, output().into()).await.unwrap();
+    spool.record(AT, &[(1, Report::Accepted)]).await.unwrap();
+    // In a new daemon the log is not open.
+    let (spool, held) = spool.reopen().unwrap();
+    let mut farm = farm(spool, vec![(held[0].clone(), vec![])], |_, _| async { panic!("nothing is started") });
+    let (mut far, _) = farm.open().await;
+    let short = Short::begin();
+    far.order(Order::Continue { attempt: AT, handle: 5, log_durable: 0, seq: 1 }).await;
+    far.hear_beats(4).await;
+    drop(short);
+    let closed = ToOrchestrator::Closed { attempt: AT, teardown_ms: 0, log_len: output().len() as u64 };
+    assert_eq!(far.hear().await, Some(closed));
+    assert!(far.log == output(), "no byte is lost: {} bytes", far.log.len());
     farm.life.soft.cancel();
     assert_eq!(farm.stopped().await, Over::Stopped);
 }

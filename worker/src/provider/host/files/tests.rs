@@ -14,7 +14,7 @@ fn what_lies_too_deep_is_named_by_a_directory_and_not_looked_into() {
         // The directories of the way, and what lies in the first and the last of them.
         let most = limits::PATH_DEPTH_MAX + 3;
         let matcher = Matcher::new(&rules(texts)).unwrap();
-        let Listing { files, unfit, .. } = list_up_to(dir.path(), &matcher, most).unwrap();
+        let Listing { files, unfit, .. } = list_up_to(dir.path(), &matcher, most, &CancellationToken::new()).unwrap();
         let unfit: Vec<_> =
             unfit.into_iter().map(|unfit| (String::from_utf8(unfit.path).unwrap(), unfit.why)).collect();
         (files.into_iter().map(|file| file.path).collect::<Vec<_>>(), unfit)
@@ -33,9 +33,12 @@ fn a_workspace_with_too_many_entries_is_refused() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, "x").unwrap();
     }
-    let list = |texts: &[&str], most| list_up_to(dir.path(), &Matcher::new(&rules(texts)).unwrap(), most);
+    let stop = CancellationToken::new();
+    let list = |texts: &[&str], most| list_up_to(dir.path(), &Matcher::new(&rules(texts)).unwrap(), most, &stop);
     assert_eq!(list(&["**/*"], 5).unwrap().files.len(), 3);
     let error = list(&["**/*"], 4).unwrap_err();
     assert!(error.tail.contains("more than 4 entries"), "{error}");
     assert_eq!(list(&["**/*", "!a"], 4).unwrap().files.len(), 1, "what is excluded is not looked into");
+    stop.cancel();
+    assert!(list(&["**/*"], 5).is_err(), "nobody waits for it");
 }
