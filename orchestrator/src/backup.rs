@@ -5,14 +5,14 @@
 //! and another name, so nobody takes it for a backup. [`restore`] is the way back.
 
 use std::collections::HashSet;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use alloy_shared::id::Digest;
-use nix::fcntl::{Flock, FlockArg};
 use sha2::Digest as _;
+use tokio_util::sync::CancellationToken;
 
 use crate::blobs::mark::{Elsewhere, compare};
 use crate::blobs::{BlobError, OpenS3, off_thread, sync_dir};
@@ -23,14 +23,15 @@ use crate::sums::{FOOTER, Seal, Sums};
 
 pub mod elsewhere;
 pub mod list;
+mod part;
 pub mod restore;
 
 use list::{Entry, Head};
+use part::{Part, unless_stopped};
 
 pub const DATABASE: &str = "alloy.db";
 pub(crate) const OBJECTS: &str = "blobs/objects";
 pub(crate) const LOGS: &str = "logs";
-const LOCK: &str = "backup.lock";
 /// What is read at once.
 const PIECE: usize = 1 << 20;
 
@@ -45,6 +46,12 @@ pub enum BackupError {
     Nowhere(PathBuf),
     #[error("another backup is being written to {}", .0.display())]
     Busy(PathBuf),
+    #[error(
+        "a backup grows in {}, but that is no directory that one has left there, closed to everybody else: move it away, or name \
+         another directory",
+        .0.display()
+    )]
+    Foreign(PathBuf),
     #[error(transparent)]
     Moved(#[from] MovedAway),
     #[error(transparent)]
@@ -59,6 +66,10 @@ pub enum BackupError {
     Database(#[from] OpenError),
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
+    #[error("told to stop: there is no backup")]
+    Stopped,
+    #[error("{why}. What was copied by then is left in {}, remove it: {left}", path.display())]
+    Left { path: PathBuf, why: Box<BackupError>, left: Box<BackupError> },
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> BackupError + '_ {
@@ -74,8 +85,14 @@ pub struct Taken {
     pub missing: Vec<String>,
 }
 
-/// Takes a backup of the farm in `farm` into `target`, which must not exist.
-pub async fn take(farm: &Path, target: &Path, taken_at: String) -> Result<Taken, BackupError> {
+/// Takes a backup of the farm in `farm` into `target`, which must not exist. Who says `stop` waits for the end all the same: what
+/// was copied is removed.
+pub async fn take(
+    farm: &Path,
+    target: &Path,
+    taken_at: String,
+    stop: &CancellationToken,
+) -> Result<Taken, BackupError> {
     if !farm.join(DATABASE).is_file() {
         return Err(BackupError::NoFarm(farm.to_owned()));
     }
@@ -85,28 +102,18 @@ pub async fn take(farm: &Path, target: &Path, taken_at: String) -> Result<Taken,
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));
     }
-    let part = beside(target, ".partial");
-    let lock = begin(&part)?;
-    copy_at_once(&farm.join(DATABASE), &part.join(DATABASE)).await?;
-    let needs = examine(&part.join(DATABASE)).await?;
-    let (farm, target) = (farm.to_owned(), target.to_owned());
-    off_thread(move || {
-        let taken = Copy::new(&farm, &part).all(&needs, taken_at)?;
-        publish(&part, &target, lock)?;
-        Ok(taken)
-    })
-    .await
+    let part = Part::begin(target)?;
+    let taken = fill(farm, part.path(), taken_at, stop).await;
+    part.end(target, taken).await
 }
 
-/// Gives a backup that is complete its name.
-fn publish(part: &Path, target: &Path, lock: Flock<File>) -> Result<(), BackupError> {
-    settle(part).map_err(at(part))?;
-    fs::rename(part, target).map_err(at(target))?;
-    // Under this name nobody else writes to it.
-    fs::remove_file(target.join(LOCK)).map_err(at(target))?;
-    sync_dir(parent(target)).map_err(at(target))?;
-    drop(lock);
-    Ok(())
+async fn fill(farm: &Path, part: &Path, taken_at: String, stop: &CancellationToken) -> Result<Taken, BackupError> {
+    let needs = unless_stopped(stop, async {
+        copy_at_once(&farm.join(DATABASE), &part.join(DATABASE)).await?;
+        Ok(examine(&part.join(DATABASE)).await?)
+    });
+    let (needs, farm, part, stop) = (needs.await?, farm.to_owned(), part.to_owned(), stop.clone());
+    off_thread(move || Copy::new(&farm, &part, stop).all(&needs, taken_at)).await
 }
 
 /// A sibling of a path.
@@ -121,32 +128,6 @@ fn parent(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes the directory empty, whatever a backup left there that was cut off. Only one process writes it at a time.
-fn begin(part: &Path) -> Result<Flock<File>, BackupError> {
-    match DirBuilder::new().mode(0o700).create(part) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(BackupError::Nowhere(parent(part).to_owned()));
-        }
-        // What is left of one that was cut off.
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        made => made.map_err(at(part))?,
-    }
-    let path = part.join(LOCK);
-    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-    let lock = Flock::lock(open.map_err(at(&path))?, FlockArg::LockExclusiveNonblock);
-    let lock = lock.map_err(|_| BackupError::Busy(part.to_owned()))?;
-    for left in fs::read_dir(part).map_err(at(part))? {
-        let left = left.map_err(at(part))?;
-        let is_dir = left.file_type().map_err(at(part))?.is_dir();
-        let path = left.path();
-        if left.file_name() == LOCK {
-            continue;
-        }
-        if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.map_err(at(&path))?;
-    }
-    Ok(lock)
-}
-
 pub(crate) fn make_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
@@ -158,19 +139,32 @@ struct Copy<'a> {
     missing: Vec<String>,
     /// The backup lies on another file system.
     apart: bool,
+    stop: CancellationToken,
 }
 
 impl<'a> Copy<'a> {
-    fn new(farm: &'a Path, part: &'a Path) -> Self {
+    fn new(farm: &'a Path, part: &'a Path, stop: CancellationToken) -> Self {
         let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
-        Self { farm, part, entries: Vec::new(), missing: Vec::new(), apart: device(farm) != device(part) }
+        Self { farm, part, entries: Vec::new(), missing: Vec::new(), apart: device(farm) != device(part), stop }
+    }
+
+    /// Asked before each file: nobody drops a thread.
+    fn unless_stopped(&self) -> Result<(), BackupError> {
+        if self.stop.is_cancelled() { Err(BackupError::Stopped) } else { Ok(()) }
     }
 
     fn all(mut self, needs: &Needs, taken_at: String) -> Result<Taken, BackupError> {
-        self.add(DATABASE.to_owned())?;
+        self.books()?;
         self.objects(OBJECTS)?;
         self.logs()?;
         self.finish(needs, taken_at)
+    }
+
+    /// The database that was copied, readable to nobody else: it holds the farm's secret.
+    fn books(&mut self) -> Result<(), BackupError> {
+        let path = self.part.join(DATABASE);
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(at(&path))?;
+        self.add(DATABASE.to_owned())
     }
 
     /// What is left to do when database, objects and logs are there.
@@ -190,9 +184,6 @@ impl<'a> Copy<'a> {
     /// Lists what somebody else has put into a directory of the backup.
     fn add_dir(&mut self, dir: &str) -> Result<(), BackupError> {
         let from = self.part.join(dir);
-        if !from.is_dir() {
-            return Ok(());
-        }
         for (name, is_dir) in sorted(&from).map_err(at(&from))? {
             let path = format!("{dir}/{name}");
             if is_dir { self.add_dir(&path)? } else { self.add(path)? }
@@ -210,9 +201,6 @@ impl<'a> Copy<'a> {
     /// Every file below a directory of objects.
     fn objects(&mut self, dir: &str) -> Result<(), BackupError> {
         let from = self.farm.join(dir);
-        if !from.is_dir() {
-            return Ok(());
-        }
         for (name, is_dir) in sorted(&from).map_err(at(&from))? {
             let path = format!("{dir}/{name}");
             if is_dir {
@@ -225,6 +213,7 @@ impl<'a> Copy<'a> {
     }
 
     fn object(&mut self, name: &str) -> Result<(), BackupError> {
+        self.unless_stopped()?;
         let from = self.farm.join(name);
         match sound(&from) {
             Ok(Some(_)) => {}
@@ -232,6 +221,8 @@ impl<'a> Copy<'a> {
                 self.missing.push(format!("{name} is damaged"));
                 return Ok(());
             }
+            // Taken away meanwhile. If the books name it, that is told in the end.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => {
                 self.missing.push(format!("{name} cannot be read: {error}"));
                 return Ok(());
@@ -242,15 +233,16 @@ impl<'a> Copy<'a> {
         if !self.apart && fs::hard_link(&from, &to).is_ok() {
             return self.add(name.to_owned());
         }
-        self.file(name, None)
+        match self.file(name, None) {
+            Err(BackupError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            copied => copied.map(drop),
+        }
     }
 
-    /// A log that is sealed is final. One that is not goes on growing: what it has by now is what counts.
+    /// Every log, as far as it is. Retention goes on meanwhile: what it takes away is no reason to have no backup, and what the
+    /// books name of it is looked for in the end.
     fn logs(&mut self) -> Result<(), BackupError> {
         let from = self.farm.join(LOGS);
-        if !from.is_dir() {
-            return Ok(());
-        }
         for (job, is_dir) in sorted(&from).map_err(at(&from))? {
             let dir = from.join(&job);
             if !is_dir {
@@ -258,26 +250,55 @@ impl<'a> Copy<'a> {
             }
             for (name, _) in sorted(&dir).map_err(at(&dir))? {
                 let Some(stem) = name.strip_suffix(".log") else { continue };
-                // Looked for first: a seal that comes later speaks of bytes that this copy may lack.
-                let sealed = dir.join(format!("{stem}.seal")).is_file();
-                let log = dir.join(&name);
-                let len = fs::metadata(&log).map_err(at(&log))?.len();
-                self.file(&format!("{LOGS}/{job}/{name}"), Some(len))?;
-                if sealed {
-                    self.file(&format!("{LOGS}/{job}/{stem}.seal"), None)?;
+                let had = self.entries.len();
+                match self.log(&format!("{LOGS}/{job}/{stem}")) {
+                    Err(BackupError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                        self.take_back(had)?
+                    }
+                    copied => copied?,
                 }
             }
         }
         Ok(())
     }
 
-    /// Copies a file, or its first bytes.
-    fn file(&mut self, name: &str, len: Option<u64>) -> Result<(), BackupError> {
+    /// A log that is sealed is final. One that is not goes on growing: what it has by now is what counts.
+    fn log(&mut self, stem: &str) -> Result<(), BackupError> {
+        self.unless_stopped()?;
+        let (log, seal, whole) = (format!("{stem}.log"), format!("{stem}.seal"), format!("{stem}.whole"));
+        // Looked for first: a seal that comes later speaks of bytes that this copy may lack.
+        let sealed = self.farm.join(&seal).is_file();
+        let from = self.farm.join(&log);
+        let len = fs::metadata(&from).map_err(at(&from))?.len();
+        let whole = Some(whole).filter(|whole| self.farm.join(whole).is_file());
+        let copied = self.file(&log, Some(len))?;
+        whole.map(|whole| self.file(&whole, None)).transpose()?;
+        if sealed {
+            self.file(&seal, None)?;
+            let text = fs::read(self.part.join(seal)).map_err(at(&from))?;
+            if Seal::decode(&text).map(|seal| (seal.len, seal.sha256)) != Some(copied) {
+                self.missing.push(format!("{log} is damaged: it is not what its seal says"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what was copied since there were so many.
+    fn take_back(&mut self, had: usize) -> Result<(), BackupError> {
+        for half in self.entries.drain(had..) {
+            let path = self.part.join(&half.path);
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+        Ok(())
+    }
+
+    /// Copies a file, or its first bytes, and returns what it copied.
+    fn file(&mut self, name: &str, len: Option<u64>) -> Result<(u64, Digest), BackupError> {
         let (from, to) = (self.farm.join(name), self.part.join(name));
         make_dir(parent(&to)).map_err(at(&to))?;
         let (size, sha256) = copy(&from, &to, len).map_err(at(&from))?;
         self.entries.push(Entry { path: name.to_owned(), size, sha256 });
-        Ok(())
+        Ok((size, sha256))
     }
 
     /// What the database names must be there.
@@ -300,10 +321,14 @@ impl<'a> Copy<'a> {
     }
 }
 
-/// Names and whether they are directories.
+/// Names and whether they are directories. What is not there, or not any more, is empty.
 pub(crate) fn sorted(dir: &Path) -> io::Result<Vec<(String, bool)>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(dir)? {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+        entries => entries?,
+    };
+    for entry in entries {
         let entry = entry?;
         // Ours are plain; what is not is not ours.
         if let Ok(name) = entry.file_name().into_string() {

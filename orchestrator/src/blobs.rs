@@ -439,11 +439,6 @@ pub(crate) fn free_bytes(path: &std::path::Path) -> std::io::Result<u64> {
     Ok((fs.blocks_available() as u64).saturating_mul(fs.fragment_size() as u64))
 }
 
-/// Tells a full disk from other faults.
-pub(crate) fn is_full(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-}
-
 /// Makes a directory's entries durable.
 pub(crate) fn sync_dir(path: &std::path::Path) -> std::io::Result<()> {
     std::fs::File::open(path)?.sync_all()

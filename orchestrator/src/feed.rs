@@ -136,20 +136,22 @@ impl Follower {
         holder.silent = silent;
         self.holder = Some(holder);
         let known = self.app.store.worker(&self.scope, &holder.worker).await.map_err(failed)?;
-        let name = known.map_or_else(|| holder.worker.to_string(), |worker| worker.name);
+        // Another organisation's is nobody that the follower may hear of.
+        let Some(worker) = known else { return Ok(()) };
         let lost_at = silent.then(|| now.wall.plus(silence.lost_at.since(now.mono)).rfc3339());
         let message = match &lost_at {
             Some(at) => format!(
-                "worker {name} was not heard for {} s; if that goes on, what it runs counts as lost at {at}",
+                "worker {} was not heard for {} s; if that goes on, what it runs counts as lost at {at}",
+                worker.name,
                 silence.ms / 1_000
             ),
-            None => format!("worker {name} is heard again"),
+            None => format!("worker {} is heard again", worker.name),
         };
         let news = WorkerNews {
             at: now.wall.rfc3339(),
             attempt: holder.attempt,
             worker: holder.worker,
-            worker_name: name,
+            worker_name: worker.name,
             silent,
             lost_at,
             message,
@@ -253,20 +255,29 @@ impl Holder {
     }
 }
 
-/// Bytes of one attempt's log from `offset`; ends when the attempt has ended and all of it was sent.
-pub fn follow_log(app: Arc<App>, scope: Scope, at: AttemptRef, offset: u64) -> mpsc::Receiver<Bytes> {
+/// Bytes of one attempt's log from `offset`, and nothing as the last thing when the attempt has ended and all of it was
+/// sent. A channel that closes without that was cut: come back.
+pub fn follow_log(app: Arc<App>, scope: Scope, at: AttemptRef, offset: u64) -> mpsc::Receiver<Option<Bytes>> {
     let (tx, rx) = mpsc::channel(FRAMES);
     let env = app.env.clone();
     env.spawn(
         "follow_log",
         Box::pin(async move {
-            let _ = raw(&app, &scope, at, offset, &tx).await;
+            if raw(&app, &scope, at, offset, &tx).await.is_ok() {
+                let _gone = deliver(&*app.env, &tx, None).await;
+            }
         }),
     );
     rx
 }
 
-async fn raw(app: &App, scope: &Scope, at: AttemptRef, mut offset: u64, tx: &mpsc::Sender<Bytes>) -> Result<(), Stop> {
+async fn raw(
+    app: &App,
+    scope: &Scope,
+    at: AttemptRef,
+    mut offset: u64,
+    tx: &mpsc::Sender<Option<Bytes>>,
+) -> Result<(), Stop> {
     let mut listener = app.wake.job(at.job);
     let mut look = true;
     loop {
@@ -281,7 +292,7 @@ async fn raw(app: &App, scope: &Scope, at: AttemptRef, mut offset: u64, tx: &mps
             }
             for chunk in chunks {
                 offset += chunk.len() as u64;
-                deliver(&*app.env, tx, chunk).await?;
+                deliver(&*app.env, tx, Some(chunk)).await?;
             }
         }
         if ended {

@@ -2,10 +2,13 @@
 //! first, by writes that look again; an object goes when nothing has named it for a while.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Ms};
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId};
+use alloy_shared::wire::ErrorCode;
+use nix::errno::Errno;
 use tracing::{error, info, warn};
 
 use crate::App;
@@ -18,6 +21,11 @@ use crate::store::{BlobKind, Group, Scope, Write};
 
 /// Rows of one step.
 const PAGE: u32 = 256;
+/// Statements of one commit. A miss says them all again, each between two more, and a distant database takes its time for
+/// every one of them.
+const AT_ONCE: usize = 64;
+/// Blobs of one write, which are two statements each at most, and objects.
+const BUNCH: usize = AT_ONCE / 2;
 /// Objects that are deleted in one step.
 const OBJECTS: u32 = 64;
 /// So many deletions that fail in a row are the store's fault, and not their objects'.
@@ -202,8 +210,12 @@ impl Collector {
                 by_cut.entry(cut).or_default().push(blob);
             }
         }
-        let drop = |(unused_since, blobs)| Tidy::DropBlobs { blobs, unused_since, at: policy.now() };
-        let done = commit(app, by_cut.into_iter().map(drop).collect()).await?;
+        let drop = |unused_since, blobs| Tidy::DropBlobs { blobs, unused_since, at: policy.now() };
+        let mut writes = Vec::new();
+        for (cut, blobs) in by_cut {
+            writes.extend(blobs.chunks(BUNCH).map(|some| drop(cut, some.to_vec())));
+        }
+        let done = commit(app, writes).await?;
         self.gone.blobs += done.into_iter().flatten().sum::<i64>().unsigned_abs();
         Ok(last.map_or(Stage::Blobs(index + 1, None), |last| Stage::Blobs(index, Some(last))))
     }
@@ -232,7 +244,7 @@ impl Collector {
                 }
                 continue;
             }
-            commit(app, vec![Tidy::Burnt { object: row.object }]).await?;
+            commit(app, vec![Tidy::Burnt { object: row.object, at: policy.now() }]).await?;
             (self.gone.objects, self.failing) = (self.gone.objects + 1, 0);
         }
         Ok(Stage::Trash(Some(last)))
@@ -272,9 +284,8 @@ impl Collector {
         }
         let named: BTreeSet<String> = app.store.named(&objects).await?.into_iter().collect();
         objects.retain(|object| !named.contains(object));
-        if !objects.is_empty() {
-            commit(app, vec![Tidy::Trash { objects, at: policy.now() }]).await?;
-        }
+        let throw = |some: &[String]| Tidy::Trash { objects: some.to_vec(), at: policy.now() };
+        commit(app, objects.chunks(BUNCH).map(throw).collect()).await?;
         if last.is_none() {
             self.objects_due = Some(now + app.keep.grace_ms);
         }
@@ -288,12 +299,35 @@ async fn live(app: &Arc<App>, policy: &Policy, after: Option<JobId>) -> Result<S
     let Some(last) = page.last().map(|job| job.id) else { return Ok(Stage::Jobs(None)) };
     let sources: BTreeSet<(OrgId, Digest)> = page.iter().filter_map(|job| Some((job.org, job.source?))).collect();
     for (org, source) in sources {
-        let depot = depot(app, org);
-        if !depot.freshen(&source, policy.now()).await? {
-            warn!(%source, "a job that has not ended needs a source that is not whole");
+        let whole = match depot(app, org).freshen(&source, policy.now()).await {
+            Ok(whole) => whole,
+            // No later look reads it either, and what everybody else keeps must not hang on it.
+            Err(error) if is_lost(&error) => {
+                warn!(%error, %source, "a source cannot be read");
+                false
+            }
+            Err(error) => return Err(error),
+        };
+        if !whole {
+            let job = page.iter().find(|job| (job.org, job.source) == (org, Some(source))).map(|job| job.id);
+            let job = job.unwrap_or(last);
+            warn!(%job, %source, "a job that has not ended needs a source that is not whole");
         }
     }
     Ok(Stage::Live(Some(last)))
+}
+
+/// The bytes themselves are gone or damaged. All else may pass, and what was not noted because of it must not go.
+fn is_lost(error: &OpError) -> bool {
+    match error {
+        OpError::Io { error, .. } => {
+            error.kind() == ErrorKind::InvalidData || error.raw_os_error() == Some(Errno::EIO as i32)
+        }
+        OpError::Refused { code, .. } => {
+            matches!(code, ErrorCode::InvalidSource | ErrorCode::DigestMismatch | ErrorCode::NotFound)
+        }
+        OpError::Missing(_) | OpError::Store(_) => false,
+    }
 }
 
 fn depot(app: &App, org: OrgId) -> Depot<'_> {
@@ -325,7 +359,64 @@ async fn burn(app: &App, row: &TrashRow) -> Result<(), OpError> {
 
 /// Each write by itself; one that misses changes nothing. The number of each that did not.
 async fn commit(app: &App, writes: Vec<Tidy>) -> Result<Vec<Option<i64>>, OpError> {
-    let groups: Vec<Group> = writes.into_iter().map(|write| Group(vec![Write::Tidy(Box::new(write))])).collect();
-    let done = app.store.commit(&groups).await?.groups;
-    Ok(done.into_iter().map(|numbers| numbers.ok().and_then(|numbers| numbers.first().copied())).collect())
+    let mut numbers = Vec::with_capacity(writes.len());
+    for some in portions(writes) {
+        let done = app.store.commit(&some).await?.groups;
+        numbers.extend(done.into_iter().map(|group| group.ok().and_then(|all| all.first().copied())));
+    }
+    Ok(numbers)
+}
+
+/// The writes in their order, in as many commits as their statements need.
+fn portions(writes: Vec<Tidy>) -> Vec<Vec<Group>> {
+    let (mut portions, mut room) = (Vec::new(), 0);
+    for write in writes {
+        let statements = statements(&write);
+        let group = Group(vec![Write::Tidy(Box::new(write))]);
+        match portions.last_mut() {
+            Some(last) if statements <= room => Vec::push(last, group),
+            Some(_) | None => {
+                room = AT_ONCE;
+                portions.push(vec![group]);
+            }
+        }
+        room = room.saturating_sub(statements);
+    }
+    portions
+}
+
+/// As how many statements the database gets a write, at most.
+fn statements(write: &Tidy) -> usize {
+    match write {
+        Tidy::DropBlobs { blobs, .. } => 2 * blobs.len(),
+        Tidy::Trash { objects, .. } => objects.len(),
+        Tidy::Prune { .. } => 6,
+        Tidy::DropLog(_) | Tidy::DropFiles(_) | Tidy::TakeTrash { .. } => 2,
+        Tidy::Adopt { .. } | Tidy::Use { .. } | Tidy::Burnt { .. } | Tidy::Forget { .. } | Tidy::SetRetention(_) => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_is_small_enough_for_a_distant_database() {
+        let job =
+            |n: u32| Tidy::Prune { job: JobId::from_raw(n.into()), ended_before: Ms(0), open_before: Ms(0), at: Ms(0) };
+        let object = |n: u32| Tidy::TakeTrash { object: n.to_string(), before: Ms(0), at: Ms(0) };
+        let objects = |n: u32| Tidy::Trash { objects: vec![n.to_string(); n as usize % (BUNCH + 1)], at: Ms(0) };
+        for write in [job as fn(u32) -> Tidy, object, objects] {
+            let writes: Vec<Tidy> = (0..PAGE).map(write).collect();
+            let portions = portions(writes.clone());
+            let of = |group: &Group| match &group.0[..] {
+                [Write::Tidy(write)] => (**write).clone(),
+                other => panic!("{other:?}"),
+            };
+            let most = portions.iter().map(|some| some.iter().map(|group| statements(&of(group))).sum::<usize>()).max();
+            assert!(most.is_some_and(|most| most <= AT_ONCE), "{most:?}");
+            assert!(portions.len() <= writes.len() / 2, "{}", portions.len());
+            assert_eq!(portions.iter().flatten().map(of).collect::<Vec<_>>(), writes, "all of them, in their order");
+        }
+    }
 }

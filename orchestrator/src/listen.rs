@@ -66,7 +66,7 @@ pub(crate) async fn serve(
         builder.http1().timer(TokioTimer::new()).header_read_timeout(head);
         builder.http2().timer(TokioTimer::new()).keep_alive_interval(head).max_concurrent_streams(256);
         let connection = builder
-            .serve_connection_with_upgrades(TokioIo::new(Stuck::new(stream)), TowerToHyperService::new(service))
+            .serve_connection_with_upgrades(TokioIo::new(Stuck::new(stream, head)), TowerToHyperService::new(service))
             .into_owned();
         let connection = open.watch(connection);
         // The tracker knows each; a connection that breaks is its peer's affair.
@@ -99,7 +99,26 @@ struct Stuck {
     stream: TcpStream,
     /// Set while a write waits.
     until: Option<Pin<Box<Sleep>>>,
+    opening: Option<Opening>,
     ahead: Ahead,
+}
+
+/// What every connection of HTTP/2 begins with: RFC 9113, section 3.4.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Before it is known which HTTP a connection speaks nobody else looks at the clock.
+struct Opening {
+    until: Pin<Box<Sleep>>,
+    /// Bytes of the preface that came.
+    matched: usize,
+}
+
+impl Opening {
+    fn is_over(&mut self, news: &[u8]) -> bool {
+        let same = news.iter().zip(&PREFACE[self.matched..]).take_while(|(said, preface)| said == preface).count();
+        self.matched += same;
+        same < news.len() || self.matched == PREFACE.len()
+    }
 }
 
 /// Bytes that were read before they were asked for. Holds memory while they keep coming, until the next small read.
@@ -119,8 +138,10 @@ impl Ahead {
 }
 
 impl Stuck {
-    fn new(stream: TcpStream) -> Self {
-        Self { stream, until: None, ahead: Ahead::default() }
+    /// Closes a connection that does not say which HTTP it speaks `within` this time.
+    fn new(stream: TcpStream, within: Duration) -> Self {
+        let opening = Some(Opening { until: Box::pin(sleep(within)), matched: 0 });
+        Self { stream, until: None, opening, ahead: Ahead::default() }
     }
 
     fn watch<T>(&mut self, cx: &mut Context<'_>, done: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -137,7 +158,21 @@ impl Stuck {
 
 impl AsyncRead for Stuck {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { stream, ahead, .. } = &mut *self;
+        let Self { stream, ahead, opening, .. } = &mut *self;
+        if let Some(open) = opening {
+            let before = buf.filled().len();
+            let Poll::Ready(read) = Pin::new(stream).poll_read(cx, buf) else {
+                ready!(open.until.as_mut().poll(cx));
+                return Poll::Ready(Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the peer does not say what it wants",
+                )));
+            };
+            if open.is_over(&buf.filled()[before..]) {
+                *opening = None;
+            }
+            return Poll::Ready(read);
+        }
         let room = buf.remaining();
         if ahead.bytes.is_empty() {
             if !ahead.wanted || room > limits::SOCKET_BUFFER {
@@ -198,7 +233,7 @@ mod tests {
     async fn a_reader_with_a_small_buffer_is_read_ahead_for_until_it_reads_little() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut stuck = Stuck::new(listener.accept().await.unwrap().0);
+        let mut stuck = Stuck::new(listener.accept().await.unwrap().0, Duration::from_secs(60));
         let sent: Vec<u8> = (0..300_000u32).map(|n| (n / 7) as u8).collect();
         let mut read_ahead = 0;
         for _ in 0..2 {
@@ -220,6 +255,28 @@ mod tests {
         }
         drop(peer);
         assert_eq!(stuck.read(&mut [0; 10]).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_say_which_http_it_speaks_is_not_waited_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let within = Duration::from_millis(20);
+        for (said, is_left) in [("", true), ("PRI * HTTP/2.0\r\n", true), ("P", true), ("PO", false), ("G", false)] {
+            let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let mut stuck = Stuck::new(listener.accept().await.unwrap().0, within);
+            peer.write_all(said.as_bytes()).await.unwrap();
+            let mut got = vec![0; said.len()];
+            stuck.read_exact(&mut got).await.unwrap();
+            match timeout(10 * within, stuck.read(&mut [0; 100])).await {
+                Ok(read) => assert!(is_left && read.unwrap_err().kind() == io::ErrorKind::TimedOut, "{said}"),
+                Err(_waits) => assert!(!is_left, "{said}"),
+            }
+        }
+        let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let mut stuck = Stuck::new(listener.accept().await.unwrap().0, within);
+        peer.write_all(PREFACE).await.unwrap();
+        stuck.read_exact(&mut [0; 24]).await.unwrap();
+        assert!(timeout(10 * within, stuck.read(&mut [0; 100])).await.is_err(), "its pings see to the rest");
     }
 
     struct Server {

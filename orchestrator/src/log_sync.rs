@@ -86,23 +86,17 @@ async fn run(
     }
 }
 
-/// The next round: when somebody asks for one, and some time after one that failed.
+/// The next round: when somebody asks for one. After one that failed it waits, and then begins by itself.
 async fn next(
     rx: &mut mpsc::Receiver<Option<oneshot::Sender<bool>>>,
     env: &dyn Env,
     failed: bool,
 ) -> Option<Option<oneshot::Sender<bool>>> {
-    let again = async {
-        match failed {
-            true => env.sleep_until(env.now().mono + AGAIN_MS).await,
-            false => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        biased;
-        asked = rx.recv() => asked,
-        () = again => Some(None),
+    if failed && !rx.is_closed() {
+        env.sleep_until(env.now().mono + AGAIN_MS).await;
+        return Some(None);
     }
+    rx.recv().await
 }
 
 /// A worker that sent bytes which were durable before is told too: it waits for that to forget them.

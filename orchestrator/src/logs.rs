@@ -16,6 +16,7 @@ mod files;
 mod mem;
 #[cfg(test)]
 mod tests;
+mod zeros;
 
 pub use chunks::Chunks;
 pub use files::Files;
@@ -127,6 +128,30 @@ impl Logs {
         match self {
             Self::Files(_) | Self::Mem(_) => self.len(at).await,
             Self::Chunks(chunks) => chunks.measure(at).await,
+        }
+    }
+
+    /// The durable length of a log whose writer comes back with all that lies behind it. Zeros at the end of what an earlier
+    /// process left may be of a power cut, and nobody is shown them: here they go. If they are the log's they come again,
+    /// for a worker keeps more than a window of what the farm has, unless its disk is full.
+    pub async fn resume(&self, at: &AttemptRef) -> Result<u64, LogError> {
+        match self {
+            Self::Files(files) => files.resume(at).await,
+            // What can be read is committed.
+            Self::Chunks(chunks) => chunks.measure(at).await,
+            Self::Mem(mem) => Ok(mem.resume(at)),
+        }
+    }
+
+    /// The durable log has as many bytes as its worker said: from now on zeros at its end are its own, whatever happens.
+    pub async fn keep(&self, at: &AttemptRef, len: u64) -> Result<(), LogError> {
+        match self {
+            Self::Files(files) => files.keep(at, len).await,
+            Self::Chunks(_) => Ok(()),
+            Self::Mem(mem) => {
+                mem.keep(at, len);
+                Ok(())
+            }
         }
     }
 

@@ -45,6 +45,8 @@ const VERIFIED: &str = "migrate.verified";
 pub(crate) const RESTORED: &str = "restored";
 /// What a move needs beside the farm.
 const WORK: &str = "moving";
+const JOURNAL: &str = "journal";
+const BLOBS: &str = "blobs";
 const LOCK_TRIES: u32 = 25;
 const LOCK_PAUSE_MS: u64 = 200;
 
@@ -154,14 +156,22 @@ pub struct Mover {
 impl Mover {
     /// Looks at both sides, and takes the target for this farm.
     pub async fn open(farm: &Path, to: To, heard: Heard, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
-        match Self::begin(farm, &farm.join(WORK), to, heard, env).await? {
+        match Self::begin(farm, &farm.join(WORK), None, to, heard, env).await? {
             // The mark was set before the move was called whole. Somebody has removed it, and run the farm here since.
             Begun::Done { to } if mark::gone(farm)?.is_none() => Err(MoveError::Occupied(to)),
             begun => Ok(begun),
         }
     }
 
-    async fn begin(farm: &Path, work: &Path, to: To, heard: Heard, env: Arc<dyn Env>) -> Result<Begun, MoveError> {
+    /// `files`: where what stays files is brought to. Until the target is this farm's, nothing is made beside either of them.
+    async fn begin(
+        farm: &Path,
+        work: &Path,
+        files: Option<&Path>,
+        to: To,
+        heard: Heard,
+        env: Arc<dyn Env>,
+    ) -> Result<Begun, MoveError> {
         if !farm.join(DATABASE).is_file() {
             return Err(MoveError::NoFarm(farm.to_owned()));
         }
@@ -174,9 +184,15 @@ impl Mover {
         {
             return Err(MoveError::InBucket(has));
         }
-        make_dir(work).map_err(at(work))?;
         let sql = SqlStore::open_shared(&to.database, "alloy admin".to_owned()).await?;
         let Some(lock) = patient_lock(&to.database, &*env).await? else { return Err(MoveError::Busy(shown)) };
+        let path = work.join(JOURNAL);
+        if let Some(files) = files.filter(|files| files.join(BLOBS).exists()) {
+            let begun = Journal::of(&path).map_err(at(&path))?;
+            if begun.is_none() || begun != sql.meta(ID).await? {
+                return Err(MoveError::InUse(files.to_owned()));
+            }
+        }
         let secret = meta_of(&farm.join(DATABASE), FARM_SECRET).await?.unwrap_or_default();
         let owner = farm_mark(&secret);
         let id = claim(&sql, &owner.to_string(), &shown).await?;
@@ -188,7 +204,7 @@ impl Mover {
         let mut known = Known::default();
         tables.tally(Some(&mut known)).await?;
         let place = to.bucket.as_ref().map(S3::url).unwrap_or_default();
-        let path = work.join("journal");
+        make_dir(work).map_err(at(work))?;
         let journal = Journal::open(&path, &format!("{id} {place}")).map_err(at(&path))?;
         let blobs = match &to.bucket {
             Some(place) => {
@@ -361,14 +377,16 @@ pub async fn restore(
     let listed = list::read(backup, schema());
     let (head, entries) = listed.map_err(|error| MoveError::List { dir: backup.to_owned(), error })?;
     let (work, shown) = (farm.join("restoring"), shown_address(&to.database)?);
-    if !work.exists() && (farm.join(DATABASE).exists() || farm.join("blobs").exists()) {
+    // No restore into a Postgres makes a database here. Whose the objects are that one has made is told by its journal.
+    let begun = || Journal::of(&work.join(JOURNAL)).map_err(at(&work));
+    if farm.join(DATABASE).exists() || farm.join(BLOBS).exists() && begun()?.is_none() {
         return Err(MoveError::InUse(farm.to_owned()));
     }
     let from = backup.to_owned();
     let entries =
         off_thread(move || entries.iter().try_for_each(|entry| checked(&from, entry)).map(|()| entries)).await?;
     let stays = to.bucket.is_none();
-    let Begun::Going(mut mover) = Mover::begin(backup, &work, to, heard, env).await? else {
+    let Begun::Going(mut mover) = Mover::begin(backup, &work, Some(farm), to, heard, env).await? else {
         return Err(MoveError::Occupied(shown));
     };
     let (from, files) = (backup.to_owned(), farm.to_owned());

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use alloy_shared::id::{JobId, Labels, WorkerId};
+use alloy_shared::id::{JobId, Labels, OrgId, WorkerId};
 use alloy_shared::wire::image::{Inventory, PullFailed, canonical};
 use alloy_shared::wire::network;
 
 /// What a connected worker has to offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Room {
+    pub org: OrgId,
     pub name: String,
     pub labels: Labels,
     pub draining: bool,
@@ -50,6 +51,11 @@ impl Stance<'_> {
 }
 
 impl Room {
+    /// A worker is there for its own organisation's jobs only: it sees their sources and their secrets.
+    fn serves(&self, org: OrgId, required: &Labels) -> bool {
+        self.org == org && self.labels.matches(required)
+    }
+
     fn stance(&self, image: Option<&str>) -> Stance<'_> {
         let name = image.map_or_else(|| self.images.own.clone(), canonical);
         if self.warm.contains(&name) {
@@ -80,6 +86,7 @@ impl Room {
 #[derive(Debug, Clone, Copy)]
 pub struct Waiting<'a> {
     pub id: JobId,
+    pub org: OrgId,
     pub required: &'a Labels,
     /// Absent: the worker's own.
     pub image: Option<&'a str>,
@@ -142,15 +149,15 @@ fn least_grudge(job: Waiting<'_>, rooms: &BTreeMap<WorkerId, Room>) -> Option<us
 
 /// How well the worker suits the job; absent: not at all. One whose slots are all in quarantine is waited for by nobody.
 fn fit(job: Waiting<'_>, room: &Room) -> Option<u32> {
-    let open = room.slots > 0 && !room.draining && room.labels.matches(job.required);
+    let open = room.slots > 0 && !room.draining && room.serves(job.org, job.required);
     open.then(|| room.stance(job.image).rank()).flatten()
 }
 
-/// Why nobody can ever run a job in this image, as far as is known: a worker has asked for it in vain, and no other of those
-/// that have the labels can do better. That workers bring no images proves nothing: one that does may be on its way back.
-pub fn refusal(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> Option<String> {
+/// Why nobody can ever run a job in this image, as far as is known: a worker has asked for it in vain, and no other of its
+/// organisation's that have the labels can do better. That workers bring no images proves nothing: one that does may be on its way back.
+pub fn refusal(org: OrgId, required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> Option<String> {
     let mut told = None;
-    for room in rooms.values().filter(|room| room.labels.matches(required)) {
+    for room in rooms.values().filter(|room| room.serves(org, required)) {
         match room.stance(image) {
             Stance::Refused(failed) => told = told.or(Some((room, failed))),
             Stance::Bare => {}
@@ -162,7 +169,7 @@ pub fn refusal(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId
     Some(format!("no worker can get the image {name}: {}: {}", room.name, failed.message))
 }
 
-/// Why a job is not running, from what is connected at this moment.
+/// Why a job is not running, from what is connected of its organisation at this moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WhyNot {
     /// Nobody is connected.
@@ -236,11 +243,11 @@ pub fn wish(missing: &str) -> &'static str {
     }
 }
 
-pub fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
-    if rooms.is_empty() {
+pub fn why_not(org: OrgId, required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
+    if !rooms.values().any(|room| room.org == org) {
         return WhyNot::NoWorker;
     }
-    let fitting: Vec<&Room> = rooms.values().filter(|room| room.labels.matches(required)).collect();
+    let fitting: Vec<&Room> = rooms.values().filter(|room| room.serves(org, required)).collect();
     if fitting.is_empty() {
         let missing: Vec<String> = required.iter().map(|(key, value)| format!("{key}={value}")).collect();
         return WhyNot::NoLabels { missing: missing.join(", ") };
@@ -275,6 +282,7 @@ pub fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::id::DEFAULT_ORG as ORG;
     use alloy_shared::wire::image::ImageReport;
 
     use super::*;
@@ -292,8 +300,8 @@ mod tests {
             .map(|(n, l, free, draining)| {
                 let name = format!("w{n}");
                 let (images, warm) = (Arc::default(), Vec::new());
-                let room = Room { name, labels: labels(l), draining: *draining, slots: 2, free: *free, images, warm };
-                (worker(*n), room)
+                let (labels, draining, free) = (labels(l), *draining, *free);
+                (worker(*n), Room { org: ORG, name, labels, draining, slots: 2, free, images, warm })
             })
             .collect()
     }
@@ -302,8 +310,16 @@ mod tests {
             .iter()
             .map(|(n, l, avoid)| (JobId::from_raw(*n), labels(l), avoid.iter().map(|n| worker(*n)).collect()))
             .collect();
-        let queue = parsed.iter().map(|(id, required, avoid)| Waiting { id: *id, required, image: None, avoid });
+        let queue =
+            parsed.iter().map(|(id, required, avoid)| Waiting { id: *id, org: ORG, required, image: None, avoid });
         pick(queue, rooms).into_iter().map(|(job, w)| (job.raw(), w.raw())).collect()
+    }
+
+    fn why_not(required: &Labels, image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> WhyNot {
+        super::why_not(ORG, required, image, rooms)
+    }
+    fn refusal(image: Option<&str>, rooms: &BTreeMap<WorkerId, Room>) -> Option<String> {
+        super::refusal(ORG, &Labels::default(), image, rooms)
     }
 
     #[test]
@@ -351,7 +367,10 @@ mod tests {
         let required = labels(&["a=1"]);
         let untried = |rooms, avoid: &[u128]| {
             let avoid: Vec<WorkerId> = avoid.iter().map(|n| worker(*n)).collect();
-            untried(Waiting { id: JobId::from_raw(1), required: &required, image: None, avoid: &avoid }, &rooms)
+            untried(
+                Waiting { id: JobId::from_raw(1), org: ORG, required: &required, image: None, avoid: &avoid },
+                &rooms,
+            )
         };
         let all =
             || rooms(&[(1, &["a=1"], 2, false), (2, &["a=1"], 0, false), (3, &["a=1"], 2, true), (4, &[], 2, false)]);
@@ -442,7 +461,8 @@ mod tests {
     fn a_job_goes_where_its_image_is_nearest_and_never_where_it_does_not_come() {
         let none = Labels::default();
         let queue = |n: u128| {
-            let waiting = |n| Waiting { id: JobId::from_raw(n), required: &none, image: Some("r/a"), avoid: &[] };
+            let waiting =
+                |n| Waiting { id: JobId::from_raw(n), org: ORG, required: &none, image: Some("r/a"), avoid: &[] };
             (1..=n).map(waiting)
         };
         let picked: Vec<u128> = pick(queue(9), &mut imaged()).into_iter().map(|(_, w)| w.raw()).collect();
@@ -453,7 +473,7 @@ mod tests {
     fn a_job_that_names_an_image_goes_to_nobody_who_brings_none_or_has_not_said() {
         let none = Labels::default();
         let picked = |image, rooms: &BTreeMap<WorkerId, Room>| {
-            let waiting = Waiting { id: JobId::from_raw(1), required: &none, image, avoid: &[] };
+            let waiting = Waiting { id: JobId::from_raw(1), org: ORG, required: &none, image, avoid: &[] };
             pick([waiting].into_iter(), &mut rooms.clone()).len()
         };
         let mut rooms = rooms(&[(1, &[], 1, false)]);
@@ -465,23 +485,22 @@ mod tests {
         assert_eq!((picked(Some("host"), &rooms), picked(Some("r/a"), &rooms)), (1, 0));
         let why = "w1: it brings no images and runs jobs in `host`";
         assert_eq!(why_not(&none, Some("r/a"), &rooms), WhyNot::NoImage { why: why.into(), again: false });
-        assert_eq!(refusal(&none, Some("r/a"), &rooms), None, "one that brings images may come back");
+        assert_eq!(refusal(Some("r/a"), &rooms), None, "one that brings images may come back");
     }
 
     #[test]
     fn a_refusal_is_one_when_every_worker_that_could_get_the_image_says_so() {
-        let refusal = |workers: &[u128], image| refusal(&Labels::default(), image, &only(workers));
-        assert_eq!(refusal(&[3], Some("r/a")).unwrap(), "no worker can get the image r/a: w3: 404");
-        assert_eq!(refusal(&[3], None).unwrap(), "no worker can get the image r/own:1: w3: 404");
+        assert_eq!(refusal(Some("r/a"), &only(&[3])).unwrap(), "no worker can get the image r/a: w3: 404");
+        assert_eq!(refusal(None, &only(&[3])).unwrap(), "no worker can get the image r/own:1: w3: 404");
         for workers in [&[][..], &[1, 3], &[2, 3], &[3, 4], &[3, 5]] {
-            assert_eq!(refusal(workers, Some("r/a")), None, "{workers:?}");
+            assert_eq!(refusal(Some("r/a"), &only(workers)), None, "{workers:?}");
         }
         let mut beside = only(&[1, 3]);
         beside.get_mut(&worker(1)).unwrap().draining = true;
-        assert_eq!(super::refusal(&Labels::default(), Some("r/a"), &beside), None, "it comes back from draining");
+        assert_eq!(refusal(Some("r/a"), &beside), None, "it comes back from draining");
         let bare = Inventory { pulls: false, own: "host".into(), images: Vec::new() };
         beside.get_mut(&worker(1)).unwrap().images = Arc::new(bare);
-        assert!(super::refusal(&Labels::default(), Some("r/a"), &beside).is_some(), "it never brings one");
+        assert!(refusal(Some("r/a"), &beside).is_some(), "it never brings one");
         let why = |workers: &[u128]| why_not(&Labels::default(), Some("r/a"), &only(workers));
         assert_eq!(why(&[2, 3]), WhyNot::NoImage { why: "w2: 404".into(), again: true });
         assert_eq!(why(&[3]), WhyNot::NoImage { why: "w3: 404".into(), again: false });

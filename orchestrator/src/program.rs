@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -84,15 +85,18 @@ fn load(flags: &Flags) -> Result<(Config, Vec<Setting>), Vec<String>> {
     let variables: BTreeMap<String, String> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
-    let path = flags.config.clone().or_else(|| default_file(&variables));
-    let file = match path.as_ref().map(|path| (path, std::fs::read_to_string(path))) {
-        Some((path, Ok(text))) => Some(File { path: path.display().to_string(), text }),
-        // Only a file that was asked for must be there.
-        Some((_, Err(error))) if error.kind() == ErrorKind::NotFound && flags.config.is_none() => None,
-        Some((path, Err(error))) => return Err(vec![format!("{}: {error}", path.display())]),
-        None => None,
-    };
+    let file = read_file(flags.config.as_deref(), &variables).map_err(|problem| vec![problem])?;
     Config::resolve(flags, &variables, file).map_err(|problems| problems.iter().map(ToString::to_string).collect())
+}
+
+/// The file that is named, which must be there, else the usual one if it is there.
+pub fn read_file(named: Option<&Path>, variables: &BTreeMap<String, String>) -> Result<Option<File>, String> {
+    let Some(path) = named.map(Path::to_owned).or_else(|| default_file(variables)) else { return Ok(None) };
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(File { path: path.display().to_string(), text })),
+        Err(error) if error.kind() == ErrorKind::NotFound && named.is_none() => Ok(None),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+    }
 }
 
 fn shown(settings: &[Setting], origin: bool) -> String {

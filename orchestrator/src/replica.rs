@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use alloy_shared::env::Mono;
+use alloy_shared::env::{Mono, Ms};
 use alloy_shared::id::{AttemptRef, Labels};
 use alloy_shared::limits;
 use tokio::sync::mpsc;
@@ -17,12 +17,16 @@ use crate::hub::{LiveWorker, Told};
 use crate::logs::Logs;
 use crate::store::StoreError;
 use crate::store::sql::Shared;
-use crate::store::sql::shared::{Changed, Duties, Ear, Elsewhere};
+use crate::store::sql::shared::{Changed, Duties, Ear, Elsewhere, Silent};
 
 /// Between two notes: what happens meanwhile is told by one.
 const QUIET_MS: u64 = 20;
+/// So many looks without a note, and the connection for notes is asked whether it is there.
+const SILENT_LOOKS: u32 = 3;
 /// Between two looks at logs that are followed here and written elsewhere.
 const AUDIENCE_MS: u64 = 200;
+/// As far the database's clock may run ahead of this process's between two beats. Behind a step silence is no measure.
+const STEP_MS: u64 = 5_000;
 /// Jobs that are read at once.
 const PAGE: u32 = 2 * limits::COMMIT_GROUPS_MAX as u32;
 
@@ -42,13 +46,40 @@ struct Contact(Mutex<Option<Unbroken>>);
 struct Unbroken {
     first: Mono,
     last: Mono,
+    asked: Clocks,
+}
+
+/// What time it was here when the database was asked, and there when it answered.
+#[derive(Debug, Clone, Copy)]
+struct Clocks {
+    here: Mono,
+    there: Ms,
+}
+
+impl Clocks {
+    /// The database's clock went ahead since, by more than time went by.
+    fn stepped(&self, now: Mono, there: Ms) -> bool {
+        there.since(self.there) > now.since(self.here) + STEP_MS
+    }
 }
 
 impl Contact {
-    fn is(&self, there: bool, now: Mono, break_ms: u64) {
+    /// Notes a beat that was written, or that one was not. A step of the database's clock breaks the contact as well: signs of
+    /// life from before look older than they are. Returns whether there was one.
+    fn is(&self, asked: Option<Clocks>, now: Mono, break_ms: u64) -> bool {
         let mut unbroken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = unbroken.as_ref().filter(|one| now.since(one.last) <= break_ms).map_or(now, |one| one.first);
-        *unbroken = there.then_some(Unbroken { first, last: now });
+        let before = unbroken.take().filter(|one| now.since(one.last) <= break_ms);
+        let Some(asked) = asked else { return false };
+        let stepped = before.as_ref().is_some_and(|one| one.asked.stepped(now, asked.there));
+        let first = before.filter(|_| !stepped).map_or(now, |one| one.first);
+        *unbroken = Some(Unbroken { first, last: now, asked });
+        stepped
+    }
+
+    /// Whether the database's clock went on as it should between the last beat and an answer of this moment.
+    fn agrees(&self, now: Mono, there: Ms) -> bool {
+        let unbroken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        unbroken.as_ref().is_some_and(|one| !one.asked.stepped(now, there))
     }
 
     fn lasts_ms(&self, now: Mono, break_ms: u64) -> u64 {
@@ -79,9 +110,12 @@ async fn beat(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
         let at = app.env.now().mono;
         let heard = app.hub.heard(at);
         let done = shared.beat(env!("CARGO_PKG_VERSION"), &heard).await;
-        contact.is(done.is_ok(), app.env.now().mono, app.limits.suspect_ms());
+        let clocks = done.as_ref().ok().map(|beat| Clocks { here: at, there: beat.now });
+        if contact.is(clocks, app.env.now().mono, app.limits.suspect_ms()) {
+            warn!("the database's clock went ahead: for a while nobody counts as silent");
+        }
         match done {
-            Ok(own) => app.hub.wrote(heard, &BTreeSet::from_iter(own), at),
+            Ok(beat) => app.hub.wrote(heard, &BTreeSet::from_iter(beat.own), at),
             Err(error) => {
                 warn!(%error, "the database is away: workers are answered for as long as the books know of them")
             }
@@ -102,7 +136,8 @@ async fn speak(app: Arc<App>, shared: Shared, mut spoken: mpsc::Receiver<()>) {
 
 /// Takes over what other orchestrators decided, as soon as they say so, and every poll floor.
 async fn look(app: Arc<App>, shared: Shared, mut since: String) {
-    let mut ear = None;
+    let mut ear: Option<Ear> = None;
+    let mut silent = 0;
     loop {
         if let Err(error) = learn(&app, &shared, &mut since).await {
             warn!(%error, "what other orchestrators changed cannot be read");
@@ -110,8 +145,17 @@ async fn look(app: Arc<App>, shared: Shared, mut since: String) {
         let until = app.env.now().mono + app.limits.poll_floor_ms;
         tokio::select! {
             biased;
-            () = hear(&shared, &mut ear) => {}
-            () = app.env.sleep_until(until) => {}
+            () = hear(&shared, &mut ear) => silent = 0,
+            () = app.env.sleep_until(until) => silent += 1,
+        }
+        if silent >= SILENT_LOOKS {
+            silent = 0;
+            if let Some(listening) = &mut ear
+                && !listening.listens().await
+            {
+                warn!("the connection for notes is gone without a word: another one is opened");
+                ear = None;
+            }
         }
     }
 }
@@ -197,7 +241,7 @@ fn live(worker: &Elsewhere, told: &Told) -> LiveWorker {
 }
 
 fn offer(worker: Elsewhere, told: Told) -> Offer {
-    let Elsewhere { worker: id, name, labels: given, host_labels, draining, .. } = worker;
+    let Elsewhere { worker: id, org, name, labels: given, host_labels, draining, .. } = worker;
     let mut labels: Labels = host_labels;
     for (key, value) in given.iter() {
         // Together they may be more than the most, then the rest stays out.
@@ -206,7 +250,7 @@ fn offer(worker: Elsewhere, told: Told) -> Offer {
         }
     }
     let draining = draining || told.stopping;
-    Offer { worker: id, name, labels, slots: told.slots, images: told.images, draining }
+    Offer { worker: id, org, name, labels, slots: told.slots, images: told.images, draining }
 }
 
 /// Wakes those who follow a log here that is written elsewhere.
@@ -235,15 +279,21 @@ async fn audience(app: Arc<App>) {
 /// Counts as lost what workers held that were not heard by anybody. Every orchestrator does it: the write itself looks again.
 async fn reap(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
     let limits = &app.limits;
+    // While the database was away nobody could write whom he heard; while this process stood still it heard nobody.
+    let lasts = || contact.lasts_ms(app.env.now().mono, limits.suspect_ms()) >= limits.startup_grace_ms;
     loop {
         app.env.sleep_until(app.env.now().mono + limits.heartbeat_ms).await;
-        // While the database was away nobody could write whom he heard; while this process stood still it heard nobody.
-        if contact.lasts_ms(app.env.now().mono, limits.suspect_ms()) < limits.startup_grace_ms {
+        if !lasts() {
             continue;
         }
         match shared.silent(2 * limits.heartbeat_ms, limits.expiry_ms, 2 * limits.expiry_ms).await {
             Ok(silent) => {
-                for (worker, since) in silent {
+                // The step of a clock shows here before the next beat, or in one that came meanwhile.
+                let agrees = |one: &Silent| contact.agrees(app.env.now().mono, one.now);
+                if !silent.iter().all(agrees) || !lasts() {
+                    continue;
+                }
+                for Silent { worker, since, .. } in silent {
                     warn!(worker.id = %worker, "worker {worker} was not heard for too long; its attempts are lost");
                     app.desk.tell(Request::Unseen(worker, since)).await;
                 }
@@ -298,14 +348,44 @@ mod tests {
         let contact = Contact::default();
         let lasts = |now| contact.lasts_ms(Mono(now), 100);
         assert_eq!(lasts(0), 0);
+        let beat = |now| contact.is(Some(clocks(now, now)), Mono(now), 100);
         for now in [0, 90, 190] {
-            contact.is(true, Mono(now), 100);
+            beat(now);
         }
         assert_eq!((lasts(200), lasts(290), lasts(291)), (200, 290, 0), "it stands still since 190");
-        contact.is(true, Mono(500), 100);
+        beat(500);
         assert_eq!(lasts(550), 50);
-        contact.is(false, Mono(560), 100);
-        contact.is(true, Mono(570), 100);
+        contact.is(None, Mono(560), 100);
+        beat(570);
         assert_eq!(lasts(600), 30);
+    }
+
+    fn clocks(here: u64, there: u64) -> Clocks {
+        Clocks { here: Mono(here), there: Ms(there as i64) }
+    }
+
+    #[test]
+    fn a_clock_that_goes_ahead_makes_nobody_silent() {
+        let contact = Contact::default();
+        let lasts = |now| contact.lasts_ms(Mono(now), 10_000);
+        // When it is asked, when it answers, and what time it is there; whether it stepped, and how long all has been well.
+        for (asked, answered, there, stepped, well_ms) in [
+            (0, 10, 1_000_000, false, 0),
+            (5_000, 5_010, 1_005_010, false, 5_000),
+            (10_000, 10_010, 1_014_000, false, 10_000),
+            (15_000, 15_010, 1_135_000, true, 0),
+            (20_000, 20_010, 1_140_000, false, 5_000),
+            // Back, and an answer that took its time.
+            (25_000, 25_010, 1_000_000, false, 10_000),
+            (30_000, 34_000, 1_009_000, false, 18_990),
+        ] {
+            assert_eq!(contact.is(Some(clocks(asked, there)), Mono(answered), 10_000), stepped, "at {asked}");
+            assert_eq!(lasts(answered), well_ms, "at {asked}");
+        }
+        let agrees = |now, there| contact.agrees(Mono(now), Ms(there));
+        assert!(agrees(35_000, 1_014_000) && agrees(35_000, 0) && agrees(35_000, 1_019_000));
+        assert!(!agrees(35_000, 1_019_001), "the step shows before the next beat");
+        contact.is(None, Mono(36_000), 10_000);
+        assert!(!agrees(36_000, 1_015_000), "nobody knows");
     }
 }

@@ -28,6 +28,7 @@ mod access;
 mod auth;
 mod gc;
 pub(crate) mod keys;
+mod orgs;
 mod people;
 mod routes;
 mod serve;

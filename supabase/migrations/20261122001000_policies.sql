@@ -54,3 +54,5 @@ BEGIN
 END
 $$;
 ALTER PUBLICATION supabase_realtime ADD TABLE jobs, events;
+-- Row-level security is not asked about what is deleted: everybody would be sent the keys of what retention removes.
+ALTER PUBLICATION supabase_realtime SET (publish = 'insert, update');

@@ -1,7 +1,7 @@
 -- Of every policy: one's own organisation is visible, another one is not, who has not signed in sees nothing, writes are refused.
 BEGIN;
 CREATE EXTENSION IF NOT EXISTS pgtap WITH SCHEMA extensions;
-SELECT plan(83);
+SELECT plan(84);
 
 -- Two organisations with a row of everything. In `a` Ada is an admin and Vic a viewer, in `b` is Bob; Eve is nowhere.
 INSERT INTO members (user_id, org_id, role, email, created_at_ms) VALUES
@@ -111,6 +111,7 @@ SELECT is((SELECT count(*) FROM jobs WHERE org_id IN ('a', 'b')), 2::bigint, 'an
 SELECT set_eq(
     $$ SELECT tablename::text FROM pg_publication_tables WHERE pubname = 'supabase_realtime' AND schemaname = 'public' $$,
     ARRAY['jobs', 'events'], 'Realtime tells of jobs and events');
+SELECT ok((SELECT NOT pubdelete FROM pg_publication WHERE pubname = 'supabase_realtime'), 'and not of those that go');
 
 SELECT * FROM finish();
 ROLLBACK;

@@ -13,10 +13,12 @@ use alloy_shared::id::AttemptRef;
 use futures_util::stream::{self, FuturesUnordered};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::postgres::PgConnection;
+use tokio_util::sync::CancellationToken;
 
-use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, begin, beside, make_dir, parent, publish};
+use super::part::{self, unless_stopped};
+use super::{BackupError, Copy, DATABASE, LOGS, OBJECTS, Taken, at, make_dir, parent};
 use crate::blobs::mark::{compare, compare_books};
-use crate::blobs::{BlobError, BlobKey, Blobs, off_thread};
+use crate::blobs::{BlobError, BlobKey, Blobs};
 use crate::broken::Care;
 use crate::config::S3;
 use crate::moving::{is_whole, mark};
@@ -43,12 +45,13 @@ pub struct Source<'a> {
     pub bucket: Option<&'a S3>,
 }
 
-/// Takes a backup into `target`, which must not exist.
+/// Takes a backup into `target`, which must not exist. Who says `stop` waits for the end all the same.
 pub async fn take(
     source: Source<'_>,
     target: &Path,
     taken_at: String,
     env: Arc<dyn Env>,
+    stop: &CancellationToken,
 ) -> Result<Taken, BackupError> {
     let bucket = source.bucket.map(S3::url);
     if source.database.is_none() {
@@ -61,8 +64,19 @@ pub async fn take(
     if fs::symlink_metadata(target).is_ok() {
         return Err(BackupError::Exists(target.to_owned()));
     }
-    let part = beside(target, ".partial");
-    let lock = begin(&part)?;
+    let part = part::Part::begin(target)?;
+    let copy = Copy::new(source.farm, part.path(), stop.clone());
+    let taken = unless_stopped(stop, fill(source, copy, taken_at, env)).await;
+    part.end(target, taken).await
+}
+
+async fn fill(
+    source: Source<'_>,
+    mut copy: Copy<'_>,
+    taken_at: String,
+    env: Arc<dyn Env>,
+) -> Result<Taken, BackupError> {
+    let (part, bucket) = (copy.part, source.bucket.map(S3::url));
     let database = part.join(DATABASE);
     let mut tables = match source.database {
         Some(url) => Some(Tables::postgres(url).await?),
@@ -86,8 +100,7 @@ pub async fn take(
         return Err(BackupError::NoFarmThere);
     }
     let needs = examine(&database).await?;
-    let mut copy = Copy::new(source.farm, &part);
-    copy.add(DATABASE.to_owned())?;
+    copy.books()?;
     let from = match source.bucket {
         Some(place) => Blobs::open_s3(place, part.join("spool"), Care::default(), env.clone()).await?,
         None => Blobs::look(source.farm.join("blobs")),
@@ -104,8 +117,6 @@ pub async fn take(
             fs::remove_dir_all(&path).map_err(at(&path))?;
         }
     }
-    let target = target.to_owned();
-    off_thread(move || publish(&part, &target, lock)).await?;
     Ok(taken)
 }
 

@@ -5,6 +5,8 @@
 //! from the restore on: [`wait`].
 
 use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use alloy_shared::env::{Env, Ms};
@@ -33,9 +35,14 @@ pub struct Unfinished(PathBuf);
 
 /// Refuses to begin a farm that the next restore would find in its place.
 pub(crate) fn check(farm: &Path) -> Result<(), Unfinished> {
-    let part = beside(farm, PART);
+    let part = beside(&place(farm), PART);
     let begins = !farm.join(DATABASE).exists();
     if begins && part.exists() { Err(Unfinished(part)) } else { Ok(()) }
+}
+
+/// Where a farm is. A link to it cannot be replaced by a directory, and what lies beside the link is on another disk perhaps.
+fn place(farm: &Path) -> PathBuf {
+    farm.canonicalize().unwrap_or_else(|_| farm.to_owned())
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +53,12 @@ pub enum RestoreError {
     Damaged { path: String, why: &'static str },
     #[error("{} holds a farm already; restore into another data directory, or move that one away", .0.display())]
     Occupied(PathBuf),
+    #[error(
+        "{} is the top of a disk, and a restore gives the farm its name when all of it is there: unmount it and mount it as the data \
+         directory itself, or put a link in its place that leads to a directory on that disk",
+        .0.display()
+    )]
+    Mounted(PathBuf),
     #[error(transparent)]
     Live(#[from] LockError),
     #[error(transparent)]
@@ -65,7 +78,11 @@ pub async fn restore(backup: &Path, farm: &Path, now: Ms) -> Result<Restored, Re
     let listed = list::read(backup, schema());
     let (head, entries) = listed.map_err(|error| RestoreError::List { dir: backup.to_owned(), error })?;
     let lock = vacant(farm)?;
-    let part = beside(farm, PART);
+    let farm = place(farm);
+    if mounted(&farm).map_err(at(&farm))? {
+        return Err(RestoreError::Mounted(farm));
+    }
+    let part = beside(&farm, PART);
     let (from, to, whole) = (backup.to_owned(), part.clone(), entries.clone());
     off_thread(move || {
         if to.exists() {
@@ -76,7 +93,6 @@ pub async fn restore(backup: &Path, farm: &Path, now: Ms) -> Result<Restored, Re
     })
     .await?;
     examine(&part.join(DATABASE)).await.map_err(BackupError::from)?;
-    let farm = farm.to_owned();
     off_thread(move || {
         fs::write(part.join(MARK), now.0.to_string()).map_err(at(&part))?;
         settle(&part).map_err(at(&part))?;
@@ -121,6 +137,11 @@ fn vacant(farm: &Path) -> Result<DataLock, RestoreError> {
     Ok(lock)
 }
 
+/// Nothing is renamed to such a directory.
+fn mounted(farm: &Path) -> io::Result<bool> {
+    Ok(fs::metadata(farm)?.dev() != fs::metadata(parent(farm))?.dev())
+}
+
 /// Whether a farm that starts was restored since its last start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Past {
@@ -132,9 +153,9 @@ pub(crate) enum Past {
 }
 
 /// Waits after a restore until no worker runs anything that the farm of old gave it.
-pub(crate) async fn wait(farm: &Path, limits: &Limits, env: &dyn Env, life: &Lifecycle) -> std::io::Result<Past> {
+pub(crate) async fn wait(farm: &Path, limits: &Limits, env: &dyn Env, life: &Lifecycle) -> io::Result<Past> {
     let text = match fs::read_to_string(farm.join(MARK)) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Past::Own),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Past::Own),
         read => read?,
     };
     Ok(wait_since(&text, limits, env, life).await)
@@ -160,7 +181,32 @@ pub(crate) async fn wait_since(text: &str, limits: &Limits, env: &dyn Env, life:
 }
 
 /// From here on it is a farm like any other.
-pub(crate) fn forget(farm: &Path) -> std::io::Result<()> {
+pub(crate) fn forget(farm: &Path) -> io::Result<()> {
     fs::remove_file(farm.join(MARK))?;
     sync_dir(farm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_top_of_a_disk_is_told_from_a_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let farm = dir.path().join("farm");
+        fs::create_dir(&farm).unwrap();
+        assert!(!mounted(&farm).unwrap());
+        assert!(mounted(Path::new("/dev")).unwrap(), "on every system that has one");
+    }
+
+    #[test]
+    fn a_restore_that_was_cut_off_is_seen_behind_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (link, big) = (dir.path().join("farm"), dir.path().join("big"));
+        fs::create_dir_all(big.join("farm")).unwrap();
+        std::os::unix::fs::symlink(big.join("farm"), &link).unwrap();
+        check(&link).unwrap();
+        fs::create_dir(big.join("farm.restoring")).unwrap();
+        check(&link).unwrap_err();
+    }
 }

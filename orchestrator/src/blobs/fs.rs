@@ -12,21 +12,27 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use alloy_shared::env::Ms;
 use alloy_shared::id::Digest;
+use alloy_shared::room::{is_full, is_short};
 use alloy_shared::wire::farm::Storage;
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::{BlobError, BlobKey, Body, Stored, check, free_bytes, is_full, off_thread, sync_dir};
+use super::{BlobError, BlobKey, Body, Stored, check, free_bytes, off_thread, sync_dir};
 use crate::broken::Care;
 use crate::sums::{BLOCK, FOOTER, Seal, Sums};
 
 mod list;
+mod pen;
+
+pub(super) use pen::Draft;
+use pen::{Pen, Target, Temp};
 
 /// An upload that nobody went on with for a day is swept at the next start.
 const PARTIAL_AGE_MS: i64 = 24 * 3600 * 1000;
 /// Unfinished uploads that nobody sends whose file stays open and whose running hash is remembered; others are hashed again at their end.
 const PARTIALS_MAX: usize = 64;
+/// Where logs that became objects lie.
+const LOGS: &str = "logs/";
 /// Blocks read ahead of a client.
 const READ_AHEAD: usize = 2;
 
@@ -41,7 +47,8 @@ pub struct Fs {
 struct Place {
     root: PathBuf,
     care: Care,
-    /// Directories whose names this process knows to be durable. One for each kind of object and two letters of its name.
+    /// Directories whose names this process knows to be durable. One for each kind of object and two letters of its name, and
+    /// those of logs.
     dirs: Mutex<HashSet<PathBuf>>,
 }
 
@@ -53,6 +60,8 @@ struct Partial {
     owner: u64,
     /// Of all bytes so far, if this process saw them all.
     sums: Option<Sums>,
+    /// The file is the object: nothing can follow.
+    sealed: bool,
 }
 
 fn fault(what: &'static str) -> impl Fn(io::Error) -> BlobError {
@@ -83,7 +92,7 @@ impl Place {
 
     /// A write or a sync that failed.
     fn fails(&self, what: &'static str, error: io::Error) -> BlobError {
-        if !is_full(&error) {
+        if !is_full(&error) && !is_short(&error) {
             self.care.broken.tell(what, &error);
         }
         fault(what)(error)
@@ -97,7 +106,15 @@ impl Place {
             file.write_all_at(&seal.encode(), seal.len)?;
             file.sync_all()?;
             self.make_dirs(dir)?;
-            fs::rename(from, &object)?;
+            match fs::rename(from, &object) {
+                // Whoever deleted the last object in it took it along.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.forget_dirs(dir);
+                    self.make_dirs(dir)?;
+                    fs::rename(from, &object)?;
+                }
+                done => done?,
+            }
             sync_dir(dir)
         })();
         done.map_err(|error| self.fails("finish an object", error))?;
@@ -116,6 +133,33 @@ impl Place {
             Ok(()) | Err(_) => sync_dir(parent)?,
         }
         lock(&self.dirs).insert(dir.to_owned());
+        Ok(())
+    }
+
+    fn forget_dirs(&self, dir: &Path) {
+        let mut dirs = lock(&self.dirs);
+        dir.ancestors().take_while(|above| *above != self.root).for_each(|above| {
+            dirs.remove(above);
+        });
+    }
+
+    /// Removes an object, and of a log's the directories of its attempt and its job with the last one in them: there are as many
+    /// as there were jobs.
+    fn remove(&self, key: &BlobKey) -> io::Result<()> {
+        let object = self.object(key);
+        match fs::remove_file(&object) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        if key.as_str().starts_with(LOGS) {
+            let mut dirs = lock(&self.dirs);
+            for dir in object.ancestors().skip(1).take(2) {
+                if fs::remove_dir(dir).is_err() {
+                    break;
+                }
+                dirs.remove(dir);
+            }
+        }
         Ok(())
     }
 
@@ -209,12 +253,8 @@ impl Fs {
     }
 
     pub(super) async fn delete(&self, key: &BlobKey) -> Result<(), BlobError> {
-        let path = self.place.object(key);
-        let done = off_thread(move || match fs::remove_file(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            done => done,
-        });
-        done.await.map_err(fault("delete an object"))?;
+        let (place, name) = (self.place.clone(), key.clone());
+        off_thread(move || place.remove(&name)).await.map_err(fault("delete an object"))?;
         // Whoever sends the same bytes again must not be told that they are here.
         lock(&self.partials).remove(key);
         Ok(())
@@ -238,7 +278,7 @@ impl Fs {
             match place.open_sealed(&key) {
                 // The upload was finished, but whoever finished it did not live to say so.
                 Ok((file, seal)) => {
-                    *partial = Partial { file: Some(Arc::new(file)), len: seal.len, ..Partial::default() }
+                    *partial = Partial { file: Some(Arc::new(file)), len: seal.len, sealed: true, ..Partial::default() }
                 }
                 Err(BlobError::Missing(_) | BlobError::Damaged(_)) => {}
                 Err(error) => return Err(error),
@@ -250,7 +290,7 @@ impl Fs {
                 let len = upload_len(&file).map_err(fault("look at an upload"))?;
                 file.set_len(len).map_err(fault("look at an upload"))?;
                 let sums = (len == 0).then(Sums::default);
-                *partial = Partial { file: Some(Arc::new(file)), len, owner: 0, sums };
+                *partial = Partial { file: Some(Arc::new(file)), len, sums, ..Partial::default() };
             }
             Ok(())
         })
@@ -259,8 +299,10 @@ impl Fs {
     }
 
     pub(super) async fn partial(&self, key: &BlobKey) -> Result<u64, BlobError> {
-        if let Some(entry) = lock(&self.partials).get(key) {
-            return Ok(lock(entry).len);
+        let known = lock(&self.partials).get(key).cloned();
+        if let Some(entry) = known {
+            // Whoever finishes it holds it for as long as its bytes are hashed.
+            return Ok(off_thread(move || lock(&entry).len).await);
         }
         let (place, key) = (self.place.clone(), key.clone());
         off_thread(move || match place.open_sealed(&key) {
@@ -277,19 +319,24 @@ impl Fs {
 
     pub(super) async fn append(&self, key: &BlobKey, offset: u64, mut body: Body) -> Result<u64, BlobError> {
         let entry = self.load(key).await?;
-        let (owner, sums) = {
-            let mut partial = lock(&entry);
-            if partial.len != offset {
-                return Err(BlobError::Offset { have: partial.len });
+        let (owner, sums, sealed) = off_thread({
+            let entry = entry.clone();
+            move || {
+                let mut partial = lock(&entry);
+                if partial.len != offset {
+                    return Err(BlobError::Offset { have: partial.len });
+                }
+                partial.owner += 1;
+                Ok((partial.owner, partial.sums.take(), partial.sealed))
             }
-            partial.owner += 1;
-            (partial.owner, partial.sums.take())
-        };
+        })
+        .await?;
         let target = Target::Partial { place: self.place.clone(), partial: entry.clone(), owner };
         let mut pen = Pen::new(sums);
         let mut broken = None;
         while let Some(part) = body.next().await {
             match part {
+                Ok(bytes) if sealed && !bytes.is_empty() => return Err(BlobError::Offset { have: offset }),
                 Ok(bytes) => pen.write(&target, bytes).await?,
                 Err(error) => {
                     broken = Some(BlobError::Body(error));
@@ -298,11 +345,20 @@ impl Fs {
             }
         }
         let sums = pen.flush(&target).await?;
-        let mut partial = lock(&entry);
-        if partial.owner == owner {
-            partial.sums = sums.filter(|sums| sums.so_far() == partial.len);
-        }
-        broken.map_or(Ok(partial.len), Err)
+        let len = off_thread(move || {
+            let mut partial = lock(&entry);
+            if partial.owner == owner {
+                partial.sums = sums.filter(|sums| sums.so_far() == partial.len);
+            }
+            partial.len
+        });
+        let len = len.await;
+        broken.map_or(Ok(len), Err)
+    }
+
+    #[cfg(test)]
+    pub(super) fn hold(&self, key: &BlobKey) -> Arc<Mutex<impl Send + 'static>> {
+        lock(&self.partials)[key].clone()
     }
 
     pub(super) async fn finish(&self, key: &BlobKey, expect: Digest) -> Result<Stored, BlobError> {
@@ -411,144 +467,4 @@ fn hash_file(file: &File, len: u64) -> io::Result<Seal> {
         sums.update(&block[..part]);
     }
     Ok(sums.seal())
-}
-
-/// A temporary file; removed unless it was renamed.
-#[derive(Debug)]
-struct Temp {
-    file: Arc<File>,
-    path: PathBuf,
-}
-
-impl Drop for Temp {
-    fn drop(&mut self) {
-        // After the rename there is nothing of that name.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-#[derive(Debug)]
-pub struct Draft {
-    place: Arc<Place>,
-    key: BlobKey,
-    temp: Temp,
-    pen: Pen,
-    len: u64,
-}
-
-impl Draft {
-    pub(super) fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn target(&self, at: u64) -> Target {
-        Target::Temp { place: self.place.clone(), file: self.temp.file.clone(), at }
-    }
-
-    pub(super) async fn append(&mut self, bytes: Bytes) -> Result<(), BlobError> {
-        let target = self.target(self.len - self.pen.waiting_len);
-        self.len += bytes.len() as u64;
-        self.pen.write(&target, bytes).await
-    }
-
-    pub(super) async fn finish(mut self, expect: Option<Digest>) -> Result<Stored, BlobError> {
-        let target = self.target(self.len - self.pen.waiting_len);
-        let seal = self.pen.flush(&target).await?.unwrap_or_default().seal();
-        check(expect, seal.sha256)?;
-        off_thread(move || self.place.publish(&self.temp.file, &self.temp.path, &self.key, &seal)).await
-    }
-}
-
-/// Where a pen writes.
-#[derive(Debug, Clone)]
-enum Target {
-    Temp { place: Arc<Place>, file: Arc<File>, at: u64 },
-    Partial { place: Arc<Place>, partial: Arc<Mutex<Partial>>, owner: u64 },
-}
-
-impl Target {
-    fn write(&self, parts: &[Bytes]) -> Result<(), BlobError> {
-        match self {
-            Self::Temp { place, file, at } => {
-                place.check_room(place.care.floor)?;
-                write_parts(file, parts, *at).map_err(|error| place.fails("write an object", error))
-            }
-            Self::Partial { place, partial, owner } => {
-                place.check_room(place.care.reserve)?;
-                let mut partial = lock(partial);
-                let Some(file) = partial.file.clone().filter(|_| partial.owner == *owner) else {
-                    return Err(BlobError::Offset { have: partial.len });
-                };
-                write_parts(&file, parts, partial.len).map_err(|error| place.fails("write an object", error))?;
-                partial.len += parts.iter().map(|part| part.len() as u64).sum::<u64>();
-                Ok(())
-            }
-        }
-    }
-}
-
-fn write_parts(file: &File, parts: &[Bytes], mut at: u64) -> io::Result<()> {
-    for part in parts {
-        file.write_all_at(part, at)?;
-        at += part.len() as u64;
-    }
-    Ok(())
-}
-
-/// Gathers a block, then writes it and hashes it on two threads while the next one arrives.
-#[derive(Debug)]
-struct Pen {
-    waiting: Vec<Bytes>,
-    waiting_len: u64,
-    writing: Option<JoinHandle<Result<(), BlobError>>>,
-    hashing: Option<JoinHandle<Sums>>,
-    sums: Option<Sums>,
-}
-
-impl Pen {
-    fn new(sums: Option<Sums>) -> Self {
-        Self { waiting: Vec::new(), waiting_len: 0, writing: None, hashing: None, sums }
-    }
-
-    async fn write(&mut self, target: &Target, bytes: Bytes) -> Result<(), BlobError> {
-        self.waiting_len += bytes.len() as u64;
-        self.waiting.push(bytes);
-        if self.waiting_len >= BLOCK { self.send(target).await } else { Ok(()) }
-    }
-
-    async fn send(&mut self, target: &Target) -> Result<(), BlobError> {
-        self.settle().await?;
-        if self.waiting.is_empty() {
-            return Ok(());
-        }
-        let parts: Arc<[Bytes]> = std::mem::take(&mut self.waiting).into();
-        self.waiting_len = 0;
-        if let Some(mut sums) = self.sums.take() {
-            let parts = parts.clone();
-            self.hashing = Some(spawn_blocking(move || {
-                parts.iter().for_each(|part| sums.update(part));
-                sums
-            }));
-        }
-        let target = target.clone();
-        self.writing = Some(spawn_blocking(move || target.write(&parts)));
-        Ok(())
-    }
-
-    async fn settle(&mut self) -> Result<(), BlobError> {
-        let gone = |error| BlobError::Io { what: "wait for a write", error: io::Error::other(error) };
-        if let Some(hashing) = self.hashing.take() {
-            self.sums = Some(hashing.await.map_err(gone)?);
-        }
-        match self.writing.take() {
-            Some(writing) => writing.await.map_err(gone)?,
-            None => Ok(()),
-        }
-    }
-
-    async fn flush(&mut self, target: &Target) -> Result<Option<Sums>, BlobError> {
-        self.send(target).await?;
-        self.settle().await?;
-        Ok(self.sums.take())
-    }
 }

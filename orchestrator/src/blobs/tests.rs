@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use alloy_shared::id::DEFAULT_ORG;
+use alloy_shared::id::{AttemptRef, DEFAULT_ORG, JobId};
 use futures_util::stream;
 
 use super::*;
+use crate::broken::Care;
 use crate::sums::BLOCK;
 
 /// So early that nothing is old.
@@ -115,6 +116,8 @@ async fn the_newest_upload_of_an_object_wins() {
             tokio::task::yield_now().await;
         };
         let done = blobs.append(&key, have as u64, whole(&bytes[have..], 1 << 20)).await;
+        // Unless it knows by now, the old one learns of the new one with its next part.
+        let _ = tx.send(Ok(Bytes::copy_from_slice(&bytes[2 << 20..]))).await;
         drop(tx);
         (have, done)
     };
@@ -188,6 +191,74 @@ async fn an_upload_that_died_while_it_was_finished_goes_on() {
     blobs.append(&key, 50_000, body(vec![])).await.unwrap();
     blobs.finish(&key, digest).await.unwrap();
     assert_eq!(gather(blobs.read(&key, 0..50_000).await).await, bytes);
+}
+
+#[tokio::test]
+async fn a_finished_object_takes_no_more_and_the_disk_is_not_blamed() {
+    let dir = tempfile::tempdir().unwrap();
+    let care = Care::default();
+    let blobs = Fs::open(dir.path().to_owned(), NOW, care.clone()).await.unwrap();
+    let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &Digest::of(b"whole"));
+    blobs.append(&key, 0, whole(b"whole", 9)).await.unwrap();
+    blobs.finish(&key, Digest::of(b"whole")).await.unwrap();
+    assert!(matches!(blobs.append(&key, 5, whole(b"!", 9)).await, Err(BlobError::Offset { have: 5 })));
+    assert!(!care.broken.is_told());
+    // Whoever did not hear that it is finished says it again.
+    assert_eq!(blobs.append(&key, 5, body(vec![])).await.unwrap(), 5);
+    assert_eq!(blobs.finish(&key, Digest::of(b"whole")).await.unwrap().size, 5);
+}
+
+#[tokio::test]
+async fn a_question_about_an_upload_that_is_being_finished_holds_nobody_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = Fs::open(dir.path().to_owned(), NOW, 0).await.unwrap();
+    let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &Digest::of(b"whole"));
+    blobs.append(&key, 0, whole(b"whole", 9)).await.unwrap();
+    let (held, release) = (blobs.hold(&key), std::sync::mpsc::channel());
+    let (holds, is_held) = tokio::sync::oneshot::channel();
+    let holder = std::thread::spawn(move || {
+        let _whole = held.lock().unwrap();
+        holds.send(()).unwrap();
+        release.1.recv().unwrap();
+    });
+    is_held.await.unwrap();
+    let others = async {
+        tokio::task::yield_now().await;
+        release.0.send(()).unwrap();
+    };
+    assert_eq!(tokio::join!(blobs.partial(&key), others).0.unwrap(), 5);
+    holder.join().unwrap();
+}
+
+#[tokio::test]
+async fn with_the_last_part_of_a_log_its_directories_go_and_come_back_when_they_are_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let blobs = Fs::open(dir.path().to_owned(), NOW, 0).await.unwrap();
+    let at = |attempt| AttemptRef { job: JobId::from_raw(7), attempt };
+    let [one, two, other] =
+        [(1, 0), (1, 5), (2, 0)].map(|(attempt, start)| BlobKey::log(&at(attempt), start, start + 5));
+    let put = async |key: &BlobKey| {
+        let mut draft = blobs.create(key).await.unwrap();
+        draft.append(Bytes::from_static(b"bytes")).await.unwrap();
+        draft.finish(None).await.unwrap();
+    };
+    let logs = dir.path().join("objects/logs");
+    for round in 0..2 {
+        put(&one).await;
+        put(&two).await;
+        put(&other).await;
+        for (key, dirs) in [(&one, 2), (&two, 1), (&other, 0)] {
+            blobs.delete(key).await.unwrap();
+            let job = logs.join(at(1).job.to_string());
+            assert_eq!(job.read_dir().map_or(0, Iterator::count), dirs, "{key} {round}");
+        }
+        assert_eq!(logs.read_dir().unwrap().count(), 0);
+    }
+    // They go while somebody who knows them is about to use them.
+    put(&one).await;
+    let draft = blobs.create(&two).await.unwrap();
+    std::fs::remove_dir_all(logs.join(at(1).job.to_string())).unwrap();
+    draft.finish(None).await.unwrap();
 }
 
 #[tokio::test]

@@ -105,6 +105,8 @@ pub struct News {
 #[derive(Debug, Clone)]
 pub struct Offer {
     pub worker: WorkerId,
+    /// Whose jobs it runs.
+    pub org: OrgId,
     pub name: String,
     pub labels: Labels,
     pub slots: Vec<SlotView>,

@@ -126,8 +126,9 @@ impl Desk {
         if job.state.is_done() {
             return;
         }
-        // With nobody connected yet, each worker that comes may be the one that has not lost it.
-        let rules = Rules { untried: self.offers.is_empty(), ..Rules::of(&job.spec, &self.limits) };
+        // With nobody connected yet who could take it, each worker that comes may be the one that has not lost it.
+        let untried = !self.offers.values().any(|offer| offer.org == job.org);
+        let rules = Rules { untried, ..Rules::of(&job.spec, &self.limits) };
         let required = alloy_shared::wire::job::required_labels(&job.spec).unwrap_or_default();
         let term = job.state.term(&rules).filter(|_| learned && matches!(job.state.step, Step::Queued { .. }));
         let due = match term {
@@ -350,6 +351,7 @@ impl Desk {
         let awake = self.queue.iter().filter(|(_, id)| !self.asleep.contains(id));
         let waiting = awake.filter_map(|(_, id)| self.live.get(id)).map(|live| Waiting {
             id: live.job.id,
+            org: live.job.org,
             required: &live.required,
             image: rooms::image_of(live),
             avoid: match &live.job.state.step {

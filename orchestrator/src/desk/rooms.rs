@@ -30,6 +30,7 @@ impl Desk {
         let slots = usable.len() as u32;
         let taken = (named.len() + nameless) as u32;
         Room {
+            org: offer.org,
             name: offer.name.clone(),
             labels: offer.labels.clone(),
             draining: offer.draining,
@@ -50,7 +51,8 @@ impl Desk {
     pub(super) fn rules(&self, live: &Live, now: Now) -> Rules {
         let untried = live.job.state.lease().is_some_and(|lease| {
             let avoid = &lease.losers();
-            let job = Waiting { id: live.job.id, required: &live.required, image: image_of(live), avoid };
+            let (id, org) = (live.job.id, live.job.org);
+            let job = Waiting { id, org, required: &live.required, image: image_of(live), avoid };
             live.job.state.tries.lost >= live.rules.lost_max && pick::untried(job, &self.rooms())
         });
         let untried = untried || live.rules.untried && now.mono < self.patient_until;
@@ -63,7 +65,7 @@ impl Desk {
             return Some(WhyNot::Asleep);
         }
         matches!(live.job.state.step, Step::Queued { .. })
-            .then(|| pick::why_not(&live.required, image_of(live), &self.rooms()))
+            .then(|| pick::why_not(live.job.org, &live.required, image_of(live), &self.rooms()))
     }
 
     /// Ends jobs whose image is not to be had, once everybody had time to connect and say what they have.
@@ -78,9 +80,8 @@ impl Desk {
         let rooms = self.rooms();
         let awake = self.queue.iter().filter(|(_, id)| !self.asleep.contains(id));
         let oldest = awake.take(limits::COMMIT_GROUPS_MAX).filter_map(|(_, id)| self.live.get(id));
-        let refused: Vec<(JobId, String)> = oldest
-            .filter_map(|live| Some((live.job.id, pick::refusal(&live.required, image_of(live), &rooms)?)))
-            .collect();
+        let refusal = |live: &Live| pick::refusal(live.job.org, &live.required, image_of(live), &rooms);
+        let refused: Vec<(JobId, String)> = oldest.filter_map(|live| Some((live.job.id, refusal(live)?))).collect();
         for (id, message) in refused {
             self.change(None, id, &Event::NoImage { message }, Guard::Version, None, now);
         }

@@ -5,6 +5,7 @@ use alloy_shared::wire::session::{SlotState, SlotView};
 
 use super::*;
 
+mod orgs;
 mod shared;
 mod walk;
 
@@ -33,6 +34,7 @@ fn offer(n: u128, slots: &[(SlotState, Option<AttemptRef>)]) -> Request {
         slots.iter().map(|(state, attempt)| SlotView { state: *state, attempt: *attempt, image: None }).collect();
     Request::Offer(Offer {
         worker: worker(n),
+        org: DEFAULT_ORG,
         name: format!("w{n}"),
         labels: Labels::default(),
         slots,

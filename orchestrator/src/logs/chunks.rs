@@ -5,6 +5,7 @@
 //! offset are always the same, so it goes on behind them.
 
 use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -187,8 +188,15 @@ impl Chunks {
         let Some(part) = self.table.part(at, from).await? else { return Ok(Vec::new()) };
         let key = BlobKey::parse(&part.object).ok_or(LogError::Damaged { from: part.start, to: part.end })?;
         let len = (part.end - from).min(most);
-        let bytes = self.blobs.read_piece(&key, from - part.start, len as u32).await?;
-        Ok(vec![bytes])
+        let mut body = self.blobs.read(&key, from - part.start..from - part.start + len).await?;
+        let mut pieces = Vec::new();
+        while let Some(piece) = body.next().await {
+            pieces.push(piece.map_err(|error| match error.kind() {
+                io::ErrorKind::InvalidData => LogError::Damaged { from: part.start, to: part.end },
+                _ => LogError::Away(error.to_string()),
+            })?);
+        }
+        Ok(pieces)
     }
 
     /// At most so many bytes from `from` on, as far as rows have them without a gap.

@@ -1,6 +1,6 @@
 //! S: logs as files, their newest bytes in memory.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
+use alloy_shared::room::{is_full, is_short};
 use bytes::Bytes;
 
-use super::{LogError, news};
-use crate::blobs::{free_bytes, is_full, off_thread, sync_dir};
+use super::{LogError, news, zeros};
+use crate::blobs::{free_bytes, off_thread};
 use crate::broken::{Broken, Care};
 use crate::sums::{BLOCK, Seal, Sums};
 
@@ -25,6 +26,8 @@ pub struct Files {
     root: PathBuf,
     care: Care,
     open: Mutex<HashMap<AttemptRef, Arc<Log>>>,
+    /// Logs without an end that this process has written to: their zeros are their own.
+    written: Mutex<HashSet<AttemptRef>>,
     clock: AtomicU64,
 }
 
@@ -56,6 +59,19 @@ struct Pen {
     sealed: bool,
     /// Neither the file's name nor its directory's is durable yet.
     fresh: bool,
+    /// From here on what an earlier process left is zeros.
+    zeros_from: Option<u64>,
+}
+
+impl Pen {
+    /// What lies before them was durable when the log was opened.
+    fn cut_zeros(&mut self) -> io::Result<()> {
+        if let Some((end, file)) = self.zeros_from.filter(|_| !self.sealed).zip(self.file.as_ref()) {
+            file.set_len(end)?;
+            (self.len, self.durable, self.zeros_from) = (end, end, None);
+        }
+        Ok(())
+    }
 }
 
 /// The readers' side. Never held across a call to the system.
@@ -81,7 +97,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Files {
     pub fn open(root: PathBuf, care: impl Into<Care>) -> Result<Self, LogError> {
         fs::create_dir_all(&root).map_err(fault("create the log directory"))?;
-        Ok(Self { root, care: care.into(), open: Mutex::default(), clock: AtomicU64::new(0) })
+        Ok(Self {
+            root,
+            care: care.into(),
+            open: Mutex::default(),
+            written: Mutex::default(),
+            clock: AtomicU64::new(0),
+        })
+    }
+
+    /// As if others had been used since.
+    #[cfg(test)]
+    pub(super) fn close(&self, at: &AttemptRef) {
+        lock(&self.open).remove(at);
     }
 
     /// How many logs are held open.
@@ -104,7 +132,8 @@ impl Files {
         if log.loaded.load(Ordering::Acquire) {
             return Ok(log);
         }
-        off_thread(move || log.load().map(|()| log)).await
+        let own = lock(&self.written).contains(at);
+        off_thread(move || log.load(own).map(|()| log)).await
     }
 
     pub(super) async fn append(&self, at: &AttemptRef, offset: u64, bytes: Bytes) -> Result<u64, LogError> {
@@ -114,6 +143,7 @@ impl Files {
         if pen.sealed {
             return Err(LogError::Sealed);
         }
+        pen.cut_zeros().map_err(fault("cut the zeros off a log"))?;
         let news = news(pen.len, offset, &bytes)?;
         if news.is_empty() {
             return Ok(pen.len);
@@ -131,6 +161,7 @@ impl Files {
         };
         file.write_all_at(&news, pen.len).map_err(|error| log.fails("append to a log", error))?;
         pen.len += news.len() as u64;
+        lock(&self.written).insert(*at);
         log.dirty.store(true, Ordering::Release);
         let share = limits::LOG_RINGS_MAX / lock(&self.open).len().max(1) as u64;
         lock(&log.view).push(file, pen.len, news, share.min(limits::LOG_RING));
@@ -143,7 +174,13 @@ impl Files {
         if dirty.is_empty() {
             return Ok(Vec::new());
         }
-        Ok(off_thread(move || dirty.iter().filter_map(|log| Some((log.at, log.sync()?))).collect()).await)
+        let rounds: Vec<_> = off_thread(move || dirty.iter().map(|log| (log.at, log.sync())).collect()).await;
+        let mut durable = Vec::new();
+        for (at, round) in rounds {
+            // With an error the round is made again, for those that it settled too.
+            durable.extend(round.map_err(fault("sync a log"))?.map(|len| (at, len)));
+        }
+        Ok(durable)
     }
 
     pub(super) async fn read(&self, at: &AttemptRef, from: u64, max: u32) -> Result<Vec<Bytes>, LogError> {
@@ -190,17 +227,33 @@ impl Files {
 
     pub(super) async fn durable(&self, at: &AttemptRef) -> Result<u64, LogError> {
         let log = self.log(at).await?;
-        let durable = lock(&log.pen).durable;
-        Ok(durable)
+        let pen = lock(&log.pen);
+        Ok(pen.zeros_from.unwrap_or(pen.durable))
+    }
+
+    pub(super) async fn resume(&self, at: &AttemptRef) -> Result<u64, LogError> {
+        let log = self.log(at).await?;
+        let mut pen = lock(&log.pen);
+        pen.cut_zeros().map_err(fault("cut the zeros off a log"))?;
+        Ok(pen.durable)
+    }
+
+    pub(super) async fn keep(&self, at: &AttemptRef, len: u64) -> Result<(), LogError> {
+        let log = self.log(at).await?;
+        let file = lock(&log.pen).file.clone();
+        let Some(file) = file else { return Ok(()) };
+        let kept = off_thread(move || zeros::keep(&file, &log.path, len)).await;
+        kept.map_err(fault("note how long a log is"))
     }
 
     pub(super) async fn remove(&self, at: &AttemptRef) -> Result<(), LogError> {
         lock(&self.open).remove(at);
+        lock(&self.written).remove(at);
         let dir = self.root.join(at.job.to_string());
         let name = at.attempt.to_string();
         let gone = off_thread(move || {
             // Without its seal the file is a log like any other, so a crash in between leaves nothing that is wrong.
-            for end in ["seal.new", "seal", "log"] {
+            for end in ["seal.new", "seal", "whole.new", "whole", "log"] {
                 match fs::remove_file(dir.join(format!("{name}.{end}"))) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                     Ok(()) | Err(_) => {}
@@ -216,7 +269,9 @@ impl Files {
     pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         let log = self.log(at).await?;
         let root = self.root.clone();
-        off_thread(move || log.seal(&root)).await
+        let sealed = off_thread(move || log.seal(&root)).await?;
+        lock(&self.written).remove(at);
+        Ok(sealed)
     }
 }
 
@@ -235,7 +290,7 @@ fn create(root: &Path, path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
 }
 
-fn read_at(file: &File, from: u64, len: usize) -> io::Result<Bytes> {
+pub(super) fn read_at(file: &File, from: u64, len: usize) -> io::Result<Bytes> {
     let mut bytes = vec![0; len];
     file.read_exact_at(&mut bytes, from)?;
     Ok(bytes.into())
@@ -271,7 +326,7 @@ impl Log {
 
     /// A write that failed.
     fn fails(&self, what: &'static str, error: io::Error) -> LogError {
-        if !is_full(&error) {
+        if !is_full(&error) && !is_short(&error) {
             self.disk_broken.tell(what, &error);
         }
         fault(what)(error)
@@ -281,7 +336,8 @@ impl Log {
         self.path.with_extension("seal")
     }
 
-    fn load(&self) -> Result<(), LogError> {
+    /// `own`: this process has written to it and closed it since.
+    fn load(&self, own: bool) -> Result<(), LogError> {
         let mut pen = lock(&self.pen);
         if self.loaded.load(Ordering::Acquire) {
             return Ok(());
@@ -296,7 +352,8 @@ impl Log {
                 pen.len = file.metadata().map_err(fault("look at a log"))?.len();
                 if seal.is_none() {
                     // Bytes and the name of a file of a process that died may still be on their way to the disk.
-                    let synced = file.sync_data().and_then(|()| self.sync_names());
+                    let homes = self.homes().map_err(fault("open a log's directory"))?;
+                    let synced = file.sync_data().and_then(|()| homes.iter().try_for_each(File::sync_all));
                     synced.map_err(|error| {
                         // The disk tells of a fault once: the next try would succeed, whatever was lost.
                         self.broken.store(true, Ordering::Release);
@@ -314,24 +371,30 @@ impl Log {
         }
         pen.durable = pen.len;
         pen.sealed = seal.is_some();
+        // After a power cut a file system may give a file a length whose last bytes it never wrote.
+        let written = match pen.file.as_deref().filter(|_| !own && !pen.sealed) {
+            Some(file) => zeros::begin(file, &self.path, pen.len).map_err(fault("look at a log's end"))?,
+            None => pen.len,
+        };
+        pen.zeros_from = Some(written).filter(|written| *written < pen.len);
         let mut view = lock(&self.view);
-        (view.file, view.len, view.seal) = (pen.file.clone(), pen.len, seal.map(Arc::new));
+        (view.file, view.len, view.seal) = (pen.file.clone(), written, seal.map(Arc::new));
         self.loaded.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// Makes the names of the file and of its job's directory durable.
-    fn sync_names(&self) -> io::Result<()> {
-        self.path.ancestors().skip(1).take(2).try_for_each(sync_dir)
+    /// The directories that have the names of the file and of its job's directory.
+    fn homes(&self) -> io::Result<Vec<File>> {
+        self.path.ancestors().skip(1).take(2).map(File::open).collect()
     }
 
-    /// Returns the durable length.
-    fn sync(&self) -> Option<u64> {
+    /// Returns the durable length; nothing of a log that fell back. An error: nothing was tried.
+    fn sync(&self) -> io::Result<Option<u64>> {
         match self.settle() {
-            Ok(durable) => Some(durable),
+            Ok(durable) => Ok(Some(durable)),
             Err(error) => {
                 tracing::error!(job.id = %self.at.job, attempt.no = self.at.attempt, %error, "a log did not reach the disk");
-                None
+                if is_short(&error) { Err(error) } else { Ok(None) }
             }
         }
     }
@@ -345,7 +408,18 @@ impl Log {
             let Some(file) = pen.file.clone().filter(|_| pen.durable < pen.len) else { return Ok(pen.durable) };
             (file, pen.len, pen.fresh)
         };
-        let done = file.sync_data().and_then(|()| if fresh { self.sync_names() } else { Ok(()) });
+        let homes = match fresh.then(|| self.homes()).transpose() {
+            Err(error) if is_short(&error) => {
+                // Nothing was asked of the disk: the bytes wait for the next round.
+                self.dirty.store(true, Ordering::Release);
+                return Err(error);
+            }
+            homes => homes,
+        };
+        let done = homes.and_then(|homes| {
+            file.sync_data()?;
+            homes.iter().flatten().try_for_each(File::sync_all)
+        });
         let mut pen = lock(&self.pen);
         let Err(error) = done else {
             pen.durable = pen.durable.max(len);
@@ -397,9 +471,9 @@ impl Log {
                 sums = Sums::default();
             } else if (pen.len, pen.durable) == (sums.so_far(), pen.len) {
                 let seal = sums.seal();
-                self.write_seal(root, &file, &seal).map_err(|error| self.fails("seal a log", error))?;
+                self.write_seal(&file, &seal).map_err(|error| self.fails("seal a log", error))?;
                 let sha256 = seal.sha256;
-                pen.sealed = true;
+                (pen.sealed, pen.zeros_from) = (true, None);
                 self.dirty.store(false, Ordering::Release);
                 *lock(&self.view) =
                     View { file: Some(file), len: pen.len, seal: Some(Arc::new(seal)), ..View::default() };
@@ -408,19 +482,15 @@ impl Log {
         }
     }
 
-    fn write_seal(&self, root: &Path, file: &File, seal: &Seal) -> io::Result<()> {
+    fn write_seal(&self, file: &File, seal: &Seal) -> io::Result<()> {
         // An append that failed half-way leaves the file longer than the log.
         if file.metadata()?.len() != seal.len {
             file.set_len(seal.len)?;
             file.sync_all()?;
         }
-        let temp = self.path.with_extension("seal.new");
-        let text = File::create(&temp)?;
-        text.write_all_at(&seal.encode(), 0)?;
-        text.sync_all()?;
-        fs::rename(&temp, self.seal_path())?;
+        zeros::replace(&self.seal_path(), &seal.encode())?;
         // What has no bytes was never synced.
-        if seal.len == 0 { self.sync_names() } else { sync_dir(self.path.parent().unwrap_or(root)) }
+        if seal.len == 0 { self.homes()?.iter().try_for_each(File::sync_all) } else { Ok(()) }
     }
 }
 

@@ -21,11 +21,32 @@ struct Log {
     bytes: Vec<u8>,
     durable: u64,
     sealed: bool,
+    /// From here on what was found when it was opened is zeros.
+    zeros_from: Option<u64>,
+    /// Before here they are the log's own.
+    whole: u64,
 }
 
 impl Log {
     fn len(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    fn shown(&self) -> u64 {
+        self.zeros_from.unwrap_or(self.len())
+    }
+
+    fn cut_zeros(&mut self) {
+        if let Some(end) = self.zeros_from.take() {
+            self.bytes.truncate(end as usize);
+            self.durable = self.durable.min(end);
+        }
+    }
+
+    fn find_zeros(&mut self) {
+        let written = self.bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u64 + 1);
+        let written = written.max(self.whole);
+        self.zeros_from = Some(written).filter(|written| !self.sealed && *written < self.len());
     }
 }
 
@@ -36,15 +57,22 @@ impl Mem {
 
     /// What a process finds that starts on this disk: opening a log makes durable what an earlier process wrote.
     pub fn reopen(&self) {
-        self.lock().values_mut().for_each(|log| log.durable = log.len());
+        for log in self.lock().values_mut() {
+            log.durable = log.len();
+            log.find_zeros();
+        }
     }
 
-    /// What a power cut leaves: of the bytes that were not synced, as many as `keep` says.
+    /// What a power cut leaves: of the bytes that were not synced, as many as `keep` says. The second half of them was
+    /// never written and reads as zeros.
     pub fn cut_power(&self, mut keep: impl FnMut(u64) -> u64) {
         for log in self.lock().values_mut() {
             let unsynced = log.len() - log.durable;
             let kept = if unsynced > 0 { keep(unsynced).min(unsynced) } else { 0 };
             log.bytes.truncate((log.durable + kept) as usize);
+            let written = log.bytes.len() - (kept / 2) as usize;
+            log.bytes[written..].fill(0);
+            log.find_zeros();
         }
     }
 
@@ -58,6 +86,7 @@ impl Mem {
         if log.sealed {
             return Err(LogError::Sealed);
         }
+        log.cut_zeros();
         let news = news(log.len(), offset, bytes)?;
         if !news.is_empty() {
             self.disk.room().map_err(|_| LogError::Full)?;
@@ -79,17 +108,31 @@ impl Mem {
 
     pub(super) fn read(&self, at: &AttemptRef, from: u64, max: u32) -> Vec<Bytes> {
         let logs = self.lock();
-        let rest = usize::try_from(from).ok().and_then(|from| logs.get(at)?.bytes.get(from..)).unwrap_or_default();
+        let shown = logs.get(at).map(|log| &log.bytes[..log.shown() as usize]).unwrap_or_default();
+        let rest = usize::try_from(from).ok().and_then(|from| shown.get(from..)).unwrap_or_default();
         let part = &rest[..rest.len().min(max as usize)];
         if part.is_empty() { Vec::new() } else { vec![Bytes::copy_from_slice(part)] }
     }
 
     pub(super) fn len(&self, at: &AttemptRef) -> u64 {
-        self.lock().get(at).map_or(0, Log::len)
+        self.lock().get(at).map_or(0, Log::shown)
     }
 
     pub(super) fn durable(&self, at: &AttemptRef) -> u64 {
-        self.lock().get(at).map_or(0, |log| log.durable)
+        self.lock().get(at).map_or(0, |log| log.zeros_from.unwrap_or(u64::MAX).min(log.durable))
+    }
+
+    pub(super) fn resume(&self, at: &AttemptRef) -> u64 {
+        let mut logs = self.lock();
+        let Some(log) = logs.get_mut(at) else { return 0 };
+        log.cut_zeros();
+        log.durable
+    }
+
+    pub(super) fn keep(&self, at: &AttemptRef, len: u64) {
+        if let Some(log) = self.lock().get_mut(at) {
+            log.whole = log.whole.max(len);
+        }
     }
 
     pub(super) fn remove(&self, at: &AttemptRef) {
@@ -98,7 +141,7 @@ impl Mem {
 
     pub(super) async fn seal(&self, at: &AttemptRef) -> Result<Digest, LogError> {
         loop {
-            let len = self.len(at);
+            let len = self.lock().get(at).map_or(0, Log::len);
             let synced = self.disk.sync().await;
             let mut logs = self.lock();
             let log = logs.entry(*at).or_default();
@@ -106,7 +149,7 @@ impl Mem {
             synced.map_err(|error| LogError::Io { what: "seal a log", error })?;
             // What came meanwhile belongs to it and is synced first.
             if log.len() == len {
-                log.sealed = true;
+                (log.sealed, log.zeros_from) = (true, None);
                 return Ok(Digest::of(&log.bytes));
             }
         }

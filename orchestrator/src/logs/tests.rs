@@ -1,7 +1,9 @@
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 
 use alloy_shared::id::JobId;
 use alloy_shared::mem_disk::MemDisk;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::*;
 use crate::broken::Broken;
@@ -201,6 +203,102 @@ async fn bytes_whose_sync_failed_are_gone_from_the_file_too() {
 }
 
 #[tokio::test]
+async fn a_log_that_is_whole_keeps_the_zeros_that_it_ends_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = at(3, 1);
+    let note = dir.path().join(format!("{}/1.whole", at.job));
+    let logs = files(&dir);
+    logs.append(&at, 0, Bytes::from_static(b"said\0\0\0")).await.unwrap();
+    logs.sync().await.unwrap();
+    logs.keep(&at, 4).await.unwrap();
+    assert!(!note.exists(), "its last byte is no zero");
+    assert_eq!(files(&dir).len(&at).await.unwrap(), 4);
+    logs.keep(&at, 6).await.unwrap();
+    let again = files(&dir);
+    assert_eq!((again.len(&at).await.unwrap(), again.resume(&at).await.unwrap()), (6, 6), "the last one is unknown");
+    assert_eq!(again.append(&at, 6, Bytes::from_static(b"!")).await.unwrap(), 7);
+    again.seal(&at).await.unwrap();
+    assert_eq!(gather(&files(&dir), &at, 0, 1 << 20).await, b"said\0\0!");
+    again.remove(&at).await.unwrap();
+    assert!(!note.exists() && !dir.path().join(at.job.to_string()).exists());
+}
+
+#[tokio::test]
+async fn zeros_that_a_power_cut_left_are_not_shown_and_come_again_from_the_worker() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = at(3, 1);
+    files(&dir).append(&at, 0, Bytes::from_static(b"said")).await.unwrap();
+    let path = dir.path().join(format!("{}/{}.log", at.job, at.attempt));
+    let longer = |by: u64| {
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(file.metadata().unwrap().len() + by).unwrap();
+    };
+    longer(3_000_000);
+    let logs = files(&dir);
+    assert_eq!((logs.len(&at).await.unwrap(), logs.durable(&at).await.unwrap()), (4, 4));
+    assert_eq!(gather(&logs, &at, 0, 1 << 20).await, b"said");
+    assert_eq!(logs.resume(&at).await.unwrap(), 4);
+    // Zeros that the worker sends are the log's.
+    logs.append(&at, 4, Bytes::from_static(b"\0\0")).await.unwrap();
+    assert_eq!((logs.resume(&at).await.unwrap(), logs.len(&at).await.unwrap()), (4, 6));
+    logs.sync().await.unwrap();
+    assert_eq!(logs.resume(&at).await.unwrap(), 6);
+    logs.seal(&at).await.unwrap();
+    assert_eq!(gather(&files(&dir), &at, 0, 1 << 20).await, b"said\0\0");
+    // Closed and opened again in one process it ends as it was written, and without a look at its end it goes on.
+    let (closed, late) = (AttemptRef { attempt: 3, ..at }, AttemptRef { attempt: 4, ..at });
+    logs.append(&closed, 0, Bytes::from_static(b"own\0")).await.unwrap();
+    logs.sync().await.unwrap();
+    match &logs {
+        Logs::Files(files) => files.close(&closed),
+        Logs::Chunks(_) | Logs::Mem(_) => unreachable!(),
+    }
+    assert_eq!((logs.len(&closed).await.unwrap(), logs.durable(&closed).await.unwrap()), (4, 4));
+    logs.append(&late, 0, Bytes::from_static(b"all\0")).await.unwrap();
+    let again = files(&dir);
+    assert!(matches!(again.append(&late, 4, Bytes::from_static(b"more")).await, Err(LogError::Gap { have: 3 })));
+    assert_eq!(again.append(&late, 3, Bytes::from_static(b"\0more")).await.unwrap(), 8);
+    again.sync().await.unwrap();
+    assert_eq!((again.durable(&late).await.unwrap(), gather(&again, &late, 0, 99).await), (8, b"all\0more".to_vec()));
+    // No worker keeps more than a window that it was not told of.
+    let (other, window) = (AttemptRef { attempt: 2, ..at }, limits::LOG_WINDOW);
+    logs.append(&other, 0, vec![0; window as usize + 10].into()).await.unwrap();
+    assert_eq!(files(&dir).resume(&other).await.unwrap(), 10);
+}
+
+/// Descriptors are the whole process's: this test runs again in one of its own.
+#[tokio::test]
+async fn a_sync_without_room_for_open_files_takes_nothing_back_and_is_made_again() {
+    const ALONE: &str = "ALLOY_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let name = "logs::tests::a_sync_without_room_for_open_files_takes_nothing_back_and_is_made_again";
+        let again = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        assert!(again.status.success(), "{again:?}");
+        assert!(String::from_utf8_lossy(&again.stdout).contains("1 passed"), "there is no test {name}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let broken = Broken::default();
+    let care = Care { broken: broken.clone(), ..Care::default() };
+    let (logs, at) = (Logs::Files(Files::open(dir.path().to_owned(), care).unwrap()), at(3, 1));
+    logs.append(&at, 0, Bytes::from_static(b"kept")).await.unwrap();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    setrlimit(Resource::RLIMIT_NOFILE, u64::try_from(next).unwrap(), hard).unwrap();
+    let round = logs.sync().await;
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    assert!(matches!(round, Err(LogError::Io { .. })), "{round:?}");
+    assert!(!broken.is_told(), "it says nothing about the disk");
+    assert_eq!((logs.len(&at).await.unwrap(), logs.durable(&at).await.unwrap()), (4, 0));
+    // Without another byte from the worker.
+    assert_eq!(logs.sync().await.unwrap(), [(at, 4)]);
+}
+
+#[tokio::test]
 async fn appends_during_a_seal_are_in_it_or_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (logs, at) = (files(&dir), at(4, 1));
@@ -234,13 +332,14 @@ async fn memory_keeps_over_a_power_cut_what_was_synced_and_over_a_failed_sync_to
     assert_eq!(logs.sync().await.unwrap(), [(at, 6)]);
     logs.append(&at, 6, Bytes::from_static(b" and not")).await.unwrap();
     mem.cut_power(|unsynced| unsynced / 2);
-    assert_eq!((logs.len(&at).await.unwrap(), logs.durable(&at).await.unwrap()), (10, 6));
+    assert_eq!((logs.len(&at).await.unwrap(), logs.durable(&at).await.unwrap()), (8, 6));
     mem.reopen();
-    assert_eq!(logs.durable(&at).await.unwrap(), 10, "opening a log makes durable what is there");
-    logs.append(&at, 10, Bytes::from_static(b"more")).await.unwrap();
+    assert_eq!(logs.durable(&at).await.unwrap(), 8, "opening a log makes durable what is there, but for zeros");
+    assert_eq!(logs.resume(&at).await.unwrap(), 8);
+    logs.append(&at, 8, Bytes::from_static(b"more")).await.unwrap();
     disk.set_broken(true);
     assert_eq!(logs.sync().await.unwrap(), []);
-    assert_eq!(logs.len(&at).await.unwrap(), 10, "what was not synced counts as never written");
+    assert_eq!(logs.len(&at).await.unwrap(), 8, "what was not synced counts as never written");
     disk.set_full(true);
-    assert!(matches!(logs.append(&at, 10, Bytes::from_static(b"x")).await, Err(LogError::Full)));
+    assert!(matches!(logs.append(&at, 8, Bytes::from_static(b"x")).await, Err(LogError::Full)));
 }

@@ -49,6 +49,16 @@ impl Journal {
         Ok(Self { file: Some(file), known })
     }
 
+    /// The first word of the name of the move that the journal there is of.
+    pub(super) fn of(path: &Path) -> io::Result<Option<String>> {
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            read => read?,
+        };
+        let name = text.split_once('\n').map_or("", |(name, _)| name);
+        Ok(name.split(' ').next().filter(|id| !id.is_empty()).map(str::to_owned))
+    }
+
     pub(super) fn get(&self, name: &str) -> Option<&Brought> {
         self.known.get(name)
     }
@@ -74,11 +84,13 @@ mod tests {
     fn a_journal_goes_on_behind_a_line_that_was_cut_off() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
+        assert_eq!(Journal::of(&path).unwrap(), None);
         let mut first = Journal::open(&path, "one").unwrap();
         first.add(brought("a")).unwrap();
         first.add(brought("b")).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, &text[..text.len() - 9]).unwrap();
+        assert_eq!(Journal::of(&path).unwrap().as_deref(), Some("one"));
         let mut second = Journal::open(&path, "one").unwrap();
         assert_eq!((second.get("a"), second.get("b")), (Some(&brought("a")), None));
         second.add(brought("c")).unwrap();

@@ -1,7 +1,7 @@
 //! P: who belongs to the farm: invitations, enrolment, sessions of workers, tokens of callers.
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{DEFAULT_ORG, Digest, Labels, TokenId, WorkerId, check_name, printable};
+use alloy_shared::id::{DEFAULT_ORG, Digest, Labels, OrgId, TokenId, WorkerId, check_name, printable};
 use alloy_shared::limits;
 use alloy_shared::secret::{BadToken, Secret, Token, TokenKind};
 use alloy_shared::wire::farm::{
@@ -27,6 +27,7 @@ const TOKEN_TTL_MAX_S: u64 = 10 * 365 * 86_400;
 pub struct Opened {
     pub epoch: i64,
     /// The worker's.
+    pub org: OrgId,
     pub name: String,
 }
 
@@ -196,7 +197,7 @@ pub async fn open_session(app: &App, hello: &Hello, nonce: &str) -> Result<Opene
         Some(Err(_)) | None => None,
     };
     let epoch = epoch.ok_or_else(revoked)?;
-    Ok(Opened { epoch, name: worker.name })
+    Ok(Opened { epoch, org: worker.org, name: worker.name })
 }
 
 pub fn revoked() -> Reject {
@@ -282,7 +283,7 @@ fn token_view(row: &TokenRow) -> TokenView {
     }
 }
 
-fn row_of(app: &App, org: alloy_shared::id::OrgId, token: &Token, name: String, role: Role, now: Ms) -> TokenRow {
+fn row_of(app: &App, org: OrgId, token: &Token, name: String, role: Role, now: Ms) -> TokenRow {
     TokenRow {
         id: TokenId::mint(now, (app.env.dice(), app.env.dice())),
         org,

@@ -123,17 +123,16 @@ fn read_up_to<'a>(
 
 /// A directory is listed only when it is empty; others follow from what is in them.
 fn drop_filled_dirs(mut entries: Vec<Entry>) -> Vec<Entry> {
-    let mut filled = HashSet::new();
-    for entry in &entries {
-        let mut path = entry.path.as_str();
-        while let Some((up, _)) = path.rsplit_once('/') {
-            if !filled.insert(up.to_owned()) {
-                break;
-            }
-            path = up;
-        }
-    }
-    entries.retain(|entry| entry.kind != EntryKind::Dir || !filled.contains(&entry.path));
+    let mut paths: Vec<&str> = entries.iter().map(|entry| entry.path.as_str()).collect();
+    paths.sort_unstable();
+    let is_filled = |dir: &str| {
+        let below = format!("{dir}/");
+        let next = paths.partition_point(|path| *path < below.as_str());
+        paths.get(next).is_some_and(|path| path.starts_with(&below))
+    };
+    let filled = |entry: &Entry| entry.kind == EntryKind::Dir && is_filled(&entry.path);
+    let mut filled = entries.iter().map(filled).collect::<Vec<_>>().into_iter();
+    entries.retain(|_| !filled.next().unwrap_or(false));
     entries
 }
 

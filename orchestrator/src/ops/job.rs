@@ -371,7 +371,7 @@ async fn check_log(app: &App, at: AttemptRef, log_len: u64) -> Result<(), Settle
     }
     // A log whose sync failed has fallen back to what is durable: the rest must come again.
     match app.logs.durable(&at).await {
-        Ok(durable) if durable >= log_len => Ok(()),
+        Ok(durable) if durable >= log_len => app.logs.keep(&at, log_len).await.map_err(|_| Settled::Failed),
         Ok(durable) => Err(Settled::Missing { log_len: durable, artifacts: Vec::new() }),
         Err(_) => Err(Settled::Failed),
     }

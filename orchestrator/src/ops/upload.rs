@@ -12,7 +12,7 @@ use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::source::{BadSource, Manifest, PACK_END, PackFrame, PackReader, PackStored, SourceStatus};
 use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::{FutureExt as _, StreamExt as _, future, stream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::OpError;
 use super::archive::{self, Format, Unread};
@@ -35,6 +35,8 @@ const ARCHIVE_BUNCHES: usize = 2;
 const RELY_TRIES: usize = 3;
 /// Frames read ahead of a worker.
 const FRAMES_AHEAD: usize = 2;
+/// Room in memory for manifests that are read again, in KiB. Whoever finds none waits.
+static READ_AGAIN: Semaphore = Semaphore::const_new(limits::MANIFESTS_BYTES >> 10);
 
 /// One caller's view of the farm's bytes.
 #[derive(Clone, Copy)]
@@ -140,6 +142,8 @@ impl Depot<'_> {
         if self.is_fresh(&row, now) {
             return Ok(true);
         }
+        let size = row.size.div_ceil(1 << 10).clamp(1, limits::MANIFESTS_BYTES as u64 >> 10);
+        let _room = READ_AGAIN.acquire_many(size as u32).await;
         let (_, mut body) = self.manifest(digest).await?;
         let mut text = BytesMut::new();
         while let Some(part) = body.next().await {

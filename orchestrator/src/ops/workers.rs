@@ -60,7 +60,10 @@ pub async fn revoke(app: &App, who: &Principal, id: WorkerId) -> Result<(), OpEr
 pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
     let now = app.env.now();
     let live = app.hub.view(&worker.id, now.mono);
-    let jobs: Vec<String> = app.store.held(&worker.id).await?.iter().map(|job| job.id.to_string()).collect();
+    let held = app.store.held(&worker.id).await?;
+    // Others' that an orchestrator of before gave it keep it busy, and are nobody's business here.
+    let own = held.iter().filter(|job| job.org == worker.org);
+    let jobs = own.map(|job| job.id.to_string()).collect();
     let mut labels = worker.host_labels.clone();
     for (key, value) in worker.labels.iter() {
         // Labels of the enrolment win; together they may be more than the most, then the host's own stay out.
@@ -76,7 +79,7 @@ pub async fn view(app: &App, worker: Worker) -> Result<WorkerView, OpError> {
     let slots = live.as_ref().map_or(&[][..], |live| &live.slots);
     Ok(WorkerView {
         id: worker.id,
-        state: state(&worker, !jobs.is_empty(), live.as_ref(), app.hub.is_in_grace(now.mono), &app.limits),
+        state: state(&worker, !held.is_empty(), live.as_ref(), app.hub.is_in_grace(now.mono), &app.limits),
         slots: slots.len() as u32,
         slots_busy: slots.iter().filter(|slot| slot.attempt.is_some()).count() as u32,
         slots_warm: slots.iter().filter(|slot| slot.state == SlotState::Warm).count() as u32,

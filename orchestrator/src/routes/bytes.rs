@@ -296,7 +296,14 @@ pub async fn job_log(
     jobs::check_kept(&app, &scope, &at, "log", |attempt| attempt.log_gone_at).await?;
     let mut response = if follow {
         let chunks = feed::follow_log(app.clone(), scope, at, asked.offset);
-        let chunks = stream::unfold(chunks, |mut chunks| async { Some((Ok(chunks.recv().await?), chunks)) });
+        let chunks = stream::unfold(Some(chunks), |chunks| async {
+            let mut chunks = chunks?;
+            match chunks.recv().await {
+                Some(None) => None,
+                Some(Some(bytes)) => Some((Ok(bytes), Some(chunks))),
+                None => Some((Err(std::io::Error::other("there is more of the log")), None)),
+            }
+        });
         // Cut off rather than ended: the follower comes back for the rest.
         let stop = app.stopping.clone().cancelled_owned().map(|()| Err(std::io::Error::other("the farm is stopping")));
         let body = Body::from_stream(stream_until(chunks, stop));

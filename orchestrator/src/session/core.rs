@@ -1,7 +1,7 @@
 //! D: one worker's session, from challenge to hang-up. It knows what the orchestrator wants of each attempt and what the
 //! worker says it has, and sends the difference. No acknowledgement before the disk has it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Now};
@@ -15,58 +15,8 @@ use alloy_shared::wire::{ErrorCode, PROTOCOL};
 
 use super::io::{Effect, Input, NotStored, Settled};
 use super::reconcile::{Say, Want, reconcile};
+use super::track::{Settling, Taking, Track};
 use crate::store::Job;
-
-/// What is known of one attempt in this session.
-#[derive(Debug, Clone)]
-struct Track {
-    handle: u32,
-    /// What the worker said last.
-    say: Say,
-    log_len: u64,
-    /// Reports that wait for the one that is being settled.
-    waiting: VecDeque<(u64, Report)>,
-    settling: Option<Settling>,
-    /// The assignment was sent when this heartbeat was the newest acknowledged one.
-    assigned_after: Option<u64>,
-    /// Its result is durable.
-    finished: bool,
-    continued: bool,
-    fenced: bool,
-    taking: Taking,
-}
-
-impl Track {
-    /// True the first time: a second fence means that its log is not taken either. Once heard as lost, the rest is asked for.
-    fn fence(&mut self) -> bool {
-        self.continued = false;
-        !std::mem::replace(&mut self.fenced, true)
-    }
-}
-
-/// Whether a log's bytes can be stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Taking {
-    All,
-    /// They could not be: what comes is dropped until the next heartbeat asks for it again.
-    Nothing,
-    /// They were asked for again and none was stored yet: each heartbeat asks once more, because the worker goes back to one
-    /// place only now and then.
-    Again,
-}
-
-/// The report whose fate is being decided.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Settling {
-    Step,
-    Result,
-}
-
-impl Settling {
-    fn of(report: &Report) -> Self {
-        if matches!(report, Report::Result(_)) { Self::Result } else { Self::Step }
-    }
-}
 
 #[derive(Debug, Clone)]
 enum Phase {
@@ -310,18 +260,7 @@ impl Core {
             let handle = *next;
             *next = next.wrapping_add(1);
             handles.insert(handle, attempt);
-            Track {
-                handle,
-                say: Say::NotHeld,
-                log_len: 0,
-                waiting: VecDeque::new(),
-                settling: None,
-                assigned_after: None,
-                finished: false,
-                continued: false,
-                fenced: false,
-                taking: Taking::All,
-            }
+            Track::new(handle)
         })
     }
 
@@ -507,6 +446,9 @@ impl Core {
         if matches!(report, Report::Result(_)) {
             track.say = Say::ResultPending;
         }
+        if track.passes_over(seq) {
+            return;
+        }
         if track.settling.is_some() {
             if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 {
                 return self.hang_up("more reports at once than an attempt can have", out);
@@ -536,12 +478,12 @@ impl Core {
                 out.extend(track.fence().then_some(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } })));
             }
             Settled::Gap { have } => {
-                track.waiting.clear();
+                track.goes_back(have + 1);
                 let log_len = track.log_len;
                 out.push(Effect::Send(ToWorker::Missing { attempt, seq: have, log_len, artifacts: Vec::new() }));
             }
             Settled::Missing { log_len, artifacts } => {
-                track.waiting.clear();
+                track.goes_back(seq);
                 let seq = seq.saturating_sub(1);
                 out.push(Effect::Send(ToWorker::Missing { attempt, seq, log_len, artifacts }));
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Mono, Ms};
-use alloy_shared::id::{AttemptRef, Labels, WorkerId};
+use alloy_shared::id::{AttemptRef, Labels, OrgId, WorkerId};
 use alloy_shared::wire::image::Inventory;
 use alloy_shared::wire::job::Reason;
 use alloy_shared::wire::path;
@@ -54,6 +54,8 @@ pub async fn drive(app: Arc<App>, worker: WorkerId, link: Link) {
 
 struct Open {
     epoch: i64,
+    /// The worker's.
+    org: OrgId,
     mail: mpsc::Receiver<Mail>,
 }
 
@@ -146,16 +148,7 @@ impl Session {
             Effect::Append { attempt, offset, bytes } => self.append(attempt, offset, bytes).await,
             Effect::Measure { attempt } => self.measure(attempt).await,
             Effect::Settle { attempt, seq, report } => self.settle(attempt, seq, report),
-            Effect::NotHeld { attempt, message } => {
-                let Some(from) = self.from(attempt) else { return };
-                let app = self.app.clone();
-                let tell = async move { ops::job::not_held(&app, from, Reason::WorkerLost, message).await };
-                match self.app.shared {
-                    // While the database is away the worker is answered all the same.
-                    Some(_) => self.settling.push(Box::pin(tell.map(|()| Input::Tick))),
-                    None => tell.await,
-                }
-            }
+            Effect::NotHeld { attempt, message } => self.not_held(attempt, message).await,
             Effect::Close { attempt, teardown_ms, log_len } => {
                 if let Some(from) = self.from(attempt) {
                     // Sealing reads the whole log: the session goes on meanwhile.
@@ -184,11 +177,11 @@ impl Session {
             Ok(opened) => opened,
             Err(reject) => return self.later(refused(reject)),
         };
-        let epoch = opened.epoch;
+        let (epoch, org) = (opened.epoch, opened.org);
         // Subscribe before you look: what changes from here on comes by mail.
         let boot = Some(hello.boot).filter(|_| !self.rx.is_closed());
         let mail = self.app.hub.open(self.worker, epoch, boot, self.app.env.now().mono);
-        self.open = Some(Open { epoch, mail });
+        self.open = Some(Open { epoch, org, mail });
         if self.app.shared.is_some() {
             self.app.hub.opened_at(self.worker, epoch, asked_at);
         }
@@ -242,6 +235,10 @@ impl Session {
 
     async fn assign(&mut self, job: Job, handle: u32) {
         let attempt = job.attempt();
+        if self.open.as_ref().is_none_or(|open| open.org != job.org) {
+            // An orchestrator that goes by labels only placed it here. A worker that has it already keeps it to its end.
+            return self.not_held(attempt, "it was given to a worker of another organisation".to_owned()).await;
+        }
         self.own.insert(attempt);
         self.app.logs.begin(&attempt);
         let limits = &self.app.limits;
@@ -258,6 +255,17 @@ impl Session {
             job_url: format!("{}{}", self.app.base_url, path::job(job.id)),
         };
         self.send(ToWorker::Order { order: Order::Assign(Box::new(assignment)) }.encode()).await;
+    }
+
+    async fn not_held(&mut self, attempt: AttemptRef, message: String) {
+        let Some(from) = self.from(attempt) else { return };
+        let app = self.app.clone();
+        let tell = async move { ops::job::not_held(&app, from, Reason::WorkerLost, message).await };
+        match self.app.shared {
+            // While the database is away the worker is answered all the same.
+            Some(_) => self.settling.push(Box::pin(tell.map(|()| Input::Tick))),
+            None => tell.await,
+        }
     }
 
     async fn append(&mut self, attempt: AttemptRef, offset: u64, bytes: Bytes) {
@@ -298,8 +306,8 @@ impl Session {
         let app = self.app.clone();
         self.settling.push(Box::pin(async move {
             loop {
-                let len = match app.logs.measure(&attempt).await {
-                    Ok(_) => app.logs.durable(&attempt).await.unwrap_or(0),
+                let len = match app.logs.resume(&attempt).await {
+                    Ok(len) => len,
                     Err(_) if app.shared.is_some() => {
                         app.env.sleep_until(app.env.now().mono + app.limits.poll_floor_ms).await;
                         continue;
@@ -345,13 +353,14 @@ impl Session {
     }
 
     async fn offer(&mut self, host: Labels, slots: Vec<SlotView>, images: Arc<Inventory>, draining: bool) {
-        let mut labels = host;
+        let Some(open) = &self.open else { return };
+        let (worker, org, name, mut labels) = (self.worker, open.org, self.name.clone(), host);
         for (key, value) in self.given_labels.iter() {
             if let Err(error) = labels.insert(key, value) {
                 warn!(worker.id = %self.worker, %error, "a label of worker {} does not fit", self.worker);
             }
         }
-        let offer = Offer { worker: self.worker, name: self.name.clone(), labels, slots, images, draining };
+        let offer = Offer { worker, org, name, labels, slots, images, draining };
         self.app.desk.tell(Request::Offer(offer)).await;
     }
 

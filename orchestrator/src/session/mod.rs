@@ -4,6 +4,7 @@ pub mod core;
 pub mod drive;
 pub mod io;
 pub mod reconcile;
+mod track;
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Ms, Now};
-use alloy_shared::id::{AttemptRef, BootId, DEFAULT_ORG, JobId, Labels, WorkerId};
+use alloy_shared::id::{AttemptRef, BootId, DEFAULT_ORG, Digest, JobId, Labels, WorkerId};
 use alloy_shared::limits::{self, Limits};
 use alloy_shared::wire::ErrorCode;
 use alloy_shared::wire::job::{End, JobSpec, Phase, Reason, Timings};
@@ -231,6 +231,31 @@ fn what_cannot_be_settled_is_answered_with_what_to_do() {
     let missing = Settled::Missing { log_len: 40, artifacts: vec![] };
     let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 5, result: missing }, at(2));
     assert!(matches!(effects.as_slice(), [Effect::Send(ToWorker::Missing { seq: 4, log_len: 40, .. })]), "{effects:?}");
+}
+
+#[test]
+fn nothing_behind_a_report_that_is_missing_is_decided_before_it_has_come_again() {
+    let (mut core, _) = open(vec![], vec![]);
+    let settles = |effects: Vec<Effect>| {
+        let seqs = effects.iter().filter_map(|effect| match effect {
+            Effect::Settle { seq, .. } => Some(*seq),
+            _ => None,
+        });
+        seqs.collect::<Vec<_>>()
+    };
+    let artifacts = vec![Digest::of(b"gone")];
+    for back in [Settled::Missing { log_len: 40, artifacts }, Settled::Gap { have: 5 }] {
+        assert_eq!(settles(core.handle(report(10, 6, Report::Accepted), at(1))), [6]);
+        assert_eq!(settles(core.handle(report(10, 7, Report::Accepted), at(1))), [0; 0], "one at a time");
+        let effects = core.handle(Input::Settled { attempt: attempt(10), seq: 6, result: back }, at(2));
+        assert!(matches!(effects.as_slice(), [Effect::Send(ToWorker::Missing { seq: 5, .. })]), "{effects:?}");
+        assert_eq!(settles(core.handle(report(10, 8, result()), at(3))), [0; 0], "it was under way");
+        assert_eq!(settles(core.handle(report(10, 6, Report::Accepted), at(4))), [6]);
+        assert_eq!(settles(core.handle(report(10, 7, Report::Accepted), at(4))), [0; 0]);
+        let done = |seq| Input::Settled { attempt: attempt(10), seq, result: Settled::Applied };
+        assert_eq!(settles(core.handle(done(6), at(5))), [7]);
+        assert_eq!(settles(core.handle(done(7), at(6))), [0; 0]);
+    }
 }
 
 #[test]

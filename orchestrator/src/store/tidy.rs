@@ -51,9 +51,10 @@ pub enum Tidy {
         before: Ms,
         at: Ms,
     },
-    /// It is deleted.
+    /// It was deleted at this time, from which on its name is remembered.
     Burnt {
         object: String,
+        at: Ms,
     },
     /// Forgets the names of what was deleted long ago.
     Forget {
@@ -96,6 +97,7 @@ pub struct Fading {
 pub struct TrashRow {
     pub object: String,
     pub root: String,
+    /// When it came here; once it is deleted, when that was.
     pub at: Ms,
     pub taken_at: Option<Ms>,
     /// It is deleted, and its name is not used again for a while.

@@ -103,7 +103,7 @@ async fn a_void_invitation_enrols_nobody() {
     }
 }
 
-fn hello(key: &Ed25519KeyPair, worker: WorkerId, nonce: &str) -> Hello {
+pub(super) fn hello(key: &Ed25519KeyPair, worker: WorkerId, nonce: &str) -> Hello {
     let boot = BootId::from_raw(8);
     let mut labels = Labels::default();
     labels.insert("os", "macos").unwrap();

@@ -240,6 +240,21 @@ async fn a_job_that_waits_keeps_its_source_whole_however_long_it_waits() {
 }
 
 #[tokio::test]
+async fn a_source_that_is_lost_holds_up_nothing_else() {
+    let world = World::new().await;
+    let old = world.job(1, None, None, true).await;
+    world.end(old).await;
+    world.days(98);
+    let source = world.upload(&["one", "two"]).await;
+    let waits = world.job(2, Some(source), None, true).await;
+    world.days(2);
+    world.app.blobs.delete(&BlobKey::alone(DEFAULT_ORG, BlobKind::Manifest, &source)).await.unwrap();
+    world.collect().await;
+    let is_there = async |at: AttemptRef| world.app.store.job(&Scope::farm(), &at.job).await.unwrap().is_some();
+    assert_eq!((is_there(old).await, is_there(waits).await), (false, true));
+}
+
+#[tokio::test]
 async fn after_a_long_stop_of_the_farm_live_jobs_still_have_all() {
     let world = World::new().await;
     let source = world.upload(&["one", "two"]).await;
@@ -455,6 +470,30 @@ async fn an_object_that_was_taken_to_be_deleted_is_never_used_again() {
     late.digest = Digest::of(b"other");
     let done = world.app.store.commit(&[Group(vec![Write::AddBlobs(vec![late])])]).await.unwrap();
     assert!(done.groups[0].is_err());
+}
+
+#[tokio::test]
+async fn a_name_is_remembered_from_its_deletion_on_however_late_that_came() {
+    let world = World::new().await;
+    let file = Digest::of(b"bytes");
+    let key = BlobKey::alone(DEFAULT_ORG, BlobKind::Artifact, &file);
+    let objects = vec![key.to_string()];
+    world.commit(Write::Tidy(Box::new(Tidy::Trash { objects, at: world.now() }))).await;
+    world.days(31);
+    world.collect().await;
+    world.artifact(b"bytes").await;
+    let object = async || {
+        let rows = world.app.store.blobs(&Scope::farm(), BlobKind::Artifact, &[file]).await.unwrap();
+        rows.first().map(|row| row.place.object().to_owned())
+    };
+    assert!(object().await.unwrap().starts_with(&format!("{key}_")), "a late deletion must not hit it");
+    world.pass(31).await;
+    assert_eq!(object().await, None);
+    world.artifact(b"bytes").await;
+    assert!(object().await.unwrap().starts_with(&format!("{key}_")), "the fresh one's name was deleted since");
+    world.pass(40).await;
+    world.artifact(b"bytes").await;
+    assert_eq!(object().await.unwrap(), key.to_string(), "in the end it is forgotten");
 }
 
 #[tokio::test]

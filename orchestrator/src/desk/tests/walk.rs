@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use alloy_shared::env::Mono;
-use alloy_shared::id::{DEFAULT_ORG, Digest, TokenId};
+use alloy_shared::id::{DEFAULT_ORG, Digest, OrgId, TokenId};
 use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::farm::Role;
 use alloy_shared::wire::job::{End, EventKind, JobSpec, Phase};
@@ -17,6 +17,7 @@ use crate::store::write::{Enrol, OpenSession};
 use crate::store::{Scope, Store, TokenRow};
 
 const WORKERS: u128 = 3;
+const OTHER_ORG: OrgId = OrgId::from_raw(DEFAULT_ORG.raw() + 1);
 const SLOTS: usize = 2;
 const STEPS: u32 = 4_000;
 
@@ -44,11 +45,17 @@ fn at_once<T>(work: impl Future<Output = T>) -> T {
     work.now_or_never().unwrap()
 }
 
+/// The last worker is another organisation's.
+fn org_of(worker: &WorkerId) -> OrgId {
+    if worker.raw() == WORKERS { OTHER_ORG } else { DEFAULT_ORG }
+}
+
 fn enrolment(n: u128) -> Vec<Group> {
+    let org = org_of(&WorkerId::from_raw(n));
     let hash = Digest::of(&n.to_be_bytes());
     let token = TokenRow {
         id: TokenId::from_raw(n),
-        org: DEFAULT_ORG,
+        org,
         hash,
         kind: TokenKind::Join,
         role: Role::Viewer,
@@ -60,7 +67,7 @@ fn enrolment(n: u128) -> Vec<Group> {
         revoked_at: None,
         used_by: None,
     };
-    let enrol = Enrol { token: hash, at: Ms(1), worker: crate::tests::enrolled(n) };
+    let enrol = Enrol { token: hash, at: Ms(1), worker: crate::store::Worker { org, ..crate::tests::enrolled(n) } };
     vec![Group(vec![Write::AddToken(token)]), Group(vec![Write::Enrol(Box::new(enrol))])]
 }
 
@@ -111,7 +118,8 @@ impl World {
         match self.roll(12) {
             0 | 1 => {
                 let spec = JobSpec { shell: Some("x".into()), retries: self.roll(2) as u32, ..JobSpec::default() };
-                let by = By { org: DEFAULT_ORG, caller: "me".into() };
+                let org = if self.roll(WORKERS as u64) == 0 { OTHER_ORG } else { DEFAULT_ORG };
+                let by = By { org, caller: "me".into() };
                 let id = JobId::from_raw(self.next());
                 Request::Submit { ticket, id, by, body: Arc::new(SubmitJob { spec, source: None }), key: None }
             }
@@ -156,6 +164,7 @@ impl World {
             .collect();
         Request::Offer(Offer {
             worker,
+            org: org_of(&worker),
             name: String::new(),
             labels: Labels::default(),
             slots,
@@ -281,6 +290,7 @@ impl World {
             assert_eq!(live.attempt, at_once(self.store.attempt(&Scope::farm(), &job.attempt())).unwrap());
             if let Some(lease) = job.state.lease() {
                 *leases.entry(lease.worker).or_default() += 1;
+                assert_eq!(org_of(&lease.worker), job.org, "{} runs on its own organisation's workers", job.id);
             }
         }
         for (worker, count) in leases {

@@ -393,3 +393,14 @@ fn accepted_mutants_mean_the_same_to_another_reader() {
     }
     assert!(accepted > 300, "only {accepted} mutants were accepted: nothing was compared");
 }
+
+#[test]
+fn a_directory_is_listed_if_nothing_is_in_it_whatever_is_called_almost_like_it() {
+    let entry =
+        |path: &str, kind| Entry { path: path.into(), kind, mode: 0o755, size: 0, chunks: vec![], target: None };
+    let dirs = ["a", "a/b", "a/b-c", "a-b", "d", "d/e"].map(|path| entry(path, EntryKind::Dir));
+    let links = ["a/b.c", "a/b/c", "d.x"].map(|path| entry(path, EntryKind::Symlink));
+    let left = drop_filled_dirs(dirs.into_iter().chain(links).collect());
+    let left: Vec<&str> = left.iter().map(|entry| entry.path.as_str()).collect();
+    assert_eq!(left, ["a/b-c", "a-b", "d/e", "a/b.c", "a/b/c", "d.x"]);
+}

@@ -16,6 +16,7 @@ use crate::blobs::Blobs;
 use crate::hub::Hub;
 use crate::job::{Lease, State as JobState, Step, Tries};
 use crate::log_sync::LogSync;
+use crate::logs::Files;
 use crate::store::mem::MemStore;
 use crate::store::write::InsertJob;
 use crate::store::{Artifact, Attempt, Group, Store, TokenRow, Write};
@@ -65,10 +66,14 @@ async fn token(store: &MemStore, org: OrgId, n: u8) -> String {
 
 /// A farm with one running job.
 async fn world() -> World {
+    world_with(Logs::memory()).await
+}
+
+async fn world_with(logs: Logs) -> World {
     let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
     let store = Arc::new(MemStore::default());
     let hub = Arc::new(Hub::new(Limits::default(), env.now().mono));
-    let (wake, logs) = (Arc::new(Wake::default()), Arc::new(Logs::memory()));
+    let (wake, logs) = (Arc::new(Wake::default()), Arc::new(logs));
     let door =
         crate::desk_loop::spawn(store.clone(), hub.clone(), wake.clone(), env.clone(), Limits::default(), None).await;
     let at = AttemptRef { job: JobId::from_raw(5), attempt: 2 };
@@ -153,6 +158,15 @@ impl World {
         let (parts, body) = response.into_parts();
         let body = axum::body::to_bytes(body, usize::MAX).await.unwrap();
         Answer { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    /// The body of an answer that goes on.
+    async fn stream(&self, url: &str) -> axum::body::BodyDataStream {
+        let authorization = format!("Bearer {}", self.token);
+        let request = Request::get(url).header("authorization", authorization).body(Body::empty()).unwrap();
+        let response = crate::routes::router(self.app.clone()).oneshot(request).await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().into_data_stream()
     }
 
     async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
@@ -324,16 +338,26 @@ async fn a_followed_log_is_cut_when_the_farm_stops_and_not_before() {
     let world = world().await;
     world.log(2, b"so far ").await;
     let url = format!("{}?follow=1&offset=3", path::job_log(world.at.job));
-    let request =
-        Request::get(url).header("authorization", format!("Bearer {}", world.token)).body(Body::empty()).unwrap();
-    let response = crate::routes::router(world.app.clone()).oneshot(request).await.unwrap();
-    assert_eq!(response.status(), 200);
-    let mut body = response.into_body().into_data_stream();
+    let mut body = world.stream(&url).await;
     assert_eq!(&body.next().await.unwrap().unwrap()[..], b"far ");
     world.log(2, b"and on").await;
     world.app.wake.logged(world.at.job);
     assert_eq!(&body.next().await.unwrap().unwrap()[..], b"and on");
     world.app.stopping.cancel();
+    assert!(body.next().await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_followed_log_that_cannot_be_read_on_is_cut_and_not_ended() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = |dir: &tempfile::TempDir| Logs::Files(Files::open(dir.path().to_owned(), 0).unwrap());
+    let before = files(&dir);
+    let world = world_with(files(&dir)).await;
+    before.append(&world.at, 0, Bytes::from_static(b"rotten")).await.unwrap();
+    before.seal(&world.at).await.unwrap();
+    let name = format!("{}/{}.log", world.at.job, world.at.attempt);
+    std::fs::write(dir.path().join(name), b"r0tten").unwrap();
+    let mut body = world.stream(&format!("{}?follow=1", path::job_log(world.at.job))).await;
     assert!(body.next().await.unwrap().is_err());
 }
 

@@ -62,9 +62,9 @@ impl Tables {
                 Ok(0)
             }
             Tidy::TakeTrash { object, before, at } => Ok(self.take_trash(object, *before, *at)),
-            Tidy::Burnt { object } => {
+            Tidy::Burnt { object, at } => {
                 if let Some(row) = self.trash.get_mut(object).filter(|row| row.taken_at.is_some()) {
-                    row.gone = true;
+                    (row.gone, row.at) = (true, *at);
                 }
                 Ok(0)
             }

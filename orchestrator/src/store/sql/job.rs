@@ -1,10 +1,13 @@
 //! S: jobs, attempts, events, artifacts and idempotency keys.
 
+use std::io;
 use std::sync::Arc;
 
 use alloy_shared::id::{AttemptRef, Digest, JobId, OrgId, WorkerId};
 use alloy_shared::wire::job::{StateWord, Timings};
 use serde::Serialize;
+use serde_json::Serializer;
+use serde_json::ser::{CharEscape, CompactFormatter, Formatter};
 use sqlx::postgres::PgPool;
 
 use super::SqlStore;
@@ -283,8 +286,23 @@ fn state_columns(args: Args, job: &Job) -> Args {
         .size(job.events)
 }
 
+/// Postgres reads no NUL as jsonb either, and one in what a worker said would keep a whole view from being read.
+struct NoNul;
+
+impl Formatter for NoNul {
+    fn write_char_escape<W: ?Sized + io::Write>(&mut self, to: &mut W, escape: CharEscape) -> io::Result<()> {
+        match escape {
+            CharEscape::AsciiControl(0) => to.write_all("\u{fffd}".as_bytes()),
+            other => CompactFormatter.write_char_escape(to, other),
+        }
+    }
+}
+
 pub(super) fn json<T: Serialize>(value: &T) -> String {
-    serde_json::to_string(value).unwrap_or_else(|_| unreachable!("a row's parts are plain data"))
+    let mut out = Vec::new();
+    let written = value.serialize(&mut Serializer::with_formatter(&mut out, NoNul));
+    let text = written.ok().and_then(|()| String::from_utf8(out).ok());
+    text.unwrap_or_else(|| unreachable!("a row's parts are plain data"))
 }
 
 impl SqlStore {
@@ -451,4 +469,16 @@ fn artifact(row: &Row) -> Result<Artifact, StoreError> {
         mode: row.size("mode")?,
         link: row.maybe_text("link")?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_json_has_no_nul_and_is_else_as_it_always_was() {
+        assert_eq!(json(&"a\0b \\u0000\0"), "\"a\u{fffd}b \\\\u0000\u{fffd}\"");
+        let others = ("\u{1}\n\"\\é", Some(1), [(); 2]);
+        assert_eq!(json(&others), serde_json::to_string(&others).unwrap());
+    }
 }

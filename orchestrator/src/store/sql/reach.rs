@@ -10,6 +10,7 @@ use sqlx::{ConnectOptions as _, Connection as _};
 
 use super::open::OpenError;
 use super::shared::BACKEND;
+use super::target::WITHOUT_LIMITS;
 
 /// Where Supabase has one.
 const TRANSACTION_POOLER: u16 = 6543;
@@ -49,10 +50,15 @@ async fn connect_within(options: &PgConnectOptions, wait: Duration) -> Result<Pg
     }
 }
 
-/// One connection without the limits of an orchestrator's, to a database that has its schema.
+/// One connection without limits, an orchestrator's or the server's own: what is copied over it takes hours, and stands in one
+/// transaction meanwhile. To a database that has its schema.
 pub(super) async fn plain_postgres(url: &str) -> Result<PgConnection, OpenError> {
-    let options = address(url)?.application_name("alloy").statement_cache_capacity(PREPARED);
-    connect(&options.disable_statement_logging()).await
+    let options =
+        address(url)?.application_name("alloy").statement_cache_capacity(PREPARED).disable_statement_logging();
+    let mut conn = connect(&options).await?;
+    // Not at connecting: poolers refuse most of what may be said there.
+    sqlx::query(WITHOUT_LIMITS).execute(&mut conn).await.map_err(|error| told(&options, error))?;
+    Ok(conn)
 }
 
 /// A database's address as people may see it.

@@ -2,10 +2,10 @@
 //! Every time in here is the database's.
 
 use alloy_shared::env::Ms;
-use alloy_shared::id::{Labels, WorkerId};
+use alloy_shared::id::{Labels, OrgId, WorkerId};
 use alloy_shared::limits;
 use sqlx::postgres::{PgConnection, PgListener, PgPool};
-use sqlx::{Connection as _, Row as _};
+use sqlx::{Acquire as _, Connection as _, Row as _};
 
 use super::conn::{Reader, Row};
 use super::fault::{self, asked, within};
@@ -16,7 +16,7 @@ use crate::store::{Attempt, Job, StoreError};
 statements! {
     BEAT = "INSERT INTO orchestrators (id, version, started_at_ms, seen_at_ms) \
         VALUES ($1, $2, (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT, (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT) \
-        ON CONFLICT (id) DO UPDATE SET seen_at_ms = excluded.seen_at_ms";
+        ON CONFLICT (id) DO UPDATE SET seen_at_ms = excluded.seen_at_ms RETURNING seen_at_ms AS now";
     // In the order of their ids: two orchestrators may write the same worker.
     HEARD = "WITH heard AS (SELECT workers.id, now.age_ms FROM workers \
         JOIN UNNEST($1::TEXT[], $2::BIGINT[], $3::BIGINT[]) AS now (worker_id, epoch, age_ms) \
@@ -33,7 +33,7 @@ statements! {
     OWN = "SELECT id, epoch, boot, draining, revoked FROM workers WHERE id = ANY($1)";
     WISHES = "SELECT COALESCE(md5(string_agg(concat_ws(' ', org_id, name, want, pinned, generation, workers, labels), ',' \
         ORDER BY org_id, name)), '') AS wishes FROM images";
-    ELSEWHERE = "SELECT workers.id, workers.name, workers.labels, workers.host_labels, workers.draining, workers.boot, sessions.offer, \
+    ELSEWHERE = "SELECT workers.id, workers.org_id, workers.name, workers.labels, workers.host_labels, workers.draining, workers.boot, sessions.offer, \
         (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - workers.seen_at_ms AS silent_ms, \
         COALESCE(orchestrators.seen_at_ms > (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - $2, FALSE) AS lives \
         FROM sessions JOIN workers ON workers.id = sessions.worker_id AND workers.epoch = sessions.epoch \
@@ -42,7 +42,8 @@ statements! {
     // A worker whose orchestrator lives was not heard by it. Of one whose orchestrator is away, or has not yet said that it has
     // the newest session, nobody knows: that one may have answered it for as long as it may without writing.
     SILENT = "WITH clock AS (SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now) \
-        SELECT workers.id, clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END) AS unseen_since \
+        SELECT workers.id, clock.now, \
+        clock.now - (CASE WHEN orchestrators.seen_at_ms > clock.now - $1 THEN $2::BIGINT ELSE $3::BIGINT END) AS unseen_since \
         FROM clock CROSS JOIN workers LEFT JOIN sessions ON sessions.worker_id = workers.id AND sessions.epoch = workers.epoch \
         LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
         WHERE workers.id IN (SELECT jobs.worker_id FROM jobs WHERE jobs.worker_id IS NOT NULL) AND (workers.seen_at_ms IS NULL \
@@ -51,10 +52,12 @@ statements! {
     BACKEND = "SELECT pg_backend_pid()";
     CLOCK = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now";
     HORIZON = "SELECT pg_snapshot_xmin(pg_current_snapshot())::TEXT AS horizon";
+    // In a database that was copied rows have numbers of the old one, above all that this one has given: they are no news.
     CHANGED = "SELECT jobs.id, jobs.org_id, version, state, state_json, spec, source, created_at_ms, created_by, events, \
         attempts.job_id, attempts.attempt, attempts.worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
         log_len, facts, log_gone_at_ms, files_gone_at_ms, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
-        WHERE (jobs.changed, jobs.id) > ($1::xid8, $4) AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed, jobs.id LIMIT $3";
+        WHERE (jobs.changed, jobs.id) > ($1::xid8, $4) AND jobs.changed < pg_snapshot_xmax(pg_current_snapshot()) \
+        AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed, jobs.id LIMIT $3";
     NOTIFY = "SELECT pg_notify('alloy', $1)";
     LOCK_DUTIES = "SELECT pg_try_advisory_lock(72617265, 1) AS mine";
 }
@@ -67,6 +70,24 @@ pub struct Heard {
     pub age_ms: u64,
     /// What it has to offer, if that changed since it was last written.
     pub offer: Option<String>,
+}
+
+/// A sign of life was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Beat {
+    /// The database's time before anything of it was written.
+    pub now: Ms,
+    /// The workers whose newest session is still here.
+    pub own: Vec<WorkerId>,
+}
+
+/// A worker that holds jobs and was not heard since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Silent {
+    pub worker: WorkerId,
+    pub since: Ms,
+    /// What time it was in the database when it said so.
+    pub now: Ms,
 }
 
 /// What the books say of a worker with a session here.
@@ -84,6 +105,7 @@ pub struct Own {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Elsewhere {
     pub worker: WorkerId,
+    pub org: OrgId,
     pub name: String,
     pub labels: Labels,
     pub host_labels: Labels,
@@ -127,15 +149,14 @@ impl Shared {
         &self.pool
     }
 
-    /// Says that this orchestrator lives and when each of its workers was heard, in one transaction. Answers with those
-    /// workers whose newest session is still here.
-    pub async fn beat(&self, version: &str, heard: &[Heard]) -> Result<Vec<WorkerId>, StoreError> {
+    /// Says that this orchestrator lives and when each of its workers was heard, in one transaction.
+    pub async fn beat(&self, version: &str, heard: &[Heard]) -> Result<Beat, StoreError> {
         within(limits::STORE_READ_MS, StoreError::Unavailable, self.write_beat(version, heard)).await
     }
 
-    async fn write_beat(&self, version: &str, heard: &[Heard]) -> Result<Vec<WorkerId>, StoreError> {
+    async fn write_beat(&self, version: &str, heard: &[Heard]) -> Result<Beat, StoreError> {
         let mut tx = self.pool.begin().await.map_err(failed)?;
-        sqlx::query(BEAT).bind(&self.me).bind(version).execute(&mut *tx).await.map_err(failed)?;
+        let beat = sqlx::query(BEAT).bind(&self.me).bind(version).fetch_one(&mut *tx).await.map_err(failed)?;
         let ids: Vec<String> = heard.iter().map(|one| one.worker.to_string()).collect();
         let epochs: Vec<i64> = heard.iter().map(|one| one.epoch).collect();
         let ages: Vec<i64> = heard.iter().map(|one| i64::try_from(one.age_ms).unwrap_or(i64::MAX / 2)).collect();
@@ -152,7 +173,8 @@ impl Shared {
             offered.execute(&mut *tx).await.map_err(failed)?;
         }
         tx.commit().await.map_err(failed)?;
-        rows.iter().map(|row| parsed(row.get("id"), "workers", "id")).collect()
+        let own = rows.iter().map(|row| parsed(row.get("id"), "workers", "id")).collect::<Result<_, _>>()?;
+        Ok(Beat { now: Ms(beat.get("now")), own })
     }
 
     /// What time it is in the database.
@@ -203,6 +225,7 @@ impl Shared {
             let row = Reader::new(&row, "workers", "id");
             Ok(Elsewhere {
                 worker: row.parsed("id")?,
+                org: row.parsed("org_id")?,
                 name: row.text("name")?,
                 labels: row.json("labels")?,
                 host_labels: row.json("host_labels")?,
@@ -216,11 +239,15 @@ impl Shared {
         rows.into_iter().map(elsewhere).collect()
     }
 
-    /// Workers that hold jobs and were not heard for too long, each with the time since when.
-    pub async fn silent(&self, fresh_ms: u64, expiry_ms: u64, long_ms: u64) -> Result<Vec<(WorkerId, Ms)>, StoreError> {
+    /// Workers that hold jobs and were not heard for too long.
+    pub async fn silent(&self, fresh_ms: u64, expiry_ms: u64, long_ms: u64) -> Result<Vec<Silent>, StoreError> {
         let all = sqlx::query(SILENT).bind(ms(fresh_ms)).bind(ms(expiry_ms)).bind(ms(long_ms));
         let rows = asked(all.fetch_all(&self.pool)).await?;
-        rows.iter().map(|row| Ok((parsed(row.get("id"), "workers", "id")?, Ms(row.get("unseen_since"))))).collect()
+        let silent = |row: &sqlx::postgres::PgRow| {
+            let (since, now) = (Ms(row.get("unseen_since")), Ms(row.get("now")));
+            Ok(Silent { worker: parsed(row.get("id"), "workers", "id")?, since, now })
+        };
+        rows.iter().map(silent).collect()
     }
 
     /// From where on [`Shared::changed`] must look next time, if it looks after this.
@@ -278,6 +305,11 @@ pub struct Ear {
 }
 
 impl Ear {
+    /// Whether the connection is still there. One that was forgotten on its way says nothing, as one does that has nothing to say.
+    pub async fn listens(&mut self) -> bool {
+        asked(async { self.listener.acquire().await?.ping().await }).await.is_ok()
+    }
+
     /// Returns when another orchestrator said something. An error: listen anew, and look at once.
     pub async fn heard(&mut self) -> Result<(), StoreError> {
         loop {

@@ -12,6 +12,9 @@ use super::statements;
 
 // Postgres alone runs them.
 statements! {
+    // Some of these only newer versions have.
+    WITHOUT_LIMITS = "SELECT set_config(name, '0', FALSE) FROM pg_settings WHERE name IN ('statement_timeout', 'lock_timeout', \
+        'idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout')";
     EXPORT_VIEW = "SELECT pg_export_snapshot()";
     LOCK_MOVE = "SELECT pg_try_advisory_lock(72617265, 2) AS mine";
     LOCK_LETTING_GO = "SELECT pg_advisory_lock(72617265, 3)";

@@ -53,7 +53,7 @@ super::statements! {
         AND EXISTS (SELECT 1 FROM blobs WHERE blobs.object = $1)";
     TAKE_TRASH = "UPDATE trash SET taken_at_ms = $2 WHERE object = $1 AND gone = FALSE AND at_ms < $3 \
         AND NOT EXISTS (SELECT 1 FROM blobs WHERE blobs.object = $1)";
-    BURNT = "UPDATE trash SET gone = TRUE WHERE object = $1 AND taken_at_ms IS NOT NULL";
+    BURNT = "UPDATE trash SET gone = TRUE, at_ms = $2 WHERE object = $1 AND taken_at_ms IS NOT NULL";
     FORGET_TRASH = "DELETE FROM trash WHERE gone = TRUE AND at_ms < $1";
     SET_RETENTION = "INSERT INTO retention (org_id, jobs_days, artifacts_days, logs_days, sources_days) VALUES ($1, $2, $3, $4, $5) \
         ON CONFLICT (org_id) DO UPDATE SET jobs_days = excluded.jobs_days, artifacts_days = excluded.artifacts_days, \
@@ -114,8 +114,8 @@ pub(super) async fn write(conn: &mut Conn<'_>, write: &Tidy) -> Written {
             conn.run(LEAVE_TRASH, Args::new().text(object)).await?;
             conn.run(TAKE_TRASH, Args::new().text(object).int(at.0).int(before.0)).await?
         }
-        Tidy::Burnt { object } => {
-            conn.run(BURNT, Args::new().text(object)).await?;
+        Tidy::Burnt { object, at } => {
+            conn.run(BURNT, Args::new().text(object).int(at.0)).await?;
             0
         }
         Tidy::Forget { before } => {
