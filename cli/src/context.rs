@@ -441,7 +441,7 @@ mod tests {
     #[test]
     fn what_cannot_be_a_token_leaves_one_without_a_sign_in() {
         let failure = check_token("alloy_pat_short", "ALLOY_TOKEN").unwrap_err();
-        let told = failure.json(failure.fault.exit_code());
+        let told = failure.json(failure.exit_code(false));
         assert_eq!((&told["code"], &told["exit_code"]), (&"unauthenticated".into(), &4.into()));
         assert!(failure.message.starts_with("ALLOY_TOKEN holds no token: ") && !failure.message.contains("short"));
         assert!(failure.hint.unwrap().contains("alloy login"));

@@ -1,6 +1,7 @@
 //! S: brings artifacts to the disk, several at a time, as they become ready.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,11 +13,13 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use indicatif::ProgressBar;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::context::{App, Farm};
 use crate::out_dir::{OutDir, OutError};
 use crate::output::Failure;
 use crate::output::talk::Talk;
+use crate::signals::Signals;
 
 /// Downloads at once: one stream does not fill a fast network, forty would not fill it more.
 const AT_ONCE: usize = 4;
@@ -50,49 +53,70 @@ pub(crate) struct Downloader {
     pub(crate) talk: Talk,
 }
 
+/// What a downloader is told.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// The job has this one, unless its attempt is lost.
+    Announced(Box<ArtifactView>),
+    /// These are all. What else was announced is removed first: it may lie where one of these goes.
+    All(Vec<ArtifactView>),
+    /// Nobody knows whether there are others.
+    NoMore,
+}
+
 impl Downloader {
-    /// Downloads what comes in until the sender is gone. An artifact that comes twice is downloaded once, unless it changed:
-    /// an attempt that was lost may have left another one under the same name.
-    pub(crate) async fn run(self, mut arrivals: mpsc::Receiver<ArtifactView>) -> Report {
+    /// Downloads what comes in until it knows all. An artifact that comes twice is downloaded once, unless it changed: an
+    /// attempt that was lost may have left another one under the same name.
+    pub(crate) async fn run(self, mut arrivals: mpsc::Receiver<News>) -> Report {
         let mut report = Report::default();
         let mut known: HashMap<String, ArtifactView> = HashMap::new();
         let mut running = FuturesUnordered::new();
         let mut out: Option<Arc<OutDir>> = None;
+        let mut queue: VecDeque<ArtifactView> = VecDeque::new();
+        let mut knows_all = false;
         loop {
+            while running.len() < AT_ONCE
+                && let Some(artifact) = queue.pop_front()
+            {
+                let here = known.get(&artifact.path) == Some(&artifact) && report.saved.contains_key(&artifact.path);
+                if !here && known.contains_key(&artifact.path) {
+                    report.note_all(&mut known, &mut running).await;
+                }
+                if known.get(&artifact.path) == Some(&artifact) {
+                    continue;
+                }
+                known.insert(artifact.path.clone(), artifact.clone());
+                match out.clone().map_or_else(|| self.open(), Ok) {
+                    Ok(dir) => {
+                        report.dir = Some(dir.path().to_owned());
+                        out = Some(dir.clone());
+                        running.push(self.one(dir, artifact));
+                    }
+                    Err(error) => {
+                        report.failed.insert(String::new(), Failure::error(error.to_string()));
+                        knows_all = true;
+                        queue.clear();
+                    }
+                }
+            }
             tokio::select! {
                 biased;
                 Some((artifact, outcome)) = running.next(), if !running.is_empty() => {
                     report.note(&mut known, &artifact, outcome);
                 }
-                next = arrivals.recv(), if running.len() < AT_ONCE => {
-                    let Some(artifact) = next else { break };
-                    let here = known.get(&artifact.path) == Some(&artifact) && report.saved.contains_key(&artifact.path);
-                    if !here && known.contains_key(&artifact.path) {
-                        while let Some((artifact, outcome)) = running.next().await {
-                            report.note(&mut known, &artifact, outcome);
-                        }
+                news = arrivals.recv(), if !knows_all && running.len() < AT_ONCE => match news {
+                    Some(News::Announced(artifact)) => queue.push_back(*artifact),
+                    Some(News::All(listed)) => {
+                        report.note_all(&mut known, &mut running).await;
+                        report.remove_all_but(&listed);
+                        queue.extend(listed);
+                        knows_all = true;
                     }
-                    if known.get(&artifact.path) == Some(&artifact) {
-                        continue;
-                    }
-                    known.insert(artifact.path.clone(), artifact.clone());
-                    let dir = match out.clone().map_or_else(|| self.open(), Ok) {
-                        Ok(dir) => dir,
-                        Err(error) => {
-                            report.failed.insert(String::new(), Failure::error(error.to_string()));
-                            break;
-                        }
-                    };
-                    report.dir = Some(dir.path().to_owned());
-                    out = Some(dir.clone());
-                    running.push(self.one(dir, artifact));
-                }
+                    Some(News::NoMore) | None => knows_all = true,
+                },
+                else => return report,
             }
         }
-        while let Some((artifact, outcome)) = running.next().await {
-            report.note(&mut known, &artifact, outcome);
-        }
-        report
     }
 
     fn open(&self) -> Result<Arc<OutDir>, OutError> {
@@ -163,7 +187,7 @@ impl Report {
             Err(Trouble::Out(OutError::Unsafe(why))) => {
                 self.unsafe_ones.insert(path, why);
             }
-            Err(Trouble::Out(error @ (OutError::Damaged(_) | OutError::Io { .. }))) => {
+            Err(Trouble::Out(error @ (OutError::InTheWay(_) | OutError::Damaged(_) | OutError::Io { .. }))) => {
                 self.failed.insert(path, Failure::error(error.to_string()));
             }
             Err(Trouble::Farm(failure)) => {
@@ -172,12 +196,22 @@ impl Report {
         }
     }
 
+    /// Waits for what is on its way.
+    async fn note_all<F>(&mut self, known: &mut HashMap<String, ArtifactView>, running: &mut FuturesUnordered<F>)
+    where
+        F: Future<Output = (ArtifactView, Result<(), Trouble>)>,
+    {
+        while let Some((artifact, outcome)) = running.next().await {
+            self.note(known, &artifact, outcome);
+        }
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         self.saved.values().sum()
     }
 
     /// Removes what is no artifact of the job after all: an attempt that was lost had announced it.
-    pub(crate) fn remove_all_but(&mut self, listed: &[ArtifactView]) {
+    fn remove_all_but(&mut self, listed: &[ArtifactView]) {
         let counts = |path: &String| path.is_empty() || listed.iter().any(|artifact| artifact.path == *path);
         self.unsafe_ones.retain(|path, _| counts(path));
         self.failed.retain(|path, _| counts(path));
@@ -194,8 +228,9 @@ impl Report {
 
 /// Artifacts on their way while the job still runs.
 pub(crate) struct Downloads {
-    pub(crate) arrivals: mpsc::Sender<ArtifactView>,
+    pub(crate) arrivals: mpsc::Sender<News>,
     report: oneshot::Receiver<Report>,
+    stop: CancellationToken,
 }
 
 impl Downloads {
@@ -208,42 +243,71 @@ impl Downloads {
             target: Target::Collection(app.dir.clone()),
             talk: app.talk.clone(),
         };
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
         let work = async move {
-            // Nobody waits for it any more when the command was interrupted.
-            let _ = tx.send(downloader.run(rx).await);
+            let report = tokio::select! {
+                biased;
+                () = stopped.cancelled() => None,
+                report = downloader.run(rx) => Some(report),
+            };
+            if let Some(report) = report {
+                // Nobody waits for it any more when the command ends early.
+                let _ = tx.send(report);
+            }
         };
         app.env.spawn("download", Box::pin(work));
-        Self { arrivals, report }
+        Self { arrivals, report, stop }
     }
 
     /// The list at the end is the truth: what was not announced is downloaded, what was announced wrongly is removed.
-    pub(crate) async fn finish(self, farm: &Farm, job: &JobView) -> Report {
-        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url));
-        for artifact in list.iter().flat_map(|list| &list.artifacts) {
-            if self.arrivals.send(artifact.clone()).await.is_err() {
-                break;
+    pub(crate) async fn finish(mut self, farm: &Farm, job: &JobView, signals: &mut Signals) -> Result<Report, Failure> {
+        match signals.unless_told(self.rest(farm, job)).await {
+            Ok(report) => Ok(report),
+            Err(told) => {
+                self.stop().await;
+                Err(told)
             }
         }
-        drop(self.arrivals);
-        let mut report = self.report.await.unwrap_or_else(|_| Report {
+    }
+
+    /// Ends what is under way. Then no half of a file is left, also if the process ends at once.
+    pub(crate) async fn stop(&mut self) {
+        self.stop.cancel();
+        // There is no report, or nobody reads it.
+        let _ = (&mut self.report).await;
+    }
+
+    async fn rest(&mut self, farm: &Farm, job: &JobView) -> Report {
+        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url));
+        let (news, failure) = match list {
+            Ok(list) => (News::All(list.artifacts), None),
+            Err(failure) => (News::NoMore, Some(failure)),
+        };
+        // It is gone already if it could not open its directory, which its report says.
+        let _ = self.arrivals.send(news).await;
+        let mut report = (&mut self.report).await.unwrap_or_else(|_| Report {
             failed: [(String::new(), Failure::error("the download ended early"))].into(),
             ..Report::default()
         });
-        match list {
-            Ok(list) => report.remove_all_but(&list.artifacts),
-            Err(failure) => {
-                report.failed.insert(String::new(), failure);
-            }
-        }
+        report.failed.extend(failure.map(|failure| (String::new(), failure)));
         report
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use alloy_shared::client::Options;
     use alloy_shared::id::Digest;
+    use alloy_shared::runtime::SystemEnv;
 
     use super::*;
+
+    /// For artifacts that are links: they come without a word of the farm.
+    fn nowhere() -> Client {
+        let options = Options { url: "http://127.0.0.1:9".into(), token: None, agent: "test".into() };
+        Client::new(options, Arc::new(SystemEnv::detached())).unwrap()
+    }
 
     fn view(path: &str) -> ArtifactView {
         ArtifactView { path: path.into(), size_bytes: 3, sha256: Digest::of(b"abc"), mode: 0o644, link: None }
@@ -266,6 +330,29 @@ mod tests {
         report.note(&mut known, &view("gone"), damaged());
         report.remove_all_but(&[view("a"), view("c")]);
         assert_eq!((report.saved.len(), report.unsafe_ones.len(), report.failed.len()), (2, 0, 0));
+    }
+
+    #[tokio::test]
+    async fn what_a_lost_attempt_left_keeps_nothing_out() {
+        let link = |path: &str| ArtifactView { link: Some("./x".into()), ..view(path) };
+        for (left, last) in [("report", "report/index.html"), ("report/a/index.html", "report")] {
+            let dir = tempfile::tempdir().unwrap();
+            let downloader = Downloader {
+                client: nowhere(),
+                job: JobId::from_raw(1),
+                target: Target::Dir(dir.path().to_owned()),
+                talk: Talk::new(Arc::new(SystemEnv::detached()), false, true),
+            };
+            let (tx, rx) = mpsc::channel(3);
+            for news in [News::Announced(link(left).into()), News::Announced(link(last).into())] {
+                tx.send(news).await.unwrap();
+            }
+            tx.send(News::All(vec![link(last)])).await.unwrap();
+            let report = downloader.run(rx).await;
+            assert!(report.failed.is_empty() && report.unsafe_ones.is_empty(), "{left}: {report:?}");
+            assert_eq!(report.saved.keys().collect::<Vec<_>>(), [last]);
+            assert!(dir.path().join(last).is_symlink(), "{last}");
+        }
     }
 
     #[test]

@@ -7,14 +7,13 @@ use alloy_shared::client::{ClientError, FeedItem};
 use alloy_shared::env::backoff;
 use alloy_shared::id::JobId;
 use alloy_shared::wire::ErrorCode;
-use alloy_shared::wire::job::{
-    ArtifactView, EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, Phase, StateWord,
-};
+use alloy_shared::wire::job::{EventKind, FeedCursor, FeedFrame, JobEvent, JobView, LogFrame, Phase, StateWord};
 use bytes::Bytes;
 use indicatif::ProgressBar;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::context::{App, Farm};
+use crate::download::News;
 use crate::output::{Failure, Fault, Sink};
 use crate::signals::{Signals, Told};
 use crate::verdict::words;
@@ -73,7 +72,7 @@ pub(crate) struct Follower<'a> {
     farm: Farm,
     id: JobId,
     on_interrupt: OnInterrupt,
-    arrivals: Option<mpsc::Sender<ArtifactView>>,
+    arrivals: Option<mpsc::Sender<News>>,
     /// None when standard output has every byte.
     sink: Option<Sink>,
     /// Bytes that standard output has not taken yet.
@@ -122,7 +121,7 @@ impl<'a> Follower<'a> {
     }
 
     /// Artifacts are announced here as they become ready.
-    pub(crate) fn announce(&mut self, arrivals: Option<mpsc::Sender<ArtifactView>>) {
+    pub(crate) fn announce(&mut self, arrivals: Option<mpsc::Sender<News>>) {
         self.arrivals = arrivals;
     }
 
@@ -386,7 +385,7 @@ impl<'a> Follower<'a> {
             EventKind::Artifact => {
                 if let (Some(arrivals), Some(artifact)) = (&self.arrivals, event.artifact) {
                     // What does not fit is found in the list at the end.
-                    let _ = arrivals.try_send(*artifact);
+                    let _ = arrivals.try_send(News::Announced(artifact));
                 }
             }
             EventKind::CancelRequested => {

@@ -67,8 +67,7 @@ async fn perform(cli: Cli) -> i32 {
         Err(failure) => Err(failure),
     };
     outcome.unwrap_or_else(|failure| {
-        let code =
-            if cli.command.runs_a_job() { failure.fault.exit_code_before_job() } else { failure.fault.exit_code() };
+        let code = failure.exit_code(cli.command.runs_a_job());
         if failure.fault != Fault::Pipe {
             talk.fail(&failure, code);
         }

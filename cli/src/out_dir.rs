@@ -13,15 +13,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use alloy_shared::id::Digest;
 use alloy_shared::wire::job::ArtifactView;
 use alloy_shared::wire::source::{check_path, link_stays_inside};
+use nix::dir::{Dir, Type};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
+use nix::sys::signal::kill;
 use nix::sys::stat::{Mode, SFlag, fstatat, mkdirat};
-use nix::unistd::{UnlinkatFlags, symlinkat, unlinkat};
+use nix::unistd::{Pid, UnlinkatFlags, symlinkat, unlinkat};
 use sha2::Digest as _;
 
 /// The directory beside the sources that collects everything.
 pub(crate) const COLLECTION: &str = "alloy-out";
 const LATEST: &str = "latest";
+/// Of a file that is not whole yet.
+const PART: &str = ".alloy-part";
+/// Directories in one another that are looked into for halves of files: each is held open.
+const SWEPT_DEEP: u32 = 64;
 const DIR_FLAGS: OFlag = OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
 
 /// Why an artifact is not on the disk.
@@ -30,6 +36,9 @@ pub(crate) enum OutError {
     /// Its name or target leads out of the directory. The others are not concerned.
     #[error("{0}")]
     Unsafe(String),
+    /// Something else lies where a directory must be.
+    #[error("{0}")]
+    InTheWay(String),
     #[error("{0}")]
     Damaged(String),
     #[error("{path}: {error}")]
@@ -67,6 +76,7 @@ impl OutDir {
         let all = Self { root: base.enter(&base.root, COLLECTION, &shown)?, shown: collection };
         all.ignore_itself()?;
         let root = all.enter(&all.root, job, job)?;
+        sweep(&root, SWEPT_DEEP);
         all.point_latest_at(job)?;
         Ok(Self { root, shown: all.shown.join(job) })
     }
@@ -114,13 +124,23 @@ impl OutDir {
         })
     }
 
-    /// Removes a file that turned out not to be the job's.
+    /// Removes a file that turned out not to be the job's, and the directories that were there for nothing else.
     pub(crate) fn remove(&self, path: &str) -> Result<(), OutError> {
         let (dir, name) = self.parent(path)?;
         match unlinkat(&dir, name.as_str(), UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => Ok(()),
-            Err(error) => Err(OutError::io(path, error)),
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(error) => return Err(OutError::io(path, error)),
         }
+        let mut below = path;
+        while let Some((above, _)) = below.rsplit_once('/') {
+            let (dir, name) = self.parent(above)?;
+            if unlinkat(&dir, name.as_str(), UnlinkatFlags::RemoveDir).is_err() {
+                // Something else is in it.
+                break;
+            }
+            below = above;
+        }
+        Ok(())
     }
 
     /// Opens the directory that a path lies in, making what is missing, and gives the last component.
@@ -145,8 +165,12 @@ impl OutDir {
         match openat(dir, name, DIR_FLAGS, Mode::empty()) {
             Ok(fd) => Ok(fd),
             Err(Errno::ELOOP | Errno::ENOTDIR) => {
-                let why = if is_link(dir, name) { "a link" } else { "no directory" };
-                Err(OutError::Unsafe(format!("`{path}` is not written: `{name}` on the way to it is {why}")))
+                let (way, why): (fn(String) -> OutError, _) = if is_link(dir, name) {
+                    (OutError::Unsafe, "a link")
+                } else {
+                    (OutError::InTheWay, "no directory")
+                };
+                Err(way(format!("`{path}` is not written: `{name}` on the way to it is {why}")))
             }
             Err(error) => Err(OutError::io(path, error)),
         }
@@ -195,7 +219,31 @@ fn climbs_after_descending(target: &str) -> bool {
 fn temp_name(name: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let short: String = name.chars().take(40).collect();
-    format!(".{short}.{}-{}.alloy-part", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    format!(".{short}.{}-{}{PART}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The process that writes a file of this name, if it is the name of one that is not whole yet.
+fn writer_of(name: &str) -> Option<Pid> {
+    let (_, writer) = name.strip_prefix('.')?.strip_suffix(PART)?.rsplit_once('.')?;
+    let (pid, number) = writer.split_once('-')?;
+    number.parse::<u64>().ok()?;
+    pid.parse().ok().filter(|pid| *pid > 0).map(Pid::from_raw)
+}
+
+/// Removes the halves of files that killed processes left. What cannot be looked into or removed stays: it is in nobody's way.
+fn sweep(dir: &OwnedFd, deep: u32) {
+    let Ok(mut entries) = Dir::openat(dir, ".", DIR_FLAGS, Mode::empty()) else { return };
+    for entry in entries.iter().flatten() {
+        let Ok(name) = entry.file_name().to_str() else { continue };
+        let is_dir = entry.file_type() == Some(Type::Directory) && !matches!(name, "." | "..");
+        if is_dir && deep > 0 {
+            if let Ok(below) = openat(dir, name, DIR_FLAGS, Mode::empty()) {
+                sweep(&below, deep - 1);
+            }
+        } else if writer_of(name).is_some_and(|pid| kill(pid, None) == Err(Errno::ESRCH)) {
+            let _ = unlinkat(dir, name, UnlinkatFlags::NoRemoveDir);
+        }
+    }
 }
 
 /// A file on its way in. Dropped unfinished, it leaves nothing.
@@ -297,6 +345,32 @@ mod tests {
     }
 
     #[test]
+    fn halves_of_files_stay_only_while_their_writer_lives() {
+        let mut gone = std::process::Command::new("true").spawn().unwrap();
+        gone.wait().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        OutDir::of_job(dir.path(), "job_a").unwrap();
+        let job = dir.path().join(COLLECTION).join("job_a");
+        fs::create_dir(job.join("deep")).unwrap();
+        let part = |pid: u32| format!(".app.zip.{pid}-3{PART}");
+        let (mine, its) = (part(std::process::id()), part(gone.id()));
+        let strange = [format!(".app.-1-3{PART}"), format!(".app.{}-x{PART}", gone.id()), format!("app{PART}")];
+        for name in strange.iter().chain([&mine, &its]) {
+            fs::write(job.join(name), "half").unwrap();
+            fs::write(job.join("deep").join(name), "half").unwrap();
+        }
+        OutDir::of_job(dir.path(), "job_a").unwrap();
+        for dir in [job.join("deep"), job] {
+            assert!(!dir.join(&its).exists() && dir.join(&mine).exists(), "{:?}", files(&dir));
+            assert!(
+                strange.iter().all(|name| dir.join(name).exists()),
+                "others may have such files: {:?}",
+                files(&dir)
+            );
+        }
+    }
+
+    #[test]
     fn modes_are_two_and_content_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let out = OutDir::at(dir.path()).unwrap();
@@ -358,9 +432,11 @@ mod tests {
         symlink(&outside, dir.path().join("out/planted")).unwrap();
         out.link("inner", "a").unwrap();
         put(&out, "a/file", b"1").unwrap();
-        for path in ["planted/x", "planted/deep/x", "inner/x", "a/file/x"] {
+        for path in ["planted/x", "planted/deep/x", "inner/x"] {
             assert!(matches!(put(&out, path, b"x"), Err(OutError::Unsafe(_))), "{path}");
         }
+        let kept_out = put(&out, "a/file/x", b"x");
+        assert!(matches!(kept_out, Err(OutError::InTheWay(_))), "what leads nowhere else is left out for no reason");
         assert_eq!(files(&outside), [""; 0]);
         // A file takes a link's place; the link's target is not touched.
         fs::write(outside.join("victim"), "safe").unwrap();
@@ -382,8 +458,10 @@ mod tests {
         out.link("App.framework/App", "Versions/A/App").unwrap();
         assert_eq!(fs::read_link(dir.path().join("App.framework/App")).unwrap(), Path::new("Versions/A/App"));
         out.remove("App.framework/App").unwrap();
-        out.remove("App.framework/App").unwrap();
         assert_eq!(files(&dir.path().join("App.framework")), ["Versions", "up"]);
+        out.remove("App.framework/Versions/Current").unwrap();
+        out.remove("App.framework/Versions/A/App").unwrap();
+        assert_eq!(files(&dir.path().join("App.framework")), ["up"], "no empty directory is left");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 use super::run::tell_artifacts;
 use crate::context::{App, Farm};
-use crate::download::{Downloader, Target};
+use crate::download::{Downloader, News, Target};
 use crate::farm::Hosted;
 use crate::job_arg::JobArg;
 use crate::output::{Failure, Fault, Sink, exit, print, print_json, size, stdout_is_terminal, table};
@@ -96,12 +96,9 @@ async fn get(app: &App, farm: &Farm, args: &GetArgs) -> Result<i32, Failure> {
         None => Target::Collection(app.dir.clone()),
     };
     let downloader = Downloader { client: farm.client.clone(), job: job.id, target, talk: app.talk.clone() };
-    let (tx, rx) = mpsc::channel(chosen.len());
-    for artifact in chosen {
-        // The channel has room for all.
-        let _ = tx.try_send(artifact);
-    }
-    drop(tx);
+    let (tx, rx) = mpsc::channel(1);
+    // The channel has room for it.
+    let _ = tx.try_send(News::All(chosen));
     let report = signals.unless_told(downloader.run(rx)).await?;
     if app.talk.json() {
         let saved: Vec<_> =

@@ -53,7 +53,7 @@ pub(crate) async fn cancel(app: &App, args: &CancelArgs) -> Result<i32, Failure>
             if args.jobs.len() < 2 {
                 return Err(failure);
             }
-            worst = failure.fault.exit_code();
+            worst = failure.exit_code(false);
             app.talk.fail(&failure, worst);
         }
     }

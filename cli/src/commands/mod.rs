@@ -10,6 +10,7 @@ mod reach;
 pub(crate) mod retention;
 pub(crate) mod run;
 pub(crate) mod setup;
+mod submit;
 
 use alloy_shared::wire::source::{Entry, EntryKind};
 

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use alloy_shared::client::ClientError;
 use alloy_shared::id::{Labels, request_key};
 use alloy_shared::limits;
-use alloy_shared::wire::job::{JobSpec, JobView, SubmitJob};
+use alloy_shared::wire::job::{ExitOrigin, JobSpec, JobView, SubmitJob};
 use alloy_shared::wire::network::Network;
 use serde::Serialize;
 
 use super::reach::{check_times, reach};
+use super::submit::{Submit, submit};
 use crate::context::{App, DEFAULT_ORIGIN, Farm};
 use crate::download::{Downloads, Report};
 use crate::farm::{Hosted, Lease};
@@ -24,7 +24,6 @@ use crate::source::{self, Scan, git, upload};
 const LOCAL_TRIES: u32 = 5;
 /// An orchestrator restarts in less.
 const RESTART_MS: u64 = 12_000;
-const AGAIN_MS: u64 = 500;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -38,7 +37,8 @@ command starts at the top of its copy. To send a whole repository and work below
 
 Standard output is exactly the job's log; everything else goes to standard error.
 Exit code: the command's own; 128+n if signal n killed it; 124 timed out; 130 canceled;
-125 if the farm could not run it; 2 for a command line that makes no sense.";
+125 if the farm could not run it; 7 if the farm fell silent, and the job may go on;
+2 for a command line that makes no sense.";
 
 /// Run a command on the farm, in this working tree
 #[derive(Debug, clap::Args)]
@@ -124,10 +124,22 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
     // One key for all tries: whatever farm of this machine answers, there is one job.
     let key = request_key(app.env.now().wall, (app.env.dice(), app.env.dice()));
     let mut pursuit = Pursuit::default();
+    let outcome = pursue(app, args, (spec, &key), &mut signals, &mut pursuit).await;
+    outcome.map_err(|failure| if pursuit.job.is_some() { failure.of_a_job() } else { failure })
+}
+
+/// From farm to farm, until the job is over or nothing can come of it any more.
+async fn pursue<'a>(
+    app: &'a App,
+    args: &RunArgs,
+    (spec, key): (JobSpec, &str),
+    signals: &mut Signals,
+    pursuit: &mut Pursuit<'a>,
+) -> Result<i32, Failure> {
     let mut tries = 0;
     loop {
-        let hosted = open(app, &mut signals, &mut pursuit).await?;
-        let outcome = run_on(app, args, (spec.clone(), &key), &hosted, &mut signals, &mut pursuit).await;
+        let hosted = open(app, signals, pursuit).await?;
+        let outcome = run_on(app, args, (spec.clone(), key), &hosted, signals, pursuit).await;
         let gone = match &outcome {
             Ok(Round::FarmGone) => true,
             Ok(Round::Over(_)) => false,
@@ -136,14 +148,14 @@ pub(crate) async fn run(app: &App, args: &RunArgs) -> Result<i32, Failure> {
         let again = gone && hosted.may_vanish(app) && tries < LOCAL_TRIES;
         if !again {
             // Whoever waits for this farm's jobs need not wait for this one's reader any more.
-            drop(pursuit);
-            hosted.close(app, &mut signals).await;
+            (pursuit.follower, pursuit.lease) = (None, None);
+            hosted.close(app, signals).await;
             return match outcome? {
                 Round::Over(code) => Ok(code),
                 Round::FarmGone => Err(Failure::error("the farms of this machine end one after the other")),
             };
         }
-        hosted.close(app, &mut signals).await;
+        hosted.close(app, signals).await;
         tries += 1;
     }
 }
@@ -201,17 +213,23 @@ async fn run_on<'a>(
         }
     };
     let Some(follower) = &mut pursuit.follower else { return Err(Failure::error("nobody follows the job")) };
-    let downloads = (!args.no_download && !job.spec.artifacts.is_empty()).then(|| Downloads::start(app, farm, &job));
+    let mut downloads =
+        (!args.no_download && !job.spec.artifacts.is_empty()).then(|| Downloads::start(app, farm, &job));
     follower.announce(downloads.as_ref().map(|downloads| downloads.arrivals.clone()));
     let ending = tokio::select! {
         biased;
         why = hosted.fault(app) => {
             hosted.abandon(app, job.id).await;
-            return Err(Failure::error(format!("the worker of this machine stopped: {why}")));
+            Err(Failure::error(format!("the worker of this machine stopped: {why}")))
         }
-        ending = follower.run(signals, hosted.vanished(app)) => ending?,
+        ending = follower.run(signals, hosted.vanished(app)) => ending,
     };
-    match ending {
+    if !matches!(ending, Ok(Ending::Ended(_)))
+        && let Some(downloads) = &mut downloads
+    {
+        downloads.stop().await;
+    }
+    match ending? {
         Ending::FarmGone => Ok(Round::FarmGone),
         Ending::Detached { cancel_heard } => {
             hosted.tell_detached(app, job.id, cancel_heard);
@@ -233,8 +251,9 @@ async fn start(
     signals: &mut Signals,
     pursuit: &mut Pursuit<'_>,
 ) -> Result<(JobView, bool), Failure> {
-    let asked = match pursuit.sent.clone() {
-        Some(sent) => sent,
+    let (asked, is_farm) = match pursuit.sent.clone() {
+        // Only farms of this machine are tried one after the other.
+        Some(sent) => (sent, true),
         None => prepare(app, args, spec, hosted, signals).await?,
     };
     signals.unless_told(hosted.ready(app)).await??;
@@ -246,27 +265,30 @@ async fn start(
     if app.globals.local && pursuit.lease.is_none() {
         pursuit.lease = Some(Lease::take(app, key)?);
     }
-    let asked = pursuit.sent.insert(asked);
-    let (job, told) = submit(app, hosted.farm(), asked, (key, patience_ms), signals, pursuit.lease.as_mut()).await?;
+    let job = pursuit.sent.insert(asked);
+    let this = Submit { farm: hosted.farm(), job, key, patience_ms, is_farm };
+    let (job, told) = submit(app, &this, signals, pursuit.lease.as_mut()).await?;
     app.remember(hosted.farm(), job.id);
     app.talk.headline(&job.id.to_string(), &job.url);
     Ok((job, told))
 }
 
-/// Reads the tree and sends it.
+/// Reads the tree and sends it; true if whoever listens there has spoken as a farm does.
 async fn prepare(
     app: &App,
     args: &RunArgs,
     mut spec: JobSpec,
     hosted: &Hosted,
     signals: &mut Signals,
-) -> Result<SubmitJob, Failure> {
+) -> Result<(SubmitJob, bool), Failure> {
     let patience_ms = first_answer_ms(app, hosted)?;
     let reached = reach(app, hosted.farm(), patience_ms);
     // A limit of the farm's that may matter is asked for before the work that it may spare; else both are done at once.
     let asks_for_time = spec.timeout_ms.is_some() || spec.queue_timeout_ms.is_some();
+    let mut is_farm = app.globals.local;
     if asks_for_time && let Some(info) = signals.unless_told(reach(app, hosted.farm(), patience_ms)).await?? {
         check_times(&spec, &info)?;
+        is_farm = true;
     }
     let (reached, scan, git, ignored) = signals
         .unless_told(async {
@@ -276,7 +298,7 @@ async fn prepare(
         })
         .await?;
     let scan = scan?;
-    reached?;
+    is_farm |= reached?.is_some();
     if let Some(warning) = scan.left_out(ignored) {
         app.talk.warn(&warning);
     }
@@ -286,7 +308,8 @@ async fn prepare(
     } else {
         Some(signals.unless_told(send_tree(app, hosted, &scan)).await??)
     };
-    Ok(SubmitJob { spec, source })
+    is_farm |= source.is_some();
+    Ok((SubmitJob { spec, source }, is_farm))
 }
 
 /// After the end: what is left of the artifacts, and the exit code. A result whose files are not here is no success.
@@ -298,13 +321,13 @@ async fn finish(
     signals: &mut Signals,
 ) -> Result<i32, Failure> {
     app.tell_end(job);
-    let (mut code, origin) = job_exit(job);
+    let (mut code, mut origin) = job_exit(job);
     let mut artifacts_dir = None;
     if let Some(downloads) = downloads {
-        let report = signals.unless_told(downloads.finish(farm, job)).await?;
+        let report = downloads.finish(farm, job, signals).await?;
         let complete = tell_artifacts(app, &report);
         if !complete && code == exit::OK {
-            code = exit::ERROR;
+            (code, origin) = (exit::ERROR, ExitOrigin::Alloy);
         }
         artifacts_dir = report.dir;
     }
@@ -380,75 +403,6 @@ async fn send_tree(app: &App, hosted: &Hosted, scan: &Arc<Scan>) -> Result<alloy
 fn first_answer_ms(app: &App, hosted: &Hosted) -> Result<u64, Failure> {
     let named = !app.globals.local && !hosted.may_vanish(app) && app.choice()?.origin != DEFAULT_ORIGIN;
     Ok(if named { RESTART_MS } else { 0 })
-}
-
-/// Submits, for as long as the farm may take to restart. The same key gives the same job, however often it is sent.
-async fn submit_patiently(
-    app: &App,
-    farm: &Farm,
-    job: &SubmitJob,
-    key: &str,
-    patience_ms: u64,
-) -> Result<JobView, ClientError> {
-    let until = app.env.now().mono + patience_ms;
-    let mut said = false;
-    loop {
-        match farm.client.submit(job, key).await {
-            Err(ClientError::Unreachable { why, .. }) if app.env.now().mono < until => {
-                if !std::mem::replace(&mut said, true) {
-                    app.talk.warn(&format!("no farm answers at {}: waiting for it to come back  {why}", farm.url));
-                }
-                app.env.sleep_until(app.env.now().mono + AGAIN_MS).await;
-            }
-            result => {
-                if said && result.is_ok() {
-                    app.talk.say("the farm is back");
-                }
-                return result;
-            }
-        }
-    }
-}
-
-/// Submits. The first Ctrl-C waits for the answer, because the job may exist by now; true if there was one, and the follower
-/// shall cancel.
-async fn submit(
-    app: &App,
-    farm: &Farm,
-    job: &SubmitJob,
-    (key, patience_ms): (&str, u64),
-    signals: &mut Signals,
-    mut lease: Option<&mut Lease>,
-) -> Result<(JobView, bool), Failure> {
-    if let Some(lease) = &mut lease {
-        lease.stays(true);
-    }
-    let interrupted = || {
-        Failure::new(Fault::Interrupted, "interrupted while the job was submitted")
-            .hint("the farm may have it: alloy list")
-    };
-    let answer = submit_patiently(app, farm, job, key, patience_ms);
-    let heard = || {
-        app.talk.say("The job is being submitted; it is canceled as soon as it has a name.  (Ctrl-C again to leave)");
-    };
-    let (result, told) = signals.finish_unless_told_twice(answer, heard).await.map_err(|_| interrupted())?;
-    if let Some(lease) = &mut lease {
-        lease.stays(result.as_ref().err().is_some_and(may_have_arrived));
-    }
-    match result {
-        Ok(job) => Ok((job, told)),
-        // Nobody wants another try.
-        Err(_) if told => Err(interrupted()),
-        Err(error) => Err(Failure::of(error, &farm.url)),
-    }
-}
-
-/// True if the farm may have the job although it gave no answer that says so.
-fn may_have_arrived(error: &ClientError) -> bool {
-    match error {
-        ClientError::Problem(problem) => problem.code.is_retryable(),
-        ClientError::Unreachable { .. } | ClientError::Protocol { .. } => true,
-    }
 }
 
 /// What the arguments ask for. The farm checks the rest and names every wrong field.

@@ -9,12 +9,14 @@ use orchestrator::backup::restore::{RestoreError, restore};
 use orchestrator::backup::{self, BackupError};
 use orchestrator::config::{Config, Database, Flags};
 use orchestrator::moving::{self, Begun, Counts, Heard, MoveError, Mover, To};
+use orchestrator::program::read_file;
 use orchestrator::store::sql::{DataLock, LockError, OpenError};
+use tokio_util::sync::CancellationToken;
 
 use super::host::{problems_failure, variables};
 use crate::context::App;
 use crate::output::talk::Tone;
-use crate::output::{Failure, exit, plural, print_json, size};
+use crate::output::{Failure, Fault, exit, plural, print_json, size};
 use crate::signals::Signals;
 
 const NO_FARM_HINT: &str = "run it on the orchestrator's machine, and name its --data-dir";
@@ -79,6 +81,9 @@ struct Data {
     /// The orchestrator's data directory [default: ~/.local/share/alloy]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// The orchestrator's configuration file [default: ~/.config/alloy/orchestrator.toml, without --data-dir]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     elsewhere: Elsewhere,
 }
@@ -117,14 +122,7 @@ struct Place {
 }
 
 impl Data {
-    fn root(&self, app: &App) -> PathBuf {
-        match &self.data_dir {
-            Some(dir) => app.dir.join(dir),
-            None => app.places.data.clone(),
-        }
-    }
-
-    /// As the orchestrator would be told by the same variables, with this database and this bucket if they are named.
+    /// As the orchestrator is told by the same variables and file, with this database and this bucket if they are named.
     fn config(&self, app: &App, database: Option<&str>, bucket: Option<&str>) -> Result<Config, Failure> {
         let mut variables = variables();
         variables.retain(|name, _| !matches!(name.as_str(), "BASE_URL" | "ALLOY_LISTEN" | "ALLOY_BEHIND_PROXY"));
@@ -138,8 +136,19 @@ impl Data {
         if let Some(url) = bucket {
             variables.insert("ALLOY_S3_URL".to_owned(), url.to_owned());
         }
-        let flags = Flags { data_dir: Some(self.root(app).display().to_string()), ..Flags::default() };
-        let resolved = Config::resolve(&flags, &variables, None);
+        let here = |path: &PathBuf| app.dir.join(path);
+        // A directory that is named is a farm that is named: the usual file may tell of another one.
+        let file = match (&self.config, &self.data_dir) {
+            (None, Some(_)) => None,
+            (named, _) => read_file(named.as_ref().map(here).as_deref(), &variables).map_err(Failure::usage)?,
+        };
+        let flags = Flags {
+            data_dir: self.data_dir.as_ref().map(|dir| here(dir).display().to_string()),
+            // Nothing listens here.
+            listen: Some("127.0.0.1:0".to_owned()),
+            ..Flags::default()
+        };
+        let resolved = Config::resolve(&flags, &variables, file);
         resolved.map(|(config, _)| config).map_err(|problems| {
             let problems = problems.into_iter().map(|problem| if bucket.is_some() { blamed(problem) } else { problem });
             problems_failure(&problems.collect::<Vec<_>>())
@@ -187,13 +196,18 @@ async fn take(app: &App, args: &BackupArgs) -> Result<i32, Failure> {
     let (config, at) = (args.place.config(app)?, app.env.now().wall.rfc3339());
     let farm = config.farm_dir();
     let (database, bucket) = (postgres(&config), config.s3.as_ref());
-    let taken = match (database, bucket) {
-        (None, None) => backup::take(&farm, &target, at).await,
-        _ => {
-            let source = Source { farm: &farm, database, bucket };
-            backup::elsewhere::take(source, &target, at, app.env.clone()).await
+    let (mut signals, stop) = (Signals::install()?, CancellationToken::new());
+    let taking = async {
+        match (database, bucket) {
+            (None, None) => backup::take(&farm, &target, at, &stop).await,
+            _ => {
+                let source = Source { farm: &farm, database, bucket };
+                backup::elsewhere::take(source, &target, at, app.env.clone(), &stop).await
+            }
         }
     };
+    // It removes what it has copied, unless it is told a second time.
+    let (taken, _) = signals.finish_unless_told_twice(taking, || stop.cancel()).await?;
     let taken = taken.map_err(|error| backup_failure(&error))?;
     if app.talk.json() {
         let files = taken.files;
@@ -224,7 +238,10 @@ fn backup_failure(error: &BackupError) -> Failure {
             failure.hint("DATABASE_URL names the farm's database; a move into it may not be over")
         }
         BackupError::Database(error) => database_hint(failure, error),
-        BackupError::Busy(_)
+        BackupError::Stopped => Failure::new(Fault::Interrupted, failure.message),
+        BackupError::Left { .. }
+        | BackupError::Foreign(_)
+        | BackupError::Busy(_)
         | BackupError::Moved(_)
         | BackupError::Objects(_)
         | BackupError::Blob(_)
@@ -264,7 +281,7 @@ fn restore_failure(error: &RestoreError) -> Failure {
         RestoreError::Other(_) => {
             failure.hint("run it again: until it is whole, no farm starts in this data directory")
         }
-        RestoreError::List { .. } | RestoreError::Occupied(_) => failure,
+        RestoreError::List { .. } | RestoreError::Occupied(_) | RestoreError::Mounted(_) => failure,
     }
 }
 

@@ -32,6 +32,41 @@ pub(crate) struct Note {
     pub(crate) protocol_max: u32,
 }
 
+/// What the holder of the lock is, by the name of its program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Holder {
+    /// It writes no note, and nobody need wait for one.
+    Orchestrator,
+    /// Another command of this program, without its arguments: there may be secrets in them. One that only looks into the
+    /// farm writes no note either.
+    Alloy { command: String },
+    /// Not to be found out.
+    Unknown,
+}
+
+impl Holder {
+    pub(crate) fn of(pid: u32) -> Self {
+        let ps = |what: &str| {
+            let out = std::process::Command::new("ps").args(["-o", what, "-p", &pid.to_string()]).output().ok()?;
+            Some(String::from_utf8_lossy(&out.stdout).trim().to_owned()).filter(|told| !told.is_empty())
+        };
+        let Some(program) = ps("comm=") else { return Self::Unknown };
+        Self::named(&program, || ps("args="))
+    }
+
+    fn named(program: &str, line: impl FnOnce() -> Option<String>) -> Self {
+        match program.rsplit('/').next() {
+            Some("orchestrator") => Self::Orchestrator,
+            Some("alloy") => {
+                let line = line().unwrap_or_default();
+                let verb = line.split_whitespace().nth(1).filter(|word| word.bytes().all(|c| c.is_ascii_lowercase()));
+                Self::Alloy { command: verb.map_or_else(|| "alloy".to_owned(), |verb| format!("alloy {verb}")) }
+            }
+            Some(_) | None => Self::Unknown,
+        }
+    }
+}
+
 /// Whether somebody runs the farm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Lock {
@@ -102,14 +137,6 @@ impl DataDir {
         (holder.is_none() || holder == Some(note.pid)).then_some(note)
     }
 
-    /// True if the holder of the lock is an orchestrator of its own: it writes no note, and nobody need wait for one.
-    pub(crate) fn runs_orchestrator(&self, holder: u32) -> bool {
-        let ps = std::process::Command::new("ps").args(["-o", "comm=", "-p", &holder.to_string()]).output();
-        // Without an answer the lock's holder is taken for a farm that is about to tell its address.
-        let Ok(name) = ps.map(|out| String::from_utf8_lossy(&out.stdout).trim().to_owned()) else { return false };
-        name.rsplit('/').next() == Some("orchestrator")
-    }
-
     /// Where the token of the farm's first administrator lies.
     pub(crate) fn token_file(&self) -> PathBuf {
         self.farm().join(TOKEN)
@@ -174,6 +201,23 @@ mod tests {
         assert_eq!(data.note(Some(42)), None);
         drop(held);
         assert_eq!(data.lock().unwrap(), Lock::Free);
+    }
+
+    #[test]
+    fn the_holder_of_the_lock_is_known_by_its_program() {
+        let named = |program: &str, line: &str| Holder::named(program, || Some(line.to_owned()));
+        for (line, command) in [
+            ("/opt/bin/alloy logs --local job_x", "alloy logs"),
+            ("alloy run --env TOKEN=hush", "alloy run"),
+            ("alloy --local list", "alloy"),
+            ("alloy", "alloy"),
+        ] {
+            assert_eq!(named("alloy", line), Holder::Alloy { command: command.into() }, "{line}");
+        }
+        assert_eq!(named("/opt/bin/alloy", "alloy logs"), Holder::Alloy { command: "alloy logs".into() });
+        assert_eq!(named("/opt/bin/orchestrator", "orchestrator"), Holder::Orchestrator);
+        assert_eq!(named("bash", "bash"), Holder::Unknown);
+        assert_eq!(Holder::of(std::process::id()), Holder::Unknown, "the program of this test has another name");
     }
 
     #[test]

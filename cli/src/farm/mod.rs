@@ -19,7 +19,7 @@ use alloy_shared::wire::job::JobView;
 use crate::context::{App, Farm};
 use crate::output::Failure;
 use crate::signals::Signals;
-use data::{DataDir, Lock};
+use data::{DataDir, Holder, Lock};
 pub(crate) use lease::Lease;
 
 /// Jobs on this machine are remembered under this name: the port changes with every start.
@@ -43,10 +43,22 @@ fn orchestrator_of_its_own(data: &DataDir, pid: u32) -> Failure {
     ))
 }
 
-fn silent_farm(data: &DataDir, holder: Option<u32>) -> Failure {
-    let by = holder.map_or(String::new(), |pid| format!(" (process {pid})"));
-    Failure::error(format!("{} is in use{by}, by a farm that tells no address", data.farm().display()))
-        .hint("if it is an orchestrator of its own, name it: --url URL")
+/// What to say of a farm that lets nobody in: an `alloy` that reads it waits for somebody itself, for its pager perhaps.
+fn silent_farm(data: &DataDir, holder: Option<(u32, Holder)>) -> Failure {
+    let dir = data.farm().display().to_string();
+    match holder {
+        Some((pid, Holder::Alloy { command })) => {
+            Failure::error(format!("{dir} is in use by another command (process {pid}: `{command}`)")).hint(format!(
+                "wait until it ends, or end it: kill {pid}   (`alloy logs --local` ends when all of its output is read)"
+            ))
+        }
+        Some((pid, Holder::Orchestrator | Holder::Unknown)) => {
+            Failure::error(format!("{dir} is in use (process {pid}), by a farm that tells no address"))
+                .hint("if it is an orchestrator of its own, name it: --url URL")
+        }
+        None => Failure::error(format!("{dir} is in use, by a farm that tells no address"))
+            .hint("if it is an orchestrator of its own, name it: --url URL"),
+    }
 }
 
 /// A farm for the length of one command.
@@ -114,18 +126,20 @@ impl Hosted {
             }
             if let Some(pid) = holder
                 && examined.replace(pid) != holder
-                && data.runs_orchestrator(pid)
+                && Holder::of(pid) == Holder::Orchestrator
             {
                 return Err(orchestrator_of_its_own(&data, pid));
             }
             let now = app.env.now().mono;
             if now >= until {
-                return Err(silent_farm(&data, holder));
+                return Err(silent_farm(&data, holder.map(|pid| (pid, Holder::of(pid)))));
             }
             if !said && now.since(started) >= QUIET_MS {
                 said = true;
                 let by = holder.map_or(String::new(), |pid| format!(" (process {pid})"));
-                app.talk.say(&format!("A farm is starting or stopping on this machine{by}; waiting for it."));
+                app.talk.say(&format!(
+                    "Another command has the farm of this machine, or starts or stops it{by}; waiting for it."
+                ));
             }
             app.env.sleep_until(app.env.now().mono + LOOK_AGAIN_MS).await;
         }
@@ -246,6 +260,26 @@ impl Hosted {
                     app.talk.warn(&format!("{job} could not be canceled: {}", failure.message));
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_keeps_others_out_of_the_farm_is_named_as_what_it_is() {
+        let data = DataDir::new(std::path::Path::new("/data"));
+        let reader = Holder::Alloy { command: "alloy logs".into() };
+        let failure = silent_farm(&data, Some((41, reader)));
+        let hint = failure.hint.unwrap();
+        assert!(failure.message.ends_with("(process 41: `alloy logs`)"), "{}", failure.message);
+        assert!(hint.contains("kill 41") && !hint.contains("--url"), "{hint}");
+        for (holder, by) in [(Some((41, Holder::Unknown)), " (process 41)"), (None, "")] {
+            let failure = silent_farm(&data, holder);
+            assert!(failure.message.contains(&format!("is in use{by}, by a farm")), "{}", failure.message);
+            assert!(failure.hint.unwrap().contains("--url"));
         }
     }
 }

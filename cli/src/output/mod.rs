@@ -59,7 +59,7 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const fn exit_code(self) -> i32 {
+    const fn exit_code(self) -> i32 {
         match self {
             Self::Error => exit::ERROR,
             Self::Usage => exit::USAGE,
@@ -72,7 +72,7 @@ impl Fault {
     }
 
     /// The code of `alloy run` while there is no job.
-    pub(crate) const fn exit_code_before_job(self) -> i32 {
+    const fn exit_code_before_job(self) -> i32 {
         match self {
             Self::Usage => exit::USAGE,
             Self::Interrupted => exit::INTERRUPTED,
@@ -131,11 +131,13 @@ pub(crate) struct Failure {
     pub(crate) message: String,
     pub(crate) hint: Option<String>,
     problem: Option<Box<Problem>>,
+    /// There is a job, or there may be one.
+    of_a_job: bool,
 }
 
 impl Failure {
     pub(crate) fn new(fault: Fault, message: impl Into<String>) -> Self {
-        Self { fault, message: message.into(), hint: None, problem: None }
+        Self { fault, message: message.into(), hint: None, problem: None, of_a_job: false }
     }
     pub(crate) fn error(message: impl Into<String>) -> Self {
         Self::new(Fault::Error, message)
@@ -193,7 +195,18 @@ impl Failure {
             ErrorCode::Unauthenticated => format!("not signed in to {url}: {}", problem.message),
             _ => problem.message.clone(),
         };
-        Self { fault: Fault::of(problem.code), message, hint, problem: Some(Box::new(problem)) }
+        let fault = Fault::of(problem.code);
+        Self { hint, problem: Some(Box::new(problem)), ..Self::new(fault, message) }
+    }
+
+    /// It is about a job that is there, or that the farm may have: nobody may take it for `nothing ran`.
+    pub(crate) fn of_a_job(self) -> Self {
+        Self { of_a_job: true, ..self }
+    }
+
+    /// What the process exits with for it. `alloy run` has a code of its own while there is certainly no job.
+    pub(crate) fn exit_code(&self, runs_a_job: bool) -> i32 {
+        if runs_a_job && !self.of_a_job { self.fault.exit_code_before_job() } else { self.fault.exit_code() }
     }
 
     /// True if nobody answered, or somebody who cannot work just now.

@@ -12,7 +12,9 @@ fn every_fault_and_every_code_of_the_farm_has_its_exit_code() {
         (Fault::Interrupted, 130, 130),
         (Fault::Pipe, 141, 141),
     ] {
-        assert_eq!((fault.exit_code(), fault.exit_code_before_job()), (code, before_job), "{fault:?}");
+        let failure = Failure::new(fault, "x");
+        let (elsewhere, of_run) = (failure.exit_code(false), failure.exit_code(true));
+        assert_eq!((elsewhere, of_run, failure.of_a_job().exit_code(true)), (code, before_job, code), "{fault:?}");
     }
     for code in ErrorCode::ALL {
         let expected = match code.http_status() {
@@ -22,7 +24,7 @@ fn every_fault_and_every_code_of_the_farm_has_its_exit_code() {
             _ => 1,
         };
         let failure = Failure::of(ClientError::Problem(Problem::new(*code, "x")), "http://farm");
-        assert_eq!(failure.fault.exit_code(), expected, "{code:?}");
+        assert_eq!(failure.exit_code(false), expected, "{code:?}");
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use alloy_shared::client::{Client, ClientError};
-use alloy_shared::env::{Env, backoff};
+use alloy_shared::env::{Env, Mono, backoff};
 use alloy_shared::id::Digest;
 use alloy_shared::limits::{FRAME_TARGET, PACK_MAX};
 use alloy_shared::wire::ErrorCode;
@@ -49,7 +49,7 @@ pub(crate) struct Moved {
 pub(crate) struct Patience {
     /// Until it has answered once.
     pub(crate) first_ms: u64,
-    /// Later, since something last moved.
+    /// Later, since something last moved and the first error after it.
     pub(crate) stalled_ms: u64,
 }
 
@@ -75,8 +75,7 @@ pub(crate) async fn upload(
     let manifest = Bytes::from(scan.manifest.encode());
     let digest = Digest::of(&manifest);
     let mut moved = Moved::default();
-    let (mut rounds, mut tries) = (0, 0);
-    let mut last_progress = env.now().mono;
+    let (mut rounds, mut stuck) = (0, Stuck::default());
     let mut fewest_missing = usize::MAX;
     let mut answered = false;
     let mut trouble = Trouble::default();
@@ -96,9 +95,15 @@ pub(crate) async fn upload(
                 }
                 if status.missing.len() < fewest_missing {
                     fewest_missing = status.missing.len();
-                    (last_progress, tries) = (env.now().mono, 0);
+                    stuck = Stuck::default();
                 }
-                send(client, scan, packs, &mut moved, talk).await?
+                let before = moved.new_bytes;
+                let sent = send(client, scan, packs, &mut moved, talk).await?;
+                // Some packs arrived, if not all of them.
+                if moved.new_bytes > before {
+                    stuck = Stuck::default();
+                }
+                sent
             }
             Err(error) => Err(error),
         };
@@ -111,15 +116,29 @@ pub(crate) async fn upload(
         };
         answered |= matches!(error, ClientError::Problem(_));
         let patience_ms = if answered { patience.stalled_ms } else { patience.first_ms };
-        tries += 1;
-        let left_ms = patience_ms.saturating_sub(env.now().mono.since(last_progress));
-        match pause_ms(&error, backoff(tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice()), left_ms) {
+        let left_ms = stuck.left_ms(env.now().mono, patience_ms);
+        match pause_ms(&error, backoff(stuck.tries, ROUND_BASE_MS, ROUND_CAP_MS, env.dice()), left_ms) {
             Some(pause_ms) => {
                 trouble.tell(talk, &error);
                 env.sleep_until(env.now().mono + pause_ms).await;
             }
             None => return Err(Failure::of(error, client.url())),
         }
+    }
+}
+
+/// Errors since something last moved.
+#[derive(Debug, Default)]
+struct Stuck {
+    tries: u32,
+    since: Option<Mono>,
+}
+
+impl Stuck {
+    /// Counts an error. The patience for it begins with the first one: however long an upload takes, it is not over with it.
+    fn left_ms(&mut self, now: Mono, patience_ms: u64) -> u64 {
+        self.tries += 1;
+        patience_ms.saturating_sub(now.since(*self.since.get_or_insert(now)))
     }
 }
 
@@ -335,6 +354,15 @@ mod tests {
         }
         let scan = super::super::scan(dir.path(), false).unwrap();
         (dir, scan)
+    }
+
+    #[test]
+    fn patience_with_errors_begins_with_the_first_and_not_with_the_upload() {
+        let mut stuck = Stuck::default();
+        let hour = 3_600_000;
+        assert_eq!(stuck.left_ms(Mono(hour), STALLED_MS), STALLED_MS);
+        assert_eq!(stuck.left_ms(Mono(hour + STALLED_MS - 1), STALLED_MS), 1);
+        assert_eq!((stuck.left_ms(Mono(hour + STALLED_MS), STALLED_MS), stuck.tries), (0, 3));
     }
 
     #[test]
