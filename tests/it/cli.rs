@@ -13,8 +13,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 mod admin;
+mod artifacts;
 mod leaving;
 mod local;
+mod lost;
 mod refused;
 mod terminal;
 mod words;
@@ -163,8 +165,13 @@ fn git(tree: &Path, args: &[&str]) -> Result<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn json_output_is_json_and_says_whose_exit_code_it_is() -> Result<()> {
     let farm = Farm::start(Setup::default()).await?;
-    for (command, code, origin) in [("exit 125", 125, "command"), ("true", 0, "command")] {
-        let out = output(farm.alloy(&["run", "--json", "-c", command])).await?;
+    let tree = farm.scratch("tree")?;
+    // Where its artifacts should go there will be a file.
+    let late = format!("echo x > a; echo mine > {}/alloy-out", tree.display());
+    for (command, code, origin) in [("exit 125", 125, "command"), ("true", 0, "command"), (&late, 1, "alloy")] {
+        let mut run = farm.alloy(&["run", "--json", "--artifact", "a", "-c", command]);
+        run.current_dir(&tree);
+        let out = output(run).await?;
         assert_eq!(out.status.code(), Some(code), "{}", told(&out));
         let last = text(&out.stdout).lines().last().map(str::to_owned).context("output")?;
         let end: Value = serde_json::from_str(&last).with_context(|| told(&out))?;

@@ -31,6 +31,7 @@ mod images;
 mod job;
 mod model;
 mod moving;
+mod orgs;
 mod outage;
 mod prose;
 mod provider;

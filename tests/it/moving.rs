@@ -382,6 +382,7 @@ async fn a_backup_of_either_kind_comes_back_in_either() -> Result<()> {
     fs::rename(farm.farm_dir(), farm.dir().join("lost-too"))?;
     let (fine, told) = said(admin(&farm, &first, &["restore", &backup])).await?;
     ensure!(!fine && told.contains("holds a farm already"), "{told}");
+    ensure!(!farm.farm_dir().join("restoring").exists(), "it was begun");
     let second = there(&pg::empty_database().await, &s3, "second");
     restore_that_is_killed(&farm, &second, &backup).await?;
     farm.set_orchestrator_env(second);
@@ -392,6 +393,11 @@ async fn a_backup_of_either_kind_comes_back_in_either() -> Result<()> {
     farm.stop_orchestrator()?;
     fs::rename(farm.farm_dir(), farm.dir().join("lost-again"))?;
     let third = only_database(&pg::empty_database().await);
+    let parts = ["blobs", "restoring"].map(|name| farm.farm_dir().join(name));
+    parts.iter().try_for_each(fs::create_dir_all)?;
+    fs::write(parts[1].join("journal"), "of-another-move \n")?;
+    refuses(admin(&farm, &third, &["restore", &backup]), 1, &["holds a farm already, or parts of one"]).await?;
+    parts.iter().try_for_each(fs::remove_dir_all)?;
     let (fine, told) = said(admin(&farm, &third, &["restore", &backup])).await?;
     ensure!(fine, "{told}");
     farm.set_orchestrator_env(third);

@@ -9,8 +9,10 @@ use std::process::Command;
 use alloy_tests::farm::{Farm, Setup, bin_dir, isolated, isolated_orchestrator};
 use alloy_tests::observe::until;
 use alloy_tests::pg;
-use alloy_tests::process::Daemon;
+use alloy_tests::process::{Daemon, signal};
 use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use sqlx::{Connection as _, PgConnection};
 
 /// A farm on a database of its own.
 fn on_postgres(url: &str, setup: Setup) -> Setup {
@@ -49,6 +51,36 @@ async fn a_job_runs_and_its_log_is_read_again_after_a_restart() -> Result<()> {
     farm.stop_orchestrator()?;
     farm.start_orchestrator().await?;
     ensure!(said(farm.alloy(&["logs"]))?.1 == expect);
+    Ok(())
+}
+
+/// A process that stands still until this is dropped.
+struct Frozen(i32);
+
+impl Frozen {
+    fn new(pid: i32) -> Self {
+        signal(pid, Signal::SIGSTOP);
+        Self(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        signal(self.0, Signal::SIGCONT);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_for_notes_that_says_nothing_any_more_is_replaced() -> Result<()> {
+    let url = pg::empty_database().await;
+    let _farm = Farm::orchestrator_only(on_postgres(&url, Setup { time_scale: 10, ..Setup::default() })).await?;
+    let mut conn = PgConnection::connect(&url).await?;
+    let text =
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%' AND pid <> $1";
+    let mut listens = async |but: i32| Ok(sqlx::query_scalar(text).bind(but).fetch_optional(&mut conn).await?);
+    let first: i32 = until("it listens", async || listens(0).await).await;
+    let _frozen = Frozen::new(first);
+    let _second: i32 = until("it listens on another connection", async || listens(first).await).await;
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use orchestrator::store::{Group, Miss, Store, Write};
 mod given;
 pub(crate) mod migrations;
 mod moved;
+mod postgres;
 mod read;
 mod schema;
 mod speed;

@@ -105,9 +105,10 @@ async fn an_image_without_the_agent_is_reached_by_ssh() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_that_dies_under_a_job_costs_another_try_and_not_the_job() -> Result<()> {
-    let farm = Farm::start(macs()).await?;
-    let flag = farm.mac(0).dir().join("now");
-    farm.mac(0).faults(&[json!({ "command": "run", "vm": "alloy-*", "times": 1, "fault": "die", "how": "crash", "at": "agent", "file": flag })]);
+    let dir = tempfile::tempdir()?;
+    let flag = dir.path().join("now");
+    let first = json!({ "command": "run", "vm": "alloy-*", "times": 1, "fault": "die", "how": "crash", "at": "agent", "file": flag });
+    let farm = Farm::start(Setup { slots: 1, faults: vec![vec![first]], ..macs() }).await?;
     let spec = json!({ "shell": "echo \"$ALLOY_JOB_ATTEMPT\"; [ \"$ALLOY_JOB_ATTEMPT\" = 1 ] && sleep 600; true" });
     let api = farm.api();
     let id = api.submit(spec).await?;

@@ -1,7 +1,7 @@
 //! Workers over real processes: what the farm says of each, joining twice, leaving, being refused.
 
 use alloy_tests::farm::{Farm, Setup, output};
-use alloy_tests::observe::{Api, PATIENCE};
+use alloy_tests::observe::{Api, PATIENCE, until};
 use alloy_tests::process::Daemon;
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
@@ -33,18 +33,19 @@ async fn daemons_whose_terminal_is_gone_work_on_and_end_when_they_are_told_to() 
     farm.stop_worker(0)?;
     farm.stop_orchestrator()?;
     let mut orchestrator = Daemon::unheard("orchestrator", farm.orchestrator_command(farm.address()))?;
-    let mut worker = Daemon::unheard("worker", farm.worker_command(0)?)?;
-    farm.all_connected().await;
+    let mut unheard = Daemon::unheard("worker", farm.worker_command(0)?)?;
     let api = farm.api();
+    until("both are there", async || Ok((worker(&api, "mini-0").await?["state"] == "ready").then_some(()))).await;
     let job = api.shell("echo heard").await?;
     assert_eq!(api.end(&job).await["state"], "succeeded");
     assert_eq!(api.log(&job).await?, b"heard\n");
-    for daemon in [&mut worker, &mut orchestrator] {
+    for daemon in [&mut unheard, &mut orchestrator] {
         daemon.signal(Signal::SIGTERM);
         assert!(daemon.wait(PATIENCE)?.success(), "{}", daemon.name);
     }
     farm.start_orchestrator().await?;
     farm.start_worker(0)?;
+    farm.all_connected().await;
     Ok(())
 }
 

@@ -3,7 +3,6 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use orchestrator::store::sql::SqlStore;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
@@ -19,7 +18,6 @@ struct Server {
     dir: PathBuf,
     /// The server ends when this one's stdin does: also when the test process is killed. Absent: another process keeps it.
     _keeper: Option<Child>,
-    made: AtomicU32,
 }
 
 const MISSING: &str = "PostgreSQL's server programs are missing: install the package `postgresql` \
@@ -50,7 +48,7 @@ rm -rf "$d"
 /// The address of a new database with the farm's schema.
 pub async fn database() -> String {
     let server = server().await;
-    let name = format!("t_{}_{}", std::process::id(), server.made.fetch_add(1, Ordering::Relaxed));
+    let name = unused();
     server.admin(&format!("CREATE DATABASE {name} TEMPLATE farm")).await.expect("copy the template");
     server.url(&name)
 }
@@ -58,7 +56,7 @@ pub async fn database() -> String {
 /// The address of a new database with nothing in it.
 pub async fn empty_database() -> String {
     let server = server().await;
-    let name = format!("e_{}_{}", std::process::id(), server.made.fetch_add(1, Ordering::Relaxed));
+    let name = unused();
     server.admin(&format!("CREATE DATABASE {name}")).await.expect("make a database");
     server.url(&name)
 }
@@ -79,7 +77,7 @@ impl Lasting {
 
     /// The address of a new database with nothing in it.
     pub async fn database(&self) -> Result<String, sqlx::Error> {
-        let name = format!("m_{}", self.0.made.fetch_add(1, Ordering::Relaxed));
+        let name = unused();
         self.0.admin(&format!("CREATE DATABASE {name}")).await?;
         Ok(self.0.url(&name))
     }
@@ -90,11 +88,16 @@ impl Lasting {
     }
 }
 
+/// A name for a database. Many processes share one server, and a long run uses a process's number twice.
+fn unused() -> String {
+    format!("t_{:032x}", rand::random::<u128>())
+}
+
 async fn server() -> &'static Server {
     SERVER
         .get_or_init(|| async {
             if let Some(dir) = std::env::var_os("ALLOY_TEST_PG") {
-                return Server { dir: dir.into(), _keeper: None, made: AtomicU32::new(0) };
+                return Server { dir: dir.into(), _keeper: None };
             }
             let server = start(FORGETFUL);
             // Sorts as people's databases do, not by bytes: what depends on the order of letters must show here.
@@ -128,7 +131,7 @@ fn start(how: &str) -> Server {
     let mut out = BufReader::new(keeper.stdout.take().expect("a pipe"));
     while out.read_line(&mut said).expect("read from sh") > 0 {
         if said.ends_with("ready\n") {
-            return Server { dir, _keeper: Some(keeper), made: AtomicU32::new(0) };
+            return Server { dir, _keeper: Some(keeper) };
         }
     }
     let ended = keeper.wait();

@@ -162,10 +162,9 @@ async fn is(stage: &Stage, aim: &Aim, state: &str, phase: Option<&str>) {
     .await;
 }
 
-async fn has_printed(aim: &mut Aim, bytes: u64) -> Result<()> {
-    let progress = aim.progress.as_mut().expect("a followed job");
-    tokio::time::timeout(alloy_tests::observe::PATIENCE, progress.wait_for(|at| at.offset >= bytes)).await??;
-    Ok(())
+async fn has_printed(stage: &Stage, aim: &mut Aim, bytes: u64) -> Result<()> {
+    let (job, progress) = aim.job.as_ref().zip(aim.progress.as_mut()).expect("a followed job");
+    stage.follows(job, progress, |at| at.has(bytes)).await
 }
 
 async fn submitted(stage: &mut Stage, moment: Moment) -> Result<Aim> {
@@ -198,7 +197,7 @@ async fn queued(stage: &mut Stage) -> Result<Aim> {
     let mut blockers = Vec::new();
     for _ in 0..stage.links.len() * stage.slots() {
         let (job, mut progress) = stage.submit(&steps(&["bytes:2000", &gate])).await?;
-        tokio::time::timeout(alloy_tests::observe::PATIENCE, progress.wait_for(|at| at.offset >= 2_000)).await??;
+        stage.follows(&job, &mut progress, |at| at.has(2_000)).await?;
         blockers.push(job);
     }
     let run = stage.run(Plan { steps: steps(&["bytes:3000"]), ..Plan::default() })?;
@@ -285,7 +284,7 @@ async fn executing(stage: &mut Stage, phase: Phase) -> Result<Aim> {
     };
     let run = stage.run(Plan { steps: steps(&["bytes:5000", flow, "bytes:77"]), ..Plan::default() })?;
     let mut aim = held(stage, run).await;
-    has_printed(&mut aim, least).await?;
+    has_printed(stage, &mut aim, least).await?;
     is(stage, &aim, "running", Some("executing")).await;
     Ok(aim)
 }
@@ -307,7 +306,7 @@ async fn collecting(stage: &mut Stage, phase: Phase) -> Result<Aim> {
 async fn result_sent(stage: &mut Stage, moment: Moment) -> Result<Aim> {
     let run = stage.run(Plan { steps: steps(&["bytes:3000", "until:{gate}", "bytes:77"]), ..Plan::default() })?;
     let mut aim = held(stage, run).await;
-    has_printed(&mut aim, 3_000).await?;
+    has_printed(stage, &mut aim, 3_000).await?;
     let job = aim.job.clone().expect("a named job");
     let link = stage.holder(&job).await?;
     // The farm does not have it, or has it and its word back is lost.

@@ -57,7 +57,7 @@ async fn nobody_notices_daemons_that_stand_still_for_less_than_a_lease() -> Resu
     let gate = stage.dir.join("gate");
     let trickle = format!("trickle:{}", gate.display());
     let (job, mut progress) = stage.submit(&steps(&["bytes:3000", &trickle, "bytes:50"])).await?;
-    progress.wait_for(|at| at.offset > 3_000).await?;
+    stage.follows(&job, &mut progress, |at| at.offset > 3_000).await?;
     for round in 0..4 {
         let daemon = if round % 2 == 0 { stage.farm.worker(0) } else { stage.farm.orchestrator() };
         freeze(daemon)?;
@@ -65,7 +65,7 @@ async fn nobody_notices_daemons_that_stand_still_for_less_than_a_lease() -> Resu
         pause(Duration::from_millis(900)).await;
         daemon.signal(Signal::SIGCONT);
         let at = progress.borrow().offset;
-        tokio::time::timeout(PATIENCE, progress.wait_for(|now| now.offset > at + 512)).await??;
+        stage.follows(&job, &mut progress, |now| now.offset > at + 512).await?;
     }
     std::fs::write(&gate, "")?;
     let view = stage.settle(&job).await?;
@@ -88,7 +88,7 @@ async fn the_command_of_a_worker_that_stands_still_too_long_dies_without_it_and_
         ..Default::default()
     })?;
     let (job, mut progress) = super::aim::named(&mut stage, &run).await;
-    tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset >= 3_000)).await??;
+    stage.follows(&job, &mut progress, |at| at.has(3_000)).await?;
     let first = stage.holder(&job).await?;
     stage.links[1 - first].heal();
     freeze(stage.farm.worker(first))?;
@@ -115,7 +115,7 @@ async fn a_worker_that_wakes_up_with_an_old_assignment_before_it_does_not_start_
     let gate = stage.dir.join("gate");
     let wait = format!("until:{}", gate.display());
     let (blocker, mut busy) = stage.submit(&steps(&["bytes:100", &wait])).await?;
-    tokio::time::timeout(PATIENCE, busy.wait_for(|at| at.offset == 100)).await??;
+    stage.follows(&blocker, &mut busy, |at| at.has(100)).await?;
     let other = 1 - stage.holder(&blocker).await?;
     freeze(stage.farm.worker(other))?;
     let (job, _) = stage.submit(&steps(&["bytes:1000"])).await?;
@@ -147,8 +147,8 @@ async fn an_orchestrator_that_stood_still_believes_no_silence_that_it_did_not_he
     let wait = format!("until:{}", gate.display());
     let (ends, one) = stage.submit(&steps(&["bytes:2000", &wait, "bytes:500"])).await?;
     let (stays, other) = stage.submit(&steps(&["bytes:2000", "stay:1", "bytes:500"])).await?;
-    for mut progress in [one, other] {
-        tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset >= 2_000)).await??;
+    for (job, mut progress) in [(&ends, one), (&stays, other)] {
+        stage.follows(job, &mut progress, |at| at.has(2_000)).await?;
     }
     // Output may be ahead of the report that the attempt was taken.
     for job in [&ends, &stays] {

@@ -166,7 +166,7 @@ async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_tw
         let flow = format!("trickle:{}", gate.display());
         let steps = ["bytes:2000".to_owned(), flow, "bytes:50".to_owned()];
         let (job, mut progress) = stage.submit(&steps).await?;
-        tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > 2_000)).await??;
+        stage.follows(&job, &mut progress, |at| at.offset > 2_000).await?;
         let link = stage.holder(&job).await?;
         let Some((seconds, cost, kind)) = dealt.get(number).copied() else {
             // Its worker takes what is tried again.

@@ -10,7 +10,7 @@ use alloy_tests::chaos::follow::raw;
 use alloy_tests::chaos::stage::{Client, Plan, Stage, is_what_was_printed};
 use alloy_tests::chaos::{Dice, pause};
 use alloy_tests::farm::{Provider, Setup, bin_dir, full, isolated};
-use alloy_tests::observe::{PATIENCE, until};
+use alloy_tests::observe::until;
 use alloy_tests::proxy::{Way, Which};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
@@ -70,8 +70,8 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
             jobs.push(stage.submit(&steps).await?);
         }
     }
-    for (_, progress) in &mut jobs {
-        tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > 3_000)).await??;
+    for (job, progress) in &mut jobs {
+        stage.follows(job, progress, |at| at.offset > 3_000).await?;
     }
     let raws: Vec<_> =
         jobs[..4].iter().map(|(job, _)| raw(stage.api(), job, 1, "raw", stage.recorder.clone())).collect();
@@ -87,8 +87,8 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
         stage.farm.start_orchestrator().await?;
         stage.all_online().await;
         for ((job, progress), before) in jobs.iter_mut().zip(before) {
-            let on = tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > before + 600)).await;
-            on.with_context(|| format!("round {round}: {job} does not go on"))??;
+            let on = stage.follows(job, progress, |at| at.offset > before + 600).await;
+            on.with_context(|| format!("round {round}: {job} does not go on"))?;
         }
         if round == restarts / 2 {
             attached.push(elsewhere.attach(&jobs[0].0, "late").await?);
@@ -124,7 +124,7 @@ async fn an_orchestrator_that_is_back_before_its_workers_waits_for_them() -> Res
     let gate = stage.dir.join("gate");
     let steps = ["bytes:3000".to_owned(), format!("trickle:{}", gate.display()), "bytes:70".to_owned()];
     let (job, mut progress) = stage.submit(&steps).await?;
-    tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > 3_000)).await??;
+    stage.follows(&job, &mut progress, |at| at.offset > 3_000).await?;
     let link = stage.holder(&job).await?;
     [Way::Up, Way::Down].into_iter().for_each(|way| stage.links[link].hold(way, Which::All));
     stage.farm.kill_orchestrator();
@@ -134,7 +134,7 @@ async fn an_orchestrator_that_is_back_before_its_workers_waits_for_them() -> Res
     let before = progress.borrow().offset;
     stage.links[link].break_all();
     stage.links[link].heal();
-    tokio::time::timeout(PATIENCE, progress.wait_for(|at| at.offset > before + 600)).await??;
+    stage.follows(&job, &mut progress, |at| at.offset > before + 600).await?;
     std::fs::write(&gate, "")?;
     let view = stage.settle(&job).await?;
     ensure!((&view["attempt"], &view["lost"]) == (&json!(1), &json!(0)), "it was given up too early: {view}");

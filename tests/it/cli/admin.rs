@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use alloy_tests::farm::output;
+use alloy_tests::observe::until;
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::{Alone, text, told};
 
@@ -104,5 +107,52 @@ async fn a_backup_to_a_disk_that_is_not_mounted_makes_no_directory_in_its_place(
     let out = admin(&alone, &["backup", &format!("{disk}/backups/one/")]).await?;
     ensure!(out.status.success(), told(&out));
     ensure!(fs::read_to_string(log_in(&format!("{disk}/backups/one"))?)? == "kept\n");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_farm_that_the_orchestrator_s_file_names_is_the_one_of_a_backup() -> Result<()> {
+    let (alone, lived_in) = (Alone::new()?, lived_in().await?);
+    let names = format!("listen = \"0.0.0.0:1\"\ndata_dir = \"{}\"\n", on(&lived_in, "data"));
+    let (usual, other) = (on(&alone, "config/alloy/orchestrator.toml"), on(&alone, "other.toml"));
+    let backup = |name: &str, more: &[&str]| {
+        let target = on(&alone, name);
+        let mut command = alone.alloy(&[&["admin", "backup", &target], more].concat());
+        command.env_remove("ALLOY_DATA_DIR").env("XDG_CONFIG_HOME", on(&alone, "config"));
+        (command, target)
+    };
+    refuses(backup("none", &[]).0, 1, &["there is no farm", "hint: "]).await?;
+    refuses(backup("none", &["--config", &other]).0, 2, &[&other]).await?;
+    fs::create_dir_all(on(&alone, "config/alloy"))?;
+    for (file, more) in [(&usual, &[][..]), (&other, &["--config", &other])] {
+        fs::write(file, &names)?;
+        let (command, target) = backup(&format!("of-{}", more.len()), more);
+        let out = output(command).await?;
+        ensure!(out.status.success(), told(&out));
+        ensure!(fs::read_to_string(log_in(&target)?)? == "kept\n");
+        if more.is_empty() {
+            let empty = on(&alone, "data");
+            refuses(backup("none", &["--data-dir", &empty]).0, 1, &["there is no farm", &empty]).await?;
+        }
+        fs::remove_file(file)?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_is_interrupted_leaves_nothing() -> Result<()> {
+    let alone = Alone::new()?;
+    // It takes connections and never says a word.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let database = format!("postgres://farm@{}/farm?sslmode=disable", silent.local_addr()?);
+    let backup = on(&alone, "backup");
+    let mut command = alone.alloy(&["admin", "backup", &backup, "--database-url", &database]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let part = format!("{backup}.partial");
+    until("it has begun", async || Ok(fs::exists(&part)?.then_some(()))).await;
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
+    let status = child.wait()?;
+    ensure!(status.code() == Some(130), "{status}");
+    ensure!(!fs::exists(&part)? && !fs::exists(&backup)?, "something is left");
     Ok(())
 }

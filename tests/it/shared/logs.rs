@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use alloy_shared::env::Ms;
 use alloy_shared::id::{AttemptRef, Digest, JobId};
 use alloy_tests::pg;
 use anyhow::Result;
 use bytes::Bytes;
-use orchestrator::blobs::Blobs;
+use orchestrator::blobs::{BlobKey, Blobs};
+use orchestrator::broken::Care;
 use orchestrator::logs::{Chunks, LogError, Logs};
 use orchestrator::store::sql::chunks::ChunkTable;
 use sqlx::PgPool;
@@ -15,8 +17,12 @@ const AT: AttemptRef = AttemptRef { job: JobId::from_raw(7), attempt: 1 };
 
 /// The logs of so many orchestrators that share a database and a place for objects.
 async fn orchestrators(count: usize) -> Result<(PgPool, Vec<Logs>)> {
+    orchestrators_on(Blobs::memory(), count).await
+}
+
+async fn orchestrators_on(blobs: Blobs, count: usize) -> Result<(PgPool, Vec<Logs>)> {
     let pool = PgPool::connect(&pg::database().await).await?;
-    let blobs = Arc::new(Blobs::memory());
+    let blobs = Arc::new(blobs);
     let logs = (0..count).map(|_| Logs::Chunks(Chunks::new(ChunkTable(pool.clone()), blobs.clone())));
     Ok((pool.clone(), logs.collect()))
 }
@@ -204,6 +210,24 @@ async fn rows_become_objects_while_the_log_is_written_and_read() -> Result<()> {
     compact(&logs[1]).compact().await?;
     assert_eq!(count(&pool, "log_chunks").await?, 0, "a finished log lies in objects");
     assert!(whole(&logs[0]).await? == all && whole(&logs[1]).await? == all);
+    Ok(())
+}
+
+#[tokio::test]
+async fn rot_in_an_object_of_a_log_is_told_and_not_shown() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let blobs = Blobs::open(dir.path().to_owned(), Ms(0), Care::default()).await?;
+    let (_, logs) = orchestrators_on(blobs, 2).await?;
+    logs[0].append(&AT, 0, bytes(300_000, 5)).await?;
+    logs[0].seal(&AT).await?;
+    compact(&logs[0]).compact_own().await?;
+    assert_eq!(whole(&logs[1]).await?.len(), 300_000);
+    let part = dir.path().join("objects").join(BlobKey::log(&AT, 0, 300_000).as_str());
+    let mut rotten = std::fs::read(&part)?;
+    rotten[200_000] ^= 1;
+    std::fs::write(&part, rotten)?;
+    let told = logs[1].read(&AT, 100_000, 1_000).await;
+    assert!(matches!(told, Err(LogError::Damaged { from: 0, to: 300_000 })), "{told:?}");
     Ok(())
 }
 

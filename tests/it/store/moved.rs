@@ -1,5 +1,6 @@
 //! T: every row of every table goes from one engine to the other, and follows what changes; no table is forgotten.
 
+use alloy_tests::observe::until;
 use alloy_tests::pg;
 use orchestrator::store::sql::tables::{Known, Tables, bring, copy_to_file};
 use orchestrator::store::sql::{CATALOGUE, SqlStore};
@@ -105,6 +106,44 @@ async fn rows_that_change_and_change_back_and_go_are_followed() {
     let mut shared = PgConnection::connect(&url).await.unwrap();
     let left: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM jobs").fetch_one(&mut shared).await.unwrap();
     assert_eq!(left, 0);
+}
+
+const IMPATIENT: &[&str] =
+    &["statement_timeout = '50ms'", "lock_timeout = '50ms'", "idle_in_transaction_session_timeout = '50ms'"];
+
+#[tokio::test]
+async fn a_server_that_is_impatient_by_itself_cuts_no_copy_short() {
+    let url = pg::database().await;
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    let name: String = sqlx::query_scalar("SELECT current_database()").fetch_one(&mut other).await.unwrap();
+    for setting in IMPATIENT {
+        other.execute(AssertSqlSafe(format!("ALTER DATABASE {name} SET {setting}"))).await.unwrap();
+    }
+    let mut tables = Tables::postgres(&url).await.unwrap();
+    tables.hold_still().await.unwrap();
+    let before = tables.tally(None).await.unwrap();
+    // It lives through what another one of this database is cut off for: idle in a transaction, then waiting.
+    let mut idle = PgConnection::connect(&url).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut idle).await.unwrap();
+    idle.execute("BEGIN").await.unwrap();
+    until("who is idle in a transaction is cut off", async || {
+        let there = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)";
+        let there: bool = sqlx::query_scalar(there).bind(pid).fetch_one(&mut other).await?;
+        Ok((!there).then_some(()))
+    })
+    .await;
+    let Tables::Postgres(conn) = &mut tables else { panic!("of a Postgres") };
+    let lock = "SELECT pg_advisory_lock(1)";
+    other.execute(lock).await.unwrap();
+    let asked = conn.execute(lock);
+    let lets_go = async {
+        let mut waits = PgConnection::connect(&url).await.unwrap();
+        waits.execute(lock).await.unwrap_err();
+        other.execute("SELECT pg_advisory_unlock(1)").await.unwrap();
+    };
+    let (locked, ()) = tokio::join!(asked, lets_go);
+    locked.unwrap();
+    assert_eq!(tables.tally(None).await.unwrap(), before);
 }
 
 #[tokio::test]

@@ -160,15 +160,17 @@ async fn an_object_leaves_the_trash_or_is_taken() {
         assert_eq!(put(store, take("a", 50)).await, Ok(0), "it left the trash");
         assert_eq!((put(store, take("b", 50)).await, put(store, take("b", 50)).await), (Ok(1), Ok(1)), "again");
         assert_eq!(put(store, blob("b", 3)).await, Err(Miss::Stale));
-        let burnt = tidy(Tidy::Burnt { object: "b".to_owned() });
-        put(store, burnt).await.unwrap();
+        let burnt = |at| tidy(Tidy::Burnt { object: "b".to_owned(), at: Ms(at) });
+        put(store, burnt(40)).await.unwrap();
         assert_eq!(store.trash(Ms(99), None, 9).await.unwrap(), []);
         assert_eq!(put(store, blob("b", 3)).await, Err(Miss::Stale), "its name is not used again");
         assert_eq!(store.trashed("b").await.unwrap().len(), 1);
         put(store, throw("b")).await.unwrap();
         assert_eq!(put(store, take("b", 50)).await, Ok(1), "somebody put it there again");
-        put(store, tidy(Tidy::Burnt { object: "b".to_owned() })).await.unwrap();
-        put(store, tidy(Tidy::Forget { before: Ms(11) })).await.unwrap();
+        put(store, burnt(40)).await.unwrap();
+        put(store, tidy(Tidy::Forget { before: Ms(40) })).await.unwrap();
+        assert_eq!(put(store, blob("b", 3)).await, Err(Miss::Stale), "it is not old because it lay there for long");
+        put(store, tidy(Tidy::Forget { before: Ms(41) })).await.unwrap();
         assert_eq!(store.trashed("b").await.unwrap(), []);
         assert_eq!(put(store, blob("b", 3)).await, Ok(0));
     })

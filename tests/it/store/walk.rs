@@ -152,7 +152,7 @@ fn any_tidy(dice: &mut Dice) -> Tidy {
         6 => Tidy::Prune { job: job_id(dice.below(JOBS)), ended_before, open_before, at },
         7 => Tidy::Trash { objects: (0..dice.below(4)).map(|_| object(dice)).collect(), at },
         8 => Tidy::TakeTrash { object: object(dice), before: dice.ms(), at },
-        9 => Tidy::Burnt { object: object(dice) },
+        9 => Tidy::Burnt { object: object(dice), at },
         10 => Tidy::Forget { before: dice.ms() },
         _ => Tidy::SetRetention(RetentionRow {
             org: org(dice.below(2)),

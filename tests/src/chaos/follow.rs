@@ -25,6 +25,13 @@ pub struct Progress {
     pub cuts: u64,
 }
 
+impl Progress {
+    /// Whether all but three bytes of so many are here: what may be half a character comes with the rest of it.
+    pub fn has(&self, bytes: u64) -> bool {
+        self.offset + 3 >= bytes
+    }
+}
+
 /// Follows a job's feed to its end in the background. Whatever does not join on is written down, for the check to find.
 pub fn feed(api: Api, job: &str, who: &str, recorder: Recorder) -> watch::Receiver<Progress> {
     let (told, heard) = watch::channel(Progress::default());

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use nix::sys::signal::Signal;
 use reqwest::Method;
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use super::Dice;
 use super::follow::{self, Progress};
-use super::watch::Watch;
+use super::watch::{Watch, running};
 use crate::farm::{Farm, Provider, Setup, bin_dir};
 use crate::history::{Recorder, Seen, check};
 use crate::noise;
@@ -338,6 +338,37 @@ impl Stage {
             });
         }
         Ok(view)
+    }
+
+    /// Waits until a follower of the job is there. Of one that does not come it is said how far everybody else is.
+    pub async fn follows(
+        &self,
+        job: &str,
+        progress: &mut watch::Receiver<Progress>,
+        is_there: impl FnMut(&Progress) -> bool,
+    ) -> Result<()> {
+        let there = tokio::time::timeout(PATIENCE, progress.wait_for(is_there)).await.map(|there| there.map(drop));
+        let at = progress.borrow().clone();
+        match there {
+            Ok(there) => there.context("the follower is gone"),
+            Err(_late) => bail!("a follower of {job} waits in vain: {}", self.how_far(job, &at).await),
+        }
+    }
+
+    async fn how_far(&self, job: &str, follower: &Progress) -> String {
+        let view = self.api().job(job).await;
+        let log = stored(&self.api(), job, follower.attempt.max(1)).await.map(|log| log.len());
+        let spools: Vec<_> = (0..self.links.len()).map(|number| self.spooled(number)).collect();
+        let vms = running(self.slots);
+        format!("{follower:?}; the farm has {log:?} bytes of {view:?}; workers have {spools:?}; running: {vms:?}")
+    }
+
+    /// The logs in a worker's spool, and how long they are.
+    fn spooled(&self, worker: usize) -> Vec<(PathBuf, u64)> {
+        let inside = |dir: PathBuf| fs::read_dir(dir).into_iter().flatten().flatten();
+        let attempts = inside(self.farm.worker_dir(worker).join("spool"));
+        let files = attempts.flat_map(|attempt| inside(attempt.path()));
+        files.map(|file| (file.path(), file.metadata().map_or(0, |about| about.len()))).collect()
     }
 
     /// Settles everything, reads the history and lets no violation pass. Dropping the farm finds what is left over.

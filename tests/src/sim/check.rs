@@ -490,7 +490,8 @@ impl Check {
         for at in attempts {
             self.logs.look_at_all(&at).unwrap_or_else(|why| self.fail("I5", why));
         }
-        self.logs.at_the_end().unwrap_or_else(|why| self.fail("end", why));
+        let reported = self.state().reported.clone();
+        self.logs.at_the_end(&reported).unwrap_or_else(|why| self.fail("end", why));
         let asked = self.state().asked;
         let jobs = self.counts().0;
         if jobs > asked {

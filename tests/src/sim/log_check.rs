@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use orchestrator::logs::{self, Logs};
 
-use super::plan::differs;
+use super::plan::{differs, log_bytes};
 
 pub struct LogCheck {
     pub stored: logs::Mem,
@@ -141,21 +141,24 @@ impl LogCheck {
     }
 
     /// Nothing more comes. I5: all that workers' disks had is here. I6: so is all that followers got, but for what the
-    /// orchestrator's disk lost before a sync and a power cut took from the worker's before it was sent again.
-    pub fn at_the_end(&self) -> Result<(), String> {
+    /// orchestrator's disk lost before a sync and a power cut took from the worker's before it was sent again. Zeros
+    /// at the end of a log that is not whole may be gone too: a daemon that starts takes them for a power cut's.
+    pub fn at_the_end(&self, whole: &BTreeSet<AttemptRef>) -> Result<(), String> {
+        let is_zeros = |at: &AttemptRef, bytes: &[u8]| !whole.contains(at) && bytes.iter().all(|byte| *byte == 0);
         let state = self.state();
         let stays = |at: &&AttemptRef| !state.gone.contains(at);
         for (at, spooled) in state.spooled.iter().filter(|(at, _)| stays(at)) {
             let stored = self.len(at);
-            if stored < *spooled {
+            if stored < *spooled && !is_zeros(at, &log_bytes(at, stored, *spooled)) {
                 return Err(format!("I5: {at}: its worker had {spooled} bytes of its log, {stored} are stored"));
             }
         }
         for (at, got) in state.ahead.iter().filter(|(at, _)| stays(at)) {
             let stored = self.read(at, 0);
-            let gone_here_and_there = state.torn.get(at).is_some_and(|left| *left <= stored.len() as u64);
-            let came = stored.starts_with(got) || gone_here_and_there && got.starts_with(&stored);
-            if !came {
+            let torn = state.torn.get(at).is_some_and(|left| *left <= stored.len() as u64);
+            let rest = got.strip_prefix(&*stored);
+            let gone_here_and_there = rest.is_some_and(|rest| torn || is_zeros(at, rest));
+            if !stored.starts_with(got) && !gone_here_and_there {
                 return Err(format!("I6: {at}: a follower got {} bytes, {} came to stay", got.len(), stored.len()));
             }
         }
@@ -190,7 +193,6 @@ mod tests {
     use alloy_shared::id::JobId;
     use alloy_shared::mem_disk::MemDisk;
 
-    use super::super::plan::log_bytes;
     use super::*;
 
     #[test]
@@ -235,25 +237,35 @@ mod tests {
     fn a_log_that_is_ahead_of_the_stored_one_must_come_unless_two_disks_lost_it() {
         let got = log_bytes(&at(), 0, 80);
         let check = with_log(80);
-        assert_eq!((check.followed(&at(), &got, true), check.at_the_end()), (Ok(()), Ok(())));
+        assert_eq!((check.followed(&at(), &got, true), check.at_the_end(&BTreeSet::new())), (Ok(()), Ok(())));
         assert!(check.followed(&at(), &got[..70], true).is_err() && check.followed(&at(), &got[..70], false).is_ok());
         let check = with_log(50);
         assert!(check.followed(&at(), &got, true).is_err() && check.followed(&at(), &got[1..], false).is_err());
-        assert!(check.followed(&at(), &got, false).is_ok() && check.at_the_end().is_err());
+        assert!(check.followed(&at(), &got, false).is_ok() && check.at_the_end(&BTreeSet::new()).is_err());
         let held = |len| BTreeMap::from([(at(), len)]);
         check.torn(&held(90), &held(60));
-        assert!(check.at_the_end().is_err(), "the worker still had ten bytes more than came");
+        assert!(check.at_the_end(&BTreeSet::new()).is_err(), "the worker still had ten bytes more than came");
         check.torn(&held(60), &held(50));
-        assert_eq!(check.at_the_end(), Ok(()));
+        assert_eq!(check.at_the_end(&BTreeSet::new()), Ok(()));
+    }
+
+    #[test]
+    fn zeros_that_an_attempt_without_an_end_wrote_last_may_go() {
+        let check = with_log(50);
+        let got = |last: [u8; 3]| [&log_bytes(&at(), 0, 50)[..], &last].concat();
+        assert_eq!((check.followed(&at(), &got([0; 3]), false), check.at_the_end(&BTreeSet::new())), (Ok(()), Ok(())));
+        assert!(check.followed(&at(), &got([0; 3]), true).is_err());
+        let check = with_log(50);
+        assert!(check.followed(&at(), &got([0, 0, 1]), false).is_ok() && check.at_the_end(&BTreeSet::new()).is_err());
     }
 
     #[test]
     fn what_a_worker_had_on_its_disk_comes_in_the_end() {
         let check = with_log(50);
         check.spooled(&BTreeMap::from([(at(), 50)]));
-        assert_eq!((check.look(&at()), check.at_the_end()), (Ok(()), Ok(())));
+        assert_eq!((check.look(&at()), check.at_the_end(&BTreeSet::new())), (Ok(()), Ok(())));
         check.spooled(&BTreeMap::from([(at(), 51)]));
-        assert!(check.at_the_end().is_err());
+        assert!(check.at_the_end(&BTreeSet::new()).is_err());
         check.produced(&at(), 49);
         assert!(check.look(&at()).is_err() && check.look_at_all(&at()).is_err());
     }

@@ -146,6 +146,7 @@ fn offer(worker: WorkerId, number: usize, slots: usize) -> Offer {
     let free = SlotView { state: SlotState::Warm, attempt: None, image: None };
     Offer {
         worker,
+        org: DEFAULT_ORG,
         name: format!("mini-{number}"),
         labels: Labels::default(),
         slots: vec![free; slots],

@@ -224,6 +224,7 @@ fn from(n: u8, worker: u8, epoch: u8) -> From {
 fn offer(w: u8) -> Offer {
     Offer {
         worker: worker_id(w),
+        org: DEFAULT_ORG,
         name: String::new(),
         labels: Labels::default(),
         slots: vec![SlotView { state: SlotState::Warm, attempt: None, image: None }],

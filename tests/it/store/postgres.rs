@@ -1,0 +1,53 @@
+//! T: what only a Postgres does: views, and news for other orchestrators.
+
+use alloy_shared::env::Ms;
+use alloy_shared::wire::job::{End, Reason};
+use alloy_tests::pg;
+use orchestrator::store::sql::SqlStore;
+use orchestrator::store::sql::shared::Changed;
+use orchestrator::store::write::InsertJob;
+use orchestrator::store::{Attempt, Guard, Write};
+use sqlx::{Connection, Executor, PgConnection};
+
+use super::given::{advance, assigned, attempt, done, insert, job_id, queued, worker_id};
+use super::put;
+
+#[tokio::test]
+async fn what_a_worker_says_keeps_no_view_from_being_read() {
+    let url = pg::database().await;
+    let store = SqlStore::open_postgres(&url).await.unwrap();
+    let mut end = End::because(Reason::WorkerLost, "a\0b");
+    end.warnings.push("\0".to_owned());
+    let given = assigned(&queued(job_id(1)), worker_id(1));
+    let facts = [("image".to_owned(), "\0".to_owned())].into();
+    let row = Attempt { end: Some(end.clone()), ended_at: Some(Ms(9)), facts, ..attempt(&given, worker_id(1)) };
+    let write = InsertJob { job: done(&given, end), key: None, attempt: Some(row), events: Vec::new() };
+    put(&store, Write::InsertJob(Box::new(write))).await.unwrap();
+    let mut conn = PgConnection::connect(&url).await.unwrap();
+    let text = "SELECT concat_ws(' ', ending ->> 'message', ending ->> 'warnings', facts ->> 'image') FROM alloy_views.attempts";
+    let said: String = sqlx::query_scalar(text).fetch_one(&mut conn).await.unwrap();
+    assert_eq!(said, "a\u{fffd}b [\"\u{fffd}\"] \u{fffd}");
+}
+
+#[tokio::test]
+async fn a_copied_database_tells_no_old_news() {
+    let url = pg::database().await;
+    let other = SqlStore::open_shared(&url, "other".to_owned()).await.unwrap();
+    let mine = SqlStore::open_shared(&url, "mine".to_owned()).await.unwrap();
+    let shared = mine.shared().unwrap();
+    let from = Changed { at: shared.horizon().await.unwrap(), ..Changed::default() };
+    let news = async || shared.changed(&from, 9).await.unwrap().0.len();
+    let job = queued(job_id(1));
+    put(&other, insert(job.clone(), None)).await.unwrap();
+    assert_eq!(news().await, 1);
+
+    // The rows as they were, in a database that counts its transactions from the beginning.
+    let mut conn = PgConnection::connect(&url).await.unwrap();
+    conn.execute("ALTER TABLE jobs DISABLE TRIGGER USER").await.unwrap();
+    conn.execute("UPDATE jobs SET changed = '9223372036854775807'").await.unwrap();
+    conn.execute("ALTER TABLE jobs ENABLE TRIGGER USER").await.unwrap();
+    assert_eq!(news().await, 0, "it would be read at each look");
+    let next = assigned(&job, worker_id(1));
+    put(&other, advance(&next, Guard::Version, Some(attempt(&next, worker_id(1))))).await.unwrap();
+    assert_eq!(news().await, 1, "what happens here is news");
+}
