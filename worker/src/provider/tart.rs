@@ -121,7 +121,7 @@ impl TartHost {
     pub async fn open(setup: Setup) -> Result<Self, VmError> {
         let Settings { program, home, guest_user, guest_password, .. } = setup.settings.clone();
         let unfinished = Unfinished::open(&home, setup.env.now().mono);
-        let tart = Tart { program, home, gate: Arc::default() };
+        let tart = Tart::new(program, home);
         let out = tart
             .must(&["--version"], QUICK)
             .await?
@@ -318,6 +318,8 @@ impl VmProvider for TartHost {
             machine.end().await;
             self.live().remove(vm);
         }
+        // A clone that was given up may still bring the VM into being.
+        self.tart.settled().await;
         self.delete(vm).await?;
         if ours(&self.listed().await?).contains(vm) {
             return Err(VmError::farm(VmFault::Destroy, format!("{vm} was deleted and is still listed")));

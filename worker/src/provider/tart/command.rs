@@ -1,7 +1,8 @@
 //! S: one run of the `tart` program: its argument list, its environment, its deadline, the last of what it said.
 
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::{RwLock, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::says::{Ended, Trouble, judge, tail};
 use crate::provider::{VmError, VmFault};
@@ -38,12 +40,25 @@ pub(super) struct Tart {
     pub(super) home: PathBuf,
     /// Whoever has it for writing runs alone: every command but a pull and a clone throws unfinished downloads away.
     pub(super) gate: Arc<RwLock<()>>,
+    /// What nobody waits for any more is killed, and may still finish what it was at.
+    ending: TaskTracker,
 }
 
 /// Hears each line of a command's standard output.
 pub(super) type Said = Arc<dyn Fn(&str) + Send + Sync>;
 
 impl Tart {
+    pub(super) fn new(program: PathBuf, home: PathBuf) -> Self {
+        let ending = TaskTracker::new();
+        ending.close();
+        Self { program, home, gate: Arc::default(), ending }
+    }
+
+    /// Waits until every command that nobody waited for has ended.
+    pub(super) async fn settled(&self) {
+        self.ending.wait().await;
+    }
+
     /// Runs a command to its end, or to its deadline: then it is killed, and that is an error of its own.
     pub(super) async fn run(&self, args: &[&str], deadline: Duration) -> Result<Ended, VmError> {
         let _alone = if args.first() == Some(&"clone") { None } else { Some(self.gate.read().await) };
@@ -77,18 +92,19 @@ impl Tart {
         let mut readers = JoinSet::new();
         readers.spawn(out.clone().read(child.stdout.take(), beat.clone(), said));
         readers.spawn(err.clone().read(child.stderr.take(), beat, None));
+        let mut running = Running { child: Some(child), ending: self.ending.clone() };
         let status = loop {
             tokio::select! {
                 biased;
-                status = child.wait() => break status,
+                status = running.wait() => break status,
                 // Closed streams: only its end is left to wait for.
                 more = beats.changed(), if talks => talks = more.is_ok(),
                 () = stop.cancelled() => {
-                    end(child, polite).await;
+                    running.end(polite).await;
                     return Err(VmError::farm(VmFault::Start, format!("tart {what} was broken off: nobody waits for it")));
                 }
                 () = tokio::time::sleep(silence) => {
-                    end(child, polite).await;
+                    running.end(polite).await;
                     return Err(VmError::farm(VmFault::Start, format!("tart {what} did not end in time and was killed")));
                 }
             }
@@ -131,12 +147,39 @@ pub(super) fn environment(home: &Path) -> [(String, String); 3] {
     ]
 }
 
-async fn end(mut child: Child, polite: Signal) {
-    if let Some(pid) = child.id() {
-        let _gone = kill(Pid::from_raw(pid as i32), polite);
+/// A command that runs. Dropping it kills it.
+struct Running {
+    child: Option<Child>,
+    ending: TaskTracker,
+}
+
+impl Running {
+    async fn wait(&mut self) -> io::Result<ExitStatus> {
+        match &mut self.child {
+            Some(child) => child.wait().await,
+            None => std::future::pending().await,
+        }
     }
-    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
-        let _gone = child.kill().await;
+
+    async fn end(&mut self, polite: Signal) {
+        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
+            let _gone = kill(Pid::from_raw(pid as i32), polite);
+        }
+        if tokio::time::timeout(GRACE, self.wait()).await.is_err()
+            && let Some(child) = &mut self.child
+        {
+            let _gone = child.kill().await;
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take()
+            && child.id().is_some()
+        {
+            self.ending.spawn(async move { child.kill().await });
+        }
     }
 }
 
@@ -180,5 +223,34 @@ impl Kept {
 
     fn text(&self) -> String {
         String::from_utf8_lossy(&self.0.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_command_that_nobody_waits_for_is_gone_once_all_is_settled() {
+        let dir = tempfile::tempdir().unwrap();
+        let tart = Tart::new(PathBuf::from("sh"), dir.path().to_owned());
+        let said = dir.path().join("pid");
+        let script = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 600", said.display());
+        let pid = {
+            let args = ["-c", &script];
+            let mut run = std::pin::pin!(tart.run(&args, QUICK));
+            loop {
+                tokio::select! {
+                    ended = &mut run => panic!("it ended: {ended:?}"),
+                    () = tokio::task::yield_now() => {}
+                }
+                if let Ok(text) = std::fs::read_to_string(&said) {
+                    break Pid::from_raw(text.trim().parse().unwrap());
+                }
+            }
+        };
+        tart.settled().await;
+        assert_eq!(kill(pid, None), Err(nix::errno::Errno::ESRCH));
+        tart.settled().await;
     }
 }
