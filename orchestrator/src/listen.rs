@@ -263,8 +263,8 @@ mod tests {
         let within = Duration::from_millis(20);
         for (said, is_left) in [("", true), ("PRI * HTTP/2.0\r\n", true), ("P", true), ("PO", false), ("G", false)] {
             let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            let mut stuck = Stuck::new(listener.accept().await.unwrap().0, within);
             peer.write_all(said.as_bytes()).await.unwrap();
+            let mut stuck = Stuck::new(listener.accept().await.unwrap().0, within);
             let mut got = vec![0; said.len()];
             stuck.read_exact(&mut got).await.unwrap();
             match timeout(10 * within, stuck.read(&mut [0; 100])).await {
@@ -273,8 +273,8 @@ mod tests {
             }
         }
         let mut peer = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let mut stuck = Stuck::new(listener.accept().await.unwrap().0, within);
         peer.write_all(PREFACE).await.unwrap();
+        let mut stuck = Stuck::new(listener.accept().await.unwrap().0, within);
         stuck.read_exact(&mut [0; 24]).await.unwrap();
         assert!(timeout(10 * within, stuck.read(&mut [0; 100])).await.is_err(), "its pings see to the rest");
     }

@@ -151,12 +151,21 @@ async fn look(app: Arc<App>, shared: Shared, mut since: String) {
         if silent >= SILENT_LOOKS {
             silent = 0;
             if let Some(listening) = &mut ear
-                && !listening.listens().await
+                && !answers(&app, listening).await
             {
                 warn!("the connection for notes is gone without a word: another one is opened");
                 ear = None;
             }
         }
+    }
+}
+
+/// Whether the connection for notes answers before the next look is due.
+async fn answers(app: &App, ear: &mut Ear) -> bool {
+    tokio::select! {
+        biased;
+        there = ear.listens() => there,
+        () = app.env.sleep_until(app.env.now().mono + app.limits.poll_floor_ms) => false,
     }
 }
 

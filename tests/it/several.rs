@@ -69,6 +69,32 @@ async fn a_job_goes_on_although_its_orchestrator_died_before_the_others_heard_of
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_result_is_taken_by_an_orchestrator_that_did_not_hear_of_the_reports_before_it() -> Result<()> {
+    let mut farm = Several::start(2, 1, 1, 1).await?;
+    let mut owner = usize::from(!farm.said(0).contains(" connected"));
+    let mut in_the_middle = 0;
+    for _ in 0..2 {
+        let (has_it, other) = (farm.api_of(owner), farm.api_of(1 - owner));
+        let shell = "mkdir build; for n in $(seq 400); do echo $n >build/$n; done; sleep 2";
+        let id = has_it.submit(json!({ "shell": shell, "artifacts": ["build/*"] })).await?;
+        until("it has told of an artifact", async || {
+            let list = has_it.get(&format!("/v1/jobs/{id}/artifacts")).await?;
+            Ok(list["artifacts"].as_array().is_some_and(|list| !list.is_empty()).then_some(()))
+        })
+        .await;
+        farm.kill_orchestrator(owner);
+        in_the_middle += u32::from(!is_terminal(&other.job(&id).await?));
+        let job = other.end(&id).await;
+        ensure!(job["state"] == "succeeded" && job["attempt"] == 1, "{job}");
+        farm.start_orchestrator(owner).await?;
+        farm.all_connected().await;
+        owner = 1 - owner;
+    }
+    ensure!(in_the_middle > 0, "every job had ended before its orchestrator died");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn alloy_up_on_a_second_machine_says_whose_token_it_lacks_and_goes_on_with_it() -> Result<()> {
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
     let mut variables = s3.env("farm");

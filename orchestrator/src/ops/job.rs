@@ -250,15 +250,17 @@ pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled 
         let (event, news) = (event.clone(), Box::new(news.clone()));
         match app.desk.ask(|ticket| Request::Report { ticket, from, seq, event, news }).await {
             Answer::Job(_) | Answer::Applied => return Settled::Applied,
-            Answer::Gap { have } => return Settled::Gap { have },
-            Answer::Refused(_) | Answer::NotLive => match in_the_books(app, from, seq).await {
-                Ok(Some(settled)) => return settled,
-                Ok(None) => {}
-                Err(error) => {
-                    warn!(attempt = %from.at, %error, "cannot read the attempt");
-                    return Settled::Failed;
+            Answer::Gap { have } if app.shared.is_none() => return Settled::Gap { have },
+            answer @ (Answer::Gap { .. } | Answer::Refused(_) | Answer::NotLive) => {
+                match in_the_books(app, from, seq, &answer).await {
+                    Ok(Some(settled)) => return settled,
+                    Ok(None) => {}
+                    Err(error) => {
+                        warn!(attempt = %from.at, %error, "cannot read the attempt");
+                        return Settled::Failed;
+                    }
                 }
-            },
+            }
             // The picture was not true and has been loaded again: decide once more.
             Answer::Stale => {}
             Answer::Failed(error) => {
@@ -276,17 +278,21 @@ pub async fn settle(app: &App, from: From, seq: u64, report: Report) -> Settled 
     Settled::Failed
 }
 
-/// The job moved on. A report that the books already hold is acknowledged again, any other is fenced. `None`: another orchestrator
-/// gave it out, and the desk is told now.
-async fn in_the_books(app: &App, from: From, seq: u64) -> Result<Option<Settled>, StoreError> {
-    match app.store.attempt(&Scope::farm(), &from.at).await? {
-        Some(attempt) if attempt.worker == from.worker && attempt.seq >= seq => Ok(Some(Settled::Applied)),
-        Some(attempt) if attempt.worker == from.worker && attempt.ended_at.is_none() && app.shared.is_some() => {
+/// What the books say where the desk did not follow. A report that they already hold is acknowledged again; one that comes too
+/// early waits for those before it; any other is fenced. `None`: another orchestrator gave the job out, or wrote what the worker
+/// said last, and the desk is told now.
+async fn in_the_books(app: &App, from: From, seq: u64, answer: &Answer) -> Result<Option<Settled>, StoreError> {
+    let attempt = app.store.attempt(&Scope::farm(), &from.at).await?.filter(|attempt| attempt.worker == from.worker);
+    Ok(match (attempt, answer) {
+        (Some(attempt), _) if attempt.seq >= seq => Some(Settled::Applied),
+        (Some(attempt), _) if attempt.ended_at.is_some() => Some(Settled::Fenced),
+        (Some(attempt), Answer::Gap { have }) if attempt.seq <= *have => Some(Settled::Gap { have: attempt.seq }),
+        (Some(_), _) if app.shared.is_some() => {
             tell_the_desk(app, from.at.job).await?;
-            Ok(None)
+            None
         }
-        Some(_) | None => Ok(Some(Settled::Fenced)),
-    }
+        (Some(_) | None, _) => Some(Settled::Fenced),
+    })
 }
 
 async fn check_report(app: &App, from: From, report: Report) -> Result<(Event, News), Settled> {

@@ -478,7 +478,7 @@ impl Core {
                 out.extend(track.fence().then_some(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } })));
             }
             Settled::Gap { have } => {
-                track.goes_back(have + 1);
+                track.goes_back(seq);
                 let log_len = track.log_len;
                 out.push(Effect::Send(ToWorker::Missing { attempt, seq: have, log_len, artifacts: Vec::new() }));
             }

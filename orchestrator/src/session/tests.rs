@@ -259,6 +259,21 @@ fn nothing_behind_a_report_that_is_missing_is_decided_before_it_has_come_again()
 }
 
 #[test]
+fn a_worker_that_has_nothing_before_what_it_sends_again_is_answered_again() {
+    let (mut core, _) = open(vec![], vec![]);
+    let gap = || Input::Settled { attempt: attempt(10), seq: 8, result: Settled::Gap { have: 5 } };
+    for round in 1..4 {
+        let effects = core.handle(report(10, 8, Report::Accepted), at(round));
+        assert!(matches!(effects.as_slice(), [Effect::Settle { seq: 8, .. }]), "round {round}: {effects:?}");
+        core.handle(report(10, 9, result()), at(round));
+        let effects = core.handle(gap(), at(round));
+        assert!(matches!(effects.as_slice(), [Effect::Send(ToWorker::Missing { seq: 5, .. })]), "{effects:?}");
+        // It was under way.
+        assert_eq!(core.handle(report(10, 10, result()), at(round)), []);
+    }
+}
+
+#[test]
 fn what_is_fenced_is_told_so_once_and_the_rest_of_its_log_is_asked_for() {
     let pending = || vec![held(10, HeldState::ResultPending)];
     let (mut core, effects) = open(pending(), vec![job(10, 1, running())]);

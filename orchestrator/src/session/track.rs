@@ -16,9 +16,9 @@ pub(super) struct Track {
     /// Reports that wait for the one that is being settled.
     pub(super) waiting: VecDeque<(u64, Report)>,
     pub(super) settling: Option<Settling>,
-    /// The report that was said to be missing. Nothing after it is decided before it has come again: that would say that it
-    /// need not.
-    wanted: Option<u64>,
+    /// The last report that came while its worker is told to go back. The next one that is decided is one that came before:
+    /// deciding a later one would say that those before it need not come again.
+    seen: Option<u64>,
     /// The assignment was sent when this heartbeat was the newest acknowledged one.
     pub(super) assigned_after: Option<u64>,
     /// Its result is durable.
@@ -36,7 +36,7 @@ impl Track {
             log_len: 0,
             waiting: VecDeque::new(),
             settling: None,
-            wanted: None,
+            seen: None,
             assigned_after: None,
             finished: false,
             continued: false,
@@ -45,19 +45,16 @@ impl Track {
         }
     }
 
-    /// Its worker is told to send this report again, and those after it.
-    pub(super) fn goes_back(&mut self, to: u64) {
-        self.waiting.clear();
-        self.wanted = Some(to);
+    /// Its worker is told to go back: this report, and those that wait for it, cannot be decided yet.
+    pub(super) fn goes_back(&mut self, seq: u64) {
+        self.seen = self.waiting.drain(..).map(|(seq, _)| seq).chain([seq]).max();
     }
 
-    /// Whether this report comes before one that is to come again, and will then come once more itself.
+    /// Whether this report was under way when the worker was told to go back, and will come once more after those before it.
     pub(super) fn passes_over(&mut self, seq: u64) -> bool {
-        let early = self.wanted.is_some_and(|wanted| seq > wanted);
-        if !early {
-            self.wanted = None;
-        }
-        early
+        let new = self.seen.is_some_and(|seen| seq > seen);
+        self.seen = new.then_some(seq);
+        new
     }
 
     /// True the first time: a second fence means that its log is not taken either. Once heard as lost, the rest is asked for.

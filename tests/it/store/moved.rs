@@ -109,7 +109,7 @@ async fn rows_that_change_and_change_back_and_go_are_followed() {
 }
 
 const IMPATIENT: &[&str] =
-    &["statement_timeout = '50ms'", "lock_timeout = '50ms'", "idle_in_transaction_session_timeout = '50ms'"];
+    &["statement_timeout = '500ms'", "lock_timeout = '500ms'", "idle_in_transaction_session_timeout = '500ms'"];
 
 #[tokio::test]
 async fn a_server_that_is_impatient_by_itself_cuts_no_copy_short() {

@@ -54,9 +54,9 @@ impl Tart {
         Self { program, home, gate: Arc::default(), ending }
     }
 
-    /// Waits until every command that nobody waited for has ended.
+    /// Waits until every command that nobody waited for has ended, but not for one that cannot be killed.
     pub(super) async fn settled(&self) {
-        self.ending.wait().await;
+        let _stuck = tokio::time::timeout(GRACE, self.ending.wait()).await;
     }
 
     /// Runs a command to its end, or to its deadline: then it is killed, and that is an error of its own.
