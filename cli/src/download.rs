@@ -44,6 +44,8 @@ pub(crate) struct Report {
     /// By path; what concerns no single artifact stands under the empty one.
     pub(crate) failed: BTreeMap<String, Failure>,
     pub(crate) dir: Option<PathBuf>,
+    /// Nobody answered for as long as anybody is waited for. What comes later waits no more.
+    away: Option<Failure>,
 }
 
 pub(crate) struct Downloader {
@@ -85,6 +87,10 @@ impl Downloader {
                 if known.get(&artifact.path) == Some(&artifact) {
                     continue;
                 }
+                if let Some(failure) = &report.away {
+                    report.failed.insert(artifact.path, failure.clone());
+                    continue;
+                }
                 known.insert(artifact.path.clone(), artifact.clone());
                 match out.clone().map_or_else(|| self.open(), Ok) {
                     Ok(dir) => {
@@ -109,6 +115,7 @@ impl Downloader {
                     Some(News::All(listed)) => {
                         report.note_all(&mut known, &mut running).await;
                         report.remove_all_but(&listed);
+                        report.away = None;
                         queue.extend(listed);
                         knows_all = true;
                     }
@@ -191,6 +198,9 @@ impl Report {
                 self.failed.insert(path, Failure::error(error.to_string()));
             }
             Err(Trouble::Farm(failure)) => {
+                if failure.farm_is_away() {
+                    self.away = Some(failure.clone());
+                }
                 self.failed.insert(path, failure);
             }
         }
@@ -279,7 +289,7 @@ impl Downloads {
     }
 
     async fn rest(&mut self, farm: &Farm, job: &JobView) -> Report {
-        let list = farm.client.artifacts(job.id).await.map_err(|error| Failure::of(error, &farm.url));
+        let list = farm.client.artifacts_in_the_end(job.id).await.map_err(|error| Failure::of(error, &farm.url));
         let (news, failure) = match list {
             Ok(list) => (News::All(list.artifacts), None),
             Err(failure) => (News::NoMore, Some(failure)),
@@ -297,16 +307,44 @@ impl Downloads {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use alloy_shared::client::Options;
+    use alloy_shared::env::{Env, Mono, Ms, Now};
     use alloy_shared::id::Digest;
     use alloy_shared::runtime::SystemEnv;
+    use async_trait::async_trait;
+    use futures_util::future::BoxFuture;
 
     use super::*;
 
     /// For artifacts that are links: they come without a word of the farm.
-    fn nowhere() -> Client {
+    fn nowhere(env: Arc<dyn Env>) -> Client {
         let options = Options { url: "http://127.0.0.1:9".into(), token: None, agent: "test".into() };
-        Client::new(options, Arc::new(SystemEnv::detached())).unwrap()
+        Client::new(options, env).unwrap()
+    }
+
+    /// Pauses pass at once; deadlines never come.
+    #[derive(Default)]
+    struct Hasty(AtomicU64);
+
+    #[async_trait]
+    impl Env for Hasty {
+        fn now(&self) -> Now {
+            Now { wall: Ms(0), mono: Mono(self.0.load(Ordering::Relaxed)) }
+        }
+        async fn sleep_until(&self, at: Mono) {
+            if at.since(self.now().mono) > 4_000 {
+                std::future::pending::<()>().await;
+            }
+            self.0.fetch_max(at.0, Ordering::Relaxed);
+        }
+        fn spawn(&self, _: &'static str, task: BoxFuture<'static, ()>) {
+            SystemEnv::detached().spawn("task", task);
+        }
+        fn dice(&self) -> u64 {
+            4_000_007
+        }
     }
 
     fn view(path: &str) -> ArtifactView {
@@ -338,7 +376,7 @@ mod tests {
         for (left, last) in [("report", "report/index.html"), ("report/a/index.html", "report")] {
             let dir = tempfile::tempdir().unwrap();
             let downloader = Downloader {
-                client: nowhere(),
+                client: nowhere(Arc::new(SystemEnv::detached())),
                 job: JobId::from_raw(1),
                 target: Target::Dir(dir.path().to_owned()),
                 talk: Talk::new(Arc::new(SystemEnv::detached()), false, true),
@@ -353,6 +391,24 @@ mod tests {
             assert_eq!(report.saved.keys().collect::<Vec<_>>(), [last]);
             assert!(dir.path().join(last).is_symlink(), "{last}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_farm_that_is_away_is_waited_for_once_and_not_for_each_file() {
+        let (dir, env) = (tempfile::tempdir().unwrap(), Arc::new(Hasty::default()));
+        let downloader = Downloader {
+            client: nowhere(env.clone()),
+            job: JobId::from_raw(1),
+            target: Target::Dir(dir.path().to_owned()),
+            talk: Talk::new(env.clone(), false, true),
+        };
+        let (tx, rx) = mpsc::channel(1);
+        tx.send(News::All((0..40).map(|n| view(&format!("{n}"))).collect())).await.unwrap();
+        let report = downloader.run(rx).await;
+        assert_eq!((report.saved.len(), report.failed.len()), (0, 40));
+        assert!(report.failed.values().all(Failure::farm_is_away));
+        let waited = env.now().mono.since(Mono(0));
+        assert!((590_000..660_000).contains(&waited), "{waited}");
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Call {
     pub(super) fn may_repeat(&self, failure: &Failure) -> bool {
         match failure.kind {
             Kind::Connect | Kind::Busy => true,
-            Kind::Cut | Kind::Wrong => self.repeat,
+            Kind::Cut | Kind::Silent | Kind::Wrong => self.repeat,
             Kind::Final => false,
         }
     }
@@ -155,6 +155,8 @@ pub(super) enum Kind {
     Busy,
     /// It broke on the way, here or there: it may have been done.
     Cut,
+    /// Nothing more came for long: it may have nothing to say.
+    Silent,
     /// Bytes arrived that do not fit. One more try, then it is an error.
     Wrong,
     /// The same request would fail again.
@@ -209,7 +211,9 @@ impl Lost {
         self.tries += 1;
         let (budget_ms, tries) = match (budget, failure.kind) {
             (Budget::Quick, Kind::Connect) => (CONNECT_BUDGET_MS, CONNECT_TRIES),
-            (Budget::Quick, Kind::Busy | Kind::Cut | Kind::Wrong | Kind::Final) => (QUICK_BUDGET_MS, QUICK_TRIES),
+            (Budget::Quick, Kind::Busy | Kind::Cut | Kind::Silent | Kind::Wrong | Kind::Final) => {
+                (QUICK_BUDGET_MS, QUICK_TRIES)
+            }
             (Budget::Stream, _) => (STREAM_BUDGET_MS, u32::MAX),
         };
         let twice_wrong = failure.kind == Kind::Wrong && std::mem::replace(&mut self.wrong, true);
@@ -292,7 +296,10 @@ impl Client {
         match within(&*self.env, IDLE_MS, response.chunk()).await {
             Some(Ok(piece)) => Ok(piece),
             Some(Err(error)) => Err(self.cut(root_cause(&error))),
-            None => Err(self.cut(format!("nothing was heard for {} s", IDLE_MS / 1000))),
+            None => {
+                let why = format!("nothing was heard for {} s", IDLE_MS / 1000);
+                Err(Failure::new(Kind::Silent, unreachable(&self.base, why)))
+            }
         }
     }
 
@@ -329,7 +336,7 @@ impl Client {
                 break;
             }
         }
-        Err(refusal(&response, &body))
+        Err(refusal(&self.base, &response, &body))
     }
 
     pub(super) async fn collect(&self, response: &mut Response, max: usize) -> Result<Bytes, Failure> {
@@ -425,7 +432,7 @@ pub(super) fn root_cause(error: &reqwest::Error) -> String {
 }
 
 /// Judges an answer that is no success.
-fn refusal(response: &Response, body: &[u8]) -> Failure {
+fn refusal(base: &str, response: &Response, body: &[u8]) -> Failure {
     let status = response.status();
     let seconds = |value: &HeaderValue| value.to_str().ok()?.trim().parse::<u64>().ok();
     let header = response.headers().get(RETRY_AFTER).and_then(seconds);
@@ -441,13 +448,13 @@ fn refusal(response: &Response, body: &[u8]) -> Failure {
             let after = problem.retry_after_s;
             (ClientError::Problem(problem), after)
         }
-        Err(_) => (foreign(response, status, body), header),
+        Err(_) => (foreign(base, response, status, body), header),
     };
     Failure { error, kind, status: Some(status.as_u16()), retry_after_ms: after.map(|s| s.saturating_mul(1000)) }
 }
 
 /// What to say about an error that is no problem document of this version.
-fn foreign(response: &Response, status: StatusCode, body: &[u8]) -> ClientError {
+fn foreign(base: &str, response: &Response, status: StatusCode, body: &[u8]) -> ClientError {
     #[derive(serde::Deserialize)]
     struct Newer {
         message: String,
@@ -464,12 +471,14 @@ fn foreign(response: &Response, status: StatusCode, body: &[u8]) -> ClientError 
         return ClientError::protocol(format!("{path} at {host} is redirected ({status}) to {to}; use that address"));
     }
     let html = body.trim_ascii_start().starts_with(b"<");
-    ClientError::protocol(match std::str::from_utf8(body) {
+    let why = match std::str::from_utf8(body) {
         Ok(text) if !html && !text.trim().is_empty() => {
             format!("{path} at {host} is answered {status}: {}", printable(text.trim()))
         }
         Ok(_) | Err(_) => {
             format!("{path} at {host} is answered {status} by something that is not a farm; a proxy in between?")
         }
-    })
+    };
+    // What a proxy says for a farm that is away.
+    if matches!(status.as_u16(), 502..=504) { unreachable(base, why) } else { ClientError::protocol(why) }
 }

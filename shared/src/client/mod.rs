@@ -257,6 +257,11 @@ impl Client {
         self.ask(Call::get(path::job_artifacts(id))).await
     }
 
+    /// The same for who has just heard the farm: it is waited for as long as the job's output was.
+    pub async fn artifacts_in_the_end(&self, id: JobId) -> Result<ArtifactList, ClientError> {
+        self.ask(Call::get(path::job_artifacts(id)).patient()).await
+    }
+
     /// Makes an invitation. Sent again only if it surely never arrived: an invitation nobody sees must not exist.
     pub async fn invite(&self, request: &InviteRequest) -> Result<Invite, ClientError> {
         self.ask(Call::post(path::WORKER_INVITES).json(request).once()).await

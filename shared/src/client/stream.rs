@@ -7,7 +7,7 @@ use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE};
 use reqwest::{Response, StatusCode};
 use tokio::sync::mpsc;
 
-use super::call::{Budget, Call, Failure, Lost};
+use super::call::{Budget, Call, Failure, Kind, Lost};
 use super::link::Linked;
 use super::{Client, ClientError};
 use crate::id::{AttemptRef, Digest, JobId};
@@ -95,7 +95,11 @@ impl Client {
             loop {
                 match client.log_once(id, &mut at, &mut lost, &tx).await {
                     Ok(()) if !at.follow => return Ok(()),
-                    Ok(()) => client.after_log(id, &mut at).await?,
+                    Ok(()) => client.after_log(id, &mut at, &mut lost).await?,
+                    // It says nothing while the job does not.
+                    Err(failure) if at.follow && failure.kind == Kind::Silent => {
+                        client.after_log(id, &mut at, &mut lost).await?;
+                    }
                     Err(failure) => lost.pause(&*client.env, failure, Budget::Stream).await?,
                 }
             }
@@ -242,9 +246,10 @@ impl Client {
         self.copy(&mut response, start, &mut at.offset, lost, tx).await
     }
 
-    /// After a followed log's orderly end: the attempt has ended, or only the farm's patience.
-    async fn after_log(&self, id: JobId, at: &mut LogQuery) -> Result<(), ClientError> {
+    /// Where a followed log goes no further: the attempt has ended, or only somebody's patience.
+    async fn after_log(&self, id: JobId, at: &mut LogQuery, lost: &mut Lost) -> Result<(), ClientError> {
         let job = self.ask::<JobView>(Call::get(path::job(id)).patient()).await?;
+        lost.forget();
         let requeued = job.state == StateWord::Queued && job.attempt > 0;
         if job.state.is_terminal() || requeued || at.attempt.is_some_and(|attempt| attempt < job.attempt) {
             // One last read, begun after the end was known, misses nothing.

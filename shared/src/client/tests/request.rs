@@ -124,7 +124,8 @@ async fn answers_that_are_not_a_farms_are_named_and_hold_no_token() {
         let bench = Bench::new();
         let server = Server::start(move |_: &Heard| answer.clone()).await;
         let error = bench.client(&server.url).info().await.unwrap_err();
-        assert!(matches!(error, ClientError::Protocol { .. }) && error.to_string().contains(expect), "{error}");
+        assert_eq!(matches!(error, ClientError::Unreachable { .. }), expect.contains("502"), "{error}");
+        assert!(error.problem().is_none() && error.to_string().contains(expect), "{error}");
         assert!(!format!("{error}{error:?}").contains(TOKEN), "{error}");
         assert_eq!(server.heard().len(), tries, "{error}");
     }

@@ -257,6 +257,29 @@ async fn a_log_of_another_attempt_or_with_a_gap_is_an_error() {
     }
 }
 
+#[tokio::test]
+async fn a_job_that_says_nothing_for_long_is_followed_until_it_does() {
+    let bench = Bench::new();
+    let mut silences = 0;
+    let server = Server::start(move |heard: &Heard| {
+        if !heard.line.contains("/log") {
+            return Reply::Close(json(&view(if silences < 60 { StateWord::Running } else { StateWord::Succeeded })));
+        }
+        silences += 1;
+        let headers = [("alloy-attempt", "1"), ("alloy-offset", "0")];
+        let bytes = if silences < 60 { &b""[..] } else { b"done" };
+        match heard.query("follow") {
+            Some(_) => Reply::Hold(chunked(200, &headers, bytes, false)),
+            None => Reply::Close(chunked(200, &[("alloy-attempt", "1"), ("alloy-offset", "4")], b"", true)),
+        }
+    })
+    .await;
+    let query = LogQuery { follow: true, ..LogQuery::default() };
+    let (pieces, error) = bench.pass(100, all(bench.client(&server.url).log(JOB, query))).await;
+    assert_eq!((pieces.concat(), error), (b"done".to_vec(), None));
+    assert!(bench.now().mono >= Mono(30 * 60_000), "{:?}", bench.now().mono);
+}
+
 /// Serves a file with ranges, cut at random.
 fn file_server(bytes: Vec<u8>, mut dice: Dice) -> impl FnMut(&Heard) -> Vec<u8> + Send + 'static {
     move |heard| {
