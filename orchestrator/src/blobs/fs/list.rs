@@ -51,7 +51,12 @@ impl Page<'_> {
     fn walk(&mut self, place: &Place, above: &str) -> io::Result<()> {
         let dir = place.root.join("objects").join(above);
         let mut entries = Vec::new();
-        for entry in fs::read_dir(dir)? {
+        let listed = match fs::read_dir(dir) {
+            // Its last object was removed while the directory above was read.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !above.is_empty() => return Ok(()),
+            listed => listed?,
+        };
+        for entry in listed {
             let entry = entry?;
             let Some(name) = entry.file_name().to_str().map(str::to_owned) else { continue };
             let slash = if entry.file_type()?.is_dir() { "/" } else { "" };
@@ -90,5 +95,19 @@ impl Page<'_> {
         let modified = Ms(i64::try_from(modified.as_millis()).unwrap_or(i64::MAX));
         self.found.push(Listed { key, size, modified });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_directory_that_goes_while_objects_are_listed_is_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let fs = Fs::open(dir.path().to_owned(), Ms(0), 0).await.unwrap();
+        let mut page = Page { prefix: "", after: "", found: Vec::new() };
+        page.walk(&fs.place, "logs/gone/").unwrap();
+        assert_eq!(page.found.len(), 0);
     }
 }
