@@ -296,19 +296,26 @@ impl Walk<'_> {
             Kind::Pax | Kind::PaxGlobal | Kind::LongName | Kind::LongLink => None,
         };
         let Some((kind, size, chunks, target)) = entry else {
+            self.lengthen(path.len())?;
             self.paths.insert(path, None);
             return Ok(());
         };
         self.total = self.total.saturating_add(if header.kind == Kind::HardLink { size } else { 0 });
         self.check_total(&header.path, 0)?;
-        self.manifest_len += 160 + path.len() + target.as_ref().map_or(0, String::len) + 67 * chunks.len();
-        if self.manifest_len > limits::MANIFEST_BYTES_MAX {
-            return bad(format!("the archive's list is longer than {} bytes", limits::MANIFEST_BYTES_MAX));
-        }
+        self.lengthen(160 + path.len() + target.as_ref().map_or(0, String::len) + 67 * chunks.len())?;
         let executable = kind == EntryKind::Dir || (kind == EntryKind::File && header.mode & 0o100 != 0);
         let mode = if executable { 0o755 } else { 0o644 };
         self.paths.insert(path.clone(), Some(self.entries.len()));
         self.entries.push(Entry { path, kind, mode, size, chunks, target });
+        Ok(())
+    }
+
+    /// What is left out is remembered, too.
+    fn lengthen(&mut self, by: usize) -> Result<(), Unread> {
+        self.manifest_len += by;
+        if self.manifest_len > limits::MANIFEST_BYTES_MAX {
+            return bad(format!("the archive's list is longer than {} bytes", limits::MANIFEST_BYTES_MAX));
+        }
         Ok(())
     }
 
