@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::Digest as _;
 
 use crate::env::Ms;
+use crate::limits;
 
 const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
 pub const ID_CHARS: usize = 26;
@@ -384,6 +385,12 @@ pub fn printable_to(most: usize, text: &str) -> String {
         out.push('…');
     }
     out
+}
+
+/// As much of a text as a message may have.
+pub fn shorten(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(limits::MESSAGE_MAX));
+    text
 }
 
 #[cfg(test)]

@@ -203,6 +203,10 @@ pub const PROBLEM_MAX: usize = 64 << 10;
 pub const FEED_LINE_MAX: usize = 8 << 20;
 /// A frame on the worker's socket.
 pub const FRAME_MAX: usize = 1 << 20;
+/// A job's spec as the farm writes it: with what else an assignment says it fits into a frame.
+pub const SPEC_MAX: usize = FRAME_MAX - (64 << 10);
+/// A sentence about what went wrong.
+pub const MESSAGE_MAX: usize = 2_000;
 /// WebSocket buffers per connection: default ones cost 131 KiB an idle worker, these cost 6.
 pub const SOCKET_BUFFER: usize = 4 << 10;
 /// One log chunk on any hop.

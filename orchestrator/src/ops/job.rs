@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use alloy_shared::env::{Mono, Ms};
-use alloy_shared::id::{AttemptRef, Digest, ID_CHARS, ID_ENDING_MIN, JobId, Labels, OrgId, WorkerId, printable};
+use alloy_shared::id::{
+    AttemptRef, Digest, ID_CHARS, ID_ENDING_MIN, JobId, Labels, OrgId, WorkerId, printable, shorten,
+};
 use alloy_shared::limits;
 use alloy_shared::wire::farm::WorkerState;
 use alloy_shared::wire::image::canonical;
@@ -45,6 +47,11 @@ pub async fn submit(app: &App, who: &Principal, body: SubmitJob, key: Option<Str
     }
     if app.submits.is_closed() {
         return Err(OpError::refused(ErrorCode::Unavailable, "the farm is stopping and takes no new jobs"));
+    }
+    let len = serde_json::to_vec(&body.spec).map_or(0, |spec| spec.len());
+    if len > limits::SPEC_MAX {
+        let why = format!("the job's spec has {len} bytes, at most {} are taken", limits::SPEC_MAX);
+        return Err(OpError::refused(ErrorCode::InvalidSpec, why).hint("put what is long into a file of the source"));
     }
     app.blobs.room()?;
     if let Some(digest) = body.source
@@ -381,15 +388,6 @@ async fn check_log(app: &App, at: AttemptRef, log_len: u64) -> Result<(), Settle
         Ok(durable) => Err(Settled::Missing { log_len: durable, artifacts: Vec::new() }),
         Err(_) => Err(Settled::Failed),
     }
-}
-
-fn shorten(mut text: String) -> String {
-    const MAX: usize = 2_000;
-    if text.len() > MAX {
-        let cut = (0..=MAX).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-        text.truncate(cut);
-    }
-    text
 }
 
 /// The worker does not have an attempt that the books say it has.

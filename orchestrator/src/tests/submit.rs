@@ -54,6 +54,18 @@ async fn a_known_key_is_answered_whatever_has_become_of_the_farm_since() {
 }
 
 #[tokio::test]
+async fn a_spec_that_no_worker_could_be_sent_is_refused() {
+    let (app, _) = app().await;
+    let token = token(&app, Role::Developer).await;
+    let escaped = "\\u0001".repeat(83_000);
+    let body = format!(r#"{{"spec":{{"shell":"true","env":{{"A":"{escaped}","B":"{escaped}"}}}}}}"#);
+    assert!(body.len() < alloy_shared::limits::JSON_BODY_MAX as usize);
+    let answer = submit(&app, &token, "k", &body).await;
+    assert!(answer.body.contains("at most 983040"), "{}", answer.body);
+    assert_eq!(answer.problem(), "invalid_spec");
+}
+
+#[tokio::test]
 async fn ids_of_new_jobs_are_in_turn() {
     let (app, _) = app().await;
     let token = token(&app, Role::Developer).await;

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use alloy_shared::id::{BadName, Digest};
+use alloy_shared::id::{BadName, Digest, shorten};
 use alloy_shared::wire::image::PullProgress;
 use alloy_shared::wire::job::Blame;
 use alloy_shared::wire::network::Network;
@@ -307,17 +307,17 @@ impl VmError {
 
     /// Makes an error that the host or the VM is to blame for.
     pub fn farm(what: VmFault, tail: impl Into<String>) -> Self {
-        Self { what, blame: Blame::Farm, retry: true, tail: tail.into() }
+        Self { what, blame: Blame::Farm, retry: true, tail: shorten(tail.into()) }
     }
 
     /// Makes an error that the job's author is to blame for.
     pub fn user(what: VmFault, tail: impl Into<String>) -> Self {
-        Self { what, blame: Blame::User, retry: false, tail: tail.into() }
+        Self { what, blame: Blame::User, retry: false, tail: shorten(tail.into()) }
     }
 
     /// Makes an error that a limit or a decision is to blame for.
     pub fn policy(what: VmFault, tail: impl Into<String>) -> Self {
-        Self { what, blame: Blame::Policy, retry: false, tail: tail.into() }
+        Self { what, blame: Blame::Policy, retry: false, tail: shorten(tail.into()) }
     }
 
     /// A fault of this host's files: a full disk, or else `what`.
@@ -330,6 +330,12 @@ impl VmError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_program_says_without_end_fits_into_a_message() {
+        let error = VmError::user(VmFault::Pull, "é".repeat(1 << 20));
+        assert_eq!(error.tail.len(), alloy_shared::limits::MESSAGE_MAX);
+    }
 
     #[test]
     fn a_vm_name_survives_its_text_and_strangers_are_refused() {
