@@ -176,7 +176,8 @@ impl Limits {
             reconnect_cap_ms: base.reconnect_cap_ms / f,
             reconnect_cap_held_ms: base.reconnect_cap_held_ms / f,
             connect_timeout_ms: base.connect_timeout_ms / f,
-            accept_ms: base.accept_ms / f,
+            // A machine may stall for longer than a scaled second. Below the fence: after it the lease ends anyway.
+            accept_ms: (base.accept_ms / f).max(5_000).min(base.expiry_ms / f / 2),
             boot_ms: base.boot_ms / f,
             claim_ms: base.claim_ms / f,
             quarantine_ms: base.quarantine_ms / f,
@@ -407,8 +408,11 @@ mod tests {
     fn the_defaults_and_their_scaled_forms_are_safe() {
         Limits::default().validate().unwrap();
         for factor in [2, 5, 10, 20] {
-            Limits::scaled(factor).validate().unwrap();
+            let scaled = Limits::scaled(factor);
+            scaled.validate().unwrap();
+            assert!(scaled.accept_ms < scaled.self_fence_ms, "{factor}");
         }
+        assert_eq!(Limits::scaled(1), Limits::default());
     }
 
     #[test]

@@ -98,7 +98,7 @@ async fn the_command_of_a_worker_that_stands_still_too_long_dies_without_it_and_
     assert!(matches!(state(stage.farm.worker(first)), None | Some('T')), "and the daemon still stands");
     let view = stage.settle(&job).await?;
     assert_eq!(view["state"], "succeeded", "{view}");
-    // Where all deadlines are a tenth, a disk that takes a second makes an assignment late: it is revoked, and comes again.
+    // Where deadlines are this short, a disk that takes three seconds makes an assignment late: it is revoked, and comes again.
     let tries = view["attempt"].as_u64().unwrap_or(0);
     assert!((2..=3).contains(&tries) && view["lost"] == json!(tries - 1), "{view}");
     assert_ne!(stage.holder(&job).await?, first, "another worker did it");
