@@ -48,7 +48,7 @@ fn resident(pids: &[i32]) -> Result<Vec<u64>> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_flood_without_a_line_end_grows_no_process_and_is_cut_to_the_byte() -> Result<()> {
+async fn a_flood_without_a_line_end_grows_no_process_and_is_cut_to_the_byte_undisturbed() -> Result<()> {
     let total: u64 = if full() { 20_000_000_000 } else { 1_200_000_000 };
     let setup = Setup { workers: 1, slots: 2, time_scale: 1, ..Setup::default() };
     let mut stage = Stage::new("flood", setup, Provider::Host, Dice::from_environment()).await?;

@@ -150,7 +150,7 @@ impl Case {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_two_vms() -> Result<()> {
+async fn a_partition_is_a_gap_in_the_live_output_or_one_clean_retry_and_never_two_vms_undisturbed() -> Result<()> {
     let scale = if full() { 1 } else { 5 };
     let mut dice = Dice::from_environment();
     let dealt = deal(&mut dice);
