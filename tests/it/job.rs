@@ -22,7 +22,7 @@ use crate::prose::variables_of_a_job;
 on_every_provider! {
     many_jobs_at_once_over_two_workers_all_end_and_none_runs_twice_undisturbed,
     a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed,
-    nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren,
+    nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren_undisturbed,
     ends_carry_reason_blame_and_exit_code,
     a_job_finds_the_environment_that_is_promised_and_nothing_of_the_daemons,
 }
@@ -124,12 +124,12 @@ fn used_vms(mac: &SimHost) -> usize {
     mac.journal().iter().filter(|entry| is_made(entry)).count() - mac.vms().len()
 }
 
-/// A command that tells its pid and works for half a second.
-const HALF_A_SECOND: &str = "echo pid=$$=; i=0; while [ $i -lt 10 ]; do sleep 0.05; i=$((i+1)); done";
+/// A command that tells its pid and works for two seconds: whoever looks for it finds it.
+const TWO_SECONDS: &str = "echo pid=$$=; i=0; while [ $i -lt 40 ]; do sleep 0.05; i=$((i+1)); done";
 
 async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed(provider: Provider) -> Result<()> {
     let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
-    let body = json!({ "spec": { "shell": HALF_A_SECOND }, "source": small_source(&farm).await? });
+    let body = json!({ "spec": { "shell": TWO_SECONDS }, "source": small_source(&farm).await? });
     farm.all_warm().await;
     let plain = watch(farm.api(), body.clone()).await?;
 
@@ -143,7 +143,7 @@ async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed
         Ok(log.split('=').nth(1).and_then(|pid| pid.parse::<i32>().ok()))
     })
     .await;
-    let commands = farm.processes(0).into_iter().filter(|found| found.line.contains(HALF_A_SECOND));
+    let commands = farm.processes(0).into_iter().filter(|found| found.line.contains(TWO_SECONDS));
     let pid = commands.map(|found| found.pid).find(|pid| pid_inside(*pid) == Some(told)).context("it runs")?;
     signal(pid, Signal::SIGSTOP);
     let stopped = now();
@@ -154,15 +154,16 @@ async fn a_second_in_which_the_command_is_stopped_shows_in_exec_only_undisturbed
     let paused = watched.join_next().await.context("it is watched")???;
     assert_eq!(paused.job["state"], "succeeded");
     assert!(paused.gap_ms()?.abs() <= tolerance_ms(), "{} ms: {}", paused.gap_ms()?, paused.job);
+    let allowed = if full() { 150 } else { tolerance_ms() };
     for stage in STAGES {
         let more = paused.stage_ms(stage)? - plain.stage_ms(stage)?;
         let expected = if stage == "exec_ms" { stopped_for } else { 0 };
-        assert!((more - expected).abs() <= 150, "{stage}: {more} ms more, expected {expected}");
+        assert!((more - expected).abs() <= allowed, "{stage}: {more} ms more, expected {expected}");
     }
     Ok(())
 }
 
-async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren(
+async fn nothing_is_left_twelve_seconds_after_the_cancel_of_a_job_that_hides_its_grandchildren_undisturbed(
     provider: Provider,
 ) -> Result<()> {
     let farm = Farm::start(Setup { workers: 1, slots: 1, time_scale: 1, ..Setup::default() }.on(provider)).await?;
