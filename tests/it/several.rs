@@ -48,14 +48,17 @@ async fn a_job_goes_on_although_its_orchestrator_died_before_the_others_heard_of
     // At their own pace: what one of them gives to its own worker the other one reads within two seconds.
     let mut farm = Several::start(2, 1, 4, 1).await?;
     let mut owner = usize::from(!farm.said(0).contains(" connected"));
-    for _ in 0..4 {
+    for round in 0..4 {
         let (has_it, other) = (farm.api_of(owner), farm.api_of(1 - owner));
-        let goes_on = has_it.shell("sleep 0.7; echo on").await?;
+        let gate = farm.dir().join(format!("gate-{round}"));
+        let wait = format!("while [ ! -e {} ]; do sleep 0.05; done; echo on", gate.display());
+        let goes_on = has_it.shell(&wait).await?;
         let canceled = has_it.shell("sleep 600").await?;
         for id in [&goes_on, &canceled] {
             until("it runs", async || Ok((has_it.job(id).await?["state"] == "running").then_some(()))).await;
         }
         farm.kill_orchestrator(owner);
+        fs::write(&gate, "")?;
         other.post(&format!("/v1/jobs/{canceled}/cancel"), &json!({})).await?;
         for (id, state) in [(&goes_on, "succeeded"), (&canceled, "canceled")] {
             let job = other.end(id).await;
