@@ -17,8 +17,10 @@ async fn worker(api: &Api, name: &str) -> Result<Value> {
 async fn a_stopped_worker_is_offline_and_after_a_restart_of_the_farm_nobody_is_lost() -> Result<()> {
     let mut farm = Farm::start(Setup { workers: 2, slots: 1, time_scale: 1, ..Setup::default() }).await?;
     farm.stop_worker(1)?;
-    assert_eq!(worker(&farm.api(), "mini-1").await?["state"], "offline");
-    farm.kill_orchestrator();
+    let api = farm.api();
+    until("it is offline", async || Ok((worker(&api, "mini-1").await?["state"] == "offline").then_some(()))).await;
+    // Not killed: that may overtake the write of the goodbye.
+    farm.stop_orchestrator()?;
     farm.start_orchestrator().await?;
     assert_eq!(worker(&farm.api(), "mini-1").await?["state"], "offline");
     let state = worker(&farm.api(), "mini-0").await?["state"].clone();
