@@ -118,8 +118,8 @@ async fn an_orchestrator_that_restarts_again_and_again_costs_no_attempt_and_no_f
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orchestrator_that_is_back_before_its_workers_waits_for_them() -> Result<()> {
-    // A lease ends after 8 s then, and who is silent is looked for every second.
-    let setup = Setup { workers: 2, slots: 1, time_scale: 5, ..Setup::default() };
+    // A lease ends after 20 s then, and who is silent is looked for every 2.5 s.
+    let setup = Setup { workers: 2, slots: 1, time_scale: 2, ..Setup::default() };
     let mut stage = Stage::new("back-first", setup, Provider::Host, Dice::from_environment()).await?;
     let gate = stage.dir.join("gate");
     let steps = ["bytes:3000".to_owned(), format!("trickle:{}", gate.display()), "bytes:70".to_owned()];
@@ -130,7 +130,7 @@ async fn an_orchestrator_that_is_back_before_its_workers_waits_for_them() -> Res
     stage.farm.kill_orchestrator();
     stage.farm.start_orchestrator().await?;
     // The fault itself: some looks at who is silent, and less than a lease.
-    pause(Duration::from_millis(2_500)).await;
+    pause(Duration::from_secs(6)).await;
     let before = progress.borrow().offset;
     stage.links[link].break_all();
     stage.links[link].heal();
