@@ -82,8 +82,8 @@ async fn the_first_ctrl_c_cancels_and_waits_for_the_end(provider: Provider) -> R
 
 async fn the_second_ctrl_c_detaches_and_tells_the_job(provider: Provider) -> Result<()> {
     let farm = Farm::start(Setup::default().on(provider)).await?;
-    // It takes its time to end.
-    let command = "trap : TERM; echo up; i=0; while [ $i -lt 40 ]; do sleep 0.1; i=$((i+1)); done";
+    // It takes its time to end, nearly all that it is granted: whoever looks finds it still canceling.
+    let command = "trap : TERM; echo up; i=0; while [ $i -lt 90 ]; do sleep 0.1; i=$((i+1)); done";
     let terminal = Terminal::start(&farm, &format!("run -c '{command}'"))?;
     terminal.shows("up").await?;
     terminal.ctrl_c()?;
