@@ -1,11 +1,13 @@
 //! `ip`: it asks the lease file or the agent, and never whether the VM runs.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use super::args::Parsed;
 use super::context::{Sim, now};
 use super::fault::{Fault, find};
 use super::home::{Config, VmDir};
+use super::vm::REAL_PATIENCE;
 use super::{Done, Failure, exec, lease, say};
 
 pub(crate) fn ip(sim: &Sim, parsed: &Parsed, faults: &[Fault]) -> Done {
@@ -22,7 +24,8 @@ pub(crate) fn ip(sim: &Sim, parsed: &Parsed, faults: &[Fault]) -> Done {
     }
     let resolver = parsed.value("resolver").unwrap_or("dhcp");
     let config = vm.config()?;
-    let end = now() + sim.scaled(parsed.number("wait")?.unwrap_or(0) as f64);
+    let wait = parsed.number("wait")?.unwrap_or(0);
+    let end = now() + sim.scaled(wait as f64).max(REAL_PATIENCE.min(Duration::from_secs(wait)));
     loop {
         if find(faults, "no_address").is_none()
             && let Some(ip) = resolve(sim, &vm, &config, resolver)?

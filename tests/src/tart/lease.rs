@@ -10,6 +10,8 @@ use super::{Failure, lock};
 
 /// What softnet sets; the system's own 86 400 s exhaust the pool, which no simulated host should do.
 const LEASE_SECONDS: f64 = 600.0;
+/// However fast the simulated clock: whoever asks for an address does so in real time.
+const REAL_SECONDS_MIN: u64 = 30;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Lease {
@@ -81,6 +83,10 @@ pub(crate) fn of(host: &Path, mac: &str) -> Result<Option<Lease>, Failure> {
     Ok(leases.into_iter().filter(|lease| lease.mac == mac).max_by_key(|lease| lease.expiry))
 }
 
+fn expiry(sim: &Sim) -> i64 {
+    wall_ms() / 1000 + sim.scaled(LEASE_SECONDS).as_secs().max(REAL_SECONDS_MIN) as i64
+}
+
 /// Gives this MAC an address that `usable` accepts, the one that it had if there is one.
 pub(crate) fn grant(sim: &Sim, mac: &str, mut usable: impl FnMut(Ipv4Addr) -> bool) -> Result<Ipv4Addr, Failure> {
     fs::create_dir_all(&sim.host)?;
@@ -97,7 +103,7 @@ pub(crate) fn grant(sim: &Sim, mac: &str, mut usable: impl FnMut(Ipv4Addr) -> bo
     let ip = had.or_else(|| free().find(|ip| usable(*ip))).or_else(|| free().next());
     let ip = ip.ok_or_else(|| Failure::Error("no address is left".into()))?;
     leases.retain(|lease| lease.mac != mac);
-    let expiry = wall_ms() / 1000 + sim.scaled(LEASE_SECONDS).as_secs().max(2) as i64;
+    let expiry = expiry(sim);
     leases.push(Lease { ip, mac: mac.to_owned(), expiry });
     write(&sim.host, &leases)?;
     Ok(ip)
@@ -107,7 +113,7 @@ pub(crate) fn grant(sim: &Sim, mac: &str, mut usable: impl FnMut(Ipv4Addr) -> bo
 pub(crate) fn duplicate(sim: &Sim, mac: &str, ip: Ipv4Addr) -> Result<(), Failure> {
     let _held = lock::exclusive_file(&sim.host.join("dhcpd.lock"))?;
     let mut leases = read(&sim.host)?;
-    let expiry = wall_ms() / 1000 + sim.scaled(LEASE_SECONDS).as_secs().max(2) as i64;
+    let expiry = expiry(sim);
     leases.push(Lease { ip, mac: mac.to_owned(), expiry });
     Ok(write(&sim.host, &leases)?)
 }

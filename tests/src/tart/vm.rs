@@ -15,8 +15,9 @@ use super::host::remove_image;
 use super::lock::RunLock;
 use super::{Done, Failure};
 
-/// What `stop` grants at least, unless it was told less.
-const REAL_PATIENCE: Duration = Duration::from_secs(2);
+/// What `stop` and `ip` grant at least, unless they were told less: a guest takes real time, however fast the simulated
+/// clock.
+pub(super) const REAL_PATIENCE: Duration = Duration::from_secs(10);
 
 pub(crate) fn delete(sim: &Sim, parsed: &Parsed, faults: &[Fault]) -> Done {
     for name in &parsed.names {
@@ -181,7 +182,6 @@ fn stop_running(sim: &Sim, vm: &VmDir, timeout: u64) -> Done {
     // It may end by itself between the look and the signal.
     let Some(pid) = vm.runner().map(Pid::from_raw) else { return Ok(()) };
     let _ = kill(pid, Signal::SIGINT);
-    // Ending a guest takes real time, however fast the simulated clock.
     let patience = sim.scaled(timeout as f64).max(REAL_PATIENCE.min(Duration::from_secs(timeout)));
     let end = now() + patience;
     while now() < end {
