@@ -14,6 +14,7 @@ use tempfile::TempDir;
 
 use crate::mount::{CutDisk, Mount};
 use crate::observe::{Api, PATIENCE, until, until_blocking};
+use crate::port;
 use crate::process::{Daemon, Found, processes_in, signal};
 use crate::sim_host::{self, Profile, SimHost};
 
@@ -185,7 +186,7 @@ impl Farm {
             _bucket: bucket,
             dir,
             setup,
-            address: "127.0.0.1:0".parse()?,
+            address: port::own_address()?,
             token: String::new(),
             orchestrator: None,
             workers: Vec::new(),
@@ -275,7 +276,7 @@ impl Farm {
         Ok(())
     }
 
-    /// Starts it, on the port that it had before if it had one.
+    /// Starts it, on the farm's own port.
     pub async fn start_orchestrator(&mut self) -> Result<()> {
         ensure!(self.orchestrator.is_none(), "it runs");
         let mut daemon =

@@ -12,6 +12,7 @@ pub mod mount;
 pub mod noise;
 pub mod observe;
 pub mod pg;
+pub mod port;
 pub mod process;
 pub mod proxy;
 pub mod s3;

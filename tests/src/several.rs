@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use crate::farm::{bin_dir, isolated, told_address};
 use crate::observe::{Api, until};
 use crate::pg;
+use crate::port;
 use crate::process::Daemon;
 use crate::s3::S3;
 
@@ -57,7 +58,7 @@ impl Several {
         }
         let mut addresses = Vec::new();
         for _ in 0..orchestrators {
-            addresses.push(free_address(&addresses)?);
+            addresses.push(port::own_address()?);
         }
         let mut balancing = JoinSet::new();
         let listener = TcpListener::bind("127.0.0.1:0").await?;
@@ -214,18 +215,6 @@ impl Drop for Several {
             }
         }
     }
-}
-
-/// One that nobody listens on at this moment, and that the system gives to nobody by itself.
-fn free_address(taken: &[SocketAddr]) -> Result<SocketAddr> {
-    for step in 0..10_000 {
-        let port = 12_000 + u16::try_from((std::process::id() * 7 + step) % 10_000)?;
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        if !taken.contains(&address) && std::net::TcpListener::bind(address).is_ok() {
-            return Ok(address);
-        }
-    }
-    anyhow::bail!("no port is free")
 }
 
 async fn balance(listener: TcpListener, members: Vec<SocketAddr>) {
