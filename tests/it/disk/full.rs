@@ -23,7 +23,7 @@ const MIB: u64 = 1 << 20;
 
 /// Half of the floor stays free for the database, and on a worker for reports and the ends of logs.
 fn setup() -> Setup {
-    Setup { workers: 1, slots: 2, time_scale: 20, disk_floor_mib: 16, ..Setup::default() }
+    Setup { workers: 1, slots: 2, time_scale: 10, disk_floor_mib: 16, ..Setup::default() }
 }
 
 /// A command that prints so many bytes of a stream when the gate is open.
