@@ -96,10 +96,19 @@ async fn most_at_once(dirs: Vec<std::path::PathBuf>, over: &AtomicBool) -> Resul
         let dirs = dirs.clone();
         let look = move || {
             // By name: a process that is about to become another one still looks like its parent.
-            let running = |dir: &std::path::PathBuf| {
+            let names = |dir: &std::path::PathBuf| {
                 let found = processes_in(dir);
                 let runs = found.iter().filter_map(|found| found.line.strip_prefix("tart run "));
-                runs.filter_map(|rest| rest.split(' ').next()).collect::<BTreeSet<_>>().len()
+                runs.filter_map(|rest| rest.split(' ').next()).map(str::to_owned).collect::<BTreeSet<_>>()
+            };
+            let running = |dir: &std::path::PathBuf| {
+                let mut found = names(dir);
+                if found.len() > GUESTS_MAX {
+                    // A look takes its time: what was seen first may have ended before what was seen last began.
+                    let again = names(dir);
+                    found.retain(|name| again.contains(name));
+                }
+                found.len()
             };
             dirs.iter().map(running).max().unwrap_or(0)
         };

@@ -56,11 +56,12 @@ impl Drop for Watch {
 pub fn running(room: usize) -> Vec<Vm> {
     let mut found = look(room);
     // A look takes its time: what was seen first may have ended before what was seen last began.
-    let mut attempts = BTreeMap::<&str, BTreeSet<u32>>::new();
+    let (mut attempts, mut hosts) = (BTreeMap::<&str, BTreeSet<u32>>::new(), BTreeMap::<&str, BTreeSet<&str>>::new());
     for (_, vm) in &found {
         attempts.entry(&vm.job).or_default().insert(vm.attempt);
+        hosts.entry(&vm.host).or_default().insert(&vm.name);
     }
-    if attempts.values().any(|attempts| attempts.len() > 1) {
+    if attempts.values().any(|attempts| attempts.len() > 1) || hosts.values().any(|names| names.len() > room) {
         let again: BTreeSet<_> = look(room).into_iter().collect();
         found.retain(|seen| again.contains(seen));
     }
