@@ -162,9 +162,12 @@ fn f8_a_guest_shuts_itself_down() {
 
 #[test]
 fn f9_clones_run_out_of_space_of_their_source_and_of_time() {
-    let kit = kit(&[
+    let kit = Kit::sim(Setup::default());
+    let held_by = kit.scratch().join("held-by");
+    nix::unistd::mkfifo(&held_by, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    kit.host().faults(&[
         json!({"command": "clone", "fault": "no_space"}),
-        json!({"command": "clone", "fault": "slow", "seconds": 30, "skip": 1}),
+        json!({"command": "clone", "fault": "slow", "while": held_by, "skip": 1}),
         json!({"command": "clone", "fault": "source_gone", "skip": 2}),
         json!({"command": "pull", "fault": "offline"}),
     ]);
@@ -180,6 +183,8 @@ fn f9_clones_run_out_of_space_of_their_source_and_of_time() {
     kit.wait_for("it holds the lock", || {
         nix::fcntl::Flock::lock(home.try_clone().unwrap(), nix::fcntl::FlockArg::LockSharedNonblock).is_err()
     });
+    // Open at both ends: whoever waits at the pipe goes on, and so does who only comes to it.
+    let _both_ends = std::fs::File::options().read(true).write(true).open(held_by).unwrap();
     assert!(slow.wait().unwrap().success());
     let out = kit.tart(&["clone", BASE, &kit.name()]);
     out.fails(1, "Error: The Internet connection appears to be offline.");

@@ -64,7 +64,7 @@ pub(crate) fn clone(sim: &Sim, parsed: &Parsed, faults: &[Fault]) -> Done {
     }
     let global = lock::exclusive(&sim.home)?;
     if let Some(fault) = find(faults, "slow") {
-        sim.pause(fault.seconds());
+        fault.wait(sim);
     }
     if find(faults, "no_space").is_some() || host::free(sim) < image.extra().grown {
         let name = work.path.file_name().unwrap_or_default().to_string_lossy().into_owned();

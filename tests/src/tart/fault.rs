@@ -59,7 +59,7 @@ pub const NAMES: &[(&str, &str, &str)] = &[
     ("ip", "malformed", "F2: the lease file cannot be read"),
     ("clone", "no_space", "F9"),
     ("clone", "source_gone", "F9, F14: the image is pruned first"),
-    ("clone", "slow", "F9: `seconds` under the global lock"),
+    ("clone", "slow", "F9: `seconds` under the global lock, and as long as the named pipe `while` is there"),
     ("clone", "tmp_gone", "F23: another command's gc takes the work directory"),
     ("delete", "running", "F10: the lock seems held"),
     ("list", "extra_keys", "F20"),
@@ -174,6 +174,15 @@ impl Fault {
         self.number("seconds").unwrap_or(0.0)
     }
 
+    /// `seconds`, and as long as the pipe `while` is there.
+    pub(crate) fn wait(&self, sim: &Sim) {
+        sim.pause(self.seconds());
+        if let Some(pipe) = self.text("while") {
+            // Opened by whoever opens the other end; one that is gone holds nobody.
+            let _ = File::open(pipe);
+        }
+    }
+
     /// Its pipe `while` is there.
     pub(crate) fn holds(&self) -> bool {
         self.text("while").is_some_and(|file| Path::new(file).exists())
@@ -182,13 +191,7 @@ impl Fault {
     /// What any command can suffer, before it does anything.
     pub(crate) fn strike_any(&self, sim: &Sim) -> Result<(), Failure> {
         match &*self.name {
-            "delay" => {
-                sim.pause(self.seconds());
-                if let Some(pipe) = self.text("while") {
-                    // Opened by whoever opens the other end; one that is gone holds nobody.
-                    let _ = File::open(pipe);
-                }
-            }
+            "delay" => self.wait(sim),
             "hang" => loop {
                 std::thread::park();
             },
