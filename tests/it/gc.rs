@@ -354,14 +354,16 @@ async fn is_killed(mut place: Place) -> Result<()> {
     let source = upload_tree(&api, &place.tree("needed")?).await?;
     let body = json!({ "spec": { "shell": "cat a.txt" }, "source": source });
     let waits = api.post("/v1/jobs", &body).await?["id"].as_str().context("an id")?.to_owned();
-    for n in 0..40 {
+    // So many that their removal outlasts the kills.
+    let idle = 200;
+    for n in 0..idle {
         upload_tree(&api, &place.tree(&format!("idle-{n}"))?).await?;
     }
     let stray = place.bytes_dir().join(STRAY);
     std::fs::create_dir_all(stray.parent().context("a directory")?)?;
     std::fs::write(&stray, "an upload that was cut off")?;
     let all = place.objects()?.len();
-    assert_eq!(all, 2 * 41 + 1, "a manifest and a pack each, and the stray one");
+    assert_eq!(all, 2 * (idle + 1) + 1, "a manifest and a pack each, and the stray one");
 
     place.alloy(&["admin", "retention", "set", "--sources", "1"]).await?;
     let (mut left, mut hits) = (all, 0);
