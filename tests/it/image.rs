@@ -72,7 +72,7 @@ async fn the_record_of_a_job_names_the_digest_that_it_ran() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pull_brings_an_image_to_every_worker_and_shows_how_far_it_is() -> Result<()> {
     let farm = Farm::start(Setup { workers: 2, ..macs() }).await?;
-    let digest = farm.mac(0).publish(OTHER, &Profile { pull_seconds: 200.0, ..profile(30.0) })?;
+    let digest = farm.mac(0).publish(OTHER, &Profile { pull_seconds: 600.0, ..profile(30.0) })?;
     let said = done(&farm, &["image", "pull", OTHER]).await?;
     for worker in ["mini-0", "mini-1"] {
         assert!(said.contains(&format!("{worker}: pulling, ")) && said.contains("of 30.0 GB"), "{said}");
@@ -125,7 +125,7 @@ async fn the_budget_evicts_what_nobody_needs_and_never_what_is_pinned() -> Resul
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_download_goes_on_where_a_killed_worker_left_it() -> Result<()> {
     let mut farm = Farm::start(macs()).await?;
-    let slow = Profile { layers: 10, pull_seconds: 1_000.0, ..profile(30.0) };
+    let slow = Profile { layers: 10, pull_seconds: 3_000.0, ..profile(30.0) };
     farm.mac(0).publish(OTHER, &slow)?;
     done(&farm, &["image", "pull", OTHER, "--detach"]).await?;
     let percent = |report: &Value| report["pulling"]["percent"].as_u64().unwrap_or(0);
