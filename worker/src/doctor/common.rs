@@ -235,7 +235,7 @@ pub(super) fn foreign_vms(facts: &Facts, report: &mut Report) {
     };
     let running: Vec<&Listed> = listed.into_iter().flatten().filter(|vm| vm.running && !vm.image).collect();
     let foreign: Vec<String> =
-        running.iter().filter(|vm| !vm.name.starts_with(VmName::PREFIX)).map(|vm| printable(&vm.name)).collect();
+        running.iter().filter(|vm| VmName::parse(&vm.name).is_err()).map(|vm| printable(&vm.name)).collect();
     let processes = facts.mac.as_ref().and_then(|mac| report.look(Code::ForeignVms, &mac.vm_processes));
     let unlisted = processes.map_or(0, |processes| processes.saturating_sub(running.len()));
     if !foreign.is_empty() {

@@ -96,6 +96,12 @@ fn each_fault_is_found_alone_and_has_a_fix() {
         ("no softnet", with(|f| f.softnet = None), Code::Softnet, Error),
         ("softnet, no right", with(|f| f.softnet.as_mut().unwrap().set_uid = false), Code::Softnet, Error),
         ("foreign", with(|f| f.tart.as_mut().unwrap().listed = Ok(vec![listed("win")])), Code::ForeignVms, Warning),
+        (
+            "foreign, named like ours",
+            with(|f| f.tart.as_mut().unwrap().listed = Ok(vec![listed("alloy-macos-xcode")])),
+            Code::ForeignVms,
+            Warning,
+        ),
         ("foreign, unlisted", mac(|m| m.vm_processes = Ok(1)), Code::ForeignVms, Warning),
         ("stopped", with(|f| f.service = Ok(Service::Stopped)), Code::Service, Warning),
         ("until logout", with(|f| f.service = Ok(Service::RunningUntilLogout)), Code::Service, Warning),

@@ -110,12 +110,12 @@ pub fn inbox_of(state_dir: &Path, vm: &VmName) -> PathBuf {
     vm_dir(state_dir, vm).join("inbox")
 }
 
-/// A VM's name. It starts with our prefix and is never used twice.
+/// A VM's name. It is never used twice, and its shape is all that tells our VMs from those that people keep beside them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VmName(String);
 
 impl VmName {
-    pub const PREFIX: &'static str = "alloy-";
+    const PREFIX: &'static str = "alloy-";
 
     /// Names the `n`-th VM of a daemon's run; `nonce` is the run's throw of the dice.
     pub fn mint(nonce: u32, n: u64) -> Self {
@@ -123,12 +123,14 @@ impl VmName {
     }
 
     pub fn parse(text: &str) -> Result<Self, BadName> {
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        if text.starts_with(Self::PREFIX) && text.len() <= 64 && text.chars().all(plain) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(BadName { what: "VM name", why: "starts with `alloy-` and holds a-z, 0-9 and `-`".to_owned() })
-        }
+        let minted = || {
+            let (nonce, n) = text.strip_prefix(Self::PREFIX)?.split_once('-')?;
+            Some(Self::mint(u32::from_str_radix(nonce, 16).ok()?, n.parse().ok()?))
+        };
+        minted().filter(|name| name.0 == text).ok_or_else(|| BadName {
+            what: "VM name",
+            why: "is `alloy-`, eight hexadecimal digits, `-` and a number".to_owned(),
+        })
     }
 
     pub fn as_str(&self) -> &str {
@@ -344,6 +346,14 @@ mod tests {
         assert_eq!(VmName::parse(name.as_str()), Ok(name));
         for wrong in ["", "base", "alloy-../x", "alloy-A", "my-alloy-1", "alloy-a/b"] {
             assert!(VmName::parse(wrong).is_err(), "{wrong}");
+        }
+        // What our own recipes make, and what people might.
+        for theirs in ["alloy-macos-xcode", "alloy-linux", "alloy-golden-1", "alloy-deadbeef", "alloy-deadbeef-1-old"] {
+            assert!(VmName::parse(theirs).is_err(), "{theirs}");
+        }
+        for near in ["alloy-DEADBEEF-1", "alloy-eadbeef-1", "alloy-+eadbeef-1", "alloy-deadbeef-", "alloy-deadbeef-01"]
+        {
+            assert!(VmName::parse(near).is_err(), "{near}");
         }
     }
 

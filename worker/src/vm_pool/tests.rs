@@ -270,7 +270,7 @@ fn attempt(n: u32) -> AttemptRef {
 
 #[tokio::test]
 async fn what_an_earlier_daemon_left_is_gone_before_slots_are_offered() {
-    let old = VmName::parse("alloy-old-1").unwrap();
+    let old = VmName::mint(1, 1);
     let fake = Fake { alive: Mutex::new([old.clone()].into()), destroys_fail: Mutex::new(1), ..Fake::default() };
     let mut rig = Rig::new(1, fake).await;
     assert_eq!(*rig.fake.seen.lock().unwrap(), [format!("destroyed {old}")]);
@@ -355,7 +355,7 @@ async fn a_vm_that_is_not_fit_is_replaced_once() {
 async fn one_fault_of_the_host_sweeps_strays_and_costs_the_claim_nothing() {
     let mut rig = Rig::new(1, Fake::default()).await;
     rig.slots(&[(SlotState::Warm, None)]).await;
-    let stray = VmName::parse("alloy-stray-1").unwrap();
+    let stray = VmName::mint(1, 1);
     rig.fake.alive.lock().unwrap().insert(stray.clone());
     rig.fake.boots(&[VmFault::Full]);
     rig.pool.claim(attempt(1), Some("other"), NetworkPolicy::Default).await.unwrap();

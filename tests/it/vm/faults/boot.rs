@@ -3,6 +3,9 @@
 use super::*;
 use alloy_tests::sim_host::Profile;
 
+/// What a worker of an earlier life might have left.
+const EARLIER: &str = "alloy-00000001-1";
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f1_a_boot_that_hangs_is_ended_and_made_again_once_before_the_attempt_is_given_up() -> Result<()> {
     let setup = Setup { time_scale: 20, slots: 1, faults: vec![vec![rule("run", "boot_hang", 0, 2)]], ..macs() };
@@ -139,10 +142,10 @@ async fn f16_the_worker_never_suspends_and_takes_no_saved_state_of_an_earlier_ru
     let mac = farm.mac(0);
     until("the dead worker's VM does not run any more", async || Ok(mac.processes().is_empty().then_some(()))).await;
     let before = mac.journal().len();
-    clone_by_hand(mac, "alloy-earlier-1")?;
-    let mut run = mac.tart(&["run", "alloy-earlier-1", "--no-graphics", "--suspendable"]).spawn()?;
+    clone_by_hand(mac, EARLIER)?;
+    let mut run = mac.tart(&["run", EARLIER, "--no-graphics", "--suspendable"]).spawn()?;
     until_blocking("it is suspended", PATIENCE, || {
-        mac.tart(&["suspend", "alloy-earlier-1"]).status().is_ok_and(|status| status.success())
+        mac.tart(&["suspend", EARLIER]).status().is_ok_and(|status| status.success())
     })?;
     run.wait()?;
     let by_test = mac.journal().len() - before;
@@ -151,7 +154,7 @@ async fn f16_the_worker_never_suspends_and_takes_no_saved_state_of_an_earlier_ru
     all_warm(&farm).await;
     fine(&farm, "true").await?;
     let mac = farm.mac(0);
-    assert!(!mac.vms().contains("alloy-earlier-1"), "{:?}", mac.vms());
+    assert!(!mac.vms().contains(EARLIER), "{:?}", mac.vms());
     let journal = mac.journal();
     let theirs = journal[..before].iter().chain(&journal[before + by_test..]);
     for entry in theirs {

@@ -2,6 +2,11 @@
 
 use super::*;
 
+const STRAY: &str = "alloy-00000001-1";
+const TORN: &str = "alloy-00000001-2";
+/// What our own recipe calls the image that it makes.
+const RECIPE: &str = "alloy-macos-xcode";
+
 /// Jobs until this worker has drained itself. None of them is lost, and the other worker runs what comes after.
 async fn jobs_until_drained(farm: &Farm, name: &str) -> Result<String> {
     until(&format!("{name} has trouble"), async || {
@@ -22,11 +27,11 @@ async fn fine_anywhere(farm: &Farm, shell: &str) -> Result<bool> {
     Ok(ended["state"] == "succeeded" && ended["lost"] == 0)
 }
 
-/// A VM with our prefix that no worker has: what a worker of an earlier life might have left.
+/// A VM with a name of ours that no worker has: what a worker of an earlier life might have left.
 async fn stray(mac: &SimHost) -> Result<std::process::Child> {
-    clone_by_hand(mac, "alloy-stray-1")?;
-    let run = mac.tart(&["run", "alloy-stray-1", "--no-graphics"]).spawn()?;
-    let socket = mac.home().join("vms/alloy-stray-1/control.sock");
+    clone_by_hand(mac, STRAY)?;
+    let run = mac.tart(&["run", STRAY, "--no-graphics"]).spawn()?;
+    let socket = mac.home().join("vms").join(STRAY).join("control.sock");
     until("the stray runs", async || Ok(socket.exists().then_some(()))).await;
     Ok(run)
 }
@@ -35,13 +40,14 @@ async fn refused_once_with_a_stray(fault: Value) -> Result<()> {
     let farm = one(&[]).await?;
     let mac = farm.mac(0);
     all_warm(&farm).await;
+    clone_by_hand(mac, RECIPE)?;
     let mut stray = stray(mac).await?;
     mac.faults(&[with(fault, json!({ "vm": "alloy-*" }))]);
     for _ in 0..2 {
         fine(&farm, "true").await?;
     }
     stray.wait()?;
-    assert!(!mac.vms().contains("alloy-stray-1"), "{:?}", mac.vms());
+    assert!(!mac.vms().contains(STRAY) && mac.vms().contains(RECIPE), "{:?}", mac.vms());
     assert!(worker(&farm, "mini-0").await?["trouble"].is_null(), "one fault is none of the host's");
     Ok(())
 }
@@ -49,6 +55,22 @@ async fn refused_once_with_a_stray(fault: Value) -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn f11_a_refused_vm_is_made_again_after_strays_were_looked_for() -> Result<()> {
     refused_once_with_a_stray(rule("run", "limit", 0, 1)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_a_recipe_has_made_outlives_a_start_of_the_worker_and_a_stray_does_not() -> Result<()> {
+    let mut farm = one(&[]).await?;
+    all_warm(&farm).await;
+    farm.kill_worker(0);
+    for name in [STRAY, RECIPE] {
+        clone_by_hand(farm.mac(0), name)?;
+    }
+    farm.start_worker(0)?;
+    all_warm(&farm).await;
+    fine(&farm, "true").await?;
+    let vms = farm.mac(0).vms();
+    assert!(!vms.contains(STRAY) && vms.contains(RECIPE), "{vms:?}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -264,14 +286,14 @@ async fn f25_settings_that_cannot_be_read_are_removed_if_they_are_ours_and_named
     let farm = one(&[rule("set", "truncated_config", 0, 1)]).await?;
     fine(&farm, "true").await?;
     let mac = farm.mac(0);
-    for name in ["alloy-torn-1", "stranger"] {
+    for name in [TORN, "stranger"] {
         clone_by_hand(mac, name)?;
     }
     let config = |name: &str| mac.home().join("vms").join(name).join("config.json");
-    std::fs::write(config("alloy-torn-1"), "{\"vers")?;
+    std::fs::write(config(TORN), "{\"vers")?;
     fine(&farm, "true").await?;
     fine(&farm, "true").await?;
-    assert!(!mac.vms().contains("alloy-torn-1"));
+    assert!(!mac.vms().contains(TORN));
     std::fs::write(config("stranger"), "{\"vers")?;
     let id = farm.api().shell("true").await?;
     let why = drained(&farm, "mini-0").await;

@@ -183,7 +183,7 @@ pub(super) fn parse_list(out: &str) -> Result<Vec<Listed>, String> {
     serde_json::from_str(out).map_err(|error| format!("`tart list` cannot be read: {error}"))
 }
 
-/// The VMs in a list that carry our prefix.
+/// The VMs in a list that carry names of ours.
 pub(super) fn ours(listed: &[Listed]) -> Vec<VmName> {
     listed
         .iter()
@@ -327,6 +327,15 @@ mod tests {
         ] {
             assert_eq!(pull_step(line), step, "{line}");
         }
+    }
+
+    #[test]
+    fn a_vm_that_somebody_named_is_not_ours_whatever_it_begins_with() {
+        let listed = parse_list(
+            r#"[{"Name":"alloy-macos-xcode","Source":"local"},{"Name":"alloy-00000001-2","Source":"local"},
+                {"Name":"alloy-00000001-3","Source":"OCI"},{"Name":"alloy-linux","Source":"local"}]"#,
+        );
+        assert_eq!(ours(&listed.unwrap()), [VmName::mint(1, 2)]);
     }
 
     #[test]
