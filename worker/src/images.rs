@@ -242,7 +242,8 @@ impl Runner {
     /// Does what can be done at once. Returns when to look again.
     async fn turn(&mut self) -> Mono {
         let now = self.setup.env.now();
-        if now.mono >= self.look_at {
+        // Work stands still while this task waits for the answer, and the answer may have to wait for the work.
+        if self.work.is_none() && now.mono >= self.look_at {
             self.look().await;
         }
         // The farm hears of a failure before the job that it ends: it must not send the next one here.
@@ -266,7 +267,8 @@ impl Runner {
         };
         self.tell_here.send_if_modified(|known| std::mem::replace(known, here.clone()) != here);
         let more = self.tell(now.mono).await;
-        [wake, tell, save, more].into_iter().flatten().fold(self.look_at, Mono::min)
+        let look = self.work.is_none().then_some(self.look_at);
+        [wake, tell, save, more, look].into_iter().flatten().min().unwrap_or(Mono(u64::MAX))
     }
 
     /// Asks the provider what is here.

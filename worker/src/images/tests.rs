@@ -6,7 +6,7 @@ use alloy_shared::env::{Ms, Now};
 use alloy_shared::runtime::SystemEnv;
 use alloy_shared::wire::image::ImageWant;
 use async_trait::async_trait;
-use tokio::sync::Semaphore;
+use tokio::sync::{RwLock, Semaphore};
 
 use super::*;
 use crate::provider::{Guest, Image, NetworkPolicy, Shape, VmName};
@@ -21,6 +21,8 @@ struct Fake {
     removing: Mutex<Vec<Digest>>,
     faults: Mutex<Vec<VmError>>,
     pulled: Mutex<Vec<String>>,
+    /// A pull lets nobody list the images.
+    gate: RwLock<()>,
 }
 
 #[async_trait]
@@ -29,6 +31,7 @@ impl VmProvider for Fake {
         Ok(vec![])
     }
     async fn images(&self) -> Result<Vec<Image>, VmError> {
+        let _shared = self.gate.read().await;
         let image = |(name, size): (&String, &u64)| Image {
             digest: Digest::of(name.as_bytes()),
             names: vec![ImageRef(name.clone())],
@@ -50,6 +53,7 @@ impl VmProvider for Fake {
         progress: &watch::Sender<PullProgress>,
         stop: &CancellationToken,
     ) -> Result<Digest, VmError> {
+        let _alone = self.gate.write().await;
         progress.send_replace(PullProgress { percent: 40, total_bytes: Some(9) });
         self.pulled.lock().unwrap().push(image.0.clone());
         tokio::select! {
@@ -106,6 +110,7 @@ impl Rig {
             removing: Mutex::default(),
             faults: Mutex::default(),
             pulled: Mutex::default(),
+            gate: RwLock::default(),
         });
         let (tx, inputs) = mpsc::channel(1_000);
         let store = ImageStore::start(ImageSetup {
@@ -299,6 +304,25 @@ async fn a_pull_that_nobody_wants_is_broken_off_and_the_next_one_is_not() {
     rig.fake.pulls.add_permits(1);
     rig.until("r/y:1", is_here).await;
     assert_eq!(*rig.fake.pulled.lock().unwrap(), ["r/x:1", "r/y:1"]);
+}
+
+#[tokio::test]
+async fn a_look_that_falls_due_during_a_pull_comes_after_it_and_keeps_nobody_waiting() {
+    let clock = Arc::new(Clock { ms: watch::Sender::new(0), system: SystemEnv::detached() });
+    let dir = tempfile::tempdir().unwrap();
+    let mut rig = Rig::with(&["r/own:1"], None, clock.clone(), BookFile::memory(), dir);
+    rig.store.wish(vec![wish("r/x:1", ImageWant::Present)]);
+    rig.until("r/x:1", |report| report.is_some_and(|report| report.pulling.is_some())).await;
+    rig.fake.here.lock().unwrap().insert("r/by_hand:1".into(), 10);
+    clock.ms.send_replace(LOOK_MS);
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    let own = ImageRef("r/own:1".into());
+    let asked = tokio::time::timeout(std::time::Duration::from_secs(30), rig.store.get(&own)).await;
+    asked.expect("an ask is answered during a pull").unwrap();
+    rig.fake.pulls.add_permits(1);
+    rig.until("r/by_hand:1", is_here).await;
 }
 
 #[tokio::test]

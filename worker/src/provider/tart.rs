@@ -207,9 +207,9 @@ impl TartHost {
         Ok(())
     }
 
-    /// Stops a VM that runs, whoever started it.
+    /// Stops a VM that runs, whoever started it. It is killed at once where a download keeps `tart` from being asked.
     async fn stop(&self, vm: &VmName) {
-        let ended = self.tart.run(&["stop", "--timeout", "5", vm.as_str()], STOP).await;
+        let ended = self.tart.run_now(&["stop", "--timeout", "5", vm.as_str()], STOP).await;
         tracing::debug!(vm.id = %vm, ?ended, "stop");
         if let Some(pid) = locks::holder(&self.vm_home(vm).join("config.json")) {
             let _gone = kill(pid, Signal::SIGKILL);

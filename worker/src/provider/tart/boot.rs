@@ -408,7 +408,16 @@ date +%s"#
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use alloy_shared::runtime::SystemEnv;
+    use alloy_shared::secret::Secret;
+
     use super::*;
+    use crate::provider::tart::command::Tart;
+    use crate::provider::tart::ssh::Login;
+    use crate::provider::tart::unfinished::Unfinished;
+    use crate::provider::tart::{LIVE_FILTER, Settings, Setup};
 
     #[test]
     fn a_guest_says_who_it_is_or_is_refused() {
@@ -434,6 +443,57 @@ mod tests {
         // A `tart` whose filter takes no orders, and a host whose owner wants none.
         assert_eq!(line(true, false), format!("{plain} --net-softnet"));
         assert_eq!(line(false, false), plain);
+    }
+
+    /// A host whose `tart` cannot even be started.
+    fn host(home: &Path) -> TartHost {
+        let setup = Setup {
+            settings: Settings { home: home.to_owned(), ..Settings::default() },
+            state_dir: home.join("state"),
+            guard: PathBuf::new(),
+            env: Arc::new(SystemEnv::detached()),
+            fence: watch::Sender::new(Mono(u64::MAX)).subscribe(),
+            boot_ms: 60_000,
+            agent_grace_ms: 60_000,
+            pull_stall_ms: 60_000,
+        };
+        TartHost {
+            tart: Tart::new(home.join("tart"), home.to_owned()),
+            version: LIVE_FILTER,
+            making: tokio::sync::Mutex::default(),
+            pulling: tokio::sync::Mutex::default(),
+            unfinished: Unfinished::open(home, Mono(0)),
+            live: Mutex::default(),
+            names: Mutex::default(),
+            login: Login { user: String::new(), password: Secret::new(String::new()) },
+            _only_one: locks::claim(home).unwrap(),
+            setup,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_vm_that_is_to_go_is_killed_even_while_a_download_keeps_tart_to_itself() {
+        let home = tempfile::tempdir().unwrap();
+        let (host, vm) = (host(home.path()), VmName::mint(1, 2));
+        let (doom, running) = (CancellationToken::new(), TaskTracker::new());
+        let machine = Vm {
+            guest: OnceLock::new(),
+            os: GuestOs::Mac,
+            control: OnceLock::new(),
+            ended: watch::channel(None).1,
+            doom: doom.clone(),
+            running,
+        };
+        host.live().insert(vm.clone(), Arc::new(machine));
+        let _download = host.tart.gate.write().await;
+        let killed = async {
+            tokio::select! {
+                biased;
+                done = host.destroy(&vm) => panic!("nobody can be asked whether it is gone: {done:?}"),
+                () = doom.cancelled() => {}
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), killed).await.expect("it is killed");
     }
 
     #[test]

@@ -65,6 +65,12 @@ impl Tart {
         self.watched(args, deadline, Signal::SIGTERM, None, &CancellationToken::new()).await
     }
 
+    /// Like [`Tart::run`], for a command that is of no use later: absent while it would have to wait for another one.
+    pub(super) async fn run_now(&self, args: &[&str], deadline: Duration) -> Option<Result<Ended, VmError>> {
+        let _alone = self.gate.try_read().ok()?;
+        Some(self.watched(args, deadline, Signal::SIGTERM, None, &CancellationToken::new()).await)
+    }
+
     /// Like [`Tart::run`], for a command that must succeed: whatever it says otherwise is judged.
     pub(super) async fn must(&self, args: &[&str], deadline: Duration) -> Result<Result<String, Failed>, VmError> {
         let ended = self.run(args, deadline).await?;
