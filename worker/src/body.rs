@@ -75,6 +75,7 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         limits: limits.clone(),
         provider: parts.provider,
         inputs: door.clone(),
+        fence: parts.fence.watch(),
         state_dir: parts.state_dir,
         images: Arc::clone(&images),
         wish,

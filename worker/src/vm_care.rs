@@ -32,6 +32,8 @@ pub enum Host {
 pub enum Verdict {
     /// Nothing: it is about this one VM.
     Vm,
+    /// Nothing at all: it was killed because the worker's lease had ended.
+    Fenced,
     /// The host may be at fault: look for VMs that nobody has, and try again.
     Again,
     /// There is no room for a VM in this slot: close it for a while.
@@ -92,12 +94,12 @@ impl Care {
                 Verdict::Slot
             }
             VmFault::Taken => Verdict::Slot,
+            VmFault::Fenced => Verdict::Fenced,
             VmFault::Full | VmFault::Host => self.host_failed(error, now),
             VmFault::NoImage
             | VmFault::Pull
             | VmFault::Start
             | VmFault::Lost
-            | VmFault::Fenced
             | VmFault::Network
             | VmFault::Disk
             | VmFault::Destroy
@@ -244,6 +246,7 @@ mod tests {
         for what in [VmFault::Start, VmFault::Lost, VmFault::Disk, VmFault::Network, VmFault::NoImage, VmFault::Pull] {
             assert_eq!(care.failed(0, &error(what), 0, NOW), Verdict::Vm, "{what:?}");
         }
+        assert_eq!(care.failed(0, &VmError::fenced(), 0, NOW), Verdict::Fenced);
         assert_eq!(care.host(), Host::Well);
     }
 

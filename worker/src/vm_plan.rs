@@ -78,6 +78,8 @@ pub struct View<'a> {
     pub size: usize,
     pub warm_age_max_ms: u64,
     pub host: Host,
+    /// When guards kill every VM. What is made after that is killed at once.
+    pub fence: Mono,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -216,7 +218,11 @@ impl<'a> Plan<'a> {
             Slot::Cold { .. } | Slot::Cloning { .. } | Slot::Booting { .. } | Slot::Recycling { .. } => true,
             Slot::Warm { .. } | Slot::Claimed { .. } | Slot::Quarantined { .. } => false,
         };
-        if self.view.host != Host::Well || !self.actions.is_empty() || self.view.slots.iter().any(changes) {
+        if self.view.host != Host::Well
+            || self.makes == 0
+            || !self.actions.is_empty()
+            || self.view.slots.iter().any(changes)
+        {
             return;
         }
         let Some(new) = vm_demand::next(self.view.shares, |image| self.spares(image)) else { return };
@@ -294,7 +300,7 @@ pub fn spent(slots: &[Slot], waiting: usize, size: usize) -> usize {
     slots.iter().zip(surplus).rev().take(over).take_while(|(slot, surplus)| *surplus && is_empty(slot)).count()
 }
 
-/// How many VMs may be made at once, as far as the host goes.
+/// How many VMs may be made at once, as far as the host and the lease go.
 fn makes(view: &View<'_>, now: Mono) -> usize {
     let is_made = |slot: &Slot| match slot {
         Slot::Cloning { .. } | Slot::Booting { .. } => true,
@@ -305,6 +311,7 @@ fn makes(view: &View<'_>, now: Mono) -> usize {
         | Slot::Quarantined { .. } => false,
     };
     match view.host {
+        _ if view.fence <= now => 0,
         Host::Well => view.slots.len(),
         Host::Resting { until } if until <= now => view.slots.len(),
         Host::Ill { probe } if probe <= now && !view.slots.iter().any(is_made) => 1,

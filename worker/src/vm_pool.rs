@@ -43,6 +43,8 @@ pub struct PoolSetup {
     pub limits: Limits,
     pub provider: Arc<dyn VmProvider>,
     pub inputs: Inputs,
+    /// When guards kill every VM.
+    pub fence: watch::Receiver<Mono>,
     /// Where the VMs' directories lie.
     pub state_dir: PathBuf,
     pub images: Arc<ImageStore>,
@@ -259,8 +261,10 @@ impl Runner {
 
     async fn run(mut self, mut asked: mpsc::Receiver<Ask>, mut frees: mpsc::Receiver<Freed>) {
         let mut here = self.setup.images.here();
+        let mut fence = self.setup.fence.clone();
         loop {
             here.mark_unchanged();
+            fence.mark_unchanged();
             let wake = self.turn();
             self.publish().await;
             if self.closing.is_some() && self.work.is_empty() && self.running.iter().all(Option::is_none) {
@@ -288,9 +292,14 @@ impl Runner {
                     self.finish(done);
                 },
                 Ok(()) = here.changed() => {}
+                Ok(()) = fence.changed() => {}
                 () = sleep(&env, wake) => {}
             }
         }
+    }
+
+    fn fence(&self) -> Mono {
+        *self.setup.fence.borrow()
     }
 
     /// Performs the plan until it has nothing more to do. Returns when it will have.
@@ -316,6 +325,7 @@ impl Runner {
                 size: self.setup.wish.slots,
                 warm_age_max_ms: self.setup.limits.warm_age_max_ms,
                 host: self.care.host(),
+                fence: self.fence(),
             };
             let actions = plan(&view, now);
             let held = match self.hold(&actions) {

@@ -23,6 +23,7 @@ use crate::images::{ImageSetup, ImageStore};
 use crate::provider::host::HOST_IMAGE;
 use crate::provider::host::tests::Fixture;
 use crate::provider::{ArtifactRule, Guest, ImageRef, Listing};
+use crate::session::Fence;
 use crate::sources::Sources;
 use crate::sources::tests::{small_disk, small_limits};
 use crate::spool::{Spool, SpoolFile};
@@ -140,6 +141,7 @@ impl Rig {
             limits: limits.clone(),
             provider: Arc::clone(&fixture.host) as _,
             inputs: tx.clone(),
+            fence: Fence::new().watch(),
             state_dir: fixture.dir.path().to_owned(),
             wish: Wish { slots: 1, image: ImageRef(HOST_IMAGE.into()), floors: Vec::new() },
         };

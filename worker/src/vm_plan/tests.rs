@@ -5,6 +5,7 @@ use super::*;
 mod walk;
 
 const NOW: Mono = Mono(100_000);
+const AHEAD: Mono = Mono(NOW.0 + 1);
 
 fn image(name: &str) -> ImageRef {
     ImageRef(name.into())
@@ -42,7 +43,7 @@ fn check(slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
 }
 
 fn check_on(host: Host, slots: &[Slot], waiting: &[Waiting], expected: &[PoolAction]) {
-    let view = View { slots, waiting, shares: &own(), size: slots.len(), warm_age_max_ms: 50_000, host };
+    let view = View { slots, waiting, shares: &own(), size: slots.len(), warm_age_max_ms: 50_000, host, fence: AHEAD };
     assert_eq!(plan(&view, NOW), expected, "{slots:?} {waiting:?}");
 }
 
@@ -100,10 +101,39 @@ fn a_host_that_rests_makes_no_vms_and_an_ill_one_tries_one() {
 }
 
 #[test]
+fn nothing_is_made_behind_the_fence_and_nothing_is_given_up_for_it() {
+    let planned = |slots: &[Slot], waiting: &[Waiting], host, fence| {
+        let shares = [Share { image: image("a"), floor: 1, heat: 9_000 }];
+        let view = View { slots, waiting, shares: &shares, size: slots.len(), warm_age_max_ms: 50_000, host, fence };
+        plan(&view, NOW)
+    };
+    let spare = || warm("b", 99_000);
+    for (slots, waiting, host) in [
+        (vec![cold(), cold()], vec![], Host::Well),
+        (vec![cold(), spare()], vec![wants("a")], Host::Well),
+        (vec![spare(), spare()], vec![wants("a")], Host::Well),
+        (vec![spare(), spare()], vec![], Host::Well),
+        (vec![cold()], vec![], Host::Resting { until: NOW }),
+        (vec![spare()], vec![], Host::Ill { probe: NOW }),
+    ] {
+        assert_eq!(planned(&slots, &waiting, host, NOW), [], "{slots:?}");
+        assert_ne!(planned(&slots, &waiting, host, AHEAD), [], "{slots:?}");
+    }
+    assert_eq!(planned(&[spare()], &[wants("b")], Host::Well, NOW), [PoolAction::Give { slot: 0, claim: 0 }]);
+}
+
+#[test]
 fn nothing_is_made_ahead_of_an_image_that_is_not_here() {
     let (slots, waiting) = ([cold(), cold()], [wants("b")]);
-    let view =
-        View { slots: &slots, waiting: &waiting, shares: &[], size: 2, warm_age_max_ms: 50_000, host: Host::Well };
+    let view = View {
+        slots: &slots,
+        waiting: &waiting,
+        shares: &[],
+        size: 2,
+        warm_age_max_ms: 50_000,
+        host: Host::Well,
+        fence: AHEAD,
+    };
     assert_eq!(plan(&view, NOW), [PoolAction::Make { slot: 0, image: image("b") }]);
 }
 
@@ -111,7 +141,18 @@ fn nothing_is_made_ahead_of_an_image_that_is_not_here() {
 fn the_pool_wakes_when_something_becomes_due() {
     let wake = |slots: &[Slot]| {
         let (shares, size) = (own(), slots.len());
-        next_wake(&View { slots, waiting: &[], shares: &shares, size, warm_age_max_ms: 50_000, host: Host::Well }, NOW)
+        next_wake(
+            &View {
+                slots,
+                waiting: &[],
+                shares: &shares,
+                size,
+                warm_age_max_ms: 50_000,
+                host: Host::Well,
+                fence: AHEAD,
+            },
+            NOW,
+        )
     };
     assert_eq!(wake(&[claimed(), booting("a")]), None);
     assert_eq!(wake(&[warm("a", 99_000), rested(1, 60_000, NOW)]), Some(NOW + 1_000));
@@ -159,6 +200,7 @@ fn a_miss_has_a_cause() {
             size: slots.len(),
             warm_age_max_ms: 50_000,
             host: *host,
+            fence: AHEAD,
         };
         assert_eq!(miss(&view, &[None, gap.clone()], &image("a"), NOW), *expected, "{slot:?} {gap:?}");
     }

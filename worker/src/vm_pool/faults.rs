@@ -72,6 +72,8 @@ impl Runner {
             | Slot::Quarantined { vm: Some(_), .. } => true,
         };
         let others = self.slots.iter().enumerate().filter(|(index, other)| *index != slot && has_vm(other)).count();
+        // A VM that is killed may say anything before its guard does.
+        let error = if self.fence() <= now { VmError::fenced() } else { error };
         if !matches!(self.care.host(), Host::Ill { .. }) {
             tracing::warn!(%image, %error, "a VM did not start");
         }
@@ -81,6 +83,7 @@ impl Runner {
             match verdict {
                 Verdict::Vm | Verdict::Slot => Miss::StartFailed,
                 Verdict::Again | Verdict::Ill => Miss::Host,
+                Verdict::Fenced => Miss::Died,
             },
         );
         match verdict {
@@ -97,7 +100,7 @@ impl Runner {
                 self.charge(&image, error, 0);
                 self.destroy(slot, None, SLOT_FAULTS_MAX);
             }
-            Verdict::Ill => self.destroy(slot, None, faults),
+            Verdict::Ill | Verdict::Fenced => self.destroy(slot, None, faults),
         }
     }
 
@@ -128,7 +131,7 @@ impl Runner {
     pub(super) fn judge(&mut self, error: &VmError, reply: oneshot::Sender<Result<(), VmError>>) {
         let verdict = match self.care.host_failed(error, self.setup.env.now().mono) {
             Verdict::Ill => Err(self.ill()),
-            Verdict::Vm | Verdict::Again | Verdict::Slot => Ok(()),
+            Verdict::Vm | Verdict::Fenced | Verdict::Again | Verdict::Slot => Ok(()),
         };
         let _claimer_is_gone = reply.send(verdict);
     }

@@ -1,3 +1,4 @@
+mod fence;
 mod held;
 
 use std::collections::BTreeSet;
@@ -25,6 +26,8 @@ struct Fake {
     /// What the next VMs have instead of a start.
     boots_fail: Mutex<Vec<VmFault>>,
     boot_hangs: bool,
+    /// Boots wait for this.
+    starts: Option<Semaphore>,
     /// One guest that nobody uses.
     dies: Arc<Notify>,
     destroys_fail: Mutex<u32>,
@@ -125,6 +128,7 @@ impl VmProvider for Fake {
         if self.boot_hangs {
             return std::future::pending().await;
         }
+        pass(&self.starts).await;
         if let Some(what) = self.boots_fail.lock().unwrap().pop() {
             return Err(VmError::farm(what, "on demand"));
         }
@@ -178,6 +182,7 @@ struct Rig {
     pool: Arc<VmPool>,
     images: Arc<ImageStore>,
     inputs: mpsc::Receiver<Input>,
+    fence: watch::Sender<Mono>,
 }
 
 impl Rig {
@@ -189,6 +194,7 @@ impl Rig {
     async fn with(slots: usize, fake: Fake, budget: Option<u64>) -> Self {
         let fake = Arc::new(fake);
         let (tx, inputs) = mpsc::channel(1_000);
+        let fence = watch::Sender::new(Mono(u64::MAX));
         let env: Arc<dyn Env> = Arc::new(SystemEnv::detached());
         let images = ImageStore::start(ImageSetup {
             env: Arc::clone(&env),
@@ -205,10 +211,11 @@ impl Rig {
             limits: Limits { quarantine_ms: 200, ..Limits::default() },
             provider: Arc::clone(&fake) as Arc<dyn VmProvider>,
             inputs: tx,
+            fence: fence.subscribe(),
             state_dir: "/state".into(),
             wish: wish(slots, "own", &[]),
         };
-        Self { fake, pool: VmPool::start(setup).await, images, inputs }
+        Self { fake, pool: VmPool::start(setup).await, images, inputs, fence }
     }
 
     async fn claim(&self, n: u32) -> Result<Claimed, VmError> {
@@ -463,6 +470,7 @@ async fn a_claim_whose_asker_is_gone_gets_nothing() {
         limits: Limits::default(),
         provider: Arc::clone(&rig.fake) as Arc<dyn VmProvider>,
         inputs: mpsc::channel(1).0,
+        fence: rig.fence.subscribe(),
         state_dir: "/state".into(),
         wish: wish(1, "own", &[]),
     };

@@ -292,6 +292,11 @@ async fn listen(
         match output.recv().await {
             Some(ExecOutput::Bytes(bytes)) => keep(&mut words, &bytes),
             Some(ExecOutput::Exit(crate::provider::Exit::Code(code))) => break Some(code),
+            // Killed by its guard, whatever it said.
+            Some(ExecOutput::Lost(error)) if error.what == VmFault::Fenced => {
+                ended.send_replace(Some(error));
+                return;
+            }
             Some(ExecOutput::Exit(crate::provider::Exit::Signal(_)) | ExecOutput::Lost(_)) | None => break None,
         }
     };
@@ -494,6 +499,22 @@ mod tests {
             }
         };
         tokio::time::timeout(Duration::from_secs(30), killed).await.expect("it is killed");
+    }
+
+    #[tokio::test]
+    async fn a_vm_that_its_guard_has_fenced_says_so_and_any_other_one_is_lost() {
+        let fenced = VmError::fenced();
+        for (end, what) in [
+            (ExecOutput::Lost(fenced), VmFault::Fenced),
+            (ExecOutput::Lost(VmError::farm(VmFault::Lost, "the guard is gone")), VmFault::Lost),
+            (ExecOutput::Exit(crate::provider::Exit::Signal(9)), VmFault::Lost),
+        ] {
+            let ((said, output), (tell, ended)) = (mpsc::channel(2), watch::channel(None));
+            said.send(ExecOutput::Bytes(Bytes::from_static(b"Stopping VM...\n"))).await.unwrap();
+            said.send(end).await.unwrap();
+            listen(output, tell, mpsc::channel(1).0).await;
+            assert_eq!(ended.borrow().as_ref().map(|error| error.what), Some(what));
+        }
     }
 
     #[test]

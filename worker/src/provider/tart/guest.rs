@@ -393,7 +393,10 @@ pub(super) async fn gone(ended: &mut watch::Receiver<Option<VmError>>) -> VmErro
 
 /// A VM that ran well enough for a command says nothing about its host by its end.
 fn under_a_command(error: VmError) -> VmError {
-    VmError { what: VmFault::Lost, ..error }
+    match error.what {
+        VmFault::Fenced => error,
+        _ => VmError { what: VmFault::Lost, ..error },
+    }
 }
 
 /// A stream that breaks is often the first sign of a VM's end, whose words come a moment later.

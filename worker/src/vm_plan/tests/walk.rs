@@ -63,6 +63,7 @@ impl World {
                 size: self.wish.slots,
                 warm_age_max_ms: AGE_MS,
                 host: Host::Well,
+                fence: Mono(u64::MAX),
             };
             let actions = plan(&view, self.now);
             if actions.is_empty() {
@@ -258,6 +259,14 @@ fn a_smaller_pool_lets_spares_go_first_and_work_end() {
         (spent(&[claimed(), cold()], 0, 1), spent(&[cold(), claimed()], 0, 1), spent(&[cold(), cold()], 0, 1)),
         (1, 0, 1)
     );
-    let view = View { slots: &slots, waiting: &[], shares: &own(), size: 2, warm_age_max_ms: 50_000, host: Host::Well };
+    let view = View {
+        slots: &slots,
+        waiting: &[],
+        shares: &own(),
+        size: 2,
+        warm_age_max_ms: 50_000,
+        host: Host::Well,
+        fence: AHEAD,
+    };
     assert_eq!(plan(&view, NOW), [PoolAction::Unmake { slot: 1 }]);
 }
