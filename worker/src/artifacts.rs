@@ -163,10 +163,13 @@ impl Matcher {
         self.any(path, |kind| kind == RuleKind::Exclude)
     }
 
-    /// True if a rule may take what lies deep below this directory. No deep path has to be looked at for that.
+    /// True if a rule may take what lies below this directory. Nothing in it has to be looked at for that.
     pub fn may_take_below(&self, dir: &str) -> bool {
-        let deeper = |glob: &str| glob.contains("**") || glob.matches('/').count() > dir.matches('/').count();
-        let leads = |rule: &ArtifactRule| rule.kind != RuleKind::Exclude && deeper(&rule.glob);
+        let deeper =
+            |glob: &str| dir.is_empty() || glob.contains("**") || glob.matches('/').count() > dir.matches('/').count();
+        let near = |base: &str| base == dir || inside(base, dir) || inside(dir, base);
+        let leads =
+            |rule: &ArtifactRule| rule.kind != RuleKind::Exclude && deeper(&rule.glob) && near(&base(&rule.glob));
         self.takes(dir) || self.rules.iter().any(|(rule, _)| leads(rule)) && !self.excludes(dir)
     }
 
@@ -180,12 +183,14 @@ impl Matcher {
         let mut bases: Vec<String> = taking.map(|(rule, _)| base(&rule.glob)).collect();
         bases.sort();
         bases.dedup();
-        let inside =
-            |path: &str, up: &str| up.is_empty() || path.strip_prefix(up).is_some_and(|rest| rest.starts_with('/'));
         let all = bases.clone();
         bases.retain(|path| !all.iter().any(|up| up != path && inside(path, up)));
         bases
     }
+}
+
+fn inside(path: &str, up: &str) -> bool {
+    up.is_empty() || path.strip_prefix(up).is_some_and(|rest| rest.starts_with('/'))
 }
 
 fn base(glob: &str) -> String {
@@ -200,7 +205,8 @@ async fn missed(rules: &[ArtifactRule], listing: &Listing) -> Missed {
         if find(&listing.files, |file| matcher.takes(&file.path)).await.is_some() {
             continue;
         }
-        let unfit = find(&listing.unfit, |unfit| matcher.takes(&unfit.text())).await;
+        let hidden = |unfit: &Unfit| unfit.why.hides() && matcher.may_take_below(&unfit.text());
+        let unfit = find(&listing.unfit, |unfit| matcher.takes(&unfit.text()) || hidden(unfit)).await;
         match (rule.kind, unfit) {
             (RuleKind::Must, None) => missed.must.push(format!("={}", rule.glob)),
             (RuleKind::Must, Some(unfit)) => missed.must.push(format!("={} ({})", rule.glob, describe(unfit))),
@@ -339,6 +345,20 @@ mod tests {
         ];
         assert_eq!(told.warnings, named);
 
+        let mut shut = Listing::default();
+        shut.refuse(b"out/x".to_vec(), Misfit::Closed);
+        let told = missed(&rules(&["=out/x/y/f", "out/**/*.log", "=bin/a/b", "other"]), &shut).await;
+        assert_eq!(
+            told.must,
+            ["=out/x/y/f (`out/x`, because it is a directory that cannot be read)", "=bin/a/b"],
+            "what it hides is no reason for a rule that leads elsewhere"
+        );
+        let named = [
+            "no file matches the artifact rule `other`",
+            "not collected: `out/x`, because it is a directory that cannot be read",
+        ];
+        assert_eq!(told.warnings, named);
+
         let mut many = Listing { unfit_more: 5, ..Listing::default() };
         (0..limits::UNFIT_NAMED_MAX + 2).for_each(|n| many.refuse(n.to_string().into_bytes(), Misfit::Socket));
         let told = missed(&rules(&["*"]), &many).await.warnings;
@@ -393,6 +413,9 @@ mod tests {
             (&["*/*/*.o"], "out/deep", true),
             (&["**", "!out"], "out/deep", false),
             (&["other", "!**/*.o"], "out/deep", false),
+            (&["other/**/*.o", "outer/a/b"], "out/deep", false),
+            (&["a"], "", true),
+            (&["out/deep/down/*.o"], "out", true),
         ] {
             assert_eq!(Matcher::new(&rules(texts)).unwrap().may_take_below(dir), may, "{texts:?}");
         }

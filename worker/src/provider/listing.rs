@@ -41,6 +41,11 @@ pub enum Misfit {
     Socket,
     #[error("it is a device")]
     Device,
+    #[error("it cannot be read")]
+    Unreadable,
+    /// Of a directory: nobody can say what lies in it.
+    #[error("it is a directory that cannot be read")]
+    Closed,
     /// No path that we would write.
     #[error("{0}")]
     Path(String),
@@ -50,6 +55,21 @@ pub enum Misfit {
 }
 
 impl Misfit {
+    /// True of a directory that stands for what may lie below it.
+    pub fn hides(&self) -> bool {
+        match self {
+            Self::Closed | Self::Deep => true,
+            Self::Name
+            | Self::Target
+            | Self::LongTarget
+            | Self::Pipe
+            | Self::Socket
+            | Self::Device
+            | Self::Unreadable
+            | Self::Path(_) => false,
+        }
+    }
+
     /// The last directory that may be spoken of on the way to a path that is longer or deeper than paths may be. No rule
     /// is asked about a path before this: what that costs grows with the path, and a stranger decides how long it is.
     pub fn too_deep(path: &[u8]) -> Option<&[u8]> {
@@ -91,6 +111,9 @@ impl Unfit {
 
     /// The path for people: what cannot be printed is escaped, and of a long one only the end is left.
     pub fn shown(&self) -> String {
+        if self.path.is_empty() {
+            return ".".to_owned();
+        }
         let mut shown = String::new();
         for chunk in self.path.utf8_chunks() {
             for c in chunk.valid().chars() {
@@ -156,13 +179,85 @@ impl Listing {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::provider) mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::PathBuf;
+
     use super::*;
+
+    /// A workspace with places that only root can read.
+    pub(in crate::provider) struct Shut {
+        dir: tempfile::TempDir,
+    }
+
+    impl Shut {
+        pub(in crate::provider) const RULES: [&str; 5] = ["out", "far/shut/deep/f", "gone/**", "plain/*", "!out/left"];
+        const MODES: [(&str, u32); 5] =
+            [("out/shut", 0), ("out/seen", 0o444), ("out/left", 0), ("far/shut", 0), ("out/secret", 0o200)];
+
+        pub(in crate::provider) fn new() -> Self {
+            let shut = Self { dir: tempfile::tempdir().unwrap() };
+            // Who is not root gets as far as the workspace.
+            Self::chmod(shut.dir.path().to_owned(), 0o755);
+            for file in ["out/good", "out/secret", "out/shut/f", "out/seen/f", "out/left/f", "far/shut/deep/f"] {
+                let path = shut.work().join(file);
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                std::fs::write(path, "12345").unwrap();
+            }
+            Self::MODES.into_iter().for_each(|(place, mode)| Self::chmod(shut.work().join(place), mode));
+            shut
+        }
+
+        pub(in crate::provider) fn work(&self) -> PathBuf {
+            self.dir.path().join("work")
+        }
+
+        fn chmod(path: PathBuf, mode: u32) {
+            std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        }
+
+        /// Holds what `list` makes of the workspace against what it is for somebody who is not root.
+        pub(in crate::provider) fn check(&self, list: impl Fn(&[&str]) -> Listing) {
+            let Listing { files, unfit, unfit_more } = list(&Self::RULES);
+            let files: Vec<_> = files.into_iter().map(|file| (file.path, file.size)).collect();
+            assert_eq!(files, [("out/good".to_owned(), 5)], "it spoils nothing");
+            let unfit: Vec<_> = unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why)).collect();
+            let expected = [
+                ("far/shut", Misfit::Closed),
+                ("out/secret", Misfit::Unreadable),
+                ("out/seen", Misfit::Closed),
+                ("out/shut", Misfit::Closed),
+            ];
+            assert_eq!(unfit, expected.map(|(name, why)| (name.to_owned(), why)));
+            assert_eq!(unfit_more, 0);
+            assert_eq!(list(&["out/good"]).unfit, [], "nobody asked for the rest");
+
+            Self::chmod(self.work(), 0);
+            let Listing { files, unfit, .. } = list(&["out/good"]);
+            let unfit: Vec<_> = unfit.into_iter().map(|unfit| (unfit.shown(), unfit.why)).collect();
+            assert_eq!((files, unfit), (vec![], vec![(".".to_owned(), Misfit::Closed)]));
+            Self::chmod(self.work(), 0o755);
+        }
+    }
+
+    impl Drop for Shut {
+        fn drop(&mut self) {
+            for (place, _) in Self::MODES {
+                let _goes_as_far_as_it_may =
+                    std::fs::set_permissions(self.work().join(place), Permissions::from_mode(0o700));
+            }
+        }
+    }
+
+    /// Somebody who is not root.
+    pub(in crate::provider) const STRANGER: u32 = 65534;
 
     #[test]
     fn a_path_is_shown_so_that_each_byte_can_be_told() {
         for (path, shown) in [
             (&b"out/plain \xc3\xa9"[..], "out/plain é".to_owned()),
+            (b"", ".".to_owned()),
             (b"b\xffd/\xc3", "b\\xffd/\\xc3".to_owned()),
             (b"a\nb\\x\x1b[2J", "a\\nb\\\\x\\u{1b}[2J".to_owned()),
             (&[b'x'; 4096], format!("…{}", "x".repeat(SHOWN_MAX))),

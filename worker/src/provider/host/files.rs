@@ -12,8 +12,10 @@ use alloy_shared::id::printable;
 use alloy_shared::limits;
 use alloy_shared::wire::source::check_path;
 use bytes::Bytes;
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, access};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -162,8 +164,10 @@ pub(super) fn list_up_to(
     let mut found = Found { most, stop: stop.clone(), ..Found::default() };
     for base in rules.bases() {
         // A base is plain text; on the way there a link is no directory either.
-        if real_dirs(root, &base) {
-            visit(root, &base, rules, &mut found)?;
+        match real_dirs(root, &base) {
+            Ok(true) => visit(root, &base, rules, &mut found)?,
+            Ok(false) => {}
+            Err(closed) => found.close(&closed, rules),
         }
     }
     Ok(found.listing.sorted())
@@ -179,14 +183,27 @@ struct Found {
     stop: CancellationToken,
 }
 
-/// True when all above `path` are directories.
-fn real_dirs(root: &Path, path: &str) -> bool {
-    let mut at = root.to_owned();
+impl Found {
+    /// Names a directory that lets nobody in or through, if a rule leads there.
+    fn close(&mut self, dir: &Path, rules: &Matcher) {
+        if rules.may_take_below(&dir.to_string_lossy()) {
+            self.listing.refuse(dir.as_os_str().as_bytes().to_vec(), Misfit::Closed);
+        }
+    }
+}
+
+/// True when all above `path` are directories. The error is one that lets nobody through.
+fn real_dirs(root: &Path, path: &str) -> Result<bool, PathBuf> {
+    let mut at = PathBuf::new();
     let parents = path.rsplit_once('/').map_or("", |(up, _)| up);
-    parents.split('/').filter(|part| !part.is_empty()).all(|part| {
-        at.push(part);
-        std::fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_dir())
-    })
+    for part in parents.split('/').filter(|part| !part.is_empty()) {
+        match std::fs::symlink_metadata(root.join(&at).join(part)) {
+            Ok(meta) if meta.is_dir() => at.push(part),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(at),
+            Ok(_) | Err(_) => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 /// Looks at `start` and all below it. A stack of its own: a stranger decides how deep directories go. It holds names of
@@ -195,7 +212,19 @@ fn visit(root: &Path, start: &str, rules: &Matcher, found: &mut Found) -> Result
     let mut todo: Vec<PathBuf> = look(root, start.into(), rules, found)?.into_iter().collect();
     while let Some(path) = todo.pop() {
         let failed = |error: std::io::Error| VmError::io(VmFault::File, &printable(&path.to_string_lossy()), &error);
-        for entry in std::fs::read_dir(root.join(&path)).map_err(failed)? {
+        let entries = match std::fs::read_dir(root.join(&path)) {
+            Ok(entries) => entries,
+            Err(error) => match error.kind() {
+                io::ErrorKind::PermissionDenied => {
+                    found.close(&path, rules);
+                    continue;
+                }
+                // It has gone since.
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => continue,
+                _ => return Err(failed(error)),
+            },
+        };
+        for entry in entries {
             let entry = entry.map_err(failed)?;
             found.seen += 1;
             if found.stop.is_cancelled() {
@@ -220,7 +249,16 @@ fn look(root: &Path, path: PathBuf, rules: &Matcher, found: &mut Found) -> Resul
         return Ok(None);
     }
     let full = root.join(&path);
-    let Ok(meta) = std::fs::symlink_metadata(&full) else { return Ok(None) };
+    let meta = match std::fs::symlink_metadata(&full) {
+        Ok(meta) => meta,
+        Err(error) => {
+            // Its directory says what is in it and lets nobody through.
+            if error.kind() == io::ErrorKind::PermissionDenied {
+                found.close(path.parent().unwrap_or(Path::new("")), rules);
+            }
+            return Ok(None);
+        }
+    };
     let text = path.to_string_lossy();
     if !text.is_empty() && rules.excludes(&text) {
         return Ok(None);
@@ -270,7 +308,10 @@ fn fit<'a>(full: &Path, path: &'a [u8], meta: &Metadata) -> Result<(&'a str, Opt
     }
     let path = Misfit::check_path(path).map_err(Unreadable::Misfit)?;
     if !kind.is_symlink() {
-        return Ok((path, None));
+        return match access(full, AccessFlags::R_OK) {
+            Err(Errno::EACCES | Errno::EPERM) => Err(Unreadable::Misfit(Misfit::Unreadable)),
+            Ok(()) | Err(_) => Ok((path, None)),
+        };
     }
     let target = std::fs::read_link(full).map_err(Unreadable::Disk)?;
     let target = Misfit::check_target(target.into_os_string().into_vec()).map_err(Unreadable::Misfit)?;

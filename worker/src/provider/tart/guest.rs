@@ -243,7 +243,7 @@ impl Guest for TartGuest {
         let (workspace, file) = (quote(&self.workspace), quote(&format!("./{path}")));
         let mark = Mark::new(self.env.dice());
         let steps = format!(
-            "{INSIDE}cd {workspace} && inside {file} && [ -f {file} ] && [ ! -L {file} ] && head -c {limit} {file}"
+            "{INSIDE}cd {workspace} && inside {file} && [ -f {file} ] && [ ! -L {file} ] && head -c {limit} {file} 2>/dev/null"
         );
         let mut running = self.way.run(&self.env, script::steps(&steps, &mark), mark);
         let (tx, rx) = mpsc::channel(CHUNKS);
@@ -276,8 +276,7 @@ impl Guest for TartGuest {
 
     async fn list(&self, rules: &[ArtifactRule]) -> Result<Listing, VmError> {
         let matcher = Matcher::new(rules).map_err(|error| VmError::user(VmFault::File, error.to_string()))?;
-        let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
-        let said = self.must("list the workspace", &listing::script(&self.workspace, &bases)).await?;
+        let said = self.must("list the workspace", &listing::script(&self.workspace, &matcher)).await?;
         read_listing(said, matcher).await
     }
 }

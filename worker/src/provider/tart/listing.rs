@@ -3,6 +3,8 @@
 //! The answer is records that end with a NUL, which no path can hold: kind, size, mode and path of each, and after a link a
 //! record with its target. Everything in it is a stranger's word.
 
+use std::collections::HashSet;
+
 use alloy_shared::id::printable;
 
 use super::script::quote;
@@ -22,33 +24,71 @@ done
 }
 "#;
 
-/// Lists what is no directory below these places, which are quoted. The `stat` of macOS ends what it says with newlines
-/// only, so that a name that holds one is asked for by itself.
-pub(super) fn script(workspace: &str, bases: &[String]) -> String {
+/// Lists what the rules lead to and is no directory, and each directory that lets nobody in or through. The `stat` of macOS
+/// ends what it says with newlines only, so that a name that holds one is asked for by itself.
+///
+/// The status says whether the list is whole. `find` starts nothing itself, so a status of 1 means no more than that it
+/// was not let in somewhere, or that something went while it looked: that is told by records, or no loss.
+pub(super) fn script(workspace: &str, matcher: &Matcher) -> String {
+    let place = |base: &String| if base.is_empty() { ".".to_owned() } else { quote(&format!("./{base}")) };
+    let bases = matcher.bases().iter().map(place).collect::<Vec<_>>().join(" ");
     let workspace = quote(workspace);
-    let bases = bases.join(" ");
     format!(
-        r#"{INSIDE}cd {workspace} || exit 1
+        r#"{INSIDE}closed() {{
+at=.
+rest=${{1#./}}
+while :; do
+if [ -d "$at" ] && [ ! -x "$at" ]; then return 0; fi
+case $rest in */*) ;; *) return 1 ;; esac
+at=$at/${{rest%%/*}}
+rest=${{rest#*/}}
+done
+}}
+newline='
+'
+walk() {{
+each=$1
+shift
+ends=$({{ {{ find "$@" -print0 2>/dev/null; echo $? >&3; }} | xargs -0 sh -c "$each" sh >&4 2>/dev/null; echo $? >&3; }} 3>&1)
+case $ends in [01]"$newline"0) ;; *) exit 1 ;; esac
+}}
+exec 4>&1
+if ! cd {workspace} 2>/dev/null; then
+if [ -d {workspace} ]; then printf 'c 0 0 .\0'; fi
+exit 0
+fi
 set --
 for base in {bases}; do
 inside "$base" || continue
+if closed "$base"; then printf 'c 0 0 %s\0' "$at"; continue; fi
 if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi
 done
 [ $# -gt 0 ] || exit 0
-newline='
-'
-if stat --version >/dev/null 2>&1; then
-find "$@" -type f -exec stat --printf 'f %s %a %n\0' {{}} +
-else
-find "$@" -type f ! -path "*$newline*" -exec stat -f 'f %z %Lp %N' {{}} + | LC_ALL=C tr '\n' '\0'
-find "$@" -type f -path "*$newline*" -exec sh -c 'for f; do printf "f %s %s\0" "$(stat -f "%z %Lp" "$f")" "$f"; done' sh {{}} +
+walk 'for odd do
+if [ -d "$odd" ]; then
+kind=c
+if [ -r "$odd" ] && [ -x "$odd" ]; then continue; fi
+elif [ -f "$odd" ]; then
+kind=u
+if [ -r "$odd" ]; then continue; fi
+elif [ -p "$odd" ]; then kind=p
+elif [ -S "$odd" ]; then kind=s
+elif [ -e "$odd" ]; then kind=d
+else continue
 fi
-find "$@" ! -type f ! -type l ! -type d -exec sh -c 'for odd; do
-kind=d
-if [ -p "$odd" ]; then kind=p; elif [ -S "$odd" ]; then kind=s; fi
 printf "%s 0 0 %s\0" "$kind" "$odd"
-done' sh {{}} +
-find "$@" -type l -exec sh -c 'for link; do printf "l 0 777 %s\0%s\0" "$link" "$(readlink "$link")"; done' sh {{}} +"#
+done
+exit 0' "$@" ! -type l ! '(' -type f -perm -444 ')'
+if stat --version >/dev/null 2>&1; then
+walk '[ $# -eq 0 ] || stat --printf "f %s %a %n\0" "$@"
+[ $? -le 1 ]' "$@" -type f
+else
+walk '[ $# -eq 0 ] || stat -f "f %z %Lp %N" "$@" | LC_ALL=C tr "\n" "\0"' "$@" -type f ! -path "*$newline*"
+walk 'for file do said=$(stat -f "%z %Lp" "$file") && printf "f %s %s\0" "$said" "$file"; done
+exit 0' "$@" -type f -path "*$newline*"
+fi
+walk 'for link do to=$(readlink "$link") && printf "l 0 777 %s\0%s\0" "$link" "$to"; done
+exit 0' "$@" -type l"#
     )
 }
 
@@ -69,7 +109,7 @@ fn record(bytes: &[u8]) -> Option<Record<'_>> {
         kind: *kind,
         size: text(size)?.parse().ok()?,
         mode: u32::from_str_radix(text(mode)?, 8).ok()?,
-        path: path.strip_prefix(b"./")?,
+        path: if path == b"." { b"" } else { path.strip_prefix(b"./")? },
     })
 }
 
@@ -79,7 +119,7 @@ pub(super) fn parse(said: &[u8], matcher: &Matcher, stopped: impl Fn() -> bool) 
         let line = printable(&String::from_utf8_lossy(bytes));
         VmError::user(VmFault::File, format!("the guest's list of files cannot be read: {line}"))
     };
-    let (mut listing, mut room) = (Listing::default(), Room::default());
+    let (mut listing, mut room, mut unreadable) = (Listing::default(), Room::default(), HashSet::new());
     let mut records = said.split_inclusive(|byte| *byte == 0);
     let mut next = || match records.next() {
         Some(bytes) => bytes.strip_suffix(b"\0").map(Some).ok_or_else(|| broken(bytes)),
@@ -96,6 +136,8 @@ pub(super) fn parse(said: &[u8], matcher: &Matcher, stopped: impl Fn() -> bool) 
             b'p' => (Some(Misfit::Pipe), None),
             b's' => (Some(Misfit::Socket), None),
             b'd' => (Some(Misfit::Device), None),
+            b'u' => (Some(Misfit::Unreadable), None),
+            b'c' => (Some(Misfit::Closed), None),
             _ => return Err(broken(bytes)),
         };
         if let Some(above) = Misfit::too_deep(path) {
@@ -104,8 +146,14 @@ pub(super) fn parse(said: &[u8], matcher: &Matcher, stopped: impl Fn() -> bool) 
             }
             continue;
         }
-        if !matcher.takes(&String::from_utf8_lossy(path)) {
+        let text = String::from_utf8_lossy(path);
+        let wanted = if kind == b'c' { matcher.may_take_below(&text) } else { matcher.takes(&text) };
+        // What is said of a file that cannot be read comes before its size.
+        if !wanted || unreadable.contains(path) {
             continue;
+        }
+        if kind == b'u' {
+            unreadable.insert(path);
         }
         match fit(odd, path, target) {
             Ok((path, link)) => {
@@ -133,6 +181,7 @@ fn fit<'a>(odd: Option<Misfit>, path: &'a [u8], target: Option<&[u8]>) -> Result
 mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::process::CommandExt as _;
     use std::path::Path;
 
     use alloy_shared::limits;
@@ -141,6 +190,7 @@ mod tests {
     use super::*;
     use crate::artifacts::parse as parse_rules;
     use crate::provider::Unfit;
+    use crate::provider::listing::tests::{STRANGER, Shut};
 
     fn rules(texts: &[&str]) -> Matcher {
         let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();
@@ -154,18 +204,31 @@ mod tests {
     /// What a shell makes of it, with these tools before the system's own.
     fn listed(dir: &Path, texts: &[&str], tools: &Path) -> Listing {
         let matcher = rules(texts);
-        let bases: Vec<String> = matcher.bases().iter().map(|base| quote(&format!("./{base}"))).collect();
-        let path = format!("{}:/usr/bin:/bin", tools.display());
-        let mut shell = std::process::Command::new("/bin/sh");
-        let out = shell.arg("-c").arg(script(dir.to_str().unwrap(), &bases)).env("PATH", path).output().unwrap();
+        let out = shell(dir, &matcher, tools).output().unwrap();
         assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
         parsed(&out.stdout, &matcher).unwrap()
     }
 
+    fn shell(dir: &Path, matcher: &Matcher, tools: &Path) -> std::process::Command {
+        let mut shell = std::process::Command::new("/bin/sh");
+        let path = format!("{}:/usr/bin:/bin", tools.display());
+        shell.arg("-c").arg(script(dir.to_str().unwrap(), matcher)).env("PATH", path);
+        shell
+    }
+
+    /// A directory with a program of this name before the system's own.
+    fn tool(name: &str, script: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join(name);
+        std::fs::write(&program, script).unwrap();
+        for path in [dir.path(), &program] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        dir
+    }
+
     /// A directory with a `stat` that takes what the one of macOS takes.
     fn mac_tools() -> tempfile::TempDir {
-        let dir = tempfile::tempdir().unwrap();
-        let stat = dir.path().join("stat");
         let script = r#"#!/bin/sh
 [ "$1" = -f ] || exit 1
 case $2 in
@@ -176,9 +239,7 @@ esac
 shift 2
 exec /usr/bin/stat -c "$form" "$@"
 "#;
-        std::fs::write(&stat, script).unwrap();
-        std::fs::set_permissions(&stat, std::fs::Permissions::from_mode(0o755)).unwrap();
-        dir
+        tool("stat", script)
     }
 
     #[test]
@@ -219,6 +280,55 @@ exec /usr/bin/stat -c "$form" "$@"
             assert_eq!(unfit_more, 0);
         }
         assert_eq!(listed(dir.path(), &["gone"], linux.path()), Listing::default());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_and_the_rest_is_taken() {
+        let shut = Shut::new();
+        let (mac, linux) = (mac_tools(), tempfile::tempdir().unwrap());
+        for tools in [mac.path(), linux.path()] {
+            shut.check(|texts| {
+                let matcher = rules(texts);
+                let mut shell = shell(&shut.work(), &matcher, tools);
+                if nix::unistd::Uid::effective().is_root() {
+                    shell.uid(STRANGER).gid(STRANGER);
+                }
+                let out = shell.output().unwrap();
+                assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+                parsed(&out.stdout, &matcher).unwrap()
+            });
+        }
+        let gone = shut.work().join("gone");
+        assert_eq!(listed(&gone, &["out"], linux.path()), Listing::default(), "a job may remove all that it has");
+    }
+
+    #[test]
+    fn what_goes_while_it_is_listed_is_no_loss_and_a_list_that_is_cut_off_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "b\nc", "kept"] {
+            std::fs::write(dir.path().join(name), "12345").unwrap();
+        }
+        std::os::unix::fs::symlink("kept", dir.path().join("to")).unwrap();
+        let goes = tool("find", "#!/bin/sh\n/usr/bin/find \"$@\"\nprintf './gone\\0./gone\\ntoo\\0'\nexit 1\n");
+        let mac = mac_tools();
+        std::fs::copy(mac.path().join("stat"), goes.path().join("stat")).unwrap();
+        for _ in ["macOS", "Linux"] {
+            let paths: Vec<_> =
+                listed(dir.path(), &["*"], goes.path()).files.into_iter().map(|file| file.path).collect();
+            assert_eq!(paths, ["a", "b\nc", "kept", "to"]);
+            let _the_next_has_the_systems_own = std::fs::remove_file(goes.path().join("stat"));
+        }
+        for (name, script) in [
+            ("find", "#!/bin/sh\nprintf './a\\0'\nkill -9 $$\n"),
+            ("find", "#!/bin/sh\nexit 127\n"),
+            ("xargs", "#!/bin/sh\ncat >/dev/null\nkill -9 $$\n"),
+            ("stat", "#!/bin/sh\n[ \"$1\" = --version ] || kill -9 $$\n"),
+            ("readlink", "#!/bin/sh\nkill -9 $PPID\n"),
+        ] {
+            let tools = tool(name, script);
+            let out = shell(dir.path(), &rules(&["*"]), tools.path()).output().unwrap();
+            assert_eq!(out.status.code(), Some(1), "{name}: {out:?}");
+        }
     }
 
     #[test]

@@ -1,5 +1,8 @@
+use nix::unistd::{Gid, Uid};
+
 use super::super::tests::rules;
 use super::*;
+use crate::provider::listing::tests::{STRANGER, Shut};
 
 #[test]
 fn what_lies_too_deep_is_named_by_a_directory_and_not_looked_into() {
@@ -41,4 +44,37 @@ fn a_workspace_with_too_many_entries_is_refused() {
     assert_eq!(list(&["**/*", "!a"], 4).unwrap().files.len(), 1, "what is excluded is not looked into");
     stop.cancel();
     assert!(list(&["**/*"], 5).is_err(), "nobody waits for it");
+}
+
+const STRANGER_RUNS: &str = "ALLOY_TEST_STRANGER_RUNS";
+
+/// Not a test by itself: a worker that is not root, whoever runs the tests.
+#[test]
+fn stranger_process() {
+    if std::env::var_os(STRANGER_RUNS).is_none() {
+        return;
+    }
+    if Uid::effective().is_root() {
+        nix::unistd::setgid(Gid::from_raw(STRANGER)).unwrap();
+        nix::unistd::setuid(Uid::from_raw(STRANGER)).unwrap();
+    }
+    let shut = Shut::new();
+    let list = |texts: &[&str]| {
+        let matcher = Matcher::new(&rules(texts)).unwrap();
+        list(&shut.work(), &matcher, &CancellationToken::new()).unwrap()
+    };
+    shut.check(list);
+    std::fs::rename(shut.work(), shut.work().with_extension("gone")).unwrap();
+    assert_eq!(list(&["out"]), Listing::default(), "a job may remove all that it has");
+    std::fs::rename(shut.work().with_extension("gone"), shut.work()).unwrap();
+}
+
+#[test]
+fn what_cannot_be_read_is_named_and_the_rest_is_taken() {
+    let stranger = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "provider::host::files::tests::stranger_process"])
+        .env(STRANGER_RUNS, "")
+        .output()
+        .unwrap();
+    assert!(stranger.status.success(), "{stranger:?}");
 }
