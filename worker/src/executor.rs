@@ -185,7 +185,8 @@ impl Attempt {
                         stopping = Some(Stopping::begin(&exec, end).await);
                     }
                     Some(stopping) if stopping.killed => {
-                        return Err(vm_ended(&VmError::farm(VmFault::Lost, "the command could not be killed")));
+                        let error = VmError::farm(VmFault::Lost, "the command could not be killed");
+                        return Err(lost(&error, Some(stopping)));
                     }
                     Some(stopping) => {
                         wake = self.ctx.env.now().mono + self.ctx.limits.kill_budget_ms;
@@ -201,8 +202,11 @@ impl Attempt {
                         self.tell(Input::Spooled { attempt: self.at, len }).await?;
                     }
                     Some(ExecOutput::Exit(exit)) => return Ok(ended_by(exit, stopping)),
-                    Some(ExecOutput::Lost(error)) => return Err(vm_ended(&error)),
-                    None => return Err(vm_ended(&VmError::farm(VmFault::Lost, "the command's channel closed"))),
+                    Some(ExecOutput::Lost(error)) => return Err(lost(&error, stopping.as_ref())),
+                    None => {
+                        let error = VmError::farm(VmFault::Lost, "the command's channel closed");
+                        return Err(lost(&error, stopping.as_ref()));
+                    }
                 },
             }
         }
@@ -372,6 +376,18 @@ impl Stopping {
     async fn kill(&mut self, exec: &Exec) {
         let _ended = exec.input.send(ExecInput::Signal(Signal::Kill)).await;
         self.killed = true;
+    }
+}
+
+/// How an attempt ends whose command does not. One that was told to go ends as it was to: another try would only come to that
+/// again, and the VM goes in any case.
+fn lost(error: &VmError, stopping: Option<&Stopping>) -> Ended {
+    match stopping {
+        // Without a lease it is not ours to say.
+        Some(Stopping { end, .. }) if error.what != VmFault::Fenced => {
+            Ended::End(End { message: format!("{}; {error}", end.message), ..end.clone() })
+        }
+        Some(_) | None => vm_ended(error),
     }
 }
 

@@ -31,6 +31,7 @@ use crate::upstream::{Blobs, DialError, Upstream};
 use crate::vm_demand::Wish;
 use crate::vm_pool::{PoolSetup, VmPool};
 
+mod deaf;
 mod flood;
 
 const AT: AttemptRef = AttemptRef { job: JobId::from_raw(5), attempt: 2 };

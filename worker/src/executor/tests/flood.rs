@@ -52,7 +52,12 @@ impl Guest for Chatty {
 }
 
 /// Runs a command in this guest, on a VM of the rig, and returns how it ended.
-async fn exec_in(rig: &Rig, guest: Arc<dyn Guest>, env: Arc<dyn Env>, assignment: Assignment) -> Result<End, Ended> {
+pub(super) async fn exec_in(
+    rig: &Rig,
+    guest: Arc<dyn Guest>,
+    env: Arc<dyn Env>,
+    assignment: Assignment,
+) -> Result<End, Ended> {
     let mut claimed = rig.ctx.pool.claim(AT, None, NetworkPolicy::Default).await.unwrap();
     claimed.guest = guest;
     let ctx = Ctx {
