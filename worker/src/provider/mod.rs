@@ -74,6 +74,7 @@ pub trait Guest: Send + Sync {
     /// The absolute path of the workspace, as commands in the guest see it.
     fn workspace(&self) -> &str;
     /// Unpacks the archive of this name, which lies in the inbox, into a directory of the workspace (`""`: the workspace).
+    /// The caller has the deadline, here and for [`Guest::list`]: what a job brings and leaves may be large.
     async fn unpack(&self, tar: &str, into: &str) -> Result<(), VmError>;
     async fn exec(&self, command: &Command) -> Result<Exec, VmError>;
     /// Streams a file of the workspace, at most `limit` bytes. A stream that ends short of the listed size means that

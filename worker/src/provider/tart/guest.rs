@@ -1,7 +1,7 @@
 //! S: a guest of a Tart VM: every act is a script, sent over the agent or, to images without one, over SSH.
 //!
-//! What a guest says is hostile input: every answer has a limit, every act of ours a deadline, and a guest that is silent
-//! for too long counts as lost.
+//! What a guest says is hostile input: every answer has a limit, every act of ours a deadline, its own or its caller's, and a
+//! guest that is silent for too long under a command counts as lost.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,6 +29,8 @@ use crate::provider::{
 
 #[cfg(test)]
 mod following;
+#[cfg(test)]
+mod waiting;
 
 /// Chunks between the guest and the spool.
 const CHUNKS: usize = 64;
@@ -40,7 +42,6 @@ const LIST_MAX: usize = 64 << 20;
 const PULSE_MS: u64 = 20_000;
 const SILENCE: Duration = Duration::from_secs(60);
 const SIGNAL: Duration = Duration::from_secs(10);
-const LIST: Duration = Duration::from_secs(300);
 
 /// The way to a guest's shell.
 #[derive(Debug, Clone)]
@@ -139,33 +140,35 @@ impl Way {
         most: usize,
         within: Duration,
     ) -> Result<(i32, Vec<u8>), VmError> {
+        let answer = tokio::time::timeout(within, self.hear(env, steps, most)).await;
+        answer.unwrap_or_else(|_late| Err(lost("the guest does not answer")))
+    }
+
+    /// Like [`Way::ask`], for as long as the caller waits.
+    async fn hear(&self, env: &Arc<dyn Env>, steps: &str, most: usize) -> Result<(i32, Vec<u8>), VmError> {
         let mark = Mark::new(env.dice());
         let mut running = self.run(env, script::steps(steps, &mark), mark);
         let mut said = Vec::new();
-        let all = async {
-            loop {
-                match running.next().await {
-                    Next::Bytes(bytes) => said.extend_from_slice(&bytes),
-                    Next::End(bytes, status) => {
-                        said.extend_from_slice(&bytes);
-                        return Ok(status);
-                    }
-                    Next::Lost(error) => return Err(error),
+        loop {
+            match running.next().await {
+                Next::Bytes(bytes) => said.extend_from_slice(&bytes),
+                Next::End(bytes, status) => {
+                    said.extend_from_slice(&bytes);
+                    return Ok((status, said));
                 }
-                if said.len() > most {
-                    return Err(VmError::user(VmFault::File, "the guest says too much"));
-                }
+                Next::Lost(error) => return Err(error),
             }
-        };
-        let status =
-            tokio::time::timeout(within, all).await.unwrap_or_else(|_late| Err(lost("the guest does not answer")));
-        status.map(|status| (status, said))
+            if said.len() > most {
+                return Err(VmError::user(VmFault::File, "the guest says too much"));
+            }
+        }
     }
 }
 
 impl TartGuest {
+    /// How long it takes is the job's doing: its stage has the deadline.
     async fn must(&self, doing: &str, steps: &str) -> Result<Vec<u8>, VmError> {
-        let (status, said) = self.way.ask(&self.env, steps, LIST_MAX, LIST).await?;
+        let (status, said) = self.way.hear(&self.env, steps, LIST_MAX).await?;
         match status {
             0 => Ok(said),
             _ => Err(refused(doing, status, &said)),
