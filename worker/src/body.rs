@@ -7,7 +7,7 @@ use alloy_shared::env::Env;
 use alloy_shared::id::BootId;
 use alloy_shared::limits::Limits;
 use alloy_shared::runtime::Lifecycle;
-use alloy_shared::wire::session::{Held, Report};
+use alloy_shared::wire::session::{Held, HeldState, Report};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -18,7 +18,7 @@ use crate::host::FreeBytes;
 use crate::image_book::BookFile;
 use crate::images::{ImageSetup, ImageStore};
 use crate::provider::VmProvider;
-use crate::session::drive::{Me, Over, Seams, drive};
+use crate::session::drive::{Me, Over, Seams, Starter, drive};
 use crate::session::{Core, Fence, INPUT_QUEUE, Input, Inputs};
 use crate::sources::Sources;
 use crate::spool::Spool;
@@ -54,10 +54,11 @@ pub struct Parts {
     pub free: FreeBytes,
 }
 
-/// Runs until `life` stops it. Nothing is offered to the farm before nothing of an earlier run is left.
+/// Runs until `life` stops it. No slot is offered to the farm before nothing of an earlier run is left.
 pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
     let left = left_behind(parts.held, &parts.spool).await;
     let (env, limits) = (parts.env, parts.limits);
+    let patience_ms = patience_ms(&left, &limits);
     let (door, inputs) = mpsc::channel(INPUT_QUEUE);
     let mut wishes = parts.wishes;
     let wish = wishes.borrow_and_update().clone();
@@ -70,7 +71,7 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         kept: wish.kept(),
         budget: parts.image_budget,
     });
-    let pool = VmPool::start(PoolSetup {
+    let setup = PoolSetup {
         env: Arc::clone(&env),
         limits: limits.clone(),
         provider: parts.provider,
@@ -79,31 +80,28 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         state_dir: parts.state_dir,
         images: Arc::clone(&images),
         wish,
-    });
-    let pool = tokio::select! {
-        biased;
-        () = life.soft.cancelled() => return Over::Stopped,
-        () = life.hard.cancelled() => return Over::Stopped,
-        pool = pool => pool,
     };
     let sources = Arc::new(parts.sources);
     let disk = Disk { free: parts.free, floor: limits.disk_floor, sources: Arc::clone(&sources) };
     env.spawn("disk", Box::pin(watch_disk(Arc::clone(&env), disk, door.clone(), life.soft.clone())));
-    env.spawn("reload", Box::pin(follow(wishes, Arc::clone(&pool), life.soft.clone())));
     let boot = BootId::mint(env.now().wall, (env.dice(), env.dice()));
     let core = Core::restore(left, boot, limits.clone());
     let spool = Arc::new(parts.spool);
-    let ctx = Arc::new(Ctx {
-        env: Arc::clone(&env),
-        limits: limits.clone(),
-        pool: Arc::clone(&pool),
-        spool: Arc::clone(&spool),
-        sources,
-        upstream: Arc::clone(&parts.upstream),
-        inputs: door.clone(),
-        hooks: Arc::new(parts.hooks),
-        worker_name: parts.name,
-    });
+    let ctx = {
+        let (env, limits, spool) = (Arc::clone(&env), limits.clone(), Arc::clone(&spool));
+        let (upstream, inputs, hooks) = (Arc::clone(&parts.upstream), door.clone(), Arc::new(parts.hooks));
+        move |pool| Ctx { env, limits, pool, spool, sources, upstream, inputs, hooks, worker_name: parts.name }
+    };
+    let mut ready = open(setup, ctx, wishes, life.soft.clone());
+    tokio::select! {
+        biased;
+        () = life.soft.cancelled() => return Over::Stopped,
+        () = life.hard.cancelled() => return Over::Stopped,
+        _ = started(&mut ready) => {}
+        () = env.sleep_until(env.now().mono + patience_ms) => {
+            tracing::warn!("it speaks to the farm without slots until no VM of an earlier run is left");
+        }
+    }
     let stop_ms = limits.stop_ms;
     let seams = Seams {
         env: Arc::clone(&env),
@@ -112,18 +110,72 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
         spool,
         fence: parts.fence,
         me: parts.me,
-        start: Box::new(move |assignment, stop| Box::pin(run_attempt(Arc::clone(&ctx), assignment, stop))),
+        start: starter(ready.clone()),
         wish: Box::new(move |wishes| images.wish(wishes)),
         soft: life.soft.clone(),
         hard: life.hard.clone(),
     };
     let over = drive(core, seams, door, inputs).await;
+    let ctx = ready.borrow().clone();
+    let Some(Ctx { pool, .. }) = ctx.as_deref() else { return over };
     tokio::select! {
         biased;
         () = pool.close() => {}
         () = env.sleep_until(env.now().mono + stop_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
     }
     over
+}
+
+type Ready = watch::Receiver<Option<Arc<Ctx>>>;
+
+/// Opens the pool while its worker goes on. What attempts use is there once the pool is.
+fn open(
+    setup: PoolSetup,
+    ctx: impl FnOnce(Arc<VmPool>) -> Ctx + Send + 'static,
+    wishes: watch::Receiver<Wish>,
+    soft: CancellationToken,
+) -> Ready {
+    let (opened, ready) = watch::channel(None);
+    let env = Arc::clone(&setup.env);
+    env.spawn(
+        "pool_start",
+        Box::pin(async move {
+            let pool = tokio::select! {
+                biased;
+                () = soft.cancelled() => return,
+                pool = VmPool::start(setup) => pool,
+            };
+            opened.send_replace(Some(Arc::new(ctx(Arc::clone(&pool)))));
+            follow(wishes, pool, soft).await;
+        }),
+    );
+    ready
+}
+
+/// Runs attempts. No slot is offered before there is a pool, so none waits for it.
+fn starter(ready: Ready) -> Starter {
+    Box::new(move |assignment, stop| {
+        let mut ready = ready.clone();
+        Box::pin(async move {
+            if let Some(ctx) = started(&mut ready).await {
+                run_attempt(ctx, assignment, stop).await;
+            }
+        })
+    })
+}
+
+async fn started(ready: &mut Ready) -> Option<Arc<Ctx>> {
+    ready.wait_for(Option::is_some).await.ok().and_then(|ctx| ctx.clone())
+}
+
+/// How long the farm hears nothing while VMs of an earlier run are still here. It may begin anew what is told to be lost: not
+/// while that may live on, and not later than it would without a word. What has ended need not wait for that.
+fn patience_ms(left: &[(Held, Vec<(u64, Report)>)], limits: &Limits) -> u64 {
+    let is_lost = |(held, _): &(Held, Vec<_>)| match held.state {
+        HeldState::Running | HeldState::Lost => true,
+        HeldState::ResultPending => false,
+    };
+    if left.iter().any(is_lost) { limits.expiry_ms } else { limits.heartbeat_ms }
 }
 
 /// The attempts of an earlier run, with all that was reported of each.

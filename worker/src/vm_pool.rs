@@ -157,15 +157,27 @@ async fn reclaim(setup: &PoolSetup) {
     let mut tries = 0;
     loop {
         match reclaim_once(setup).await {
-            Ok(()) => return,
+            Ok(()) => break,
             Err(error) => {
-                tracing::error!(%error, "a VM of an earlier run is still there; no slot is offered until it is gone");
+                let why =
+                    format!("VMs of an earlier run are not known to be gone, and no job comes here before: {error}");
+                tracing::error!("{why}");
+                tell(setup, Some(Trouble { why, drains: true })).await;
                 let wait = backoff(tries, 1_000, RECLAIM_RETRY_CAP_MS, setup.env.dice());
                 setup.env.sleep_until(setup.env.now().mono + wait).await;
                 tries += 1;
             }
         }
     }
+    if tries > 0 {
+        tracing::info!("no VM of an earlier run is left");
+        tell(setup, None).await;
+    }
+}
+
+async fn tell(setup: &PoolSetup, trouble: Option<Trouble>) {
+    // The session ends before the pool when the daemon stops.
+    let _session_is_gone = setup.inputs.send(Input::Trouble(trouble)).await;
 }
 
 async fn reclaim_once(setup: &PoolSetup) -> Result<(), VmError> {
@@ -474,7 +486,7 @@ impl Runner {
                 (Some(_), Some(_)) | (None, None) => {}
             }
             self.told.clone_from(&trouble);
-            let _session_is_gone = self.setup.inputs.send(Input::Trouble(trouble)).await;
+            tell(&self.setup, trouble).await;
         }
     }
 }

@@ -281,6 +281,9 @@ async fn what_an_earlier_daemon_left_is_gone_before_slots_are_offered() {
     let fake = Fake { alive: Mutex::new([old.clone()].into()), destroys_fail: Mutex::new(1), ..Fake::default() };
     let mut rig = Rig::new(1, fake).await;
     assert_eq!(*rig.fake.seen.lock().unwrap(), [format!("destroyed {old}")]);
+    let told = rig.trouble().await.unwrap();
+    assert!(told.drains && told.why.contains("of an earlier run"), "{told:?}");
+    assert_eq!(rig.trouble().await, None);
     rig.slots(&[(SlotState::Warm, None)]).await;
 }
 
