@@ -239,6 +239,8 @@ struct Runner {
     care: Care,
     /// VMs that nobody has are being looked for.
     sweeping: bool,
+    /// They were looked for behind the first VM of this life.
+    looked_again: bool,
     shown: Vec<SlotView>,
     told: Option<Trouble>,
     demand: Demand,
@@ -261,6 +263,7 @@ impl Runner {
             work: FuturesUnordered::new(),
             care: Care::new(count, &setup.limits),
             sweeping: false,
+            looked_again: false,
             shown: Vec::new(),
             told: None,
             demand: Demand::default(),
@@ -441,7 +444,14 @@ impl Runner {
     fn finish(&mut self, done: Done) {
         let now = self.setup.env.now().mono;
         match done {
-            Done::Cloned { slot, made: Ok(made) } => self.boot(slot, made),
+            Done::Cloned { slot, made: Ok(made) } => {
+                // A command that an earlier life had begun may outlive it, and make its VM after all was reclaimed. VMs are
+                // made one after the other, so by now it has.
+                if !std::mem::replace(&mut self.looked_again, true) {
+                    self.look();
+                }
+                self.boot(slot, made);
+            }
             Done::Booted { slot, made, guest: Ok(guest) } => {
                 self.care.came_up(slot);
                 self.gaps[slot] = None;

@@ -149,7 +149,8 @@ impl Runner {
         }
     }
 
-    fn look(&mut self) {
+    /// Looks for VMs that nobody has.
+    pub(super) fn look(&mut self) {
         if self.sweeping {
             return;
         }
