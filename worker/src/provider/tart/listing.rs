@@ -190,7 +190,7 @@ mod tests {
     use super::*;
     use crate::artifacts::parse as parse_rules;
     use crate::provider::Unfit;
-    use crate::provider::listing::tests::{STRANGER, Shut};
+    use crate::provider::listing::shut::{STRANGER, Shut};
 
     fn rules(texts: &[&str]) -> Matcher {
         let texts: Vec<String> = texts.iter().map(|text| (*text).to_owned()).collect();

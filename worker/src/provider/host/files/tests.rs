@@ -2,7 +2,7 @@ use nix::unistd::{Gid, Uid};
 
 use super::super::tests::rules;
 use super::*;
-use crate::provider::listing::tests::{STRANGER, Shut};
+use crate::provider::listing::shut::{STRANGER, Shut};
 
 #[test]
 fn what_lies_too_deep_is_named_by_a_directory_and_not_looked_into() {
