@@ -225,8 +225,8 @@ async fn compare(app: &App, shared: &Shared, wishes: &mut Option<String>) -> Res
     let (mut offers, mut lives) = (Vec::new(), Vec::new());
     for worker in elsewhere {
         let told: Told = serde_json::from_str(&worker.offer).unwrap_or_default();
-        // One whose orchestrator is away comes back: until then nobody may say that there is no such worker.
-        let counts = !worker.left && (worker.lives || worker.silent_ms <= app.limits.expiry_ms);
+        // One that is away, or whose orchestrator is, comes back: until then nobody may say that there is no such worker.
+        let counts = !worker.left && worker.silent_ms <= app.limits.expiry_ms;
         lives.push((worker.worker, live(&worker, &told)));
         if counts {
             offers.push(offer(worker, told));

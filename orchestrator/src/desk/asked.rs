@@ -52,7 +52,11 @@ pub enum Request {
     },
     Offer(Offer),
     /// The worker's connection is gone. Its jobs stay its own until it is silent for too long.
-    Gone(WorkerId),
+    Gone {
+        worker: WorkerId,
+        /// It said goodbye: nobody need wait for it.
+        left: bool,
+    },
     Silent(WorkerId),
     /// The books have not heard of the worker since that time, by their own clock.
     Unseen(WorkerId, Ms),

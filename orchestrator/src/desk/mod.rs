@@ -24,6 +24,7 @@ use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
 use crate::store::{Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
 pub use asked::{Answer, By, Effect, From, News, Offer, Request, Ticket};
 use due::Due;
+use rooms::Away;
 
 /// A job in memory with all that decides about it.
 #[derive(Debug, Clone)]
@@ -54,6 +55,8 @@ pub struct Desk {
     deadlines: BTreeSet<(Mono, JobId)>,
     leased: BTreeMap<WorkerId, BTreeSet<AttemptRef>>,
     offers: BTreeMap<WorkerId, Offer>,
+    /// Workers whose connection is gone without a goodbye.
+    away: BTreeMap<WorkerId, Away>,
     /// Offers to other orchestrators.
     elsewhere: BTreeMap<WorkerId, Offer>,
     /// There may be other orchestrators.
@@ -85,6 +88,7 @@ impl Desk {
             deadlines: BTreeSet::new(),
             leased: BTreeMap::new(),
             offers: BTreeMap::new(),
+            away: BTreeMap::new(),
             elsewhere: BTreeMap::new(),
             shared: false,
             deaf_until: started,
@@ -105,7 +109,8 @@ impl Desk {
 
     /// When something is due although nobody asks.
     pub fn next_wake(&self) -> Option<Mono> {
-        self.deadlines.first().map(|(at, _)| (*at).max(self.deaf_until))
+        let due = self.deadlines.first().map(|(at, _)| (*at).max(self.deaf_until));
+        due.into_iter().chain(self.away.values().map(|away| away.until)).min()
     }
 
     pub fn live_count(&self) -> usize {
@@ -141,6 +146,7 @@ impl Desk {
     pub fn decide(&mut self, requests: Vec<Request>, now: Now) -> Vec<Group> {
         self.before.clear();
         self.decided = now.mono;
+        self.away.retain(|_, away| now.mono < away.until);
         for request in requests {
             self.take(request, now);
         }
@@ -163,16 +169,16 @@ impl Desk {
             }
             Request::Close { ticket, close } => self.drafts.push(Draft::Close { ticket, close }),
             Request::Offer(offer) => {
+                self.away.remove(&offer.worker);
                 self.offers.insert(offer.worker, offer);
             }
-            Request::Gone(worker) => {
-                self.offers.remove(&worker);
-            }
+            Request::Gone { worker, left } => self.gone(worker, left, now),
             Request::Silent(worker) => self.silent(worker, None, now),
             Request::Unseen(worker, since) => self.silent(worker, Some(since), now),
             Request::Loaded(jobs) => self.loaded(jobs, now),
             Request::Elsewhere(offers) => {
                 self.elsewhere = offers.into_iter().map(|offer| (offer.worker, offer)).collect();
+                self.away.retain(|id, _| !self.elsewhere.contains_key(id));
             }
             Request::Holders { ticket } => {
                 let holders = self.leased.iter().filter(|(_, held)| !held.is_empty()).map(|(id, _)| *id).collect();
@@ -317,6 +323,7 @@ impl Desk {
 
     fn silent(&mut self, worker: WorkerId, unseen_since: Option<Ms>, now: Now) {
         self.offers.remove(&worker);
+        self.away.remove(&worker);
         let held: Vec<AttemptRef> = self.leased.get(&worker).into_iter().flatten().copied().collect();
         for at in held {
             let seconds = self.limits.expiry_ms / 1000;
@@ -347,7 +354,7 @@ impl Desk {
         if self.queue.is_empty() || self.offers.is_empty() {
             return;
         }
-        let mut rooms = self.rooms();
+        let mut rooms = self.rooms_expected();
         let awake = self.queue.iter().filter(|(_, id)| !self.asleep.contains(id));
         let waiting = awake.filter_map(|(_, id)| self.live.get(id)).map(|live| Waiting {
             id: live.job.id,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use alloy_shared::env::Now;
+use alloy_shared::env::{Mono, Now};
 use alloy_shared::id::{AttemptRef, JobId, WorkerId};
 use alloy_shared::limits;
 use alloy_shared::wire::image::{ImageReport, canonical};
@@ -14,7 +14,30 @@ use crate::job::{Event, Rules, Step};
 use crate::pick::{self, Room, Waiting, WhyNot};
 use crate::store::Guard;
 
+/// A worker between two sessions: it may be back at any moment, and nobody may say that there is no such worker.
+pub(super) struct Away {
+    offer: Offer,
+    pub(super) until: Mono,
+}
+
 impl Desk {
+    /// `left`: it said goodbye.
+    pub(super) fn gone(&mut self, worker: WorkerId, left: bool, now: Now) {
+        let offer = self.offers.remove(&worker);
+        if let Some(offer) = offer.filter(|_| !left) {
+            self.away.insert(worker, Away { offer, until: now.mono + self.limits.expiry_ms });
+        }
+    }
+
+    /// The rooms of those who are connected and of those who are expected back. These have nothing free.
+    pub(super) fn rooms_expected(&self) -> BTreeMap<WorkerId, Room> {
+        let mut rooms = self.rooms();
+        for (id, away) in &self.away {
+            rooms.entry(*id).or_insert_with(|| Room { free: 0, ..self.room(&away.offer) });
+        }
+        rooms
+    }
+
     pub(super) fn rooms(&self) -> BTreeMap<WorkerId, Room> {
         let elsewhere = self.elsewhere.iter().filter(|(id, _)| !self.offers.contains_key(id));
         let away = elsewhere.map(|(id, offer)| (*id, Room { free: 0, ..self.room(offer) }));
@@ -53,7 +76,7 @@ impl Desk {
             let avoid = &lease.losers();
             let (id, org) = (live.job.id, live.job.org);
             let job = Waiting { id, org, required: &live.required, image: image_of(live), avoid };
-            live.job.state.tries.lost >= live.rules.lost_max && pick::untried(job, &self.rooms())
+            live.job.state.tries.lost >= live.rules.lost_max && pick::untried(job, &self.rooms_expected())
         });
         let untried = untried || live.rules.untried && now.mono < self.patient_until;
         Rules { untried, ..live.rules.clone() }
@@ -77,7 +100,7 @@ impl Desk {
         if now.mono < self.patient_until || self.queue.is_empty() || !self.offers.values().any(refuses) {
             return;
         }
-        let rooms = self.rooms();
+        let rooms = self.rooms_expected();
         let awake = self.queue.iter().filter(|(_, id)| !self.asleep.contains(id));
         let oldest = awake.take(limits::COMMIT_GROUPS_MAX).filter_map(|(_, id)| self.live.get(id));
         let refusal = |live: &Live| pick::refusal(live.job.org, &live.required, image_of(live), &rooms);

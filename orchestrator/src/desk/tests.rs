@@ -5,6 +5,7 @@ use alloy_shared::wire::session::{SlotState, SlotView};
 
 use super::*;
 
+mod away;
 mod orgs;
 mod shared;
 mod walk;

@@ -381,7 +381,7 @@ impl Session {
         if !self.app.hub.close(self.worker, open.epoch, self.left) {
             return;
         }
-        self.app.desk.tell(Request::Gone(self.worker)).await;
+        self.app.desk.tell(Request::Gone { worker: self.worker, left: self.left }).await;
         // Where orchestrators share a farm, the books know already.
         let at = if self.app.shared.is_some() { Ms(0) } else { self.app.env.now().wall };
         let seen = Write::Seen { worker: self.worker, at, left: self.left };

@@ -42,7 +42,7 @@ async fn given(app: &Arc<App>, org: OrgId) -> (Worker, JobId) {
     let (_, token) = token_of(app, org, TokenKind::Personal, Role::Developer).await;
     let job = post(app, "/v1/jobs", &token, r#"{"spec":{"shell":"true"}}"#).await.json();
     assert_eq!(job["state"], "assigned", "{job}");
-    app.desk.tell(Request::Gone(worker.id)).await;
+    app.desk.tell(Request::Gone { worker: worker.id, left: true }).await;
     let answer = app.desk.ask(|ticket| Request::Holders { ticket }).await;
     assert_eq!(answer, Answer::Holders([worker.id].into()));
     (worker, job["id"].as_str().unwrap().parse().unwrap())

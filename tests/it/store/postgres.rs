@@ -1,15 +1,17 @@
 //! T: what only a Postgres does: views, and news for other orchestrators.
 
 use alloy_shared::env::Ms;
+use alloy_shared::id::Labels;
+use alloy_shared::secret::TokenKind;
 use alloy_shared::wire::job::{End, Reason};
 use alloy_tests::pg;
 use orchestrator::store::sql::SqlStore;
-use orchestrator::store::sql::shared::Changed;
-use orchestrator::store::write::InsertJob;
+use orchestrator::store::sql::shared::{Changed, Heard};
+use orchestrator::store::write::{InsertJob, OpenSession};
 use orchestrator::store::{Attempt, Guard, Write};
 use sqlx::{Connection, Executor, PgConnection};
 
-use super::given::{advance, assigned, attempt, done, insert, job_id, queued, worker_id};
+use super::given::{advance, assigned, attempt, done, enrol, insert, job_id, queued, token, worker_id};
 use super::put;
 
 #[tokio::test]
@@ -50,4 +52,29 @@ async fn a_copied_database_tells_no_old_news() {
     let next = assigned(&job, worker_id(1));
     put(&other, advance(&next, Guard::Version, Some(attempt(&next, worker_id(1))))).await.unwrap();
     assert_eq!(news().await, 1, "what happens here is news");
+}
+
+#[tokio::test]
+async fn a_worker_that_has_just_come_to_another_orchestrator_is_somewhere_all_the_time() {
+    let url = pg::database().await;
+    let there = SqlStore::open_shared(&url, "there".to_owned()).await.unwrap();
+    let mine = SqlStore::open_shared(&url, "mine".to_owned()).await.unwrap();
+    let worker = worker_id(1);
+    let join = token(1, TokenKind::Join);
+    put(&there, Write::AddToken(join.clone())).await.unwrap();
+    put(&there, enrol(1, &join)).await.unwrap();
+    let session = || {
+        let (boot, version, labels) = ("b".to_owned(), String::new(), Labels::default());
+        Write::OpenSession(Box::new(OpenSession { worker, boot, labels, version, at: Ms(7) }))
+    };
+    let epoch = put(&there, session()).await.unwrap();
+    let heard = Heard { worker, epoch, age_ms: 0, offer: Some("{}".to_owned()) };
+    there.shared().unwrap().beat("1", &[heard]).await.unwrap();
+    let seen = async || {
+        let all = mine.shared().unwrap().elsewhere(60_000).await.unwrap();
+        all.into_iter().map(|one| one.worker).collect::<Vec<_>>()
+    };
+    assert_eq!(seen().await, [worker]);
+    assert_eq!(put(&there, session()).await.unwrap(), epoch + 1);
+    assert_eq!(seen().await, [worker], "nobody has written of the new session yet");
 }

@@ -12,11 +12,11 @@ fn desk() -> Desk {
 }
 
 /// When everybody had time to come back.
-fn grace() -> i64 {
+pub(super) fn grace() -> i64 {
     Limits::default().startup_grace_ms as i64
 }
 
-fn ours(n: u128, slots: usize) -> Offer {
+pub(super) fn ours(n: u128, slots: usize) -> Offer {
     let Request::Offer(offer) = offer(n, &vec![FREE; slots]) else { unreachable!() };
     offer
 }
@@ -32,7 +32,7 @@ fn their_job(ticket: Ticket, n: u128) -> Request {
 }
 
 /// The worker has asked for its own image: `refused` says what came of it.
-fn with_image(offer: Offer, refused: bool) -> Offer {
+pub(super) fn with_image(offer: Offer, refused: bool) -> Offer {
     let failed = refused.then(|| PullFailed { message: "404".into(), refused });
     let digest = (!refused).then(|| "sha256:ab".to_owned());
     let report = ImageReport { name: "r/own:1".into(), digest, failed, ..ImageReport::default() };
@@ -72,7 +72,7 @@ fn with_strangers_only_a_job_waits_as_if_nobody_were_connected() {
     }
 }
 
-fn ended(effects: &[Effect]) -> String {
+pub(super) fn ended(effects: &[Effect]) -> String {
     let Some(Effect::Moved { job, .. }) = effects.first() else { panic!("{effects:?}") };
     let Step::Done { end, .. } = &job.state.step else { panic!("{job:?}") };
     end.message.clone()

@@ -130,7 +130,7 @@ impl World {
                 self.runs.retain(|(holder, _), _| *holder != worker);
                 Request::Silent(worker)
             }
-            4 => Request::Gone(self.some_worker()),
+            4 => Request::Gone { worker: self.some_worker(), left: self.roll(2) == 0 },
             5..=7 => self.offer(),
             _ => self.report(ticket),
         }

@@ -33,10 +33,12 @@ statements! {
     OWN = "SELECT id, epoch, boot, draining, revoked FROM workers WHERE id = ANY($1)";
     WISHES = "SELECT COALESCE(md5(string_agg(concat_ws(' ', org_id, name, want, pinned, generation, workers, labels), ',' \
         ORDER BY org_id, name)), '') AS wishes FROM images";
+    // Also the last word of a session that a newer one has followed, whose orchestrator has not written of it yet: the worker is
+    // somewhere all the time.
     ELSEWHERE = "SELECT workers.id, workers.org_id, workers.name, workers.labels, workers.host_labels, workers.draining, workers.boot, sessions.offer, \
         (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - workers.seen_at_ms AS silent_ms, \
         COALESCE(orchestrators.seen_at_ms > (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - $2, FALSE) AS lives \
-        FROM sessions JOIN workers ON workers.id = sessions.worker_id AND workers.epoch = sessions.epoch \
+        FROM sessions JOIN workers ON workers.id = sessions.worker_id \
         LEFT JOIN orchestrators ON orchestrators.id = sessions.orchestrator_id \
         WHERE sessions.orchestrator_id <> $1 AND workers.revoked = FALSE";
     // A worker whose orchestrator lives was not heard by it. Of one whose orchestrator is away, or has not yet said that it has
