@@ -186,14 +186,13 @@ async fn hear(shared: &Shared, ear: &mut Option<Ear>) {
 async fn learn(app: &App, shared: &Shared, since: &mut String) -> Result<(), StoreError> {
     // What is under way now may become visible behind a page that has been read: the next look begins here.
     let next = shared.horizon().await?;
-    let mut from = Changed { at: since.clone(), ..Changed::default() };
+    let mut from = Changed::since(since);
     loop {
         let (jobs, last) = shared.changed(&from, PAGE).await?;
-        let whole = jobs.len() < PAGE as usize;
         if !jobs.is_empty() {
             app.desk.tell(Request::Loaded(jobs)).await;
         }
-        match last.filter(|_| !whole) {
+        match last {
             Some(last) => from = last,
             None => break,
         }

@@ -37,7 +37,7 @@ async fn a_copied_database_tells_no_old_news() {
     let other = SqlStore::open_shared(&url, "other".to_owned()).await.unwrap();
     let mine = SqlStore::open_shared(&url, "mine".to_owned()).await.unwrap();
     let shared = mine.shared().unwrap();
-    let from = Changed { at: shared.horizon().await.unwrap(), ..Changed::default() };
+    let from = Changed::since(&shared.horizon().await.unwrap());
     let news = async || shared.changed(&from, 9).await.unwrap().0.len();
     let job = queued(job_id(1));
     put(&other, insert(job.clone(), None)).await.unwrap();
@@ -52,6 +52,31 @@ async fn a_copied_database_tells_no_old_news() {
     let next = assigned(&job, worker_id(1));
     put(&other, advance(&next, Guard::Version, Some(attempt(&next, worker_id(1))))).await.unwrap();
     assert_eq!(news().await, 1, "what happens here is news");
+}
+
+#[tokio::test]
+async fn a_transaction_that_stays_open_makes_nobody_read_again_what_he_knows() {
+    let url = pg::database().await;
+    let other = SqlStore::open_shared(&url, "other".to_owned()).await.unwrap();
+    let mine = SqlStore::open_shared(&url, "mine".to_owned()).await.unwrap();
+    let shared = mine.shared().unwrap();
+    let mut conn = PgConnection::connect(&url).await.unwrap();
+    conn.execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let news = async |since: &str| {
+        let next = shared.horizon().await.unwrap();
+        (shared.changed(&Changed::since(since), 9).await.unwrap().0.len(), next)
+    };
+    let begun = shared.horizon().await.unwrap();
+    put(&other, insert(queued(job_id(1)), None)).await.unwrap();
+    let (first, since) = news(&begun).await;
+    assert_eq!((first, news(&since).await.0), (1, 0));
+
+    // What it changes itself is seen at its end, behind what was read meanwhile.
+    conn.execute("UPDATE jobs SET version = version + 1").await.unwrap();
+    let (before, since) = news(&since).await;
+    conn.execute("COMMIT").await.unwrap();
+    let (after, since) = news(&since).await;
+    assert_eq!((before, after, news(&since).await.0), (0, 1, 0));
 }
 
 #[tokio::test]

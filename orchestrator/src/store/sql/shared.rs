@@ -53,12 +53,14 @@ statements! {
     SET = "SELECT set_config(told.name, told.value, FALSE) FROM UNNEST($1::TEXT[], $2::TEXT[]) AS told (name, value)";
     BACKEND = "SELECT pg_backend_pid()";
     CLOCK = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now";
-    HORIZON = "SELECT pg_snapshot_xmin(pg_current_snapshot())::TEXT AS horizon";
+    HORIZON = "SELECT pg_current_snapshot()::TEXT AS horizon";
+    // From the oldest transaction that was open then, which may be another database's and old, but nothing that had ended by then.
     // In a database that was copied rows have numbers of the old one, above all that this one has given: they are no news.
     CHANGED = "SELECT jobs.id, jobs.org_id, version, state, state_json, spec, source, created_at_ms, created_by, events, \
         attempts.job_id, attempts.attempt, attempts.worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
         log_len, facts, log_gone_at_ms, files_gone_at_ms, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
-        WHERE (jobs.changed, jobs.id) > ($1::xid8, $4) AND jobs.changed < pg_snapshot_xmax(pg_current_snapshot()) \
+        WHERE (jobs.changed, jobs.id) > (GREATEST($1::xid8, pg_snapshot_xmin($5::pg_snapshot)), $4) \
+        AND NOT pg_visible_in_snapshot(jobs.changed, $5::pg_snapshot) AND jobs.changed < pg_snapshot_xmax(pg_current_snapshot()) \
         AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed, jobs.id LIMIT $3";
     NOTIFY = "SELECT pg_notify('alloy', $1)";
     LOCK_DUTIES = "SELECT pg_try_advisory_lock(72617265, 1) AS mine";
@@ -119,11 +121,21 @@ pub struct Elsewhere {
     pub lives: bool,
 }
 
-/// How far a look at changed jobs has come: behind this job among those of that transaction.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// How far a look at changed jobs has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
-    pub at: String,
-    pub job: String,
+    /// What the look before this one saw.
+    seen: String,
+    /// Behind this job among those of that transaction.
+    at: String,
+    job: String,
+}
+
+impl Changed {
+    /// The beginning of a look at what changed since that horizon.
+    pub fn since(horizon: &str) -> Self {
+        Self { seen: horizon.to_owned(), at: "0".to_owned(), job: String::new() }
+    }
 }
 
 /// A farm's database as orchestrators share it.
@@ -258,15 +270,20 @@ impl Shared {
         Ok(row.get("horizon"))
     }
 
-    /// Jobs that other orchestrators changed, as they are now, and where the next page begins.
+    /// Jobs that other orchestrators changed, as they are now, and where the next page begins if there is one.
     pub async fn changed(
         &self,
         from: &Changed,
         limit: u32,
     ) -> Result<(Vec<(Job, Option<Attempt>)>, Option<Changed>), StoreError> {
         let page = sqlx::query(CHANGED).bind(&from.at).bind(&self.me).bind(i64::from(limit)).bind(&from.job);
-        let rows = asked(page.fetch_all(&self.pool)).await?;
-        let last = rows.last().map(|row| Changed { at: row.get("changed"), job: row.get("id") });
+        let rows = asked(page.bind(&from.seen).fetch_all(&self.pool)).await?;
+        let next = |row: &sqlx::postgres::PgRow| Changed {
+            seen: from.seen.clone(),
+            at: row.get("changed"),
+            job: row.get("id"),
+        };
+        let last = rows.last().filter(|_| rows.len() >= limit as usize).map(next);
         let read = |row: sqlx::postgres::PgRow| {
             let row = Row::Postgres(row);
             let has_attempt = Reader::new(&row, "jobs", "id").maybe_text("job_id")?.is_some();
