@@ -218,6 +218,10 @@ impl Loop {
                     return self.desk.restore(vec![(job, attempt)], self.env.now());
                 }
                 Ok(None) => return,
+                // A newer orchestrator may have written it. It is theirs then, and all others wait for this desk.
+                Err(error @ StoreError::Corrupt { .. }) if self.speak.is_some() => {
+                    return error!(job.id = %id, %error, "job {id} cannot be read and is left to other orchestrators");
+                }
                 Err(error) => {
                     warn!(job.id = %id, %error, "cannot reload job; trying again");
                     tries += 1;

@@ -55,6 +55,30 @@ async fn a_copied_database_tells_no_old_news() {
 }
 
 #[tokio::test]
+async fn a_job_that_cannot_be_read_hides_no_other() {
+    let url = pg::database().await;
+    let other = SqlStore::open_shared(&url, "other".to_owned()).await.unwrap();
+    let mine = SqlStore::open_shared(&url, "mine".to_owned()).await.unwrap();
+    let shared = mine.shared().unwrap();
+    let from = Changed::since(&shared.horizon().await.unwrap());
+    put(&other, insert(queued(job_id(1)), None)).await.unwrap();
+    let mut conn = PgConnection::connect(&url).await.unwrap();
+    let text = "UPDATE jobs SET state_json = '{\"step\":\"dreaming\"}'";
+    assert_eq!(conn.execute(text).await.unwrap().rows_affected(), 1);
+    put(&other, insert(queued(job_id(2)), None)).await.unwrap();
+    // In one page, and where each is a page of its own.
+    for limit in [9, 1] {
+        let (mut page, mut known) = (Some(from.clone()), Vec::new());
+        while let Some(at) = page {
+            let (jobs, next) = shared.changed(&at, limit).await.unwrap();
+            known.extend(jobs.into_iter().map(|(job, _)| job.id));
+            page = next;
+        }
+        assert_eq!(known, [job_id(2)]);
+    }
+}
+
+#[tokio::test]
 async fn a_transaction_that_stays_open_makes_nobody_read_again_what_he_knows() {
     let url = pg::database().await;
     let other = SqlStore::open_shared(&url, "other".to_owned()).await.unwrap();

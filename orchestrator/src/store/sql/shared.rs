@@ -6,6 +6,7 @@ use alloy_shared::id::{Labels, OrgId, WorkerId};
 use alloy_shared::limits;
 use sqlx::postgres::{PgConnection, PgListener, PgPool};
 use sqlx::{Acquire as _, Connection as _, Row as _};
+use tracing::warn;
 
 use super::conn::{Reader, Row};
 use super::fault::{self, asked, within};
@@ -250,7 +251,7 @@ impl Shared {
                 lives,
             })
         };
-        rows.into_iter().map(elsewhere).collect()
+        Ok(readable(rows, elsewhere))
     }
 
     /// Workers that hold jobs and were not heard for too long.
@@ -289,7 +290,7 @@ impl Shared {
             let has_attempt = Reader::new(&row, "jobs", "id").maybe_text("job_id")?.is_some();
             Ok((job::job(&row)?, if has_attempt { Some(job::attempt(&row)?) } else { None }))
         };
-        Ok((rows.into_iter().map(read).collect::<Result<_, StoreError>>()?, last))
+        Ok((readable(rows, read), last))
     }
 
     /// Says to all others that there is something to look at.
@@ -354,6 +355,15 @@ impl Duties {
 
 fn ms(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX / 4)
+}
+
+/// What can be read. One row that a newer orchestrator wrote, or a person, keeps nobody from hearing of the others.
+fn readable<T>(
+    rows: Vec<sqlx::postgres::PgRow>,
+    read: impl Fn(sqlx::postgres::PgRow) -> Result<T, StoreError>,
+) -> Vec<T> {
+    let passed_over = |error: &StoreError| warn!(%error, "a row of another orchestrator is passed over");
+    rows.into_iter().filter_map(|row| read(row).inspect_err(passed_over).ok()).collect()
 }
 
 fn parsed<T: std::str::FromStr>(text: String, table: &'static str, column: &'static str) -> Result<T, StoreError> {
