@@ -7,6 +7,7 @@
 mod asked;
 mod books;
 mod due;
+mod ended;
 mod rooms;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +25,7 @@ use crate::store::write::{CloseAttempt, IdempotencyKey, InsertJob};
 use crate::store::{Attempt, Committed, Group, Guard, Job, Miss, StoreError, Write};
 pub use asked::{Answer, By, Effect, From, News, Offer, Request, Ticket};
 use due::Due;
+use ended::Ended;
 use rooms::Away;
 
 /// A job in memory with all that decides about it.
@@ -61,6 +63,8 @@ pub struct Desk {
     elsewhere: BTreeMap<WorkerId, Offer>,
     /// There may be other orchestrators.
     shared: bool,
+    /// Kept where there may be others.
+    ended: Ended,
     /// What workers said lately may not have been heard before this: what they were to say is not overdue.
     deaf_until: Mono,
     /// When it was last asked to decide.
@@ -91,6 +95,7 @@ impl Desk {
             away: BTreeMap::new(),
             elsewhere: BTreeMap::new(),
             shared: false,
+            ended: Ended::default(),
             deaf_until: started,
             decided: started,
             news: Vec::new(),
@@ -129,7 +134,7 @@ impl Desk {
         let known = self.before.remove(&job.id);
         let due = known.or(self.remove(&job.id).and_then(|live| live.due));
         if job.state.is_done() {
-            return;
+            return self.ends(job.id);
         }
         // With nobody connected yet who could take it, each worker that comes may be the one that has not lost it.
         let untried = !self.offers.values().any(|offer| offer.org == job.org);
@@ -311,13 +316,19 @@ impl Desk {
     fn loaded(&mut self, jobs: Vec<(Job, Option<Attempt>)>, now: Now) {
         for (job, attempt) in jobs {
             let known = self.live.get(&job.id);
-            if known.is_some_and(|live| live.job.version >= job.version) {
+            if known.is_some_and(|live| live.job.version >= job.version) || self.ended.has(&job.id) {
                 continue;
             }
             let holder = |job: &Job| job.state.lease().map(|lease| lease.worker);
             let left = known.and_then(|live| holder(&live.job)).filter(|had| holder(&job) != Some(*had));
             self.news.push(Effect::Learned { job: Box::new(job.clone()), left });
             self.take_over(job, attempt, true, now);
+        }
+    }
+
+    fn ends(&mut self, id: JobId) {
+        if self.shared {
+            self.ended.note(id);
         }
     }
 
@@ -417,6 +428,7 @@ impl Desk {
                 let job = Box::new(advance.next);
                 if job.state.is_done() {
                     self.remove(&job.id);
+                    self.ends(job.id);
                 }
                 // Sessions hear of the change before the answer to what caused it: they decide nothing more on the old state.
                 let answer = ticket.map(|ticket| Effect::Answer { ticket, answer: Answer::Job(job.clone()) });

@@ -49,6 +49,33 @@ fn what_another_one_decided_is_news_once_and_never_goes_back() {
 }
 
 #[test]
+fn what_was_read_of_a_job_before_its_end_does_not_bring_it_back() {
+    let finish = |desk: &mut Desk| {
+        let end = Event::Finished { attempt: 1, end: End::success() };
+        moved(&turn(desk, 2, vec![report(2, 10, 1, 1, Event::Accepted { attempt: 1 }), report(3, 10, 1, 2, end)]).1)
+    };
+    let (mut theirs, _) = desk();
+    turn(&mut theirs, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
+    let assigned = held(&theirs, 10);
+    let state = job::State { step: Step::Done { end: End::success(), at: Ms(2) }, ..assigned.0.state.clone() };
+    let done = (Job { state, version: 9, ..assigned.0.clone() }, None);
+
+    // It ended here, or was heard to have ended, or was found so after a miss.
+    for how in 0..3 {
+        let (mut ours, _) = desk();
+        turn(&mut ours, 1, vec![offer(1, &[FREE]), Request::Loaded(vec![assigned.clone()])]);
+        match how {
+            0 => assert_eq!(finish(&mut ours).last(), Some(&(10, StateWord::Succeeded))),
+            1 => assert_eq!(moved(&turn(&mut ours, 2, vec![Request::Loaded(vec![done.clone()])]).1).len(), 1),
+            _ => ours.restore(vec![done.clone()], at(2)),
+        }
+        assert_eq!(turn(&mut ours, 3, vec![Request::Loaded(vec![assigned.clone()])]).1, [], "{how}");
+        assert_eq!(ours.live_count(), 0, "{how}");
+        assert_eq!(moved(&turn(&mut ours, 4, vec![submit(4, 11)]).1), [(11, StateWord::Assigned)], "{how}");
+    }
+}
+
+#[test]
 fn a_worker_that_another_one_took_the_job_from_is_told() {
     let (mut ours, _) = desk();
     turn(&mut ours, 0, vec![offer(1, &[FREE]), submit(1, 10)]);
