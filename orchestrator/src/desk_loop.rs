@@ -12,6 +12,7 @@ use tracing::{error, warn};
 
 use crate::desk::{Answer, Desk, Effect, Request, Ticket};
 use crate::hub::Hub;
+use crate::job::{State, Step};
 use crate::store::{Attempt, Committed, Group, Job, Scope, Store, StoreError};
 use crate::wake::Wake;
 
@@ -188,7 +189,7 @@ impl Loop {
             Effect::Moved { job, left } => {
                 self.wake.moved(job.id);
                 let heard = self.hub.moved(&job, left);
-                if let Some(speak) = self.speak.as_ref().filter(|_| !heard && !job.state.is_done()) {
+                if let Some(speak) = self.speak.as_ref().filter(|_| concerns_others(&job.state, heard)) {
                     let _ = speak.try_send(());
                 }
             }
@@ -232,10 +233,44 @@ impl Loop {
     }
 }
 
+/// Whether other orchestrators wait for this change. `heard`: those whom it concerns have heard of it here. One that waits may
+/// be for a worker of theirs, whoever gave it back.
+fn concerns_others(state: &State, heard: bool) -> bool {
+    match state.step {
+        Step::Queued { .. } => true,
+        Step::Assigned { .. } | Step::Running { .. } | Step::Canceling { .. } => !heard,
+        Step::Done { .. } => false,
+    }
+}
+
 /// Returns at that time, or never.
 async fn until(env: &dyn Env, at: Option<Mono>) {
     match at {
         Some(at) => env.sleep_until(at).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloy_shared::env::Ms;
+    use alloy_shared::wire::job::End;
+
+    use super::*;
+    use crate::job::{Lease, Tries};
+
+    #[test]
+    fn others_are_told_of_what_they_may_have_to_do_something_about() {
+        let state = |step| State { tries: Tries { made: 1, lost: 0, failed: 0 }, step };
+        let worker = WorkerId::from_raw(1);
+        let lease = Lease { attempt: 1, worker, assigned_at: Ms(0), avoid: Vec::new() };
+        for (step, unheard, heard) in [
+            (Step::Queued { since: Ms(0), avoid: vec![worker] }, true, true),
+            (Step::Assigned { lease }, true, false),
+            (Step::Done { end: End::success(), at: Ms(0) }, false, false),
+        ] {
+            let state = state(step);
+            assert_eq!([false, true].map(|by| concerns_others(&state, by)), [unheard, heard], "{state:?}");
+        }
     }
 }
