@@ -106,6 +106,7 @@ impl Core {
             Input::Appended { attempt, result } => self.appended(attempt, result, &mut out),
             Input::Durable { attempt, len } => out.push(Effect::Send(ToWorker::LogAck { attempt, durable: len })),
             Input::Measured { attempt, len } => self.continue_from(attempt, len, &mut out),
+            Input::NotMeasured { attempt } => self.continue_later(&attempt),
             Input::Superseded => {
                 out.push(Effect::Send(ToWorker::Superseded));
                 self.hang_up("superseded by a newer session", &mut out);
@@ -408,6 +409,13 @@ impl Core {
         // Reports are numbered from 1; those below the applied ones are answered at once when they come again.
         let order = Order::Continue { attempt, handle, log_durable: len, seq: 0 };
         out.push(Effect::Send(ToWorker::Order { order }));
+    }
+
+    /// The next heartbeat asks for the log's length again.
+    fn continue_later(&mut self, attempt: &AttemptRef) {
+        if let Some(track) = self.tracks.get_mut(attempt) {
+            track.continued = false;
+        }
     }
 
     fn job(&mut self, job: Job, out: &mut Vec<Effect>) {

@@ -298,7 +298,7 @@ impl Session {
             Some(true) => {}
             // Books that came back from a backup may not know it: then nothing of it is wanted.
             Some(false) => return self.send(ToWorker::Order { order: Order::ResultAck { attempt } }.encode()).await,
-            None => return,
+            None => return self.later(Input::NotMeasured { attempt }),
         }
         if !self.measuring.insert(attempt) {
             return;

@@ -47,6 +47,10 @@ pub enum Input {
         attempt: AttemptRef,
         len: u64,
     },
+    /// How long that log is cannot be read now.
+    NotMeasured {
+        attempt: AttemptRef,
+    },
     Superseded,
     Drain {
         on: bool,

@@ -417,3 +417,16 @@ fn what_neither_side_has_is_forgotten() {
     core.handle(beat(1_000, 1_000, vec![]), at(1));
     assert_eq!(core.known(), 0);
 }
+
+#[test]
+fn a_log_whose_length_could_not_be_read_is_asked_for_with_the_next_heartbeat() {
+    let queued = Step::Queued { since: Ms(0), avoid: vec![ME] };
+    for (state, step) in [(HeldState::Running, running()), (HeldState::Lost, queued)] {
+        let have = || vec![held(10, state)];
+        let (mut core, effects) = open(have(), vec![job(10, 2, step)]);
+        assert_eq!(orders(&effects).last().map(String::as_str), Some("measure"), "{state:?}");
+        assert!(orders(&core.handle(beat(1, 0, have()), at(1))).is_empty(), "{state:?}: it is being read");
+        assert_eq!(core.handle(Input::NotMeasured { attempt: attempt(10) }, at(2)), []);
+        assert_eq!(orders(&core.handle(beat(2, 1, have()), at(3))), ["measure"], "{state:?}");
+    }
+}
