@@ -18,6 +18,11 @@ use super::reconcile::{Say, Want, reconcile};
 use super::track::{Settling, Taking, Track};
 use crate::store::Job;
 
+/// Attempts that one session keeps in mind: those that its worker may hold, and as many that it no longer does.
+const TRACKS_MAX: usize = 2 * limits::HELD_MAX;
+/// Of all reports that wait in one session: more than a job with the most artifacts, of the longest names, has to say.
+const WAITING_BYTES_MAX: usize = 64 << 20;
+
 #[derive(Debug, Clone)]
 enum Phase {
     Fresh,
@@ -266,8 +271,17 @@ impl Core {
     }
 
     fn forget(&mut self, attempt: &AttemptRef) {
-        if let Some(track) = self.tracks.remove(attempt) {
-            self.handles.remove(&track.handle);
+        match self.tracks.get_mut(attempt) {
+            // What is being decided still counts among what it may have.
+            Some(track) if track.settling.is_some() => {
+                track.say = Say::NotHeld;
+                track.nothing_waits();
+            }
+            Some(track) => {
+                self.handles.remove(&track.handle);
+                self.tracks.remove(attempt);
+            }
+            None => {}
         }
         self.jobs.retain(|_, job| job.attempt() != *attempt || !job.state.is_done());
     }
@@ -447,6 +461,10 @@ impl Core {
     }
 
     fn report(&mut self, attempt: AttemptRef, seq: u64, report: Report, out: &mut Vec<Effect>) {
+        if !self.tracks.contains_key(&attempt) && self.tracks.len() >= TRACKS_MAX {
+            return self.hang_up("reports of more attempts than a worker has", out);
+        }
+        let waiting: usize = self.tracks.values().map(|track| track.waiting_bytes).sum();
         let track = self.track(attempt);
         if track.say == Say::NotHeld {
             track.say = Say::Running;
@@ -458,10 +476,10 @@ impl Core {
             return;
         }
         if track.settling.is_some() {
-            if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 {
+            if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 || waiting >= WAITING_BYTES_MAX {
                 return self.hang_up("more reports at once than an attempt can have", out);
             }
-            track.waiting.push_back((seq, report));
+            track.waits(seq, report);
         } else {
             track.settling = Some(Settling::of(&report));
             out.push(Effect::Settle { attempt, seq, report });
@@ -482,7 +500,7 @@ impl Core {
                 }
             }
             Settled::Fenced => {
-                track.waiting.clear();
+                track.nothing_waits();
                 out.extend(track.fence().then_some(Effect::Send(ToWorker::Order { order: Order::Fence { attempt } })));
             }
             Settled::Gap { have } => {
@@ -499,7 +517,7 @@ impl Core {
             Settled::Failed => return self.hang_up("the store is away", out),
         }
         if let Some(track) = self.tracks.get_mut(&attempt)
-            && let Some((seq, report)) = track.waiting.pop_front()
+            && let Some((seq, report)) = track.next_waiting()
         {
             track.settling = Some(Settling::of(&report));
             out.push(Effect::Settle { attempt, seq, report });

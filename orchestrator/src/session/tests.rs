@@ -430,3 +430,36 @@ fn a_log_whose_length_could_not_be_read_is_asked_for_with_the_next_heartbeat() {
         assert_eq!(orders(&core.handle(beat(2, 1, have()), at(3))), ["measure"], "{state:?}");
     }
 }
+
+#[test]
+fn a_worker_that_reports_on_more_attempts_than_it_can_have_is_cut() {
+    for closes in [false, true] {
+        let (mut core, _) = open(vec![], vec![]);
+        let heard = (1..10_000).take_while(|n| {
+            let effects = core.handle(report(*n, 1, Report::Accepted), at(1));
+            if closes {
+                let closed = ToOrchestrator::Closed { attempt: attempt(*n), teardown_ms: 0, log_len: 0 };
+                core.handle(Input::Heard(closed), at(1));
+            }
+            orders(&effects).is_empty()
+        });
+        assert_eq!(heard.count(), 2 * limits::HELD_MAX, "closes: {closes}");
+    }
+}
+
+#[test]
+fn reports_that_wait_have_a_bound_in_bytes_and_those_that_are_decided_do_not_count() {
+    let long = || Report::Refused { message: "x".repeat(1 << 20) };
+    let (mut core, _) = open(vec![], vec![job(10, 1, running()), job(11, 1, running())]);
+    let cut = |effects: &[Effect]| matches!(effects, [Effect::Hangup(_)]);
+    for seq in 1..=100 {
+        assert!(!cut(&core.handle(report(10, seq, long()), at(1))));
+        assert!(!cut(&core.handle(report(10, seq + 1, long()), at(1))));
+        for seq in [seq, seq + 1] {
+            core.handle(Input::Settled { attempt: attempt(10), seq, result: Settled::Applied }, at(1));
+        }
+    }
+    // Half of them of another attempt.
+    let waiting = (1..1_000).take_while(|n| !cut(&core.handle(report(10 + n % 2, *n as u64, long()), at(1)))).count();
+    assert!((60..=66).contains(&waiting), "{waiting} of 1 MiB");
+}

@@ -15,6 +15,8 @@ pub(super) struct Track {
     pub(super) log_len: u64,
     /// Reports that wait for the one that is being settled.
     pub(super) waiting: VecDeque<(u64, Report)>,
+    /// What these are as text.
+    pub(super) waiting_bytes: usize,
     pub(super) settling: Option<Settling>,
     /// The last report that came while its worker is told to go back. The next one that is decided is one that came before:
     /// deciding a later one would say that those before it need not come again.
@@ -35,6 +37,7 @@ impl Track {
             say: Say::NotHeld,
             log_len: 0,
             waiting: VecDeque::new(),
+            waiting_bytes: 0,
             settling: None,
             seen: None,
             assigned_after: None,
@@ -45,9 +48,26 @@ impl Track {
         }
     }
 
+    pub(super) fn waits(&mut self, seq: u64, report: Report) {
+        self.waiting_bytes += size(&report);
+        self.waiting.push_back((seq, report));
+    }
+
+    pub(super) fn next_waiting(&mut self) -> Option<(u64, Report)> {
+        let (seq, report) = self.waiting.pop_front()?;
+        self.waiting_bytes -= size(&report);
+        Some((seq, report))
+    }
+
+    pub(super) fn nothing_waits(&mut self) {
+        self.waiting.clear();
+        self.waiting_bytes = 0;
+    }
+
     /// Its worker is told to go back: this report, and those that wait for it, cannot be decided yet.
     pub(super) fn goes_back(&mut self, seq: u64) {
-        self.seen = self.waiting.drain(..).map(|(seq, _)| seq).chain([seq]).max();
+        self.seen = self.waiting.iter().map(|(seq, _)| *seq).chain([seq]).max();
+        self.nothing_waits();
     }
 
     /// Whether this report was under way when the worker was told to go back, and will come once more after those before it.
@@ -62,6 +82,10 @@ impl Track {
         self.continued = false;
         !std::mem::replace(&mut self.fenced, true)
     }
+}
+
+fn size(report: &Report) -> usize {
+    serde_json::to_vec(report).map_or(0, |text| text.len())
 }
 
 /// Whether a log's bytes can be stored.
