@@ -117,13 +117,18 @@ pub async fn run(parts: Parts, life: &Lifecycle) -> Over {
     };
     let over = drive(core, seams, door, inputs).await;
     let ctx = ready.borrow().clone();
-    let Some(Ctx { pool, .. }) = ctx.as_deref() else { return over };
+    if let Some(ctx) = ctx {
+        close(&ctx, stop_ms).await;
+    }
+    over
+}
+
+async fn close(Ctx { pool, env, .. }: &Ctx, stop_ms: u64) {
     tokio::select! {
         biased;
         () = pool.close() => {}
         () = env.sleep_until(env.now().mono + stop_ms) => tracing::warn!("not every VM is gone; their guards see to it"),
     }
-    over
 }
 
 type Ready = watch::Receiver<Option<Arc<Ctx>>>;
