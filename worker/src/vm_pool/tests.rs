@@ -290,7 +290,7 @@ async fn what_an_earlier_daemon_left_is_gone_before_slots_are_offered() {
 #[tokio::test]
 async fn what_an_earlier_daemon_had_begun_is_looked_for_behind_the_first_vm() {
     let mut rig = Rig::new(1, Fake { finds: Some(Semaphore::new(0)), ..Fake::default() }).await;
-    let late = VmName::parse("alloy-old-1").unwrap();
+    let late = VmName::mint(1, 1);
     rig.fake.alive.lock().unwrap().insert(late.clone());
     rig.fake.finds.as_ref().unwrap().add_permits(100);
     until(|| rig.fake.seen.lock().unwrap().contains(&format!("destroyed {late}"))).await;
