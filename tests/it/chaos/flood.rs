@@ -15,9 +15,9 @@ use alloy_tests::observe::{BEAT, now};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
-/// A process may grow by this after it has carried so much.
+/// A process may grow by this after it has carried so much: by then each connection and each buffer has been used.
 const GROWTH: u64 = 32 << 20;
-const WARM: u64 = 64 << 20;
+const WARM: u64 = 256 << 20;
 const GULP: usize = 1 << 20;
 
 /// Reads a flood and compares it as it comes. Returns all that stands behind the head.
