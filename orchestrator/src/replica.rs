@@ -5,8 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use alloy_shared::env::{Mono, Ms};
-use alloy_shared::id::{AttemptRef, Labels};
-use alloy_shared::limits;
+use alloy_shared::id::{AttemptRef, Labels, WorkerId};
+use alloy_shared::limits::{self, Limits};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -86,6 +86,12 @@ impl Contact {
         let unbroken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         unbroken.as_ref().filter(|one| now.since(one.last) <= break_ms).map_or(0, |one| now.since(one.first))
     }
+
+    /// For how long yet silence is no measure: while the database was away nobody could write whom he heard, and while this
+    /// process stood still it heard nobody. 0: it is one.
+    fn young_ms(&self, now: Mono, limits: &Limits) -> u64 {
+        limits.startup_grace_ms.saturating_sub(self.lasts_ms(now, limits.suspect_ms()))
+    }
 }
 
 /// Starts what it does although nobody asks.
@@ -97,7 +103,7 @@ pub fn begin(app: &Arc<App>, replica: Replica) {
     env.spawn("beat", Box::pin(beat(app.clone(), shared.clone(), contact.clone())));
     env.spawn("speak", Box::pin(speak(app.clone(), shared.clone(), spoken)));
     env.spawn("look", Box::pin(look(app.clone(), shared.clone(), horizon)));
-    env.spawn("others", Box::pin(others(app.clone(), shared.clone())));
+    env.spawn("others", Box::pin(others(app.clone(), shared.clone(), contact.clone())));
     env.spawn("audience", Box::pin(audience(app.clone())));
     env.spawn("reap", Box::pin(reap(app.clone(), shared.clone(), contact)));
     env.spawn("duties", Box::pin(duties(app.clone(), shared)));
@@ -202,38 +208,59 @@ async fn learn(app: &App, shared: &Shared, since: &mut String) -> Result<(), Sto
 }
 
 /// Compares the books with the sessions here, and reads who is elsewhere.
-async fn others(app: Arc<App>, shared: Shared) {
-    let mut wishes = None;
+async fn others(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
+    let mut known = Known::default();
     loop {
-        if let Err(error) = compare(&app, &shared, &mut wishes).await {
+        if let Err(error) = compare(&app, &shared, &contact, &mut known).await {
             warn!(%error, "what the farm's other workers do cannot be read");
+        }
+        let for_ms = contact.young_ms(app.env.now().mono, &app.limits);
+        if for_ms > 0 {
+            app.desk.tell(Request::Expect { for_ms }).await;
         }
         app.env.sleep_until(app.env.now().mono + app.limits.poll_floor_ms).await;
     }
 }
 
-async fn compare(app: &App, shared: &Shared, wishes: &mut Option<String>) -> Result<(), StoreError> {
+/// What the last look at the others found.
+#[derive(Default)]
+struct Known {
+    wishes: Option<String>,
+    /// The workers that counted.
+    counted: BTreeSet<WorkerId>,
+}
+
+async fn compare(app: &App, shared: &Shared, contact: &Contact, known: &mut Known) -> Result<(), StoreError> {
     app.hub.compare(&shared.own(&app.hub.present()).await?);
-    let now_wished = Some(shared.wishes().await?);
-    if *wishes != now_wished {
-        *wishes = now_wished;
+    let wishes = Some(shared.wishes().await?);
+    if known.wishes != wishes {
+        known.wishes = wishes;
         app.hub.wishes_moved();
     }
     let now = app.env.now().mono;
     let elsewhere = shared.elsewhere(2 * app.limits.heartbeat_ms).await?;
+    let young = contact.young_ms(app.env.now().mono, &app.limits) > 0;
     let (mut offers, mut lives) = (Vec::new(), Vec::new());
     for worker in elsewhere {
         let told: Told = serde_json::from_str(&worker.offer).unwrap_or_default();
-        // One that is away, or whose orchestrator is, comes back: until then nobody may say that there is no such worker.
-        let counts = !worker.left && worker.silent_ms <= app.limits.expiry_ms;
+        let counts = counts(&worker, young && known.counted.contains(&worker.worker), app.limits.expiry_ms);
         lives.push((worker.worker, live(&worker, &told)));
         if counts {
             offers.push(offer(worker, told));
         }
     }
+    known.counted = offers.iter().map(|offer| offer.worker).collect();
     app.hub.set_elsewhere(lives, now);
     app.desk.tell(Request::Elsewhere(offers)).await;
     Ok(())
+}
+
+/// Whether a job may wait for it. One that is away, or whose orchestrator is, comes back: until then nobody may say that there is
+/// no such worker. `kept`: it counted before the database was away, when nobody could write whom he heard.
+fn counts(worker: &Elsewhere, kept: bool, expiry_ms: u64) -> bool {
+    // An orchestrator that does not write may still answer it for as long as a lease lasts.
+    let most_ms = if worker.lives { expiry_ms } else { 2 * expiry_ms };
+    !worker.left && (kept || worker.silent_ms <= most_ms)
 }
 
 fn live(worker: &Elsewhere, told: &Told) -> LiveWorker {
@@ -287,8 +314,7 @@ async fn audience(app: Arc<App>) {
 /// Counts as lost what workers held that were not heard by anybody. Every orchestrator does it: the write itself looks again.
 async fn reap(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
     let limits = &app.limits;
-    // While the database was away nobody could write whom he heard; while this process stood still it heard nobody.
-    let lasts = || contact.lasts_ms(app.env.now().mono, limits.suspect_ms()) >= limits.startup_grace_ms;
+    let lasts = || contact.young_ms(app.env.now().mono, limits) == 0;
     loop {
         app.env.sleep_until(app.env.now().mono + limits.heartbeat_ms).await;
         if !lasts() {
@@ -366,6 +392,42 @@ mod tests {
         contact.is(None, Mono(560), 100);
         beat(570);
         assert_eq!(lasts(600), 30);
+    }
+
+    #[test]
+    fn a_worker_elsewhere_that_nobody_could_write_of_counts_until_everybody_had_time_to_write() {
+        let limits = Limits::default();
+        let (expiry_ms, grace_ms) = (limits.expiry_ms, limits.startup_grace_ms);
+        let one = |silent_ms, lives, left| Elsewhere {
+            worker: WorkerId::from_raw(1),
+            org: alloy_shared::id::DEFAULT_ORG,
+            name: String::new(),
+            labels: Labels::default(),
+            host_labels: Labels::default(),
+            draining: false,
+            left,
+            offer: String::new(),
+            silent_ms,
+            lives,
+        };
+        for (silent_ms, lives, left, counted, kept) in [
+            (expiry_ms, true, false, true, true),
+            (expiry_ms + 1, true, false, false, true),
+            (expiry_ms + 1, false, false, true, true),
+            (2 * expiry_ms + 1, false, false, false, true),
+            (0, true, true, false, false),
+        ] {
+            let both = [false, true].map(|kept| counts(&one(silent_ms, lives, left), kept, expiry_ms));
+            assert_eq!(both, [counted, kept], "{silent_ms} ms, lives: {lives}, left: {left}");
+        }
+        let contact = Contact::default();
+        assert_eq!(contact.young_ms(Mono(7), &limits), grace_ms, "nothing was written yet");
+        for now in (0..=grace_ms).step_by(1_000) {
+            contact.is(Some(clocks(now, now)), Mono(now), limits.suspect_ms());
+        }
+        assert_eq!([1, 0].map(|before| contact.young_ms(Mono(grace_ms - before), &limits)), [1, 0]);
+        contact.is(None, Mono(grace_ms + 1), limits.suspect_ms());
+        assert_eq!(contact.young_ms(Mono(grace_ms + 1), &limits), grace_ms);
     }
 
     fn clocks(here: u64, there: u64) -> Clocks {

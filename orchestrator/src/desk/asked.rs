@@ -64,6 +64,10 @@ pub enum Request {
     Loaded(Vec<(Job, Option<Attempt>)>),
     /// All workers that are connected to other orchestrators: none of them gets a job from this one.
     Elsewhere(Vec<Offer>),
+    /// The books were away a moment ago, or are: for so long from now a worker may still come back that was there before.
+    Expect {
+        for_ms: u64,
+    },
     /// Which workers hold jobs?
     Holders {
         ticket: Ticket,

@@ -51,6 +51,9 @@ pub struct Desk {
     limits: Limits,
     /// Jobs that were leased or waited before the start are not overdue before this: workers had no time to come back.
     patient_until: Mono,
+    /// Before this nobody may say that there is no such worker: at the start, and when the books were away, those who would be
+    /// one had no time to come back.
+    expecting_until: Mono,
     live: BTreeMap<JobId, Live>,
     /// Waiting jobs, oldest first.
     queue: BTreeSet<(Ms, JobId)>,
@@ -86,6 +89,7 @@ impl Desk {
     pub fn new(limits: Limits, started: Mono) -> Self {
         Self {
             patient_until: started + limits.startup_grace_ms,
+            expecting_until: started + limits.startup_grace_ms,
             limits,
             live: BTreeMap::new(),
             queue: BTreeSet::new(),
@@ -151,10 +155,10 @@ impl Desk {
     pub fn decide(&mut self, requests: Vec<Request>, now: Now) -> Vec<Group> {
         self.before.clear();
         self.decided = now.mono;
-        self.away.retain(|_, away| now.mono < away.until);
         for request in requests {
             self.take(request, now);
         }
+        self.away.retain(|_, away| now.mono < away.until);
         self.due(now);
         self.refuse(now);
         self.place(now);
@@ -185,6 +189,7 @@ impl Desk {
                 self.elsewhere = offers.into_iter().map(|offer| (offer.worker, offer)).collect();
                 self.away.retain(|id, _| !self.elsewhere.contains_key(id));
             }
+            Request::Expect { for_ms } => self.expect(now.mono + for_ms),
             Request::Holders { ticket } => {
                 let holders = self.leased.iter().filter(|(_, held)| !held.is_empty()).map(|(id, _)| *id).collect();
                 self.answers.push((ticket, None, Answer::Holders(holders)));

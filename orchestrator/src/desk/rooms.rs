@@ -29,6 +29,14 @@ impl Desk {
         }
     }
 
+    /// Nobody who is expected back is given up before then.
+    pub(super) fn expect(&mut self, until: Mono) {
+        self.expecting_until = self.expecting_until.max(until);
+        for away in self.away.values_mut() {
+            away.until = away.until.max(until);
+        }
+    }
+
     /// The rooms of those who are connected and of those who are expected back. These have nothing free.
     pub(super) fn rooms_expected(&self) -> BTreeMap<WorkerId, Room> {
         let mut rooms = self.rooms();
@@ -70,7 +78,7 @@ impl Desk {
     }
 
     /// The rules of a job as they are at this moment. Who else is there decides only when it may have been lost too often,
-    /// and after a start not before everybody had time to connect.
+    /// and not before everybody had time to connect.
     pub(super) fn rules(&self, live: &Live, now: Now) -> Rules {
         let untried = live.job.state.lease().is_some_and(|lease| {
             let avoid = &lease.losers();
@@ -78,7 +86,7 @@ impl Desk {
             let job = Waiting { id, org, required: &live.required, image: image_of(live), avoid };
             live.job.state.tries.lost >= live.rules.lost_max && pick::untried(job, &self.rooms_expected())
         });
-        let untried = untried || live.rules.untried && now.mono < self.patient_until;
+        let untried = untried || live.rules.untried && now.mono < self.expecting_until;
         Rules { untried, ..live.rules.clone() }
     }
 
@@ -97,7 +105,7 @@ impl Desk {
             let refused = |report: &ImageReport| report.failed.as_ref().is_some_and(|failed| failed.refused);
             offer.images.images.iter().any(refused)
         };
-        if now.mono < self.patient_until || self.queue.is_empty() || !self.offers.values().any(refuses) {
+        if now.mono < self.expecting_until || self.queue.is_empty() || !self.offers.values().any(refuses) {
             return;
         }
         let rooms = self.rooms_expected();

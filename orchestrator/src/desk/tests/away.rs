@@ -57,6 +57,24 @@ fn a_worker_that_is_with_another_orchestrator_counts_for_as_long_as_it_is_there(
 }
 
 #[test]
+fn after_the_books_were_away_everybody_has_time_to_come_back() {
+    // Its link was cut, or it was with another orchestrator.
+    for elsewhere in [false, true] {
+        let mut desk = waits_for_the_other();
+        let there = elsewhere.then(|| Request::Elsewhere(vec![with_image(ours(2, 1), false)]));
+        turn(&mut desk, grace() + 1, [gone(2, false)].into_iter().chain(there).collect());
+        let lost = grace() + 1 + Limits::default().expiry_ms as i64;
+        let expect = || Request::Expect { for_ms: Limits::default().startup_grace_ms };
+        let nobody = elsewhere.then(|| Request::Elsewhere(vec![]));
+        let requests = nobody.into_iter().chain([expect()]).collect();
+        assert_eq!(moved(&turn(&mut desk, lost, requests).1), [], "elsewhere: {elsewhere}");
+        assert_eq!(moved(&turn(&mut desk, lost + grace() - 1, vec![]).1), [], "elsewhere: {elsewhere}");
+        let (_, effects) = turn(&mut desk, lost + grace(), vec![]);
+        assert_eq!(moved(&effects), [(10, StateWord::Errored)], "elsewhere: {elsewhere}");
+    }
+}
+
+#[test]
 fn a_job_that_was_lost_too_often_still_goes_to_a_worker_that_is_just_away() {
     let mut desk = Desk::new(Limits::default(), Mono(0));
     turn(&mut desk, grace(), [1, 2, 3, 4].map(|n| offer(n, &[FREE])).into_iter().chain([submit(1, 10)]).collect());
