@@ -20,7 +20,7 @@ use crate::store::Job;
 
 /// Attempts that one session keeps in mind: those that its worker may hold, and as many that it no longer does.
 const TRACKS_MAX: usize = 2 * limits::HELD_MAX;
-/// Of all reports that wait in one session: more than a job with the most artifacts, of the longest names, has to say.
+/// Of all reports in one session that are not decided: more than a job with the most artifacts, of the longest names, has to say.
 const WAITING_BYTES_MAX: usize = 64 << 20;
 
 #[derive(Debug, Clone)]
@@ -295,6 +295,10 @@ impl Core {
         self.acked = n;
         self.unstick(out);
         self.prune();
+        // Those whose reports are being decided stay, also when their worker says no more of them.
+        if self.tracks.len() > TRACKS_MAX {
+            return self.hang_up("more attempts than a worker has", out);
+        }
         out.push(Effect::Seen);
         out.push(Effect::Send(ToWorker::HeartbeatAck { n, orders }));
         self.offer(out);
@@ -464,7 +468,7 @@ impl Core {
         if !self.tracks.contains_key(&attempt) && self.tracks.len() >= TRACKS_MAX {
             return self.hang_up("reports of more attempts than a worker has", out);
         }
-        let waiting: usize = self.tracks.values().map(|track| track.waiting_bytes).sum();
+        let kept: usize = self.tracks.values().map(Track::bytes).sum();
         let track = self.track(attempt);
         if track.say == Say::NotHeld {
             track.say = Say::Running;
@@ -475,20 +479,20 @@ impl Core {
         if track.passes_over(seq) {
             return;
         }
+        if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 || kept >= WAITING_BYTES_MAX {
+            return self.hang_up("more reports at once than an attempt can have", out);
+        }
         if track.settling.is_some() {
-            if track.waiting.len() >= limits::ARTIFACTS_MAX + 16 || waiting >= WAITING_BYTES_MAX {
-                return self.hang_up("more reports at once than an attempt can have", out);
-            }
             track.waits(seq, report);
         } else {
-            track.settling = Some(Settling::of(&report));
+            track.settles(&report);
             out.push(Effect::Settle { attempt, seq, report });
         }
     }
 
     fn settled(&mut self, attempt: AttemptRef, seq: u64, result: Settled, out: &mut Vec<Effect>) {
         let Some(track) = self.tracks.get_mut(&attempt) else { return };
-        let settling = track.settling.take();
+        let settling = track.settled();
         match result {
             Settled::Applied => {
                 // What a heartbeat said does not count here: it may know of a result that has not arrived.
@@ -519,7 +523,7 @@ impl Core {
         if let Some(track) = self.tracks.get_mut(&attempt)
             && let Some((seq, report)) = track.next_waiting()
         {
-            track.settling = Some(Settling::of(&report));
+            track.settles(&report);
             out.push(Effect::Settle { attempt, seq, report });
         }
     }

@@ -462,4 +462,22 @@ fn reports_that_wait_have_a_bound_in_bytes_and_those_that_are_decided_do_not_cou
     // Half of them of another attempt.
     let waiting = (1..1_000).take_while(|n| !cut(&core.handle(report(10 + n % 2, *n as u64, long()), at(1)))).count();
     assert!((60..=66).contains(&waiting), "{waiting} of 1 MiB");
+    // Each the only one of its attempt.
+    let (mut core, _) = open(vec![], vec![]);
+    let decided = (1..1_000).take_while(|n| !cut(&core.handle(report(*n, 1, long()), at(1)))).count();
+    assert!((60..=66).contains(&decided), "{decided} of 1 MiB");
+}
+
+#[test]
+fn a_worker_that_holds_other_attempts_at_each_heartbeat_is_cut_when_too_many_of_them_are_being_decided() {
+    let (mut core, _) = open(vec![], vec![]);
+    let most = limits::HELD_MAX as u64;
+    let beats = (0..100).take_while(|n| {
+        let ids = (0..most).map(|k| u128::from(n * most + k + 1));
+        let effects = core.handle(beat(n + 1, *n, ids.clone().map(|id| held(id, HeldState::Running)).collect()), at(1));
+        let fits = !effects.iter().any(|effect| matches!(effect, Effect::Hangup(_)));
+        ids.for_each(|id| drop(core.handle(report(id, 1, Report::Accepted), at(1))));
+        fits
+    });
+    assert_eq!(beats.count(), 2);
 }

@@ -16,8 +16,10 @@ pub(super) struct Track {
     /// Reports that wait for the one that is being settled.
     pub(super) waiting: VecDeque<(u64, Report)>,
     /// What these are as text.
-    pub(super) waiting_bytes: usize,
+    waiting_bytes: usize,
     pub(super) settling: Option<Settling>,
+    /// What that report is as text.
+    settling_bytes: usize,
     /// The last report that came while its worker is told to go back. The next one that is decided is one that came before:
     /// deciding a later one would say that those before it need not come again.
     seen: Option<u64>,
@@ -39,6 +41,7 @@ impl Track {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             settling: None,
+            settling_bytes: 0,
             seen: None,
             assigned_after: None,
             finished: false,
@@ -46,6 +49,22 @@ impl Track {
             fenced: false,
             taking: Taking::All,
         }
+    }
+
+    /// What is kept of its reports, as text.
+    pub(super) fn bytes(&self) -> usize {
+        self.settling_bytes + self.waiting_bytes
+    }
+
+    pub(super) fn settles(&mut self, report: &Report) {
+        self.settling = Some(if matches!(report, Report::Result(_)) { Settling::Result } else { Settling::Step });
+        self.settling_bytes = size(report);
+    }
+
+    /// Which report was decided.
+    pub(super) fn settled(&mut self) -> Option<Settling> {
+        self.settling_bytes = 0;
+        self.settling.take()
     }
 
     pub(super) fn waits(&mut self, seq: u64, report: Report) {
@@ -104,10 +123,4 @@ pub(super) enum Taking {
 pub(super) enum Settling {
     Step,
     Result,
-}
-
-impl Settling {
-    pub(super) fn of(report: &Report) -> Self {
-        if matches!(report, Report::Result(_)) { Self::Result } else { Self::Step }
-    }
 }
