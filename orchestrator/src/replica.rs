@@ -25,7 +25,8 @@ const QUIET_MS: u64 = 20;
 const SILENT_LOOKS: u32 = 3;
 /// Between two looks at logs that are followed here and written elsewhere.
 const AUDIENCE_MS: u64 = 200;
-/// As far the database's clock may run ahead of this process's between two beats. Behind a step silence is no measure.
+/// As far the database's clock may run ahead of this process's between two beats, or behind what it said. Behind a step silence is
+/// no measure.
 const STEP_MS: u64 = 5_000;
 /// Jobs that are read at once.
 const PAGE: u32 = 2 * limits::COMMIT_GROUPS_MAX as u32;
@@ -317,6 +318,10 @@ async fn reap(app: Arc<App>, shared: Shared, contact: Arc<Contact>) {
     let lasts = || contact.young_ms(app.env.now().mono, limits) == 0;
     loop {
         app.env.sleep_until(app.env.now().mono + limits.heartbeat_ms).await;
+        // That the database is away is said by the beat.
+        if let Ok(workers @ 1..) = shared.not_ahead(STEP_MS).await {
+            warn!(workers, "the database's clock went back: workers that were heard before count as heard now");
+        }
         if !lasts() {
             continue;
         }

@@ -24,6 +24,11 @@ statements! {
         ON workers.id = now.worker_id AND workers.epoch = now.epoch ORDER BY workers.id FOR UPDATE OF workers) \
         UPDATE workers SET seen_at_ms = GREATEST(seen_at_ms, (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT - heard.age_ms) \
         FROM heard WHERE workers.id = heard.id RETURNING workers.id";
+    // Each time that the books know was behind the clock when it was written: the clock went back since, and nobody would count as
+    // silent before it is as late again. In the order of their ids, as above.
+    AHEAD = "WITH ahead AS (SELECT id FROM workers \
+        WHERE seen_at_ms > (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT + $1 ORDER BY id FOR UPDATE) \
+        UPDATE workers SET seen_at_ms = (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT FROM ahead WHERE workers.id = ahead.id";
     OFFERED = "INSERT INTO sessions (worker_id, orchestrator_id, epoch, offer) \
         SELECT new.worker_id, $1, new.epoch, new.offer FROM UNNEST($2::TEXT[], $3::BIGINT[], $4::TEXT[]) AS new (worker_id, epoch, offer) \
         JOIN workers ON workers.id = new.worker_id AND workers.epoch = new.epoch ORDER BY new.worker_id \
@@ -190,6 +195,11 @@ impl Shared {
         tx.commit().await.map_err(failed)?;
         let own = rows.iter().map(|row| parsed(row.get("id"), "workers", "id")).collect::<Result<_, _>>()?;
         Ok(Beat { now: Ms(beat.get("now")), own })
+    }
+
+    /// Workers that were heard by so much later than now count as heard now. Returns how many there were.
+    pub async fn not_ahead(&self, by_ms: u64) -> Result<u64, StoreError> {
+        Ok(asked(sqlx::query(AHEAD).bind(ms(by_ms)).execute(&self.pool)).await?.rows_affected())
     }
 
     /// What time it is in the database.
