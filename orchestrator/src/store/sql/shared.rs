@@ -60,14 +60,20 @@ statements! {
     BACKEND = "SELECT pg_backend_pid()";
     CLOCK = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000)::BIGINT AS now";
     HORIZON = "SELECT pg_current_snapshot()::TEXT AS horizon";
-    // From the oldest transaction that was open then, which may be another database's and old, but nothing that had ended by then.
-    // In a database that was copied rows have numbers of the old one, above all that this one has given: they are no news.
+    // What has begun since, and what was open then: two walks through the index. One walk from the oldest that was open, which may
+    // be another database's and old, would read all that has ended meanwhile. In a database that was copied rows have numbers of
+    // the old one, above all that this one has given: they are no news.
     CHANGED = "SELECT jobs.id, jobs.org_id, version, state, state_json, spec, source, created_at_ms, created_by, events, \
         attempts.job_id, attempts.attempt, attempts.worker_id, assigned_at_ms, ended_at_ms, end_json, timings, teardown_ms, seq, \
-        log_len, facts, log_gone_at_ms, files_gone_at_ms, jobs.changed::TEXT AS changed FROM jobs LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
-        WHERE (jobs.changed, jobs.id) > (GREATEST($1::xid8, pg_snapshot_xmin($5::pg_snapshot)), $4) \
-        AND NOT pg_visible_in_snapshot(jobs.changed, $5::pg_snapshot) AND jobs.changed < pg_snapshot_xmax(pg_current_snapshot()) \
-        AND jobs.changed_by IS DISTINCT FROM $2 ORDER BY jobs.changed, jobs.id LIMIT $3";
+        log_len, facts, log_gone_at_ms, files_gone_at_ms, jobs.changed::TEXT AS changed FROM (\
+        (SELECT id FROM jobs WHERE changed >= GREATEST($1::xid8, pg_snapshot_xmax($5::pg_snapshot)) \
+        AND changed < pg_snapshot_xmax(pg_current_snapshot()) AND (changed, id) > ($1::xid8, $4) \
+        AND changed_by IS DISTINCT FROM $2 ORDER BY changed, id LIMIT $3) UNION ALL \
+        (SELECT id FROM jobs WHERE changed = ANY (ARRAY(SELECT pg_snapshot_xip($5::pg_snapshot))) \
+        AND changed < pg_snapshot_xmax(pg_current_snapshot()) AND (changed, id) > ($1::xid8, $4) \
+        AND changed_by IS DISTINCT FROM $2 ORDER BY changed, id LIMIT $3)) AS news JOIN jobs ON jobs.id = news.id \
+        LEFT JOIN attempts ON attempts.job_id = jobs.id AND attempts.attempt = jobs.attempt \
+        ORDER BY jobs.changed, jobs.id LIMIT $3";
     NOTIFY = "SELECT pg_notify('alloy', $1)";
     LOCK_DUTIES = "SELECT pg_try_advisory_lock(72617265, 1) AS mine";
 }
