@@ -103,6 +103,8 @@ impl Core {
             }
             Input::Opened { epoch, jobs, draining } => self.opened(epoch, jobs, draining, &mut out),
             Input::Refused { code, message, retry_after_ms } => {
+                // An open session is refused when its worker was revoked: that one does not come back.
+                out.extend(matches!(self.phase, Phase::Open).then_some(Effect::Left));
                 out.push(Effect::Send(ToWorker::Reject { code, message, retry_after_ms }));
                 self.hang_up("refused", &mut out);
             }

@@ -71,7 +71,7 @@ struct Session {
     name: String,
     given_labels: Labels,
     over: bool,
-    /// The worker said goodbye.
+    /// The worker said goodbye, or was revoked.
     left: bool,
     /// Attempts that the books know as this worker's: no other's log is touched.
     own: BTreeSet<AttemptRef>,

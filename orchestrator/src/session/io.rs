@@ -19,7 +19,7 @@ pub enum Input {
         jobs: Vec<Job>,
         draining: bool,
     },
-    /// The session is refused.
+    /// The session is refused, or its worker does not belong to the farm any more.
     Refused {
         code: ErrorCode,
         message: String,
@@ -138,7 +138,7 @@ pub enum Effect {
     /// Tell the worker what the farm wishes of images at this moment.
     Wish,
     Seen,
-    /// The worker said goodbye: nobody need wait for it.
+    /// The worker said goodbye, or was revoked: nobody need wait for it.
     Left,
     Hangup(&'static str),
 }

@@ -342,6 +342,25 @@ fn silence_and_strangers_end_the_session() {
 }
 
 #[test]
+fn nobody_waits_for_a_worker_that_was_revoked() {
+    let refused = || Input::Refused { code: ErrorCode::Forbidden, message: "revoked".into(), retry_after_ms: None };
+    let (mut core, _) = open(vec![], vec![]);
+    let effects = core.handle(refused(), at(1));
+    assert!(
+        matches!(effects.as_slice(), [Effect::Left, Effect::Send(ToWorker::Reject { .. }), Effect::Hangup("refused")]),
+        "{effects:?}"
+    );
+    let mut core = Core::new(ME, "nonce".into(), Limits::default(), at(0));
+    core.handle(Input::Tick, at(0));
+    core.handle(Input::Heard(hello(vec![])), at(0));
+    let effects = core.handle(refused(), at(1));
+    assert!(
+        matches!(effects.as_slice(), [Effect::Send(_), Effect::Hangup("refused")]),
+        "it was never here: {effects:?}"
+    );
+}
+
+#[test]
 fn a_heartbeat_that_overtakes_the_result_does_not_acknowledge_it() {
     let (mut core, _) = open(vec![], vec![]);
     core.handle(Input::Job(job(10, 1, running())), at(0));
