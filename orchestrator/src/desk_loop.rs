@@ -1,6 +1,6 @@
 //! P: the desk's loop: drain what was asked, decide, commit once, answer. [`Door::ask`] is the desk's only door.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -15,6 +15,9 @@ use crate::hub::Hub;
 use crate::job::{State, Step};
 use crate::store::{Attempt, Committed, Group, Job, Scope, Store, StoreError};
 use crate::wake::Wake;
+
+/// After so long a job that could not be read is read again.
+const UNREADABLE_MS: u64 = 60_000;
 
 /// A request, and who waits for its answer.
 type Asked = (Request, Option<(Ticket, oneshot::Sender<Answer>)>);
@@ -83,7 +86,8 @@ pub async fn spawn(
     let (tx, rx) = mpsc::channel(limits::DESK_QUEUE);
     let turns = Arc::new(AtomicU32::new(env.dice() as u32));
     let door = Door { tx, tickets: Arc::new(AtomicU64::new(1)), turns };
-    let task = Loop { desk, store, hub, wake, env: env.clone(), rx, waiting: HashMap::new(), speak };
+    let (waiting, unreadable) = (HashMap::new(), BTreeMap::new());
+    let task = Loop { desk, store, hub, wake, env: env.clone(), rx, waiting, speak, unreadable };
     env.spawn("desk", Box::pin(task.run()));
     Ok(door)
 }
@@ -106,6 +110,8 @@ struct Loop {
     rx: mpsc::Receiver<Asked>,
     waiting: HashMap<Ticket, oneshot::Sender<Answer>>,
     speak: Option<Speak>,
+    /// Jobs that could not be read, when they are read again, and the worker that may have lost each unheard.
+    unreadable: BTreeMap<JobId, (Mono, Option<WorkerId>)>,
 }
 
 impl Loop {
@@ -118,6 +124,7 @@ impl Loop {
             for effect in self.desk.committed(done, repeated, self.env.now().mono) {
                 self.perform(effect).await;
             }
+            self.read_again().await;
             failures = if failed { failures + 1 } else { 0 };
             // What is overdue stays so while nothing can be written: without a pause the loop would spin.
             if failed {
@@ -156,7 +163,7 @@ impl Loop {
     /// Everything that was asked by now; waits for the first. `None`: all doors are gone.
     async fn gather(&mut self) -> Option<Vec<Request>> {
         let mut requests = Vec::new();
-        let due = self.desk.next_wake();
+        let due = self.desk.next_wake().into_iter().chain(self.unreadable.values().map(|(at, _)| *at)).min();
         tokio::select! {
             biased;
             asked = self.rx.recv() => self.note(asked?, &mut requests),
@@ -189,15 +196,27 @@ impl Loop {
             Effect::Moved { job, left } => {
                 self.wake.moved(job.id);
                 let heard = self.hub.moved(&job, left);
-                if let Some(speak) = self.speak.as_ref().filter(|_| concerns_others(&job.state, heard)) {
-                    let _ = speak.try_send(());
-                }
+                self.speak(&job.state, heard);
             }
             Effect::Learned { job, left } => {
                 self.wake.moved(job.id);
                 self.hub.moved(&job, left);
             }
             Effect::Reload { job, left } => self.reload(job, left).await,
+        }
+    }
+
+    fn speak(&self, state: &State, heard: bool) {
+        if let Some(speak) = self.speak.as_ref().filter(|_| concerns_others(state, heard)) {
+            let _ = speak.try_send(());
+        }
+    }
+
+    async fn read_again(&mut self) {
+        let now = self.env.now().mono;
+        let due: Vec<_> = self.unreadable.extract_if(.., |_, (at, _)| *at <= now).collect();
+        for (id, (_, left)) in due {
+            self.reload(id, left).await;
         }
     }
 
@@ -215,13 +234,17 @@ impl Loop {
                     // Whoever was to hear of a change may have missed it: a session that takes the job for its worker's own
                     // would assign it again.
                     self.wake.moved(id);
-                    self.hub.moved(&job, left);
+                    let heard = self.hub.moved(&job, left);
+                    // So may others: the change may be this desk's own, written by a commit whose answer was lost.
+                    self.speak(&job.state, heard);
                     return self.desk.restore(vec![(job, attempt)], self.env.now());
                 }
                 Ok(None) => return,
-                // A newer orchestrator may have written it. It is theirs then, and all others wait for this desk.
+                // A newer orchestrator may have written it. It is theirs then, and all other jobs wait for this desk. Or the
+                // database could not read it, which may pass.
                 Err(error @ StoreError::Corrupt { .. }) if self.speak.is_some() => {
-                    return error!(job.id = %id, %error, "job {id} cannot be read and is left to other orchestrators");
+                    self.unreadable.insert(id, (self.env.now().mono + UNREADABLE_MS, left));
+                    return error!(job.id = %id, %error, "job {id} cannot be read and is left to other orchestrators for now");
                 }
                 Err(error) => {
                     warn!(job.id = %id, %error, "cannot reload job; trying again");
@@ -258,6 +281,69 @@ mod tests {
 
     use super::*;
     use crate::job::{Lease, Tries};
+    use crate::store::Write;
+    use crate::store::mem::MemStore;
+    use crate::store::write::InsertJob;
+    use crate::tests::TestEnv;
+
+    /// A loop beside others, in whose store the job waits that its desk does not have.
+    async fn beside_others(state: State) -> (Loop, mpsc::Receiver<()>, Arc<TestEnv>, JobId) {
+        let (env, limits, id) = (TestEnv::new(), Limits::default(), JobId::from_raw(10));
+        let store = MemStore::default();
+        let job = Job {
+            id,
+            org: alloy_shared::id::DEFAULT_ORG,
+            version: 1,
+            state,
+            spec: Arc::default(),
+            source: None,
+            created_at: Ms(0),
+            created_by: "me".into(),
+            events: 0,
+        };
+        let insert = InsertJob { job, key: None, attempt: None, events: Vec::new() };
+        let done = store.commit(&[Group(vec![Write::InsertJob(Box::new(insert))])]).await.unwrap();
+        assert!(done.groups[0].is_ok());
+        let (speak, spoken) = mpsc::channel(1);
+        let beside = Loop {
+            desk: Desk::new(limits.clone(), Mono(0)).shared(),
+            store: Arc::new(store),
+            hub: Arc::new(Hub::new(limits, Mono(0))),
+            wake: Arc::default(),
+            env: env.clone(),
+            rx: mpsc::channel(1).1,
+            waiting: HashMap::new(),
+            speak: Some(speak),
+            unreadable: BTreeMap::new(),
+        };
+        (beside, spoken, env, id)
+    }
+
+    #[tokio::test]
+    async fn others_are_told_of_a_change_that_was_found_in_the_store() {
+        let tries = Tries { made: 0, lost: 0, failed: 0 };
+        for (step, told) in [
+            (Step::Queued { since: Ms(0), avoid: Vec::new() }, true),
+            (Step::Done { end: End::success(), at: Ms(0) }, false),
+        ] {
+            let (mut beside, mut spoken, _, id) = beside_others(State { tries, step }).await;
+            beside.reload(id, None).await;
+            assert_eq!(spoken.try_recv().is_ok(), told);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_job_that_could_not_be_read_is_read_again_when_it_is_time() {
+        let step = Step::Queued { since: Ms(0), avoid: Vec::new() };
+        let state = State { tries: Tries { made: 0, lost: 0, failed: 0 }, step };
+        let (mut beside, _spoken, env, id) = beside_others(state).await;
+        beside.unreadable.insert(id, (Mono(UNREADABLE_MS), None));
+        for (ms, known) in [(UNREADABLE_MS - 1, 0), (1, 1)] {
+            env.advance(ms);
+            beside.read_again().await;
+            assert_eq!((beside.desk.live_count(), beside.unreadable.len()), (known, 1 - known));
+        }
+    }
 
     #[test]
     fn others_are_told_of_what_they_may_have_to_do_something_about() {
