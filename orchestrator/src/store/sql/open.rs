@@ -245,9 +245,14 @@ fn settings(me: String) -> (Vec<&'static str>, Vec<String>) {
     // Every text here searches by an index for few rows. A plan that is made once for all, by a table that was small at the time,
     // or for an array of unknown length, would else walk through a table that has grown.
     let plans = ["enable_seqscan", "enable_hashjoin", "enable_mergejoin", "jit"].map(|name| (name, "off".to_owned()));
-    // A host that lost its power does not say that its connections are over. The server asks, and after some 25 s what they
-    // locked is free again, above all the right to the duties.
-    let keepalives = [("tcp_keepalives_idle", "10"), ("tcp_keepalives_interval", "5"), ("tcp_keepalives_count", "3")];
+    // A host that lost its power does not say that its connections are over. The server asks, and after some 20 s what they
+    // locked is free again, above all the right to the duties. It does not ask while an answer is on its way: that one has as long.
+    let keepalives = [
+        ("tcp_keepalives_idle", "10"),
+        ("tcp_keepalives_interval", "5"),
+        ("tcp_keepalives_count", "3"),
+        ("tcp_user_timeout", "20000"),
+    ];
     let keepalives = keepalives.map(|(name, value)| (name, value.to_owned()));
     patience.into_iter().chain(plans).chain(keepalives).unzip()
 }
