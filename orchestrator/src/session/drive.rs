@@ -150,6 +150,7 @@ impl Session {
             Effect::Settle { attempt, seq, report } => self.settle(attempt, seq, report),
             Effect::NotHeld { attempt, message } => self.not_held(attempt, message).await,
             Effect::Close { attempt, teardown_ms, log_len } => {
+                self.own.remove(&attempt);
                 if let Some(from) = self.from(attempt) {
                     // Sealing reads the whole log: the session goes on meanwhile.
                     let app = self.app.clone();
