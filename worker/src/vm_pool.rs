@@ -11,7 +11,7 @@ use alloy_shared::env::{Env, Mono, backoff};
 use alloy_shared::limits::{HELD_MAX, Limits, SLOTS_MAX};
 use alloy_shared::wire::session::SlotView;
 use alloy_shared::wire::vm::{Miss, VmStages};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -181,11 +181,21 @@ async fn tell(setup: &PoolSetup, trouble: Option<Trouble>) {
 }
 
 async fn reclaim_once(setup: &PoolSetup) -> Result<(), VmError> {
-    for vm in within(&setup.env, setup.limits.boot_ms, setup.provider.list()).await? {
+    let left = within(&setup.env, setup.limits.boot_ms, setup.provider.list()).await?;
+    for vm in &left {
         tracing::info!(vm.id = %vm, "destroying a VM that an earlier run left");
-        within(&setup.env, setup.limits.boot_ms, setup.provider.destroy(&vm)).await?;
     }
-    Ok(())
+    destroy_all(&setup.env, &setup.provider, setup.limits.boot_ms, &left).await
+}
+
+/// Destroys them side by side: one that does not go keeps no other alive. The error is the first one's.
+async fn destroy_all(
+    env: &Arc<dyn Env>,
+    provider: &Arc<dyn VmProvider>,
+    each_ms: u64,
+    vms: &[VmName],
+) -> Result<(), VmError> {
+    join_all(vms.iter().map(|vm| within(env, each_ms, provider.destroy(vm)))).await.into_iter().collect()
 }
 
 /// The end of an action.
@@ -239,7 +249,7 @@ struct Runner {
     care: Care,
     /// VMs that nobody has are being looked for.
     sweeping: bool,
-    /// They were looked for behind the first VM of this life.
+    /// They were looked for behind a VM of this life, and what was found is gone.
     looked_again: bool,
     shown: Vec<SlotView>,
     told: Option<Trouble>,
@@ -447,7 +457,8 @@ impl Runner {
             Done::Cloned { slot, made: Ok(made) } => {
                 // A command that an earlier life had begun may outlive it, and make its VM after all was reclaimed. VMs are
                 // made one after the other, so by now it has.
-                if !std::mem::replace(&mut self.looked_again, true) {
+                if !self.looked_again && !self.sweeping {
+                    self.looked_again = true;
                     self.look();
                 }
                 self.boot(slot, made);
@@ -467,8 +478,8 @@ impl Runner {
             Done::Destroyed { slot, result } => self.destroyed(slot, result, now),
             Done::Listed(Ok(names)) => self.sweep(names),
             Done::Listed(Err(error)) | Done::Swept(Err(error)) => {
-                self.sweeping = false;
-                tracing::warn!(%error, "VMs that nobody has could not be looked for");
+                (self.sweeping, self.looked_again) = (false, false);
+                tracing::warn!(%error, "VMs that nobody has could not be looked for, or not be destroyed");
             }
             Done::Swept(Ok(())) => self.sweeping = false,
             Done::Ended { slot, error: Some(error) } => {

@@ -7,7 +7,7 @@ use alloy_shared::wire::vm::Miss;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use super::{CLAIM_TRIES, Done, Runner, within};
+use super::{CLAIM_TRIES, Done, Runner, destroy_all, within};
 use crate::provider::{Guest, ImageRef, VmError, VmFault, VmName};
 use crate::vm_care::{Host, Verdict};
 use crate::vm_plan::{SLOT_FAULTS_MAX, Slot, rested, stuck};
@@ -175,14 +175,9 @@ impl Runner {
         let strays: Vec<VmName> = found.into_iter().filter(|vm| !ours.contains(vm)).collect();
         let (env, provider, ms) =
             (Arc::clone(&self.setup.env), Arc::clone(&self.setup.provider), self.setup.limits.boot_ms);
-        self.work.push(Box::pin(async move {
-            for vm in strays {
-                tracing::warn!(vm.id = %vm, "destroying a VM that nobody has");
-                if let Err(error) = within(&env, ms, provider.destroy(&vm)).await {
-                    return Done::Swept(Err(error));
-                }
-            }
-            Done::Swept(Ok(()))
-        }));
+        for vm in &strays {
+            tracing::warn!(vm.id = %vm, "destroying a VM that nobody has");
+        }
+        self.work.push(Box::pin(async move { Done::Swept(destroy_all(&env, &provider, ms, &strays).await) }));
     }
 }

@@ -31,6 +31,8 @@ struct Fake {
     /// One guest that nobody uses.
     dies: Arc<Notify>,
     destroys_fail: Mutex<u32>,
+    /// A VM that stays as long as any other one does.
+    last: Option<VmName>,
     unrestricted: Mutex<bool>,
     /// VMs whose policy is in doubt.
     unfit: Mutex<u32>,
@@ -143,6 +145,9 @@ impl VmProvider for Fake {
     }
     async fn destroy(&self, vm: &VmName) -> Result<(), VmError> {
         fault(&self.destroys_fail, VmFault::Destroy)?;
+        if self.last.as_ref() == Some(vm) && self.alive.lock().unwrap().len() > 1 {
+            return Err(VmError::farm(VmFault::Destroy, "it stays"));
+        }
         self.alive.lock().unwrap().remove(vm);
         self.seen.lock().unwrap().push(format!("destroyed {vm}"));
         Ok(())
@@ -285,6 +290,15 @@ async fn what_an_earlier_daemon_left_is_gone_before_slots_are_offered() {
     assert!(told.drains && told.why.contains("of an earlier run"), "{told:?}");
     assert_eq!(rig.trouble().await, None);
     rig.slots(&[(SlotState::Warm, None)]).await;
+}
+
+#[tokio::test]
+async fn a_vm_of_an_earlier_daemon_that_stays_keeps_no_other_one_alive() {
+    let [stays, goes] = [VmName::mint(1, 1), VmName::mint(1, 2)];
+    let fake =
+        Fake { alive: Mutex::new([stays.clone(), goes.clone()].into()), last: Some(stays.clone()), ..Fake::default() };
+    let rig = tokio::time::timeout(std::time::Duration::from_secs(30), Rig::new(1, fake)).await.unwrap();
+    assert_eq!(rig.fake.seen.lock().unwrap()[..2], [goes, stays].map(|vm| format!("destroyed {vm}")));
 }
 
 #[tokio::test]
