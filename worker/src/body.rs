@@ -157,7 +157,7 @@ fn open(
     ready
 }
 
-/// Runs attempts. No slot is offered before there is a pool, so none waits for it.
+/// Runs attempts. None is taken before there are slots, and with that a pool: so none waits for it here.
 fn starter(ready: Ready) -> Starter {
     Box::new(move |assignment, stop| {
         let mut ready = ready.clone();

@@ -431,6 +431,9 @@ impl Core {
         }
         let why = if self.lease.is_none() {
             "this worker holds no lease"
+        } else if self.slots.is_empty() {
+            // It was offered in an earlier life: VMs of that may still be here, and nothing would run it.
+            "this worker has no slots yet"
         } else if self.draining || self.told_to_drain {
             "this worker is draining"
         } else if self.full {

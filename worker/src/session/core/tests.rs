@@ -103,6 +103,12 @@ fn logs(effects: &[Effect]) -> Option<(u32, u64, u32)> {
     })
 }
 
+fn with_a_slot(held: Vec<(Held, Vec<(u64, Report)>)>, boot: BootId) -> Core {
+    let mut core = Core::restore(held, boot, Limits::default());
+    core.slots = vec![SlotView { state: SlotState::Cold, attempt: None, image: None }];
+    core
+}
+
 /// A core at a time.
 struct Bench {
     core: Core,
@@ -111,7 +117,7 @@ struct Bench {
 
 impl Bench {
     fn new(held: Vec<(Held, Vec<(u64, Report)>)>) -> Self {
-        Self { core: Core::restore(held, BootId::from_raw(1), Limits::default()), ms: 0 }
+        Self { core: with_a_slot(held, BootId::from_raw(1)), ms: 0 }
     }
 
     fn give(&mut self, input: Input) -> Vec<Effect> {
@@ -193,6 +199,10 @@ fn no_start_without_a_lease_while_draining_or_beyond_the_bound() {
     let next = AttemptRef { attempt: AT.attempt + 1, ..AT };
     bench.give(assign(next, 1));
     assert!(bench.core.runs(next), "resumed");
+
+    let mut bench = Bench::up();
+    bench.give(Input::Slots(Vec::new()));
+    assert!(refused(&bench.give(assign(AT, 1))), "nothing would run it");
 
     let mut bench = Bench::up();
     let effects = bench.give(Input::Full(true));

@@ -112,6 +112,8 @@ where
         hard: life.hard.clone(),
     };
     let core = Core::restore(held, BootId::from_raw(1), limits);
+    let slot = SlotView { state: SlotState::Cold, attempt: None, image: None };
+    door.try_send(Input::Slots(vec![slot])).unwrap();
     env.spawn("drive", Box::pin(async move { over_tx.send(drive(core, seams, door, inputs).await).await.unwrap() }));
     Farm { life, far, puts, hands, over }
 }

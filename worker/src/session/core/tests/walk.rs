@@ -67,7 +67,7 @@ struct World {
 impl World {
     fn new(seed: u64) -> Self {
         let mut world = Self {
-            core: Core::restore(Vec::new(), BootId::from_raw(0), Limits::default()),
+            core: with_a_slot(Vec::new(), BootId::from_raw(0)),
             ms: 0,
             dice: seed,
             boots: 0,
@@ -270,7 +270,7 @@ impl World {
             let state = if ended { HeldState::ResultPending } else { HeldState::Lost };
             held.push((Held { attempt: *at, state, log_len: disk.log, seq }, disk.reports.clone()));
         }
-        self.core = Core::restore(held, BootId::from_raw(self.boots), Limits::default());
+        self.core = with_a_slot(held, BootId::from_raw(self.boots));
         self.lease = 0;
         self.dialing = false;
         self.give(Input::Tick);
