@@ -252,9 +252,15 @@ fn look(root: &Path, path: PathBuf, rules: &Matcher, found: &mut Found) -> Resul
     let meta = match std::fs::symlink_metadata(&full) {
         Ok(meta) => meta,
         Err(error) => {
-            // Its directory says what is in it and lets nobody through.
-            if error.kind() == io::ErrorKind::PermissionDenied {
-                found.close(path.parent().unwrap_or(Path::new("")), rules);
+            match error.kind() {
+                // Its directory says what is in it and lets nobody through.
+                io::ErrorKind::PermissionDenied => found.close(path.parent().unwrap_or(Path::new("")), rules),
+                // It has gone since, or never was.
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {}
+                _ if rules.takes(&path.to_string_lossy()) => {
+                    found.listing.refuse(path.as_os_str().as_bytes().to_vec(), Misfit::Unreadable);
+                }
+                _ => {}
             }
             return Ok(None);
         }

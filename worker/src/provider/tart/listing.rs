@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 
 use alloy_shared::id::printable;
+use alloy_shared::limits;
 
 use super::script::quote;
 use crate::artifacts::Matcher;
@@ -24,8 +25,9 @@ done
 }
 "#;
 
-/// Lists what the rules lead to and is no directory, and each directory that lets nobody in or through. The `stat` of macOS
-/// ends what it says with newlines only, so that a name that holds one is asked for by itself.
+/// Lists what the rules lead to and is no directory, and each directory that lets nobody in or through, or is deeper than any
+/// path may be: nobody looks into that. The `stat` of macOS ends what it says with newlines only, so that a name that holds
+/// one is asked for by itself.
 ///
 /// The status says whether the list is whole. `find` starts nothing itself, so a status of 1 means no more than that it
 /// was not let in somewhere, or that something went while it looked: that is told by records, or no loss.
@@ -33,6 +35,9 @@ pub(super) fn script(workspace: &str, matcher: &Matcher) -> String {
     let place = |base: &String| if base.is_empty() { ".".to_owned() } else { quote(&format!("./{base}")) };
     let bases = matcher.bases().iter().map(place).collect::<Vec<_>>().join(" ");
     let workspace = quote(workspace);
+    // Of what is longer the system itself would say nothing.
+    let long = "./".len() + limits::PATH_MAX;
+    let (deep, look) = (limits::PATH_DEPTH_MAX, limits::PATH_DEPTH_MAX + 1);
     format!(
         r#"{INSIDE}closed() {{
 at=.
@@ -65,9 +70,19 @@ if [ -e "$base" ] || [ -L "$base" ]; then set -- "$@" "$base"; fi
 done
 [ $# -gt 0 ] || exit 0
 walk 'for odd do
-if [ -d "$odd" ]; then
+if [ ${{#odd}} -gt {long} ]; then kind=c
+elif [ -d "$odd" ]; then
 kind=c
-if [ -r "$odd" ] && [ -x "$odd" ]; then continue; fi
+if [ -r "$odd" ] && [ -x "$odd" ]; then
+[ ${{#odd}} -gt {deep} ] || continue
+rest=$odd
+parts=0
+while case $rest in */*) ;; *) false ;; esac; do
+rest=${{rest#*/}}
+parts=$((parts + 1))
+done
+[ $parts -gt {deep} ] || continue
+fi
 elif [ -f "$odd" ]; then
 kind=u
 if [ -r "$odd" ]; then continue; fi
@@ -78,17 +93,17 @@ else continue
 fi
 printf "%s 0 0 %s\0" "$kind" "$odd"
 done
-exit 0' "$@" ! -type l ! '(' -type f -perm -444 ')'
+exit 0' "$@" -maxdepth {look} ! -type l ! '(' -type f -perm -444 ')'
 if stat --version >/dev/null 2>&1; then
 walk '[ $# -eq 0 ] || stat --printf "f %s %a %n\0" "$@"
-[ $? -le 1 ]' "$@" -type f
+[ $? -le 1 ]' "$@" -maxdepth {look} -type f
 else
-walk '[ $# -eq 0 ] || stat -f "f %z %Lp %N" "$@" | LC_ALL=C tr "\n" "\0"' "$@" -type f ! -path "*$newline*"
+walk '[ $# -eq 0 ] || stat -f "f %z %Lp %N" "$@" | LC_ALL=C tr "\n" "\0"' "$@" -maxdepth {look} -type f ! -path "*$newline*"
 walk 'for file do said=$(stat -f "%z %Lp" "$file") && printf "f %s %s\0" "$said" "$file"; done
-exit 0' "$@" -type f -path "*$newline*"
+exit 0' "$@" -maxdepth {look} -type f -path "*$newline*"
 fi
 walk 'for link do to=$(readlink "$link") && printf "l 0 777 %s\0%s\0" "$link" "$to"; done
-exit 0' "$@" -type l"#
+exit 0' "$@" -maxdepth {look} -type l"#
     )
 }
 
@@ -184,8 +199,9 @@ mod tests {
     use std::os::unix::process::CommandExt as _;
     use std::path::Path;
 
-    use alloy_shared::limits;
     use alloy_shared::wire::job::Blame;
+    use nix::fcntl::{OFlag, openat};
+    use nix::sys::stat::{Mode, mkdirat};
 
     use super::*;
     use crate::artifacts::parse as parse_rules;
@@ -328,6 +344,27 @@ exec /usr/bin/stat -c "$form" "$@"
             let tools = tool(name, script);
             let out = shell(dir.path(), &rules(&["*"]), tools.path()).output().unwrap();
             assert_eq!(out.status.code(), Some(1), "{name}: {out:?}");
+        }
+    }
+
+    #[test]
+    fn directories_without_end_are_named_and_the_rest_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("f"), "x").unwrap();
+        // The path of the second ones is longer than an argument of a command can be.
+        for name in ["d".to_owned(), "e".repeat(200)] {
+            let mut at = std::fs::File::open(dir.path()).unwrap();
+            for _ in 0..700 {
+                mkdirat(&at, &name[..], Mode::S_IRWXU).unwrap();
+                at = openat(&at, &name[..], OFlag::O_DIRECTORY, Mode::empty()).unwrap().into();
+            }
+            openat(&at, "f", OFlag::O_CREAT, Mode::S_IRWXU).unwrap();
+        }
+        let (mac, linux) = (mac_tools(), tempfile::tempdir().unwrap());
+        for tools in [mac.path(), linux.path()] {
+            let Listing { files, unfit, .. } = listed(dir.path(), &["**"], tools);
+            assert_eq!(files.iter().map(|file| &file.path[..]).collect::<Vec<_>>(), ["f"]);
+            assert_eq!(unfit.into_iter().map(|unfit| unfit.why).collect::<Vec<_>>(), [Misfit::Deep, Misfit::Deep]);
         }
     }
 
