@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use alloy_shared::env::{Mono, Ms, backoff};
 use alloy_shared::id::Digest;
-use alloy_shared::limits::{IMAGES_MAX, Limits};
+use alloy_shared::limits::{IMAGES_MAX, Limits, TROUBLE_MAX};
 use alloy_shared::wire::image::{ImageReport, ImageWant, ImageWish, PullFailed, PullProgress, canonical};
 
 use crate::provider::{Image, ImageRef, VmError, VmFault};
@@ -507,8 +507,10 @@ impl Images {
                 || digest.is_some_and(|digest| self.in_use.contains(&digest)),
             waiting: pulling.is_none() && failed.is_none() && self.due().contains(&&name),
             pulling,
-            failed: failed
-                .map(|failed| PullFailed { message: failed.error.tail.clone(), refused: is_refusal(&failed.error) }),
+            failed: failed.map(|failed| PullFailed {
+                message: failed.error.tail[..failed.error.tail.floor_char_boundary(TROUBLE_MAX)].to_owned(),
+                refused: is_refusal(&failed.error),
+            }),
             generation: self.done(&name),
             name,
         }

@@ -73,14 +73,17 @@ fn what_a_job_waits_for_comes_before_the_wishes() {
 fn a_refusal_is_believed_for_a_while_and_other_failures_back_off() {
     let limits = Limits::default();
     let mut images = having(None, &["r/own:1"]);
-    let refusal = VmError::policy(VmFault::NoImage, "404");
+    let refusal = VmError::policy(VmFault::NoImage, "404".repeat(TROUBLE_MAX));
     images.ask(&named("r/no:1"), NOW).unwrap();
     assert_eq!(images.next(NOW), Next::Pull(named("r/no:1")));
     images.pulled(&Err(refusal.clone()), NOW, Ms(1), 0);
     images.unask(&named("r/no:1"));
     assert_eq!(images.ask(&named("r/no:1"), NOW), Err(refusal));
     let told = |images: &Images, now| images.view(now).into_iter().find(|r| r.name == "r/no:1").and_then(|r| r.failed);
-    assert_eq!(told(&images, NOW), Some(PullFailed { message: "404".into(), refused: true }));
+    assert_eq!(
+        told(&images, NOW),
+        Some(PullFailed { message: "404".repeat(TROUBLE_MAX)[..TROUBLE_MAX].into(), refused: true })
+    );
     let over = NOW + limits.pull_refused_ms;
     assert_eq!(images.next(NOW), Next::Wait(Some(over)), "the farm is told when it is over");
     assert_eq!((told(&images, over), images.ask(&named("r/no:1"), over)), (None, Ok(())));
