@@ -158,7 +158,12 @@ impl Downloader {
                     }
                     bar.set_position(file.written());
                 }
-                Some(Err(error)) => break Err(Trouble::Farm(Failure::of(error, self.client.url()))),
+                Some(Err(error)) => {
+                    let failure = Failure::of(error, self.client.url());
+                    // Bytes that never come whole look the same: only a farm that says nothing at all is away.
+                    let away = failure.farm_is_away() && self.client.ready().await.is_err();
+                    break Err(Trouble::Farm { failure, away });
+                }
             }
         };
         bar.finish_and_clear();
@@ -169,7 +174,7 @@ impl Downloader {
 #[derive(Debug)]
 enum Trouble {
     Out(OutError),
-    Farm(Failure),
+    Farm { failure: Failure, away: bool },
 }
 
 impl Report {
@@ -189,6 +194,7 @@ impl Report {
         }
         match outcome {
             Ok(()) => {
+                self.away = None;
                 self.saved.insert(path, artifact.size_bytes);
             }
             Err(Trouble::Out(OutError::Unsafe(why))) => {
@@ -197,8 +203,8 @@ impl Report {
             Err(Trouble::Out(error @ (OutError::InTheWay(_) | OutError::Damaged(_) | OutError::Io { .. }))) => {
                 self.failed.insert(path, Failure::error(error.to_string()));
             }
-            Err(Trouble::Farm(failure)) => {
-                if failure.farm_is_away() {
+            Err(Trouble::Farm { failure, away }) => {
+                if away {
                     self.away = Some(failure.clone());
                 }
                 self.failed.insert(path, failure);
@@ -315,6 +321,8 @@ mod tests {
     use alloy_shared::runtime::SystemEnv;
     use async_trait::async_trait;
     use futures_util::future::BoxFuture;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
 
     use super::*;
 
@@ -409,6 +417,45 @@ mod tests {
         assert!(report.failed.values().all(Failure::farm_is_away));
         let waited = env.now().mono.since(Mono(0));
         assert!((590_000..660_000).contains(&waited), "{waited}");
+    }
+
+    /// Answers every request, and cuts off each artifact that is not `good`.
+    async fn half_a_farm() -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let answers = async move {
+            while let Ok((mut peer, _)) = listener.accept().await {
+                let mut asked = vec![0; 4_096];
+                let len = peer.read(&mut asked).await.unwrap_or(0);
+                let line = String::from_utf8_lossy(&asked[..len]).lines().next().unwrap_or_default().to_owned();
+                let (len, body) = match () {
+                    () if line.contains("readyz") => (5, "ready"),
+                    () if line.contains("good") => (3, "abc"),
+                    () => (3, "a"),
+                };
+                let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {len}\r\nconnection: close\r\n\r\n{body}");
+                let _peer_is_gone = peer.write_all(answer.as_bytes()).await;
+            }
+        };
+        SystemEnv::detached().spawn("farm", Box::pin(answers));
+        Client::new(Options { url, token: None, agent: "test".into() }, Arc::new(Hasty::default())).unwrap()
+    }
+
+    #[tokio::test]
+    async fn artifacts_that_never_come_whole_keep_no_other_one_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let downloader = Downloader {
+            client: half_a_farm().await,
+            job: JobId::from_raw(1),
+            target: Target::Dir(dir.path().to_owned()),
+            talk: Talk::new(Arc::new(Hasty::default()), false, true),
+        };
+        let (tx, rx) = mpsc::channel(1);
+        let bad: Vec<String> = (0..AT_ONCE).map(|n| format!("bad{n}")).collect();
+        tx.send(News::All(bad.iter().map(|path| view(path)).chain([view("good")]).collect())).await.unwrap();
+        let report = downloader.run(rx).await;
+        assert_eq!(report.saved.keys().collect::<Vec<_>>(), ["good"], "{report:?}");
+        assert_eq!(report.failed.keys().collect::<Vec<_>>(), bad.iter().collect::<Vec<_>>());
     }
 
     #[test]
