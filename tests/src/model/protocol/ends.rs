@@ -5,7 +5,7 @@
 use alloy_shared::env::{Mono, Now};
 use alloy_shared::id::BootId;
 use alloy_shared::limits::Limits;
-use alloy_shared::wire::session::{Held, Report};
+use alloy_shared::wire::session::{Held, Report, SlotState, SlotView};
 use worker::session::{Core, Effect, Input};
 
 use super::super::pool::Identity;
@@ -42,7 +42,8 @@ impl Daemon {
     pub fn start(held: Vec<(Held, Vec<(u64, Report)>)>) -> Self {
         let core = Core::restore(held, BootId::from_raw(1), limits());
         let mut daemon = Self { core, now: NOW.mono, fence: None };
-        daemon.handle(Input::Tick, When::Now);
+        let slot = SlotView { state: SlotState::Warm, attempt: None, image: None };
+        daemon.handle(Input::Slots(vec![slot]), When::Now);
         daemon
     }
 
