@@ -25,6 +25,19 @@ done
 }
 "#;
 
+/// A step that succeeds for a path `./…` if a directory above its last part lets nobody through: that one is `$at` then.
+const CLOSED: &str = r#"closed() {
+at=.
+rest=${1#./}
+while :; do
+if [ -d "$at" ] && [ ! -x "$at" ]; then return 0; fi
+case $rest in */*) ;; *) return 1 ;; esac
+at=$at/${rest%%/*}
+rest=${rest#*/}
+done
+}
+"#;
+
 /// Lists what the rules lead to and is no directory, and each directory that lets nobody in or through, or is deeper than any
 /// path may be: nobody looks into that. The `stat` of macOS ends what it says with newlines only, so that a name that holds
 /// one is asked for by itself.
@@ -39,17 +52,7 @@ pub(super) fn script(workspace: &str, matcher: &Matcher) -> String {
     let long = "./".len() + limits::PATH_MAX;
     let (deep, look) = (limits::PATH_DEPTH_MAX, limits::PATH_DEPTH_MAX + 1);
     format!(
-        r#"{INSIDE}closed() {{
-at=.
-rest=${{1#./}}
-while :; do
-if [ -d "$at" ] && [ ! -x "$at" ]; then return 0; fi
-case $rest in */*) ;; *) return 1 ;; esac
-at=$at/${{rest%%/*}}
-rest=${{rest#*/}}
-done
-}}
-newline='
+        r#"{INSIDE}{CLOSED}newline='
 '
 walk() {{
 each=$1
