@@ -30,6 +30,7 @@ struct Fake {
     starts: Option<Semaphore>,
     /// One guest that nobody uses.
     dies: Arc<Notify>,
+    lists_fail: Mutex<u32>,
     destroys_fail: Mutex<u32>,
     /// A VM that stays as long as any other one does.
     last: Option<VmName>,
@@ -78,6 +79,7 @@ fn fault(left: &Mutex<u32>, what: VmFault) -> Result<(), VmError> {
 #[async_trait]
 impl VmProvider for Fake {
     async fn list(&self) -> Result<Vec<VmName>, VmError> {
+        fault(&self.lists_fail, VmFault::Lost)?;
         Ok(self.alive.lock().unwrap().iter().cloned().collect())
     }
     async fn images(&self) -> Result<Vec<Image>, VmError> {
@@ -310,6 +312,20 @@ async fn what_an_earlier_daemon_had_begun_is_looked_for_behind_the_first_vm() {
     until(|| rig.fake.seen.lock().unwrap().contains(&format!("destroyed {late}"))).await;
     rig.slots(&[(SlotState::Warm, None)]).await;
     assert_eq!(rig.fake.alive.lock().unwrap().len(), 1, "its own VM stays");
+}
+
+#[tokio::test]
+async fn a_look_for_what_an_earlier_daemon_had_begun_is_repeated_where_it_failed() {
+    let mut rig = Rig::new(1, Fake { finds: Some(Semaphore::new(0)), ..Fake::default() }).await;
+    let late = VmName::mint(1, 1);
+    rig.fake.alive.lock().unwrap().insert(late.clone());
+    *rig.fake.lists_fail.lock().unwrap() = 1;
+    rig.fake.finds.as_ref().unwrap().add_permits(100);
+    until(|| *rig.fake.lists_fail.lock().unwrap() == 0).await;
+    rig.slots(&[(SlotState::Warm, None)]).await;
+    assert!(rig.fake.alive.lock().unwrap().contains(&late));
+    drop(rig.claim(1).await.unwrap());
+    until(|| rig.fake.seen.lock().unwrap().contains(&format!("destroyed {late}"))).await;
 }
 
 #[tokio::test]
