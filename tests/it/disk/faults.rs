@@ -198,10 +198,7 @@ async fn a_disk_fails_under_the_worker(farm: &mut Farm) -> Result<()> {
             drop(under);
             ended |= farm.worker(0).has_ended().is_some();
             if ended {
-                let (status, log) = farm.ended_worker(0)?;
-                ensure!(status.code() == Some(1), "{fault:?}: it ended with {status}\n{log}");
-                ensure!(log.contains("the spool fails"), "{fault:?}: it does not say why\n{log}");
-                farm.start_worker(0)?;
+                start_again(farm, &fault)?;
             }
             let count = injected(&trace);
             println!("{fault:?}: {count} calls failed, ended: {ended}");
@@ -209,7 +206,7 @@ async fn a_disk_fails_under_the_worker(farm: &mut Farm) -> Result<()> {
             *cell = (cell.0 + count, cell.1 + usize::from(ended));
             for (id, seed) in jobs {
                 // A fault strikes each thread, and so may strike every try of one job, which then ends by that.
-                let job = api.end(&id).await;
+                let job = end_of(farm, &fault, &api, &id).await?;
                 if job["state"] == "errored" && job["attempt"] == TRIES {
                     spent += 1;
                 } else {
@@ -224,4 +221,27 @@ async fn a_disk_fails_under_the_worker(farm: &mut Farm) -> Result<()> {
     assert!(spent * 4 <= seed, "{spent} of {seed} jobs used up their tries");
     farm.all_connected().await;
     Ok(())
+}
+
+/// The end of a job, while the worker is started again if it ends: the fault may have struck it just before it was taken away.
+async fn end_of(farm: &mut Farm, fault: &Fault, api: &Api, id: &str) -> Result<Value> {
+    loop {
+        let worker_ends = async {
+            while farm.worker(0).has_ended().is_none() {
+                alloy_tests::chaos::pause(std::time::Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            job = api.end(id) => return Ok(job),
+            () = worker_ends => start_again(farm, fault)?,
+        }
+    }
+}
+
+/// After an end that the fault has made, and of which the worker said so.
+fn start_again(farm: &mut Farm, fault: &Fault) -> Result<()> {
+    let (status, log) = farm.ended_worker(0)?;
+    ensure!(status.code() == Some(1), "{fault:?}: it ended with {status}\n{log}");
+    ensure!(log.contains("the spool fails"), "{fault:?}: it does not say why\n{log}");
+    farm.start_worker(0)
 }
