@@ -144,7 +144,7 @@ async fn a_farm_is_moved_while_builds_run() -> Result<()> {
     let gate = farm.scratch("gate")?.join("open");
     let runs = farm.api().shell(&waits(&gate)).await?;
     farm.api().log_has(&runs, "attempt 1").await;
-    let builds = Load::on(&farm.api(), 3);
+    let builds = Load::paced(&farm.api(), 3, Duration::from_millis(200));
     let (fine, told) = said(migrate(&farm, &database, &s3, &["--copy-only"])).await?;
     ensure!(fine && told.contains("run it again without --copy-only"), "{told}");
     let unfinished = refusal_elsewhere(&farm, &there(&database, &s3, "moved")).await?;

@@ -109,10 +109,17 @@ pub struct Load {
 
 impl Load {
     pub fn on(api: &Api, at_once: u64) -> Load {
+        Self::paced(api, at_once, Duration::ZERO)
+    }
+
+    /// With a pause after each job. Without one, release programs end a hundred jobs a second, and a farm that is to be copied and
+    /// compared grows faster than that is done.
+    pub fn paced(api: &Api, at_once: u64, pause: Duration) -> Load {
         let known = Arc::new(Mutex::new(Vec::new()));
         let (held, mut tasks) = (Arc::new(AtomicBool::new(false)), JoinSet::new());
         for lane in 0..at_once {
-            tasks.spawn(lane_of_jobs(api.clone(), known.clone(), held.clone(), lane, at_once));
+            let seeds = (1 + lane..).step_by(usize::try_from(at_once).expect("few"));
+            tasks.spawn(lane_of_jobs(api.clone(), known.clone(), held.clone(), seeds, pause));
         }
         Load { known, held, tasks }
     }
@@ -132,8 +139,14 @@ impl Load {
     }
 }
 
-async fn lane_of_jobs(api: Api, known: Arc<Mutex<Vec<Known>>>, held: Arc<AtomicBool>, lane: u64, lanes: u64) {
-    for seed in (1 + lane..).step_by(usize::try_from(lanes).expect("few")) {
+async fn lane_of_jobs(
+    api: Api,
+    known: Arc<Mutex<Vec<Known>>>,
+    held: Arc<AtomicBool>,
+    seeds: impl Iterator<Item = u64>,
+    pause: Duration,
+) {
+    for seed in seeds {
         while held.load(Ordering::Relaxed) {
             crate::chaos::pause(Duration::from_millis(10)).await;
         }
@@ -149,6 +162,7 @@ async fn lane_of_jobs(api: Api, known: Arc<Mutex<Vec<Known>>>, held: Arc<AtomicB
         if let Ok(events) = ended(&api, &id).await {
             known.lock().expect("nobody panics with it")[place].done = Some(events);
         }
+        crate::chaos::pause(pause).await;
     }
 }
 

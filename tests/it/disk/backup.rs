@@ -130,7 +130,7 @@ async fn backups_that_are_killed(dice: &mut Dice, rounds: u32) -> Result<(u32, u
     let mut farm = Farm::start(setup()).await?;
     farm.leaves_live_jobs = true;
     let api = farm.api();
-    let load = Load::on(&api, 4);
+    let load = Load::paced(&api, 4, Duration::from_millis(200));
     until("some jobs have ended", async || {
         Ok((load.known().iter().filter(|job| job.done.is_some()).count() >= 5).then_some(()))
     })
