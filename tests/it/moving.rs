@@ -171,7 +171,7 @@ async fn a_farm_is_moved_while_builds_run() -> Result<()> {
     ensure!(!fine && told.contains("another move into postgres://"), "{told}");
     farm.stop_orchestrator()?;
     let ended = moving.wait(STOP)?;
-    ensure!(ended.success(), "{}", moving.log_text());
+    ensure!(ended.success() && moving.log_text().contains("all compared"), "{}", moving.log_text());
     let old = refusal(&farm, &[]).await?;
     ensure!(old.contains("this farm was moved to postgres://"), "{old}");
 
