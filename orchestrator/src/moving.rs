@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use alloy_shared::env::{Env, Ms};
+use alloy_shared::id::Digest;
 use alloy_shared::runtime::random_bytes;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -34,7 +35,7 @@ mod logs;
 pub mod mark;
 mod objects;
 
-use journal::Journal;
+use journal::{Brought, Journal};
 use mark::{Gone, MovedAway};
 
 /// In the target: of which farm it is, under which name it was begun, and that it is whole.
@@ -47,6 +48,10 @@ pub(crate) const RESTORED: &str = "restored";
 const WORK: &str = "moving";
 const JOURNAL: &str = "journal";
 const BLOBS: &str = "blobs";
+/// A pass that brought no more of objects and logs is no reason for another one before the last.
+const LITTLE: u64 = 500;
+/// Before the last one.
+const PASSES: usize = 10;
 const LOCK_TRIES: u32 = 25;
 const LOCK_PAUSE_MS: u64 = 200;
 
@@ -149,6 +154,8 @@ pub struct Mover {
     there: Option<HashMap<BlobKey, u64>>,
     damaged: Vec<String>,
     counts: Counts,
+    /// Of how many objects and logs each pass has brought something.
+    passes: Vec<u64>,
     heard: Heard,
     _lock: MoveLock,
 }
@@ -207,13 +214,7 @@ impl Mover {
         make_dir(work).map_err(at(work))?;
         let journal = Journal::open(&path, &format!("{id} {place}")).map_err(at(&path))?;
         let blobs = match &to.bucket {
-            Some(place) => {
-                let blobs = Blobs::open_s3(place, work.join("spool"), Care::default(), env).await?;
-                if !blobs.claim(&owner).await? {
-                    return Err(MoveError::NotOurs(place.url()));
-                }
-                Some(Arc::new(blobs))
-            }
+            Some(place) => Some(Arc::new(claimed(place, work, &owner, env).await?)),
             None => None,
         };
         Ok(Begun::Going(Box::new(Self {
@@ -229,6 +230,7 @@ impl Mover {
             there: None,
             damaged: Vec::new(),
             counts: Counts::default(),
+            passes: Vec::new(),
             heard,
             _lock: lock,
         })))
@@ -240,6 +242,11 @@ impl Mover {
         let needs = examine(&snapshot).await?;
         self.pass(&snapshot, &needs).await?;
         Ok(self.counts.clone())
+    }
+
+    /// Whether much has come while the farm was copied: the last pass, during which it stands still, is to find little.
+    pub fn lags(&self) -> bool {
+        worth_another(&self.passes)
     }
 
     /// The database, as people may see it.
@@ -279,6 +286,7 @@ impl Mover {
 
     async fn pass(&mut self, snapshot: &Path, needs: &Needs) -> Result<Tallies, MoveError> {
         (self.damaged, self.counts) = (Vec::new(), Counts::default());
+        self.passes.push(0);
         self.bring_objects(needs).await?;
         self.bring_logs(needs).await?;
         let mut from = Tables::file(snapshot).await?;
@@ -286,6 +294,14 @@ impl Mover {
         from.close().await?;
         self.counts.rows = tallies.iter().map(|(_, tally)| tally.rows).sum();
         Ok(tallies)
+    }
+
+    /// What lies there as it is here.
+    fn brought(&mut self, what: Brought) -> Result<(), MoveError> {
+        if let Some(count) = self.passes.last_mut() {
+            *count += 1;
+        }
+        self.journal.add(what).map_err(at(&self.work))
     }
 
     /// The last pass, and the comparison of both sides.
@@ -322,6 +338,12 @@ impl Mover {
     }
 }
 
+/// A pass brings what came while the one before ran. Where that is no less, the farm grows as fast as it is brought.
+fn worth_another(passes: &[u64]) -> bool {
+    let fewer = passes.is_sorted_by(|before, new| new < before);
+    fewer && passes.len() < PASSES && passes.last().is_some_and(|new| *new > LITTLE)
+}
+
 /// A database notices only after a moment that a process is gone that held it.
 async fn patient_lock(database: &str, env: &dyn Env) -> Result<Option<MoveLock>, OpenError> {
     for _ in 0..LOCK_TRIES {
@@ -331,6 +353,12 @@ async fn patient_lock(database: &str, env: &dyn Env) -> Result<Option<MoveLock>,
         env.sleep_until(env.now().mono + LOCK_PAUSE_MS).await;
     }
     Ok(None)
+}
+
+/// The bucket, once it is this farm's.
+async fn claimed(place: &S3, work: &Path, owner: &Digest, env: Arc<dyn Env>) -> Result<Blobs, MoveError> {
+    let blobs = Blobs::open_s3(place, work.join("spool"), Care::default(), env).await?;
+    if blobs.claim(owner).await? { Ok(blobs) } else { Err(MoveError::NotOurs(place.url())) }
 }
 
 /// Says in the target whose it is, and returns the name of the move.
@@ -422,5 +450,19 @@ fn checked(from: &Path, entry: &list::Entry) -> Result<(), MoveError> {
         (true, true) => Ok(()),
         (false, _) => Err(bad("has another length")),
         (true, false) => Err(bad("has other bytes")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passes_end_with_one_that_brings_little_or_no_less_than_the_one_before() {
+        assert!(worth_another(&[20_000]) && worth_another(&[20_000, 1_000]));
+        assert!(!worth_another(&[0]) && !worth_another(&[20_000, 1_000, 100]));
+        assert!(!worth_another(&[2_000, 2_000]) && !worth_another(&[2_000, 3_000]));
+        let (ever, most): (Vec<u64>, _) = ((0..20).map(|pass| 20_000 - pass).collect(), PASSES);
+        assert!(worth_another(&ever[..most - 1]) && !worth_another(&ever[..most]));
     }
 }

@@ -144,7 +144,7 @@ async fn a_farm_is_moved_while_builds_run() -> Result<()> {
     let gate = farm.scratch("gate")?.join("open");
     let runs = farm.api().shell(&waits(&gate)).await?;
     farm.api().log_has(&runs, "attempt 1").await;
-    let builds = Load::paced(&farm.api(), 3, Duration::from_millis(200));
+    let builds = Load::on(&farm.api(), 3);
     let (fine, told) = said(migrate(&farm, &database, &s3, &["--copy-only"])).await?;
     ensure!(fine && told.contains("run it again without --copy-only"), "{told}");
     let unfinished = refusal_elsewhere(&farm, &there(&database, &s3, "moved")).await?;
@@ -213,6 +213,23 @@ async fn refusal_elsewhere(farm: &Farm, variables: &[(String, String)]) -> Resul
     let (fine, told) = said(command).await?;
     ensure!(!fine, "it started: {told}");
     Ok(told)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_brought_much_looks_again_for_what_came_meanwhile() -> Result<()> {
+    let (s3, database) = (S3::start().await?, pg::empty_database().await);
+    let mut farm = Farm::orchestrator_only(Setup::default()).await?;
+    farm.stop_orchestrator()?;
+    for number in 1..=700 {
+        let dir = farm.farm_dir().join(format!("logs/job_{number:026}"));
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("1.log"), format!("log {number}\n"))?;
+    }
+    for passes in [2, 1] {
+        let (fine, told) = said(migrate(&farm, &database, &s3, &["--copy-only"])).await?;
+        ensure!(fine && told.matches(", 700 logs, ").count() == passes, "{told}");
+    }
+    Ok(())
 }
 
 /// Kills a move again and again, each time after a little longer, until one is done. How often.

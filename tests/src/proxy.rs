@@ -393,6 +393,8 @@ impl Line {
 
 async fn carry(client: TcpStream, shared: Arc<Shared>, number: u64) {
     let Ok(server) = TcpStream::connect(shared.upstream).await else { return };
+    // What waits here waits by order of a test.
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let dice = shared.plan.map_or(0, |plan| mix(plan.seed ^ mix(number)));
     let left = shared.plan.map_or(0, |plan| (plan.least + dice % (plan.most - plan.least).max(1)).max(1));
     let (from_client, to_client) = client.into_split();

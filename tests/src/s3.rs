@@ -123,6 +123,7 @@ async fn serve(listener: TcpListener, service: S3Service, faults: Arc<Faults>) -
     let mut connections = JoinSet::new();
     loop {
         let (socket, _) = listener.accept().await?;
+        let _ = socket.set_nodelay(true);
         let (service, faults) = (service.clone(), faults.clone());
         connections.spawn(async move {
             let answer = hyper::service::service_fn(move |request| {

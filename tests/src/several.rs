@@ -225,6 +225,7 @@ async fn balance(listener: TcpListener, members: Vec<SocketAddr>) {
         connections.spawn(async move {
             for step in 0..members.len() {
                 if let Ok(mut member) = TcpStream::connect(members[(first + step) % members.len()]).await {
+                    let _ = (client.set_nodelay(true), member.set_nodelay(true));
                     // Either side may go at any time.
                     let _ = tokio::io::copy_bidirectional(&mut client, &mut member).await;
                     return;

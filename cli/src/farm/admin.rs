@@ -362,9 +362,14 @@ async fn move_farm(app: &App, args: &MigrateArgs, config: &Config, to: To) -> Re
         }
     };
     let to = mover.to().to_owned();
-    let counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
+    let counts = loop {
+        let counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
+        app.talk.step("Brought", &told(&counts));
+        if !mover.lags() {
+            break counts;
+        }
+    };
     line.finish_and_clear();
-    app.talk.step("Brought", &told(&counts));
     for damaged in mover.damaged() {
         app.talk.warn(damaged);
     }

@@ -6,11 +6,13 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
 
 use alloy_shared::id::{AttemptRef, Digest};
 use alloy_shared::limits;
 use bytes::Bytes;
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use sha2::Digest as _;
 
 use super::journal::Brought;
@@ -36,20 +38,45 @@ struct Here {
     before: Digest,
 }
 
+/// Logs on their way at once.
+const AT_ONCE: usize = 8;
+
+enum Came {
+    /// As long as it is, and as much of it was brought before.
+    Same(u64),
+    Brought(Brought),
+    Lost(String),
+    /// Retention was faster. What the books name of it is told behind all of them.
+    Gone,
+}
+
 impl Mover {
     /// Brings what is new of every log.
     pub(super) async fn bring_logs(&mut self, needs: &Needs) -> Result<(), MoveError> {
         let pool = self.sql.shared().map(|shared| shared.pool().clone());
         let Some(table) = pool.map(ChunkTable) else { return Ok(()) };
-        let nowhere = || std::sync::Arc::new(Blobs::memory());
-        let blobs = self.blobs.clone().unwrap_or_else(nowhere);
-        let logs = Logs::Chunks(Chunks::new(table.clone(), blobs));
         let here = files(&self.farm.join(LOGS)).map_err(at(&self.farm))?;
+        let mut wanted = Vec::new();
         for (attempt, path) in &here {
-            let damaged = self.damaged.len();
-            self.bring_log(&table, &logs, *attempt, path).await?;
-            self.counts.logs += u64::from(self.damaged.len() == damaged);
-            (self.heard)(&self.counts);
+            let known = self.journal.get(&name_of(attempt)).cloned();
+            match known.as_ref().filter(|known| known.last) {
+                Some(known) => self.count_log(known.len),
+                None => wanted.push((*attempt, path.clone(), known)),
+            }
+        }
+        let way = Way::new(table, self.blobs.clone());
+        let coming = stream::iter(wanted).map(|(attempt, path, known)| way.bring(attempt, path, known));
+        let mut coming = pin!(coming.buffer_unordered(AT_ONCE));
+        while let Some(came) = coming.try_next().await? {
+            match came {
+                Came::Same(len) => self.count_log(len),
+                Came::Brought(brought) => {
+                    self.count_log(brought.len);
+                    self.brought(brought)?;
+                }
+                Came::Lost(why) => self.damaged.push(why),
+                Came::Gone => {}
+            }
         }
         self.forget_logs(&here.into_iter().map(|(attempt, _)| attempt).collect()).await?;
         for (job, attempt, len) in &needs.logs {
@@ -63,6 +90,12 @@ impl Mover {
         Ok(())
     }
 
+    fn count_log(&mut self, len: u64) {
+        self.counts.logs += 1;
+        self.counts.bytes += len;
+        (self.heard)(&self.counts);
+    }
+
     /// Takes back the logs that were brought and that the farm has removed since.
     async fn forget_logs(&mut self, here: &HashSet<AttemptRef>) -> Result<(), MoveError> {
         let (Tables::Postgres(conn), Some(shared)) = (&mut self.tables, self.sql.shared()) else { return Ok(()) };
@@ -72,70 +105,61 @@ impl Mover {
         }
         Ok(())
     }
+}
 
-    async fn bring_log(
-        &mut self,
-        table: &ChunkTable,
-        logs: &Logs,
-        attempt: AttemptRef,
-        path: &Path,
-    ) -> Result<(), MoveError> {
-        let name = format!("{LOGS}/{}/{}", attempt.job, attempt.attempt);
-        let known = self.journal.get(&name).cloned();
-        if let Some(known) = known.as_ref().filter(|known| known.last) {
-            self.counts.bytes += known.len;
-            return Ok(());
-        }
-        let (file, prefix) = (path.to_owned(), known.as_ref().map_or(0, |known| known.len));
+/// Where logs go.
+struct Way {
+    table: ChunkTable,
+    /// Absent: logs are rows at first.
+    blobs: Option<Arc<Blobs>>,
+    /// As an orchestrator reads them.
+    logs: Logs,
+}
+
+impl Way {
+    fn new(table: ChunkTable, blobs: Option<Arc<Blobs>>) -> Self {
+        let read = blobs.clone().unwrap_or_else(|| Arc::new(Blobs::memory()));
+        let logs = Logs::Chunks(Chunks::new(table.clone(), read));
+        Self { table, blobs, logs }
+    }
+
+    /// `known`: what was brought of it before.
+    async fn bring(&self, attempt: AttemptRef, path: PathBuf, known: Option<Brought>) -> Result<Came, MoveError> {
+        let name = name_of(&attempt);
+        let (file, prefix) = (path.clone(), known.as_ref().map_or(0, |known| known.len));
         let here = match off_thread(move || look(&file, prefix)).await {
             Ok(Some(here)) => here,
-            Ok(None) => {
-                self.damaged.push(format!("{name}.log is damaged"));
-                return Ok(());
-            }
-            // Retention was faster. What the books name of it is told behind all of them.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => {
-                self.damaged.push(format!("{name}.log cannot be read: {error}"));
-                return Ok(());
-            }
+            Ok(None) => return Ok(Came::Lost(format!("{name}.log is damaged"))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Came::Gone),
+            Err(error) => return Ok(Came::Lost(format!("{name}.log cannot be read: {error}"))),
         };
-        self.counts.bytes += here.len;
         let same = known.as_ref().filter(|known| known.len <= here.len && known.sha256 == here.before);
-        let have = table.end(&attempt).await?;
+        let have = self.table.end(&attempt).await?;
         let from = match same {
             Some(known) if known.len == have => have,
             _ if have == 0 => 0,
             Some(_) | None => {
-                table.remove(&attempt).await?;
+                self.table.remove(&attempt).await?;
                 0
             }
         };
         if from == here.len && !here.sealed && same.is_some() {
-            return Ok(());
+            return Ok(Came::Same(here.len));
         }
-        self.write_log(table, attempt, path, from, &here).await?;
+        self.write(attempt, &path, from, &here).await?;
         if here.sealed {
-            table.add_seal(&attempt, here.len, here.sha256).await?;
+            self.table.add_seal(&attempt, here.len, here.sha256).await?;
         }
-        let (len, sha256) = read_again(logs, &attempt).await?;
+        let (len, sha256) = read_again(&self.logs, &attempt).await?;
         if (len, sha256) != (here.len, here.sha256) {
             let why = format!("{len} bytes that hash to {sha256}, not {} that hash to {}", here.len, here.sha256);
             return Err(MoveError::Wrong { what: format!("{name}.log"), why });
         }
-        let brought = Brought { name, len, sha256, last: here.sealed };
-        self.journal.add(brought).map_err(at(&self.work))
+        Ok(Came::Brought(Brought { name, len, sha256, last: here.sealed }))
     }
 
     /// A finished log, and much of any, goes into objects; the rest waits in rows.
-    async fn write_log(
-        &self,
-        table: &ChunkTable,
-        attempt: AttemptRef,
-        path: &Path,
-        mut from: u64,
-        here: &Here,
-    ) -> Result<(), MoveError> {
+    async fn write(&self, attempt: AttemptRef, path: &Path, mut from: u64, here: &Here) -> Result<(), MoveError> {
         while from < here.len {
             let left = here.len - from;
             let blobs = self.blobs.as_ref().filter(|_| here.sealed || left >= limits::LOG_OBJECT_MIN);
@@ -147,16 +171,21 @@ impl Mover {
                     let key = BlobKey::log(&attempt, from, end);
                     let sha256 = Digest::of(&bytes);
                     blobs.put(&key, stream::iter([Ok(bytes)]).boxed(), Some(sha256)).await?;
-                    table.moved(&attempt, from, &Part { start: from, end, object: key.to_string() }).await?;
+                    let part = Part { start: from, end, object: key.to_string() };
+                    self.table.moved(&attempt, from, &part).await?;
                 }
                 None => {
-                    table.add(&[(attempt, from, bytes)]).await?;
+                    self.table.add(&[(attempt, from, bytes)]).await?;
                 }
             }
             from = end;
         }
         Ok(())
     }
+}
+
+fn name_of(attempt: &AttemptRef) -> String {
+    format!("{LOGS}/{}/{}", attempt.job, attempt.attempt)
 }
 
 /// Every log below a directory.

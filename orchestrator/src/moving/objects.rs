@@ -64,7 +64,7 @@ impl Mover {
                     self.count_object(seal.len);
                     there.insert(key.clone(), seal.len);
                     let brought = Brought { name: key.to_string(), len: seal.len, sha256: seal.sha256, last: true };
-                    self.journal.add(brought).map_err(at(&self.work))?;
+                    self.brought(brought)?;
                 }
             }
         }
