@@ -48,8 +48,9 @@ pub(crate) const RESTORED: &str = "restored";
 const WORK: &str = "moving";
 const JOURNAL: &str = "journal";
 const BLOBS: &str = "blobs";
-/// A pass that brought no more of objects and logs is no reason for another one before the last.
-const LITTLE: u64 = 500;
+/// A pass that cost no more is no reason for another one before the last: so many bytes, and so many more for each object and log.
+const LITTLE: u64 = 64 << 20;
+const EACH: u64 = 128 << 10;
 /// Before the last one.
 const PASSES: usize = 10;
 const LOCK_TRIES: u32 = 25;
@@ -154,7 +155,7 @@ pub struct Mover {
     there: Option<HashMap<BlobKey, u64>>,
     damaged: Vec<String>,
     counts: Counts,
-    /// Of how many objects and logs each pass has brought something.
+    /// What each pass has cost, by what it brought.
     passes: Vec<u64>,
     heard: Heard,
     _lock: MoveLock,
@@ -244,7 +245,7 @@ impl Mover {
         Ok(self.counts.clone())
     }
 
-    /// Whether much has come while the farm was copied: the last pass, during which it stands still, is to find little.
+    /// Whether much came while the farm was copied that another pass can bring before the last one, during which it stands still.
     pub fn lags(&self) -> bool {
         worth_another(&self.passes)
     }
@@ -298,8 +299,8 @@ impl Mover {
 
     /// What lies there as it is here.
     fn brought(&mut self, what: Brought) -> Result<(), MoveError> {
-        if let Some(count) = self.passes.last_mut() {
-            *count += 1;
+        if let Some(cost) = self.passes.last_mut() {
+            *cost += what.len + EACH;
         }
         self.journal.add(what).map_err(at(&self.work))
     }
@@ -341,7 +342,7 @@ impl Mover {
 /// A pass brings what came while the one before ran. Where that is no less, the farm grows as fast as it is brought.
 fn worth_another(passes: &[u64]) -> bool {
     let fewer = passes.is_sorted_by(|before, new| new < before);
-    fewer && passes.len() < PASSES && passes.last().is_some_and(|new| *new > LITTLE)
+    fewer && passes.len() < PASSES && passes.last().is_some_and(|cost| *cost > LITTLE)
 }
 
 /// A database notices only after a moment that a process is gone that held it.
@@ -459,10 +460,10 @@ mod tests {
 
     #[test]
     fn passes_end_with_one_that_brings_little_or_no_less_than_the_one_before() {
-        assert!(worth_another(&[20_000]) && worth_another(&[20_000, 1_000]));
-        assert!(!worth_another(&[0]) && !worth_another(&[20_000, 1_000, 100]));
-        assert!(!worth_another(&[2_000, 2_000]) && !worth_another(&[2_000, 3_000]));
-        let (ever, most): (Vec<u64>, _) = ((0..20).map(|pass| 20_000 - pass).collect(), PASSES);
-        assert!(worth_another(&ever[..most - 1]) && !worth_another(&ever[..most]));
+        assert!(worth_another(&[LITTLE + 1]) && worth_another(&[9 * LITTLE, 2 * LITTLE]));
+        assert!(!worth_another(&[0]) && !worth_another(&[LITTLE]) && !worth_another(&[9 * LITTLE, LITTLE]));
+        assert!(!worth_another(&[2 * LITTLE, 2 * LITTLE]) && !worth_another(&[2 * LITTLE, 3 * LITTLE]));
+        let ever: Vec<u64> = (0..20).map(|pass| 2 * LITTLE - pass).collect();
+        assert!(worth_another(&ever[..PASSES - 1]) && !worth_another(&ever[..PASSES]));
     }
 }

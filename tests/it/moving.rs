@@ -216,7 +216,7 @@ async fn refusal_elsewhere(farm: &Farm, variables: &[(String, String)]) -> Resul
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_that_brought_much_looks_again_for_what_came_meanwhile() -> Result<()> {
+async fn a_copy_that_brought_much_looks_again() -> Result<()> {
     let (s3, database) = (S3::start().await?, pg::empty_database().await);
     let mut farm = Farm::orchestrator_only(Setup::default()).await?;
     farm.stop_orchestrator()?;

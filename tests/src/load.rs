@@ -112,8 +112,8 @@ impl Load {
         Self::paced(api, at_once, Duration::ZERO)
     }
 
-    /// With a pause after each job. Without one, release programs end a hundred jobs a second, and a farm that is to be copied and
-    /// compared grows faster than that is done.
+    /// With a pause after each job. Without one, release programs end a hundred jobs a second, and backups that are taken and
+    /// restored again and again grow faster than that is done.
     pub fn paced(api: &Api, at_once: u64, pause: Duration) -> Load {
         let known = Arc::new(Mutex::new(Vec::new()));
         let (held, mut tasks) = (Arc::new(AtomicBool::new(false)), JoinSet::new());

@@ -362,13 +362,12 @@ async fn move_farm(app: &App, args: &MigrateArgs, config: &Config, to: To) -> Re
         }
     };
     let to = mover.to().to_owned();
-    let counts = loop {
-        let counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
-        app.talk.step("Brought", &told(&counts));
-        if !mover.lags() {
-            break counts;
-        }
-    };
+    let mut counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
+    app.talk.step("Brought", &told(&counts));
+    while mover.lags() {
+        counts = mover.bulk().await.map_err(|error| move_failure(&error))?;
+        app.talk.step("By now", &told(&counts));
+    }
     line.finish_and_clear();
     for damaged in mover.damaged() {
         app.talk.warn(damaged);

@@ -28,6 +28,8 @@ use crate::sums::{BLOCK, Seal};
 
 /// What one object holds at most.
 const OBJECT: u64 = 16 << 20;
+/// Logs on their way at once. Each asks the database between its bytes.
+const AT_ONCE: usize = 4;
 
 /// A log's file as it is now.
 struct Here {
@@ -37,9 +39,6 @@ struct Here {
     /// What its first bytes hash to, as many as were brought before.
     before: Digest,
 }
-
-/// Logs on their way at once.
-const AT_ONCE: usize = 8;
 
 enum Came {
     /// As long as it is, and as much of it was brought before.

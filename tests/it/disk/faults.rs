@@ -184,10 +184,6 @@ async fn a_disk_fails_under_the_worker(farm: &mut Farm) -> Result<()> {
     for (calls, error) in FAULTS.into_iter().filter(|(calls, _)| *calls != "openat") {
         for when in points(if full() { 30 } else { 2 }) {
             let fault = Fault { calls, error, when };
-            // The fault before may have struck it after its jobs.
-            if farm.worker(0).has_ended().is_some() {
-                start_again(farm, &fault)?;
-            }
             let under = Injected::into(farm.worker(0).pid(), &fault, &trace)?;
             let api = farm.api();
             let mut jobs = Vec::new();
@@ -216,6 +212,10 @@ async fn a_disk_fails_under_the_worker(farm: &mut Farm) -> Result<()> {
                 } else {
                     check_or_cut(&api, &id, seed).await.with_context(|| format!("{fault:?}"))?;
                 }
+            }
+            // The fault may have struck it behind its jobs.
+            if farm.worker(0).has_ended().is_some() {
+                start_again(farm, &fault)?;
             }
         }
     }
